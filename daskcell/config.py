@@ -1,0 +1,241 @@
+"""All settings, as one tree of models that is read from and written to YAML.
+
+Unknown keys are refused. Every setting that changes a result is part of a stage's content key, so a study
+knows what to redo when one changes; `compute` and `output` change none.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from daskcell.errors import ConfigError
+
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Settings(BaseModel):
+    """Base of all sections: frozen, and strict about names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class InputSettings(Settings):
+    """How files become images."""
+
+    pattern: str | None = None
+    """File names of images with one file per channel, such as ``{field}_{channel}.tif``; None: guessed."""
+    channels: list[str] | None = None
+    """Channels to take, in this order; None: all, in file order."""
+    pixel_size: tuple[Positive, Positive] | Positive | None = None
+    """Micrometres per pixel ``(y, x)``, where the file does not say or is wrong."""
+    z: int | Literal["max", "all"] = "max"
+    """Plane of a stack to take, the maximum over planes, or one image per plane."""
+    t: int | Literal["all"] = "all"
+    """Time point to take, or one image per time point."""
+
+
+class ReconstructSettings(Settings):
+    """Colour picture from one picture per stain."""
+
+    colors: list[str] | Literal["auto"] = "auto"
+    """Colour of each channel (any matplotlib name); auto: from channel names, else red, green, blue, cyan."""
+    ratio: list[Annotated[float, Field(ge=0)]] | None = None
+    """Weight of each channel; None: equal."""
+
+
+class HistogramSettings(Settings):
+    """Histogram adjustment over the whole image, each channel by itself."""
+
+    method: Literal["stretch", "equalize", "clahe"] = "stretch"
+    low: Annotated[float, Field(ge=0, lt=100)] = 1.0
+    """Percentile that becomes 0 (stretch)."""
+    high: Annotated[float, Field(gt=0, le=100)] = 99.8
+    """Percentile that becomes the largest value (stretch)."""
+
+
+class GaussianSettings(Settings):
+    sigma: Positive = 1.0
+    """Standard deviation in pixels."""
+
+
+class PreprocessSettings(Settings):
+    """Steps before segmentation, in this order; None leaves a step out."""
+
+    reconstruct: ReconstructSettings | None = ReconstructSettings()
+    histogram: HistogramSettings | None = HistogramSettings()
+    gaussian: GaussianSettings | None = None
+
+
+class WatershedSettings(Settings):
+    """Threshold, distance transform, markers, flood; and the two cures for over-segmentation."""
+
+    threshold: float | None = None
+    """Intensity on the 0-1 scale above which a pixel is a cell; None: Otsu over the whole image."""
+    dark: bool | Literal["auto"] = "auto"
+    """Cells are darker than the background (stained, bright field); auto: by the image's border and median."""
+    opening: Annotated[int, Field(ge=0)] = 2
+    """Radius in pixels of the morphological opening (first cure); 0: none."""
+    min_distance: Annotated[int, Field(ge=1)] = 7
+    """Smallest distance in pixels between two markers: low splits cells, high joins them."""
+    merge: bool = True
+    """Join similar sub-regions (second cure)."""
+    merge_similarity: Fraction = 0.75
+    """How much of the inner brightness a shared border must keep for two sub-regions to be one cell."""
+
+
+class SegmentSettings(Settings):
+    method: Literal["cellpose", "watershed"] = "cellpose"
+    model: str = "tiny"
+    """``tiny`` (embedded), ``cpsam_v2``, or a file of weights."""
+    channels: list[int] | None = None
+    """Channels of the preprocessed image the network sees (at most three); None: all."""
+    diameter: Positive | Literal["auto"] | None = "auto"
+    """Cell diameter in pixels; None: no rescaling; auto: estimated from a first pass over the image."""
+    cellprob_threshold: float = 0.0
+    """Low: more and larger cells; high: fewer and smaller."""
+    flow_threshold: Annotated[float, Field(ge=0)] = 0.4
+    """Largest flow error of a cell; 0: not checked."""
+    min_size: Annotated[int, Field(ge=0)] = 15
+    """Smallest cell in pixels."""
+    max_size_fraction: Fraction = 0.4
+    """Cells larger than this share of the whole image are dropped."""
+    niter: Annotated[int, Field(ge=1)] | None = None
+    """Steps along the flows; None: as Cellpose chooses."""
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    """Tiles per network call. Fixed and padded: results depend on it in the last bit."""
+    tissue_mask: bool = False
+    """Skip tiles of bare glass (bright-field slides)."""
+    keep_flows: bool = False
+    """Keep the network's output, so that thresholds can be changed without the network."""
+    watershed: WatershedSettings = WatershedSettings()
+
+
+class FeatureSettings(Settings):
+    encoder: str = "tiny"
+    """``tiny`` (embedded), any torchvision name (``resnet152``), or a TorchScript file."""
+    layer: Literal["output", "pool"] = "output"
+    """The network's outputs (1000 for ImageNet's), or the vector before its last layer (2048)."""
+    size: Annotated[int, Field(ge=8)] | None = None
+    """Side in pixels a crop is resized to; None: the encoder's own."""
+    margin: Annotated[float, Field(ge=0)] = 0.1
+    """Room around a cell, as a share of its larger side."""
+    mask: bool = True
+    """Blank out everything that is not the cell."""
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    measurements: bool = True
+    """Shape and intensity measurements in the cells table."""
+
+
+class ClusterSettings(Settings):
+    k: Annotated[int, Field(ge=2, le=65534)] | Literal["auto"] = 11
+    """Number of groups."""
+    engine: Literal["incremental"] = "incremental"
+    standardise: bool = True
+    """Bring every feature to mean 0 and deviation 1."""
+    components: Annotated[int, Field(ge=1)] | None = 32
+    """Principal components kept (IncrementalPCA); None: all features."""
+    unit_length: bool = False
+    """Scale every cell's vector to length 1: helps balanced sets, hurts unbalanced ones."""
+    seed: int = 0
+
+
+class OutputSettings(Settings):
+    channels: bool = False
+    """Write every channel as its own .tif."""
+    preprocessed: bool = False
+    """Write the preprocessed picture as .tif."""
+    overlays: list[Literal["tif", "png"]] = ["tif", "png"]
+    """Write the picture with cells coloured by cluster."""
+    overlay_side: Annotated[int, Field(ge=256)] = 8192
+    """Longest side in pixels of an overlay picture; larger images use a pyramid level."""
+
+
+class ComputeSettings(Settings):
+    """Where the work runs; never changes a result."""
+
+    kind: str = "local"
+    """``local``, or the address of a Dask scheduler (``tcp://host:port``)."""
+    workers: Annotated[int, Field(ge=1)] | None = None
+    """Worker processes; None: one per core."""
+    threads: Annotated[int, Field(ge=1)] = 1
+    """Threads of torch, BLAS and numba in each worker. Results depend on it in the last bit."""
+    memory: str = "auto"
+    """Memory limit per worker."""
+    block: Annotated[int, Field(ge=256, multiple_of=16)] = 2048
+    """Side in pixels of the blocks the work is cut into."""
+    device: Literal["cpu", "cuda"] = "cpu"
+
+
+class Config(Settings):
+    """Everything a run needs besides its inputs and its output folder."""
+
+    input: InputSettings = InputSettings()
+    preprocess: PreprocessSettings = PreprocessSettings()
+    segment: SegmentSettings = SegmentSettings()
+    features: FeatureSettings = FeatureSettings()
+    cluster: ClusterSettings = ClusterSettings()
+    output: OutputSettings = OutputSettings()
+    compute: ComputeSettings = ComputeSettings()
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _empty_section_means_defaults(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+
+def parse_config(values: dict[str, Any], source: str = "config") -> Config:
+    """Settings from nested dictionaries.
+
+    Raises
+    ------
+    ConfigError
+        One sentence per wrong setting: where, what, and the value.
+    """
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: " + "; ".join(_sentences(error))) from None
+
+
+def load_config(path: str | Path) -> Config:
+    """Read settings from a YAML file; raises `ConfigError` for anything that is not one."""
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"Cannot read the config {path}: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = f", line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        raise ConfigError(f"{path} is not YAML{where}: {getattr(error, 'problem', None) or error}.") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold sections such as 'segment:', but holds a {type(values).__name__}.")
+    return parse_config(values, str(path))
+
+
+def dump_config(config: Config) -> str:
+    """Settings as YAML, all defaults written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _sentences(error: ValidationError) -> list[str]:
+    sentences = []
+    for problem in error.errors():
+        # pydantic names the tried type of a union as a last step ("k.int"): only names of settings are kept.
+        steps = [str(step) for step in problem["loc"]]
+        known = [step for step in steps if step.isidentifier() and step not in _TYPE_STEPS]
+        where = ".".join(known) or "config"
+        if problem["type"] == "extra_forbidden":
+            sentences.append(f"unknown setting '{where}'")
+        else:
+            sentences.append(f"'{where}' cannot be {problem['input']!r} ({problem['msg']})")
+    return list(dict.fromkeys(sentences))
+
+
+_TYPE_STEPS = {"int", "float", "str", "bool", "tuple", "literal"}
