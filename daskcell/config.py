@@ -159,7 +159,8 @@ class ComputeSettings(Settings):
     """Where the work runs; never changes a result."""
 
     kind: str = "local"
-    """``local``, or the address of a Dask scheduler (``tcp://host:port``)."""
+    """``local`` (worker processes here), ``inline`` (this process), or the address of a Dask scheduler
+    (``tcp://host:port``)."""
     workers: Annotated[int, Field(ge=1)] | None = None
     """Worker processes; None: one per core."""
     threads: Annotated[int, Field(ge=1)] = 1
@@ -215,7 +216,9 @@ def load_config(path: str | Path) -> Config:
     if values is None:
         values = {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold sections such as 'segment:', but holds a {type(values).__name__}.")
+        raise ConfigError(
+            f"{path} must hold sections such as 'segment:', but holds a {type(values).__name__}."
+        )
     return parse_config(values, str(path))
 
 
