@@ -1,0 +1,171 @@
+"""One run at a time on a study: a lock file with an owner and a heartbeat.
+
+The file is linked into place, which holds on shared file systems too, and touched while its owner lives. A
+lock is stale when its owner is a process of this host that has gone, or when nobody touched it for
+`STALE_SECONDS`. A stale lock is broken by renaming it and looking at what was renamed: of two who break the
+same lock, one finds the other's new lock in its hands, and puts it back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from daskcell.errors import StudyError
+
+BEAT_SECONDS = 10.0
+STALE_SECONDS = 120.0
+
+
+class Lock:
+    """Holds ``<folder>/.lock`` while entered; raises `StudyError` if another run holds it."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / ".lock"
+        self.token = uuid.uuid4().hex
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.lost = False
+        """The lock was broken by someone who took us for dead (a suspended machine): stop writing."""
+
+    def __enter__(self) -> Lock:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for _ in range(5):
+            if self._create():
+                self._thread = threading.Thread(target=self._beat, name="study lock", daemon=True)
+                self._thread.start()
+                return self
+            holder = self._read()
+            if holder is not None and not self._is_stale(holder):
+                raise StudyError(
+                    f"Another run works on {self.path.parent} (process {holder.get('pid')} on "
+                    f"{holder.get('host')}). Please wait until it ends, or stop it."
+                )
+            self._break(holder)
+        raise StudyError(
+            f"The lock {self.path} cannot be taken. Please remove it if no other run is at work."
+        )
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout=5)
+        holder = self._read()
+        if holder is not None and holder.get("token") == self.token:
+            self.path.unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """Raise `StudyError` if the lock is no longer ours."""
+        if self.lost:
+            raise StudyError(
+                f"Another run took over {self.path.parent} while this one slept; this one stops."
+            )
+
+    def _create(self) -> bool:
+        values = {
+            "token": self.token,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "born": _born(os.getpid()),
+        }
+        # Written under a name of its own and linked into place: nobody ever reads half a lock.
+        mine = self.path.with_name(f".lock-{self.token}")
+        mine.write_text(json.dumps(values))
+        try:
+            os.link(mine, self.path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            try:
+                with open(self.path, "x") as stream:
+                    stream.write(json.dumps(values))
+            except FileExistsError:
+                return False
+        finally:
+            mine.unlink(missing_ok=True)
+        return True
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            values = json.loads(self.path.read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            return {}
+        return values if isinstance(values, dict) else {}
+
+    def _is_stale(self, holder: dict[str, Any]) -> bool:
+        if holder.get("host") == socket.gethostname() and isinstance(holder.get("pid"), int):
+            # A process number may be used again: the time it was born tells the two apart.
+            return _born(holder["pid"]) is None or _born(holder["pid"]) != holder.get("born")
+        try:
+            age = self._now() - self.path.stat().st_mtime
+        except FileNotFoundError:
+            return True
+        return age > STALE_SECONDS
+
+    def _now(self) -> float:
+        """The file system's clock, which need not be ours."""
+        probe = self.path.with_name(f".lock-{self.token}")
+        probe.touch()
+        try:
+            return probe.stat().st_mtime
+        finally:
+            probe.unlink(missing_ok=True)
+
+    def _break(self, holder: dict[str, Any] | None) -> None:
+        if holder is None:
+            return
+        aside = self.path.with_name(f".lock-{self.token}-broken")
+        try:
+            os.rename(self.path, aside)
+        except FileNotFoundError:
+            return
+        try:
+            taken = json.loads(aside.read_text())
+        except (OSError, ValueError):
+            taken = {}
+        if taken != holder:
+            with contextlib.suppress(OSError):
+                os.link(aside, self.path)
+        aside.unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        while not self._stop.wait(BEAT_SECONDS):
+            holder = self._read()
+            if holder is None or holder.get("token") != self.token:
+                self.lost = True
+                return
+            try:
+                os.utime(self.path)
+            except OSError:
+                time.sleep(1)
+
+
+def _born(pid: int) -> str | None:
+    """When a process of this host began (in ticks since boot); None if there is no such process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+        fields = text.rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]
+    except (OSError, IndexError):
+        pass
+    if Path("/proc/self/stat").exists():
+        return None
+    try:  # no /proc (macOS): alive or not is all there is to know
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        return "alive"
+    return "alive"

@@ -1,0 +1,314 @@
+"""What a result looks like on disk: where things are, what is done, and who works on it.
+
+    study/
+      study.json                 format, inputs, resolved config, versions, weights
+      images/<slide>.zarr        picture, labels/cells, labels/clusters
+      tables/cells/<slide>.parquet
+      features/<slide>.zarr
+      clusters/                  the fitted model
+      overlays/  preprocessed/  channels/
+      failures.jsonl             slides that were set aside, with the reason
+      ledger/<slide>.json        content key and result of every finished stage
+
+Whether a stage is done is told by its content key (see `daskcell.keys`), never by a file that exists. A
+stage's entry leaves the ledger before its output is touched and comes back when the output is whole, so a run
+that is killed at any moment continues with nothing half-made taken for done.
+
+Knows no images, no networks and no Dask.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from daskcell.config import Config
+from daskcell.disk import write_atomic, write_json
+from daskcell.errors import ConfigError, StudyError
+from daskcell.keys import descendants
+
+FORMAT = 1
+_PACKAGES = (
+    "daskcell",
+    "numpy",
+    "scipy",
+    "scikit-image",
+    "scikit-learn",
+    "dask",
+    "zarr",
+    "torch",
+    "cellpose",
+)
+
+_HARMLESS = {".DS_Store", "Thumbs.db", "desktop.ini"}
+
+
+class Study:
+    """A study's folder. Opening reads nothing but `study.json`; see `Study.create` for a new one."""
+
+    def __init__(self, out: str | Path):
+        self.out = Path(out)
+        record = read_record(self.out)
+        if record is None:
+            raise StudyError(f"{self.out} holds no study (it has no study.json).")
+        self.record = record
+
+    def __repr__(self) -> str:
+        return f"<Study {self.out}, {len(self.slides)} slides>"
+
+    @classmethod
+    def create(cls, out: str | Path, inputs: Iterable[str | Path], config: Config) -> Study:
+        """A new study in `out`, or the one that is there, if it was made from the same inputs.
+
+        Raises
+        ------
+        StudyError
+            `out` holds something else, or a study of other inputs.
+        """
+        out = Path(out)
+        record = check_folder(out, inputs)
+        out.mkdir(parents=True, exist_ok=True)
+        if record is None:
+            record = {"format": FORMAT, "inputs": _absolute(inputs), "slides": []}
+        record["config"] = config.model_dump(mode="json")
+        record["versions"] = versions()
+        write_json(out / "study.json", record)
+        return cls(out)
+
+    # ------------------------------------------------------------------ what is recorded
+
+    @property
+    def slides(self) -> list[str]:
+        """Names of the slides, sorted."""
+        return list(self.record["slides"])
+
+    @property
+    def config(self) -> Config:
+        """Settings of the latest run."""
+        try:
+            return Config.model_validate(self.record["config"])
+        except ValueError as error:
+            raise ConfigError(
+                f"{self.out / 'study.json'} holds settings of another version: {error}"
+            ) from None
+
+    def update(self, **values: Any) -> None:
+        """Change entries of `study.json`."""
+        self.record = self.record | values
+        write_json(self.out / "study.json", self.record)
+
+    @property
+    def failures(self) -> list[dict[str, Any]]:
+        """Slides that were set aside: slide, stage, error, tries."""
+        path = self.out / "failures.jsonl"
+        if not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+    def write_failures(self, failures: Iterable[Mapping[str, Any]]) -> None:
+        """Replace `failures.jsonl`; an empty list removes it."""
+        lines = [json.dumps(dict(failure), ensure_ascii=False, sort_keys=True) for failure in failures]
+        path = self.out / "failures.jsonl"
+        if lines:
+            write_atomic(path, ("\n".join(lines) + "\n").encode())
+        else:
+            path.unlink(missing_ok=True)
+
+    def ledger(self, slide: str) -> Ledger:
+        """What is done for `slide`."""
+        return Ledger(self.out / "ledger" / f"{slide}.json", slide)
+
+    # ------------------------------------------------------------------ where things are
+
+    def image(self, slide: str) -> Path:
+        """OME-Zarr of the picture and its labels."""
+        return self.out / "images" / f"{slide}.zarr"
+
+    def table(self, slide: str) -> Path:
+        """The cells of a slide, a row a cell."""
+        return self.out / "tables" / "cells" / f"{slide}.parquet"
+
+    def features(self, slide: str) -> Path:
+        """``(n, d)`` array, a row a cell, in the table's order."""
+        return self.out / "features" / f"{slide}.zarr"
+
+    def scratch(self, slide: str, key: str) -> Path:
+        """Room for what a stage keeps between its tasks; it belongs to one content key."""
+        return self.out / "scratch" / f"{slide}-{key[:16]}"
+
+    @property
+    def clusters(self) -> Path:
+        """Folder of the fitted model."""
+        return self.out / "clusters"
+
+    @property
+    def overlays(self) -> Path:
+        return self.out / "overlays"
+
+    @property
+    def preprocessed(self) -> Path:
+        return self.out / "preprocessed"
+
+    @property
+    def channels(self) -> Path:
+        return self.out / "channels"
+
+    # ------------------------------------------------------------------ reading results
+
+    def cells(self, slide: str | None = None) -> Any:
+        """Table of the cells of one slide, or of all, with a column ``slide`` (pandas `DataFrame`)."""
+        import pandas as pd
+
+        if slide is not None:
+            if slide not in self.slides or not self.table(slide).exists():
+                raise StudyError(f"{self.out} has no cells table of {slide!r}.")
+            return pd.read_parquet(self.table(slide))
+        tables = [self.cells(name).assign(slide=name) for name in self.slides if self.table(name).exists()]
+        return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+    def open_image(self, slide: str) -> Any:
+        """The picture of a slide, as `daskcell.open_image` gives it."""
+        from daskcell.images import open_image
+
+        return open_image(self.image(slide))
+
+
+class Ledger:
+    """Finished stages of one slide, in one small file that is replaced whole.
+
+    ``entry(stage)`` is ``{"key": content key, "result": what the stage returned, "seconds": ...}``.
+    """
+
+    def __init__(self, path: Path, slide: str):
+        self.path, self.slide = path, slide
+        try:
+            values = json.loads(path.read_bytes())
+            self.files: list[dict[str, Any]] = values["files"]
+            self.stages: dict[str, dict[str, Any]] = values["stages"]
+            self.failure: dict[str, Any] | None = values.get("failure")
+            self.tries: int = values.get("tries", 0)
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            # A ledger that cannot be read says nothing is done: work is repeated, never a result invented.
+            self.files, self.stages, self.failure, self.tries = [], {}, None, 0
+
+    def entry(self, stage: str) -> dict[str, Any] | None:
+        return self.stages.get(stage)
+
+    def result(self, stage: str) -> dict[str, Any]:
+        """What `stage` returned; empty if it is not done."""
+        return self.stages.get(stage, {}).get("result") or {}
+
+    def is_done(self, stage: str, key: str) -> bool:
+        entry = self.stages.get(stage)
+        return entry is not None and entry["key"] == key
+
+    def begin(self, stage: str) -> None:
+        """Forget `stage` and all that was made from it. Call before its output is touched."""
+        doomed = {stage} | descendants(stage)
+        if doomed & set(self.stages):
+            self.stages = {name: entry for name, entry in self.stages.items() if name not in doomed}
+            self.save()
+
+    def finish(
+        self, stage: str, key: str, result: Mapping[str, Any] | None = None, seconds: float = 0.0
+    ) -> None:
+        """Enter `stage` as done. Call when its output is whole."""
+        self.stages[stage] = {"key": key, "result": dict(result or {}), "seconds": round(seconds, 3)}
+        if self.failure is not None and self.failure["stage"] == stage:
+            self.failure, self.tries = None, 0
+        self.save()
+
+    def fail(self, stage: str, error: str, kind: str) -> None:
+        """Enter why `stage` could not be done."""
+        self.tries += 1
+        self.failure = {
+            "slide": self.slide,
+            "stage": stage,
+            "error": error,
+            "kind": kind,
+            "tries": self.tries,
+        }
+        self.save()
+
+    def save(self) -> None:
+        values = {"files": self.files, "stages": self.stages, "failure": self.failure, "tries": self.tries}
+        write_json(self.path, values)
+
+
+def read_record(out: Path) -> dict[str, Any] | None:
+    """`study.json` of a folder, or None if there is none; raises `StudyError` if it is not ours."""
+    path = out / "study.json"
+    try:
+        record = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise StudyError(f"{path} cannot be read ({error}). Please choose another output folder.") from None
+    if not isinstance(record, dict) or not {"format", "inputs", "slides", "config"} <= set(record):
+        raise StudyError(f"{path} was not written by daskcell. Please choose another output folder.")
+    if record["format"] != FORMAT:
+        raise StudyError(
+            f"{out} is a study of format {record['format']}, and this version reads format {FORMAT}. "
+            "Please use the version of daskcell that made it, or another output folder."
+        )
+    return record
+
+
+def check_folder(out: str | Path, inputs: Iterable[str | Path]) -> dict[str, Any] | None:
+    """The study record in `out`, None for a new folder; refuses what cannot be used. Writes nothing."""
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise StudyError(f"The output {out} is a file. Please give a folder.")
+    record = read_record(out)
+    if record is None:
+        strange = (
+            sorted(
+                p.name for p in out.iterdir() if p.name not in _HARMLESS and not p.name.startswith(".lock")
+            )
+            if out.is_dir()
+            else []
+        )
+        if strange:
+            shown = ", ".join(strange[:3]) + (" ..." if len(strange) > 3 else "")
+            raise StudyError(
+                f"The output folder {out} holds something else ({shown}). "
+                "Please choose a new or empty folder."
+            )
+    elif record["inputs"] != _absolute(inputs):
+        shown = ", ".join(record["inputs"][:2]) + (" ..." if len(record["inputs"]) > 2 else "")
+        raise StudyError(
+            f"{out} is a study of other inputs ({shown}). Please give the same inputs to continue it, "
+            "or another output folder."
+        )
+    nearest = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    if not os.access(nearest, os.W_OK):
+        raise StudyError(f"The output folder {out} cannot be written to. Please choose another.")
+    return record
+
+
+def _absolute(inputs: Iterable[str | Path]) -> list[str]:
+    return sorted(os.path.abspath(os.path.expanduser(os.fspath(path))) for path in inputs)
+
+
+def sweep(out: Path) -> None:
+    """Remove temporary files that a killed run left in the places where we write them."""
+    for folder in (out, out / "ledger", out / "overlays", out / "tables" / "cells"):
+        if folder.is_dir():
+            for path in folder.glob(".*.tmp"):
+                path.unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """Versions of daskcell, Python and the packages that results depend on."""
+    import contextlib
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -1,0 +1,334 @@
+"""The study's folder: content keys, ledger, refusals, atomic files, lock."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from daskcell import disk, lock
+from daskcell.config import parse_config
+from daskcell.errors import StudyError
+from daskcell.keys import (
+    UPSTREAM,
+    cluster_key,
+    content_key,
+    descendants,
+    identify,
+    late_keys,
+    slide_keys,
+    unchanged,
+)
+from daskcell.lock import Lock
+from daskcell.study import Study, check_folder, sweep
+
+FILES = [{"path": "/a/x.tif", "name": "x.tif", "size": 3, "mtime_ns": 5, "digest": "d1"}]
+WEIGHTS = {"segment": "w1", "describe": "w2"}
+
+
+def keys(changes=None, files=FILES, weights=WEIGHTS):
+    config = parse_config(changes or {})
+    early = slide_keys(config, files, weights)
+    cluster = cluster_key(config, {"x": early["describe"]})
+    return early | {"cluster": cluster} | late_keys(config, early["describe"], cluster)
+
+
+ALL = {*UPSTREAM, "cluster"}
+LATE = {"cluster", "assign", "paint"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "redone"),
+    [
+        ({}, set()),
+        ({"compute": {"workers": 7, "block": 512, "threads": 2}}, set()),
+        ({"segment": {"keep_flows": True}}, set()),
+        ({"segment": {"watershed": {"opening": 5}}}, set()),  # not the chosen method
+        ({"input": {"z": 3}}, ALL),
+        ({"preprocess": {"gaussian": {"sigma": 2.0}}}, ALL - {"convert"}),
+        ({"segment": {"diameter": 20.0}}, {"segment", "describe"} | LATE),
+        ({"segment": {"method": "watershed"}}, {"segment", "describe"} | LATE),
+        ({"features": {"margin": 0.3}}, {"describe"} | LATE),
+        ({"cluster": {"k": 4}}, LATE),
+        ({"output": {"overlays": ["tif"]}}, {"paint"}),
+        ({"output": {"preprocessed": True}}, {"export"}),
+    ],
+)
+def test_a_setting_changes_the_keys_of_what_depends_on_it_only(changes, redone):
+    before, after = keys(), keys(changes)
+    assert {stage for stage in before if before[stage] != after[stage]} == redone
+
+
+def test_settings_of_the_network_do_not_matter_to_a_watershed():
+    one = keys({"segment": {"method": "watershed"}})
+    other = keys({"segment": {"method": "watershed", "flow_threshold": 0.9, "model": "cpsam_v2"}})
+    assert one == other
+    assert one != keys({"segment": {"method": "watershed", "watershed": {"opening": 5}}})
+
+
+def test_input_bytes_and_weights_are_part_of_the_keys():
+    assert keys()["convert"] != keys(files=[FILES[0] | {"digest": "d2"}])["convert"]
+    assert keys() == keys(files=[FILES[0] | {"mtime_ns": 6, "path": "/elsewhere/x.tif"}])
+    other = keys(weights=WEIGHTS | {"describe": "w3"})
+    assert {stage for stage, key in keys().items() if other[stage] != key} == {"describe"} | LATE
+
+
+def test_clusters_do_not_depend_on_the_order_of_slides():
+    config = parse_config({})
+    assert cluster_key(config, {"a": "1", "b": "2"}) == cluster_key(config, {"b": "2", "a": "1"})
+    assert cluster_key(config, {"a": "1", "b": "2"}) != cluster_key(config, {"a": "2", "b": "1"})
+
+
+def test_a_new_stage_version_changes_its_key(monkeypatch):
+    before = content_key("segment", 1)
+    monkeypatch.setitem(__import__("daskcell.keys").keys.STAGE_VERSIONS, "segment", 99)
+    assert content_key("segment", 1) != before
+
+
+def test_descendants_follow_the_stages():
+    assert descendants("convert") == set(UPSTREAM) - {"convert"}
+    assert descendants("segment") == {"describe", "assign", "paint"}
+    assert descendants("export") == set()
+
+
+def test_files_are_read_again_only_when_size_or_time_changed(tmp_path, monkeypatch):
+    from daskcell import keys as module
+
+    file = tmp_path / "a.tif"
+    file.write_bytes(b"one")
+    first = identify([file])
+    read = []
+    original = module.digest
+    monkeypatch.setattr(module, "digest", lambda path: read.append(path) or original(path))
+    assert identify([file], first) == first
+    assert unchanged([file], first)
+    assert read == []
+    file.write_bytes(b"two")
+    os.utime(file, ns=(1, first[0]["mtime_ns"] + 1))
+    assert not unchanged([file], first)
+    second = identify([file], first)
+    assert read == [file]
+    assert second[0]["digest"] != first[0]["digest"]
+    assert not unchanged([tmp_path / "b.tif"], second)
+    file.unlink()
+    assert not unchanged([file], second)
+
+
+def test_a_folder_counts_as_all_its_files(tmp_path):
+    folder = tmp_path / "x.zarr"
+    (folder / "0").mkdir(parents=True)
+    (folder / "zarr.json").write_text("{}")
+    (folder / "0" / "c").write_bytes(b"abc")
+    before = identify([folder])[0]
+    assert before["size"] == 5
+    (folder / "0" / "c").rename(folder / "0" / "d")
+    assert identify([folder])[0]["digest"] != before["digest"]
+
+
+# ---------------------------------------------------------------------- the ledger
+
+
+def test_a_finished_stage_is_done_under_its_key_alone(tmp_path):
+    study = Study.create(tmp_path / "s", ["in"], parse_config({}))
+    ledger = study.ledger("x")
+    ledger.finish("convert", "k1", {"shape": [1, 2, 3]}, 0.5)
+    again = study.ledger("x")
+    assert again.is_done("convert", "k1")
+    assert not again.is_done("convert", "k2")
+    assert not again.is_done("freeze", "k1")
+    assert again.result("convert") == {"shape": [1, 2, 3]}
+
+
+def test_beginning_a_stage_forgets_it_and_all_made_from_it(tmp_path):
+    study = Study.create(tmp_path / "s", ["in"], parse_config({}))
+    ledger = study.ledger("x")
+    for stage in UPSTREAM:
+        ledger.finish(stage, "k")
+    ledger.begin("describe")
+    assert set(study.ledger("x").stages) == {"convert", "freeze", "segment", "export"}
+
+
+def test_a_ledger_that_cannot_be_read_says_nothing_is_done(tmp_path):
+    study = Study.create(tmp_path / "s", ["in"], parse_config({}))
+    ledger = study.ledger("x")
+    ledger.finish("convert", "k")
+    ledger.path.write_text(ledger.path.read_text()[:20])
+    assert not study.ledger("x").is_done("convert", "k")
+
+
+def test_a_failure_counts_its_tries_and_goes_when_the_stage_succeeds(tmp_path):
+    study = Study.create(tmp_path / "s", ["in"], parse_config({}))
+    study.ledger("x").fail("segment", "no", "ImageError")
+    study.ledger("x").fail("segment", "no", "ImageError")
+    assert study.ledger("x").failure == {
+        "slide": "x",
+        "stage": "segment",
+        "error": "no",
+        "kind": "ImageError",
+        "tries": 2,
+    }
+    study.ledger("x").finish("segment", "k")
+    assert study.ledger("x").failure is None
+
+
+# ---------------------------------------------------------------------- folders
+
+
+def test_a_folder_that_holds_something_else_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "thesis.docx").write_text("precious")
+    with pytest.raises(StudyError, match=r"holds something else \(thesis.docx\)"):
+        Study.create(tmp_path, ["in"], parse_config({}))
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.docx"]
+
+
+def test_an_empty_folder_is_taken(tmp_path):
+    (tmp_path / ".DS_Store").touch()
+    assert Study.create(tmp_path, ["in"], parse_config({})).slides == []
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"format": 1}', "{"])
+def test_a_study_json_that_is_not_ours_is_refused(tmp_path, text):
+    (tmp_path / "study.json").write_text(text)
+    with pytest.raises(StudyError, match="choose another output"):
+        check_folder(tmp_path, ["in"])
+
+
+def test_a_study_of_another_format_is_refused(tmp_path):
+    Study.create(tmp_path, ["in"], parse_config({})).update(format=99)
+    with pytest.raises(StudyError, match="format 99"):
+        check_folder(tmp_path, ["in"])
+
+
+def test_other_inputs_are_refused_and_the_same_are_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Study.create("s", ["b", "a"], parse_config({}))
+    assert check_folder(tmp_path / "s", [tmp_path / "a", "./b"]) is not None
+    with pytest.raises(StudyError, match="study of other inputs"):
+        check_folder("s", ["a", "c"])
+
+
+def test_a_file_as_output_is_refused(tmp_path):
+    (tmp_path / "s").touch()
+    with pytest.raises(StudyError, match="is a file"):
+        check_folder(tmp_path / "s", ["in"])
+
+
+def test_opening_what_is_no_study_is_an_error(tmp_path):
+    with pytest.raises(StudyError, match="no study"):
+        Study(tmp_path)
+
+
+def test_failures_are_replaced_and_removed_when_there_are_none(tmp_path):
+    study = Study.create(tmp_path / "s", ["in"], parse_config({}))
+    study.write_failures([{"slide": "x", "stage": "convert", "error": "é", "tries": 1}])
+    assert study.failures == [{"slide": "x", "stage": "convert", "error": "é", "tries": 1}]
+    study.write_failures([])
+    assert study.failures == []
+    assert not (study.out / "failures.jsonl").exists()
+
+
+# ---------------------------------------------------------------------- atomic files
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    file = tmp_path / "a.json"
+    disk.write_json(file, {"v": 1})
+
+    def broken(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises(OSError, match="disk full"):
+        disk.write_json(file, {"v": 2})
+    assert json.loads(file.read_text()) == {"v": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_leftovers_of_a_killed_run_are_swept(tmp_path):
+    study = Study.create(tmp_path / "s", ["in"], parse_config({}))
+    study.ledger("x").finish("convert", "k")
+    (study.out / "ledger" / ".x.json.1234.tmp").touch()
+    sweep(study.out)
+    assert [p.name for p in (study.out / "ledger").iterdir()] == ["x.json"]
+
+
+# ---------------------------------------------------------------------- the lock
+
+
+def test_a_second_run_on_the_same_study_is_refused(tmp_path):
+    with Lock(tmp_path):
+        with pytest.raises(StudyError, match=f"process {os.getpid()} on"), Lock(tmp_path):
+            pass
+        assert (tmp_path / ".lock").exists()
+    with Lock(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_of_a_dead_process_is_broken(tmp_path):
+    code = f"import os; from daskcell.lock import Lock; Lock({str(tmp_path)!r}).__enter__(); os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    assert (tmp_path / ".lock").exists()
+    with Lock(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_number_of_a_dead_process_may_be_used_again(tmp_path):
+    holder = {"token": "t", "pid": os.getpid(), "host": socket.gethostname(), "born": "12"}
+    (tmp_path / ".lock").write_text(json.dumps(holder))
+    with Lock(tmp_path):
+        pass
+
+
+def test_a_lock_of_another_host_is_stale_only_when_its_heart_stopped(tmp_path):
+    file = tmp_path / ".lock"
+    file.write_text(json.dumps({"token": "t", "pid": 1, "host": "elsewhere", "born": "1"}))
+    with pytest.raises(StudyError, match="elsewhere"), Lock(tmp_path):
+        pass
+    old = file.stat().st_mtime - lock.STALE_SECONDS - 5
+    os.utime(file, (old, old))
+    with Lock(tmp_path):
+        pass
+
+
+def test_of_many_who_break_a_stale_lock_one_holds_it(tmp_path):
+    (tmp_path / ".lock").write_text(
+        json.dumps({"token": "t", "pid": 1, "host": socket.gethostname(), "born": "0"})
+    )
+    start, done = threading.Barrier(8), threading.Event()
+    held, refused = [], []
+
+    def take():
+        start.wait()
+        try:
+            with Lock(tmp_path):
+                held.append(1)
+                done.wait(10)
+        except StudyError:
+            refused.append(1)
+        if len(refused) == 7:
+            done.set()
+
+    threads = [threading.Thread(target=take) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(held), len(refused)) == (1, 7)
+
+
+def test_a_run_whose_lock_was_taken_over_stops(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.01)
+    with Lock(tmp_path) as mine:
+        mine.check()
+        (tmp_path / ".lock").write_text(json.dumps({"token": "other", "pid": 1, "host": "elsewhere"}))
+        mine._thread.join(5)
+        with pytest.raises(StudyError, match="took over"):
+            mine.check()
+    assert (tmp_path / ".lock").exists()
