@@ -1,8 +1,8 @@
 """Content keys: what a stage's result depends on, as one hash.
 
 A key covers the input's bytes, the settings that matter to the stage, the weights, the stage's version and
-the key of the stage before. Two runs with equal keys have equal results, so a study redoes what has another key,
-and nothing else. Where a run works (`compute`) is no part of any key.
+the key of the stage before. Two runs with equal keys have equal results, so a study redoes what has another
+key, and nothing else. Where a run works (`compute`) is no part of any key.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ STALE_SECONDS = 120.0
 class Lock:
     """Holds ``<folder>/.lock`` while entered; raises `StudyError` if another run holds it."""
 
-    def __init__(self, folder: Path):
-        self.path = folder / ".lock"
+    def __init__(self, folder: str | Path):
+        self.path = Path(folder) / ".lock"
         self.token = uuid.uuid4().hex
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None

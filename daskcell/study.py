@@ -264,13 +264,8 @@ def check_folder(out: str | Path, inputs: Iterable[str | Path]) -> dict[str, Any
         raise StudyError(f"The output {out} is a file. Please give a folder.")
     record = read_record(out)
     if record is None:
-        strange = (
-            sorted(
-                p.name for p in out.iterdir() if p.name not in _HARMLESS and not p.name.startswith(".lock")
-            )
-            if out.is_dir()
-            else []
-        )
+        there = [path.name for path in out.iterdir()] if out.is_dir() else []
+        strange = sorted(name for name in there if name not in _HARMLESS and not name.startswith(".lock"))
         if strange:
             shown = ", ".join(strange[:3]) + (" ..." if len(strange) > 3 else "")
             raise StudyError(
