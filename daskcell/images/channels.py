@@ -1,0 +1,235 @@
+"""Which files are which image: one file per channel recognised by name, everything else one image a file.
+
+File names only, mostly: pixels are read by `readers`. A set of files is taken for channels only where the
+names leave no doubt: the same name but for one word that can be a channel (a colour or stain, ``ch2``,
+``w1``, ...), and most images having all channels. Where names are of another kind a pattern says it:
+``{field}_{channel}.tif``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from daskcell.errors import ConfigError, ImageError
+
+COLOURS = ("red", "green", "blue", "cyan", "magenta", "yellow", "farred", "ir", "grey", "gray")
+"""Channel names with an order of their own; it is the order in which colour pictures are rebuilt."""
+_STAINS = """
+dapi hoechst draq5 pi sytox syto syto14 fitc tritc rhodamine rhod txred texasred gfp egfp yfp
+cfp rfp mcherry cherry tomato tdtomato mkate cy2 cy3 cy5 cy7 alexa488 alexa568 alexa594 alexa647
+af488 af568 af594 af647 a488 a568 a594 a647 dna rna er agp mito actin tubulin membrane nuclei
+nucleus cytoplasm brightfield bf dic phase phasecontrast pc mitotracker phalloidin cona wga
+"""
+STAINS = frozenset(_STAINS.split())
+"""Stains and structures that are taken for channel names."""
+LETTERS = "RGBCMYDFHTK"
+"""Letters that stand for a colour or stain at the end of a name (D: DAPI, F: FITC, R: rhodamine or red)."""
+
+_NAMES = "|".join(sorted((*COLOURS, *STAINS), key=len, reverse=True))
+_KINDS: tuple[tuple[str, re.Pattern[str]], ...] = (
+    ("name", re.compile(rf"(?<![A-Za-z0-9])(?:{_NAMES})(?![A-Za-z0-9])", re.IGNORECASE)),
+    ("channel", re.compile(r"(?<![A-Za-z])channel[ _-]?\d{1,2}(?!\d)", re.IGNORECASE)),
+    ("ch", re.compile(r"(?<![A-Za-z])ch(?:an)?[ _-]?\d{1,2}(?!\d)", re.IGNORECASE)),
+    ("w", re.compile(r"(?<![A-Za-z0-9])w\d{1,2}(?![0-9])", re.IGNORECASE)),
+    ("c", re.compile(r"(?<![A-Za-z])c\d{1,2}(?![A-Za-z0-9])", re.IGNORECASE)),
+    ("d", re.compile(r"(?<=f\d\d)d\d{1,2}$", re.IGNORECASE)),
+    ("letter", re.compile(rf"(?<=[_\-. ])[{LETTERS}]$")),
+)
+_GUID = re.compile(r"[0-9A-F]{8}-[0-9A-F]{4}-[0-9A-F]{4}-[0-9A-F]{4}-[0-9A-F]{12}$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Files that belong to one image. Without channels there is one file, and the file names them."""
+
+    name: str
+    files: tuple[str, ...]
+    channels: tuple[str, ...] | None = None
+
+
+def group_by_guess(files: Sequence[str]) -> list[Group]:
+    """Images among the files of one folder, channels recognised by their names.
+
+    Raises
+    ------
+    ImageError
+        If the files clearly are channels but some image lacks one, or has one twice.
+    """
+    stems = {file: _GUID.sub("", _stem(file)) for file in files}
+    for kind, pattern in _KINDS:
+        found = {file: matches for file, stem in stems.items() if (matches := list(pattern.finditer(stem)))}
+        # A name may have several such words: try them from the last to the first.
+        for position in range(max((len(m) for m in found.values()), default=0)):
+            images: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+            words: dict[str, str] = {}
+            for file, matches in found.items():
+                match = matches[max(len(matches) - 1 - position, 0)]
+                stem = stems[file]
+                key = f"{stem[: match.start()]}\0{stem[match.end() :]}"
+                word = match[0]
+                words.setdefault(_normal(word), word)
+                images[key][_normal(word)].append(file)
+            if _is_convincing(kind, images, len(files)):
+                grouped = {
+                    _field_name(key): {words[w]: f for w, f in by.items()} for key, by in images.items()
+                }
+                if len(grouped) < len(images):  # names that differ only in what joins them
+                    grouped = {
+                        k.replace("\0", ""): {words[w]: f for w, f in by.items()} for k, by in images.items()
+                    }
+                rest = [Group(_stem(file), (file,)) for file in files if file not in found]
+                return [*_complete(grouped), *rest]
+    return [Group(_stem(file), (file,)) for file in files]
+
+
+def group_by_pattern(files: Mapping[str, str], pattern: str) -> list[Group]:
+    """Images among `files` (path by its name relative to the folder) by a pattern with named groups.
+
+    ``{channel}`` is the channel; all other groups together name the image; ``*`` stands for anything.
+    Letter case does not matter. Files that do not match are left out.
+    """
+    compiled = compile_pattern(pattern)
+    images: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    singles: dict[str, list[str]] = defaultdict(list)
+    words: dict[str, str] = {}
+    for relative, path in files.items():
+        match = compiled.fullmatch(relative) or compiled.fullmatch(PurePath(relative).name)
+        if match is None:
+            continue
+        groups = match.groupdict()
+        channel = groups.pop("channel", None)
+        name = "_".join(groups.values()) or (PurePath(path).parent.name if channel else _stem(relative))
+        if channel is None:
+            singles[name].append(path)
+        else:
+            images[name][words.setdefault(channel.lower(), channel)].append(path)
+    if not images and not singles:
+        example = next(iter(files), None)
+        raise ImageError(
+            f"No file matches the pattern '{pattern}'"
+            + (f" (the first file is '{example}')." if example else ".")
+        )
+    for name, paths in singles.items():
+        if len(paths) > 1:
+            raise ImageError(f"The pattern '{pattern}' gives {' and '.join(paths)} the same name '{name}'.")
+    return [*_complete(images), *(Group(name, (paths[0],)) for name, paths in singles.items())]
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """``{field}_{channel}.tif`` as a regular expression; raises `ConfigError` for one that cannot work."""
+    names = re.findall(r"\{([^{}]*)\}", pattern)
+    wrong = [name for name in names if not name.isidentifier()]
+    if wrong:
+        raise ConfigError(
+            f"The pattern '{pattern}' has the group '{{{wrong[0]}}}'; names are letters, digits and _."
+        )
+    if not names:
+        raise ConfigError(
+            f"The pattern '{pattern}' needs at least one group such as {{field}} or {{channel}}."
+        )
+    parts: list[str] = []
+    seen: set[str] = set()
+    for part in re.split(r"(\{[^{}]*\}|\*)", pattern):
+        if part == "*":
+            parts.append(".*?")
+        elif part.startswith("{"):
+            name = part[1:-1]
+            parts.append(f"(?P={name})" if name in seen else f"(?P<{name}>[^/]+?)")
+            seen.add(name)
+        else:
+            parts.append(re.escape(part))
+    return re.compile("".join(parts), re.IGNORECASE)
+
+
+def natural_key(text: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key that puts 2 before 10."""
+    return tuple((0, int(p), "") if p.isdigit() else (1, 0, p.lower()) for p in re.split(r"(\d+)", text) if p)
+
+
+def safe_name(name: str) -> str:
+    """`name` without what file systems or shells cannot bear; never empty."""
+    name = re.sub(r"[^\w.+()-]+", "_", name).strip("._- ")
+    return name[:120] or "image"
+
+
+def _is_convincing(kind: str, images: Mapping[str, Mapping[str, list[str]]], total: int) -> bool:
+    channels = {channel for by in images.values() for channel in by}
+    if len(channels) < 2 or len(channels) > 64:
+        return False
+    files = sum(len(by) for by in images.values())
+    several = [by for by in images.values() if len(by) > 1]
+    # Most of the table image x channel must be filled, or the word is just part of independent names.
+    if len(several) * 2 < len(images) or files < 0.6 * len(images) * len(channels):
+        return False
+    # Weak words must explain every file of the folder.
+    return (
+        kind in ("name", "channel", "ch")
+        or sum(len(f) for by in images.values() for f in by.values()) == total
+    )
+
+
+def _complete(images: Mapping[str, Mapping[str, list[str]]]) -> list[Group]:
+    """Groups with all channels in order, or one sentence about what is missing or there twice."""
+    channels = in_order({channel for by in images.values() for channel in by})
+    groups = []
+    for name, by in images.items():
+        for channel, files in by.items():
+            if len(files) > 1:
+                raise ImageError(
+                    f"Channel '{channel}' of image '{name}' is there twice: {' and '.join(sorted(files))}."
+                )
+        missing = [channel for channel in channels if channel not in by]
+        if missing:
+            present = ", ".join(sorted(files[0] for files in by.values()))
+            raise ImageError(
+                f"Image '{name}' lacks channel {', '.join(repr(m) for m in missing)}, which others have; there "
+                f"is only {present}. Please add the file, or say with input.pattern which files belong together."
+            )
+        groups.append(Group(name, tuple(by[c][0] for c in channels), tuple(channels)))
+    return groups
+
+
+def in_order(channels: Iterable[str]) -> list[str]:
+    """Colours in the order red, green, blue, cyan ...; anything else by name, numbers by value."""
+    names = sorted(channels, key=natural_key)
+    for order in (COLOURS, ("r", "g", "b", "c", "m", "y")):
+        if all(name.lower() in order for name in names):
+            return sorted(names, key=lambda name: order.index(name.lower()))
+    return names
+
+
+def _normal(word: str) -> str:
+    return word.lower()
+
+
+def _field_name(key: str) -> str:
+    before, after = key.split("\0")
+    before, after = before.rstrip("_-. "), after.lstrip("_-. ")
+    return "_".join(part for part in (before, after) if part)
+
+
+def _stem(file: str) -> str:
+    name = PurePath(file).name
+    for ending in (".ome.tiff", ".ome.tif", ".ome.zarr"):
+        if name.lower().endswith(ending):
+            return name[: -len(ending)]
+    return PurePath(name).stem
+
+
+def unique_names(names: Iterable[str]) -> list[str]:
+    """File-system safe names, all different even where letter case does not count."""
+    taken: set[str] = set()
+    result = []
+    for name in names:
+        safe = base = safe_name(name)
+        number = 2
+        while safe.lower() in taken:
+            safe = f"{base}-{number}"
+            number += 1
+        taken.add(safe.lower())
+        result.append(safe)
+    return result

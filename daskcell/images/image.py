@@ -1,0 +1,145 @@
+"""`open_image` and `convert`: the public way to pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from daskcell.config import InputSettings
+from daskcell.errors import ImageError
+from daskcell.geometry import Box
+from daskcell.images.sources import Source, find_images
+
+if TYPE_CHECKING:
+    import dask.array as da
+
+BLOCK = 2048
+"""Side in pixels of the blocks of a lazily read file."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """A picture whose pixels are read when they are needed."""
+
+    data: da.Array
+    """``(C, Y, X)``."""
+    channels: tuple[str, ...]
+    pixel_size: tuple[float, float] | None
+    """``(y, x)`` in micrometres, or None where the file does not say."""
+    name: str
+    path: str
+    is_rgb: bool
+    """A colour picture of three channels, such as a stained slide; not three stains in three channels."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(C, Y, X)``."""
+        return self.data.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.data.dtype
+
+    def __repr__(self) -> str:
+        c, y, x = self.shape
+        return f"<Image {self.name}: {c} x {y} x {x} {self.dtype}, channels {', '.join(self.channels)}>"
+
+
+def open_image(
+    path: str | Path | Sequence[str | Path] | Source, settings: InputSettings | None = None
+) -> Image:
+    """Open any readable file, OME-Zarr image, or folder with one file per channel; pixels are read lazily.
+
+    Raises
+    ------
+    ImageError
+        If it cannot be read, or is several images.
+    """
+    if isinstance(path, Source):
+        source = path
+    else:
+        sources = find_images(path, settings)
+        if len(sources) > 1:
+            found = ", ".join(s.name for s in sources[:3])
+            raise ImageError(f"{path} holds {len(sources)} images ({found}, ...); please open one of them.")
+        source = sources[0]
+    reader = source.open()
+    try:
+        image = _lazy(source, reader)
+    finally:
+        reader.close()
+    return image
+
+
+def convert(src: str | Path | Sequence[str | Path] | Source, dst: str | Path, client: Any = None) -> Image:
+    """Write any readable image as OME-Zarr 0.5 at `dst` and open that.
+
+    Parameters
+    ----------
+    client
+        A Dask client to work on; None: this process.
+
+    Raises
+    ------
+    ImageError
+        If `src` cannot be read or is several images, or `dst` exists.
+    """
+    from daskcell.images.convert import convert_slide
+
+    workers = None
+    if client is not None:
+        from daskcell.compute import Workers
+
+        workers = Workers(client)
+    sources = [src] if isinstance(src, Source) else find_images(src)
+    if len(sources) > 1:
+        raise ImageError(
+            f"{src} holds {len(sources)} images; please convert them one by one, or use daskcell run."
+        )
+    convert_slide(sources[0], dst, workers)
+    return open_image(dst)
+
+
+def _lazy(source: Source, reader: Any) -> Image:
+    import dask.array as da
+    from dask.base import tokenize
+
+    identity = source.identity()
+    height, width = reader.levels[0]
+    step = [
+        min(length, max(-(-BLOCK // p) * p if p <= BLOCK else BLOCK, 1))
+        for length, p in zip((height, width), reader.piece, strict=True)
+    ]
+    if reader.piece[1] == width and reader.piece[0] < height:
+        step[1] = width  # strips: a block as wide as the picture decodes each once
+    chunks = da.core.normalize_chunks(
+        ((len(reader.channels),), step[0], step[1]),
+        shape=(len(reader.channels), height, width),
+        dtype=reader.dtype,
+    )
+    data = da.map_blocks(
+        _read_chunk,
+        source,
+        identity,
+        chunks=chunks,
+        dtype=reader.dtype,
+        meta=np.empty((0, 0, 0), reader.dtype),
+        name="image-" + tokenize(source, identity, step),
+    )
+    path = source.files[0] if len(source.files) == 1 else os.path.dirname(source.files[0])
+    return Image(data, reader.channels, reader.pixel_size, source.name, path, reader.is_rgb)
+
+
+def _read_chunk(source: Source, identity: str, block_info: Any = None) -> Any:
+    from daskcell.images.convert import cached_reader
+
+    (y0, y1), (x0, x1) = block_info[None]["array-location"][-2:]
+    return cached_reader(source, identity).read(0, Box(y0, x0, y1, x1))
+
+
+__all__ = ["Image", "convert", "open_image"]

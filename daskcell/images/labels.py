@@ -1,0 +1,188 @@
+"""Label images inside an OME-Zarr: created empty, written block by block, finished with their pyramid.
+
+A label image is listed for viewers (``labels/zarr.json``) only when it is finished, so a half-written one
+never looks whole; `read_labels` reads its blocks before that.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from daskcell.errors import ImageError, InputError
+from daskcell.geometry import Box, Grid
+from daskcell.images import store
+from daskcell.images.pyramid import halve_nearest, level_shapes, source_box
+
+CHUNK = store.CHUNK
+
+
+def create_labels(
+    path: str | Path,
+    name: str,
+    *,
+    block: int,
+    dtype: Any,
+    colors: Mapping[int, Sequence[int]] | None = None,
+    properties: Sequence[Mapping[str, Any]] | None = None,
+) -> None:
+    """An empty label image ``labels/<name>`` of the OME-Zarr image at `path`, with all its levels.
+
+    Parameters
+    ----------
+    block
+        Side in pixels of the files of every level: the blocks that `write_labels_block` takes.
+    dtype
+        An integer type; not of 64 bits, which viewers cannot show.
+    colors
+        Colour ``(r, g, b)`` or ``(r, g, b, a)`` of label values, 0 to 255.
+    properties
+        One mapping a label value, each with ``label-value``; with `colors`, for the same values.
+
+    A label image of that name that is already there is replaced.
+    """
+    from ome_zarr_models.v05.image_label import ImageLabelAttrs
+
+    dtype = np.dtype(dtype)
+    if dtype.kind not in "iu" or dtype.itemsize > 4:
+        raise InputError(f"Labels cannot be {dtype}; please use an integer type of at most 32 bits.")
+    info = store.image_info(path)
+    shapes = level_shapes(info.shape[1:])
+    entry: dict[str, Any] = {"source": {"image": "../../"}}
+    if colors:
+        entry["colors"] = [
+            {"label-value": int(value), "rgba": [*(int(v) for v in rgb), 255][:4]}
+            for value, rgb in colors.items()
+        ]
+    if properties:
+        entry["properties"] = [dict(p) for p in properties]
+    attributes = ImageLabelAttrs.model_validate(
+        {
+            "version": "0.5",
+            "multiscales": [
+                store.multiscales(name, shapes, info.pixel_size, "yx").model_dump(exclude_none=True)
+            ],
+            "image-label": entry,
+        }
+    )
+    labels = Path(path, "labels")
+    _list(labels, name, listed=False)
+    target = labels / name
+    if target.exists():
+        shutil.rmtree(target)
+    group = store.new_group(target)
+    chunk = _chunk(block)
+    for level, shape in enumerate(shapes):
+        shards = tuple(min(block, -(-side // chunk) * chunk) for side in shape)
+        store.create_level(group, level, shape, shards, (chunk, chunk), dtype)
+    group.attrs["ome"] = attributes.model_dump(by_alias=True, exclude_none=True, mode="json")
+
+
+def write_labels_block(path: str | Path, name: str, box: Box, array: NDArray) -> None:
+    """Write ``(h, w)`` labels into `box` of level 0, which must be whole files of it.
+
+    Raises
+    ------
+    InputError
+        If the box is not aligned, the array has another shape, or a value does not fit the dtype.
+    """
+    target = _opened_for_writing(path, name, 0)
+    shards = target.shards
+    assert shards is not None
+    store.assert_aligned(box, target.shape, shards)  # type: ignore[arg-type]
+    if array.shape != box.shape:
+        raise InputError(f"Labels of shape {array.shape} do not fill {box}, which has {box.shape}.")
+    if array.dtype != target.dtype:
+        if array.dtype.kind not in "iub":
+            raise InputError(f"Labels must be integers, not {array.dtype}.")
+        limits = np.iinfo(target.dtype)
+        low, high = int(array.min()), int(array.max())
+        if low < limits.min or high > limits.max:
+            raise InputError(
+                f"Label {high if high > limits.max else low} does not fit into {target.dtype} of '{name}'."
+            )
+        array = array.astype(target.dtype)
+    target[box.slices] = array
+
+
+def read_labels(path: str | Path, name: str, box: Box, level: int = 0) -> NDArray:
+    """Labels ``(h, w)`` of `box`, which must lie inside the level."""
+    return _opened_labels(path, name).read(level, box)[0]
+
+
+def build_label_pyramid(path: str | Path, name: str, workers: Any = None) -> None:
+    """Write the smaller levels of a label image (nearest pixel) and list it as finished.
+
+    Each file is written once, by one task; `workers` as `compute.Workers`, or None for this process.
+    """
+    from daskcell.images.convert import run_tasks
+
+    group = Path(path, "labels", name)
+    image = _opened_labels(path, name)
+    for level in range(1, len(image.levels)):
+        shards = image.arrays[level].shards
+        assert shards is not None
+        grid = Grid(_edges(image.levels[level][0], shards[-2]), _edges(image.levels[level][1], shards[-1]))
+        tasks = (((level, *i), downscale_shard, (str(group), level, grid.core(i), "nearest")) for i in grid)
+        for _ in run_tasks(workers, tasks):
+            pass
+    _list(Path(path, "labels"), name, listed=True)
+
+
+def downscale_shard(group: str, level: int, box: Box, method: str) -> None:
+    """Write one file of a level from the level before, a strip of chunks at a time in memory."""
+    from daskcell.images.pyramid import halve_mean
+
+    halve: Callable[[NDArray], NDArray] = halve_mean if method == "mean" else halve_nearest
+    before = store.writable(group, level - 1)
+    target = store.writable(group, level)
+    shape = before.shape[-2:]
+    out = np.empty((*target.shape[:-2], *box.shape), target.dtype)
+    for y0 in range(box.y0, box.y1, CHUNK):
+        strip = Box(y0, box.x0, min(y0 + CHUNK, box.y1), box.x1)
+        out[(..., *strip.within(box))] = halve(np.asarray(before[(..., *source_box(strip, shape).slices)]))
+    store.assert_aligned(box, target.shape[-2:], (target.shards or target.chunks)[-2:])
+    target[(..., *box.slices)] = out
+
+
+def _edges(length: int, step: int) -> tuple[int, ...]:
+    return (*range(0, length, step), length)
+
+
+def _chunk(block: int) -> int:
+    """The largest divisor of `block` up to `CHUNK`; a block without a good one is a single chunk."""
+    chunk = next(block // n for n in range(1, block + 1) if block % n == 0 and block // n <= CHUNK)
+    return chunk if chunk >= 64 else block
+
+
+def _opened_labels(path: str | Path, name: str) -> store.OmeZarr:
+    group = Path(path, "labels", name)
+    if not group.is_dir():
+        raise ImageError(f"{path} holds no labels '{name}'.")
+    return store.opened(group)
+
+
+def _opened_for_writing(path: str | Path, name: str, level: int) -> zarr.Array:
+    group = str(Path(path, "labels", name))
+    if not Path(group).is_dir():
+        raise ImageError(f"{path} holds no labels '{name}'.")
+    return _writable(group, level, store.stamp(group))
+
+
+@lru_cache(maxsize=8)
+def _writable(group: str, level: int, stamp: tuple[int, ...]) -> zarr.Array:
+    return store.writable(group, level)
+
+
+def _list(labels: Path, name: str, *, listed: bool) -> None:
+    """Enter a name into, or take it out of, the list of finished label images."""
+    group = zarr.open_group(str(labels), mode="a", zarr_format=3)
+    names = [n for n in dict(group.attrs).get("ome", {}).get("labels", []) if n != name]
+    group.attrs["ome"] = {"version": "0.5", "labels": [*names, name] if listed else names}

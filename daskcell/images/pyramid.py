@@ -1,0 +1,60 @@
+"""Smaller and smaller copies of a picture: their shapes, and the two ways of halving.
+
+Pure arrays and integers. Every level has half the side of the one before, rounded up, so that no pixel of an
+odd side is lost; pixel ``(i, j)`` of a level covers pixels ``2i..2i+1, 2j..2j+1`` of the one before.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from daskcell.geometry import Box
+
+SMALLEST = 1024
+"""Levels are added until both sides are below this."""
+
+
+def level_shapes(shape: tuple[int, int]) -> list[tuple[int, int]]:
+    """Height and width of every level, the picture itself first."""
+    shapes = [shape]
+    while max(shapes[-1]) >= SMALLEST:
+        y, x = shapes[-1]
+        shapes.append(((y + 1) // 2, (x + 1) // 2))
+    return shapes
+
+
+def source_box(box: Box, shape: tuple[int, int]) -> Box:
+    """The part of a level of `shape` that becomes `box` of the next."""
+    return Box(2 * box.y0, 2 * box.x0, 2 * box.y1, 2 * box.x1).clip(shape)
+
+
+def halve_mean(array: NDArray) -> NDArray:
+    """Mean of every 2 x 2 pixels of ``(..., Y, X)``; of 2 or 1 pixels at an odd border.
+
+    Integers are rounded half up, so that the result depends on nothing but the four pixels. Same dtype.
+    """
+    y, x = array.shape[-2:]
+    if y % 2 or x % 2:
+        # Repeating the last row leaves the mean of the pixels that are there.
+        array = np.pad(array, [(0, 0)] * (array.ndim - 2) + [(0, y % 2), (0, x % 2)], mode="edge")
+    if array.dtype.kind == "f":
+        wide = np.promote_types(array.dtype, np.float32)
+    elif array.dtype.itemsize <= 2:
+        wide = np.dtype(np.int32)
+    else:
+        wide = np.dtype(np.int64)
+    total = array[..., 0::2, 0::2].astype(wide)
+    for rows, columns in ((0, 1), (1, 0), (1, 1)):
+        total += array[..., rows::2, columns::2]
+    if array.dtype.kind == "f":
+        total *= wide.type(0.25)
+    else:
+        total += 2
+        total >>= 2
+    return total.astype(array.dtype)
+
+
+def halve_nearest(array: NDArray) -> NDArray:
+    """The first pixel of every 2 x 2 of ``(..., Y, X)``: labels keep their values."""
+    return np.ascontiguousarray(array[..., ::2, ::2])

@@ -1,0 +1,128 @@
+"""Reading any microscope file: one small protocol, one module per kind of file.
+
+A reader is opened on the worker that reads and is never pickled. Which reader opens a file is decided by the
+file's content, in this order: readers registered by other packages under the entry point group
+``daskcell.readers`` (``matches(path, head) -> bool``, ``open(path, t=, z=) -> Reader``), then the ones here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from daskcell.errors import DaskcellError, ImageError
+from daskcell.geometry import Box
+
+ZChoice = int | Literal["max"]
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """One picture, opened: ``(C, Y, X)`` at one time point and one plane (or the maximum over planes)."""
+
+    name: str
+    axes: str
+    """Axes of the file, such as ``TCZYX``; S are the samples of a colour picture."""
+    levels: tuple[tuple[int, int], ...]
+    """Height and width of every level in the file, the largest first."""
+    channels: tuple[str, ...]
+    pixel_size: tuple[float, float] | None
+    """``(y, x)`` in micrometres at the first level, where the file says."""
+    dtype: np.dtype
+    is_rgb: bool
+    sizes: dict[str, int]
+    """Number of time points and planes: ``{"t": 1, "z": 1}``."""
+    piece: tuple[int, int]
+    """Height and width of what the file can give at once (its tiles or strips): read in multiples of it."""
+
+    def read(self, level: int, box: Box) -> NDArray:
+        """Pixels ``(C, h, w)`` of `box`, which lies inside the level."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Kind(Protocol):
+    """A kind of file; modules serve as kinds."""
+
+    def matches(self, path: str, head: bytes) -> bool: ...
+
+    def open(self, path: str, *, t: int = 0, z: ZChoice = "max") -> Reader: ...
+
+
+@cache
+def kinds() -> tuple[Any, ...]:
+    """All kinds of files that can be read; those of other packages come first."""
+    from daskcell.images.readers import omezarr, picture, tiff
+
+    registered = []
+    for point in entry_points(group="daskcell.readers"):
+        registered.append(point.load())
+    return (*registered, omezarr, tiff, picture)
+
+
+def open_reader(path: str | Path, *, t: int = 0, z: ZChoice = "max") -> Reader:
+    """Open a file (or OME-Zarr folder) for reading.
+
+    Raises
+    ------
+    ImageError
+        One sentence: which file, and why it cannot be read.
+    """
+    path = os.fspath(path)
+    head = _head(path)
+    for kind in kinds():
+        if kind.matches(path, head):
+            return guarded(path, lambda kind=kind: kind.open(path, t=t, z=z))
+    raise ImageError(f"Cannot read {path}: {_what(path, head)}.")
+
+
+def guarded(path: str, action: Callable[[], Any]) -> Any:
+    """Run `action`; whatever a codec throws becomes one sentence that names the file."""
+    try:
+        return action()
+    except DaskcellError:
+        raise
+    except MemoryError:
+        raise ImageError(f"Cannot read {path}: it claims a picture larger than the memory.") from None
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ImageError(f"Cannot read {path}: damaged or not supported ({reason}).") from error
+
+
+def _head(path: str) -> bytes:
+    try:
+        if os.path.isdir(path):
+            return b""
+        with open(path, "rb") as file:
+            return file.read(512)
+    except OSError as error:
+        raise ImageError(f"Cannot read {path}: {error.strerror or error}.") from None
+
+
+def _what(path: str, head: bytes) -> str:
+    if os.path.isdir(path):
+        return "the folder is not an OME-Zarr image"
+    if not head:
+        return "the file is empty"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, not the picture itself (run 'git lfs pull')"
+    if not any(head):
+        return "it begins with nothing but zeros and is no picture"
+    if head.startswith(b"\x1f\x8b"):
+        return "it is compressed with gzip; please unpack it"
+    if head.startswith(b"PK"):
+        return "it is a zip archive; please unpack it"
+    text = head.lstrip().lower()
+    if text.startswith((b"<!doctype html", b"<html")):
+        return "it is a web page (perhaps an error page of a download), not a picture"
+    if all(byte in b"\t\n\r\f" or 32 <= byte < 127 for byte in head):
+        return "it is a text file, not a picture"
+    return "it is no kind of picture daskcell knows (TIFF, PNG, JPEG, OME-Zarr)"

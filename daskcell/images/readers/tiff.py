@@ -1,0 +1,395 @@
+"""TIFF and what is built on it: OME-TIFF, BigTIFF, ImageJ, SVS, NDPI, SCN, QPTIFF, through tifffile.
+
+Reads only the tiles or strips that a box touches. What the file stores is turned into intensities:
+
+- orientation tags are honoured, alpha is left out, one bit becomes 0 and 1, float16 becomes float32;
+- pictures where 0 is white are inverted, so that larger is brighter;
+- a palette that is a ramp (grey, green, "fire") is a way of showing: its indices are the intensities and are
+  kept; any other palette is expanded to red, green and blue (`is_ramp`).
+
+Of a file with several pictures (slide, label, thumbnail) the largest is read. Pages that nobody names are
+channels up to `PAGES_AS_CHANNELS` of them, and planes of a stack beyond.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+
+from daskcell.errors import ImageError, InputError
+from daskcell.geometry import Box
+from daskcell.images.readers import ZChoice, guarded, tiffmeta
+
+PAGES_AS_CHANNELS = 8
+CACHE_BYTES = 64 * 2**20
+"""Decoded strips kept, so that neighbouring boxes do not decode them again."""
+
+_WHITE_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR, _LAB = 0, 2, 3, 5, 6, 8
+_JPEG = {6, 7, 34892, 33007}
+
+# tifffile reports what is wrong with a file on its logger; here it becomes an error or does not matter.
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+
+
+def matches(path: str, head: bytes) -> bool:
+    return head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+def open(path: str, *, t: int = 0, z: ZChoice = "max") -> TiffReader:
+    return TiffReader(path, t=t, z=z)
+
+
+def is_ramp(colormap: NDArray) -> bool:
+    """Whether a palette ``(3, n)`` only shows intensities: luminance never falls and steps are small.
+
+    True for grey ramps, single colours and the common look-up tables of fluorescence; False for the palettes
+    of pictures reduced to few colours, whose neighbouring entries have nothing to do with each other.
+    """
+    palette = colormap.astype(np.float64)
+    n = palette.shape[1]
+    span = palette.max() - palette.min()
+    if n < 2 or span == 0:
+        return True
+    luminance = np.array([0.299, 0.587, 0.114]) @ palette
+    rises = np.diff(luminance)
+    largest_step = np.abs(np.diff(palette, axis=1)).max()
+    # A ramp that is straight takes steps of span / (n - 1); bent ones take a few times that. Two entries are
+    # black and white in any order but the inverted one.
+    return bool((rises >= -0.01 * span).all() and luminance[-1] > luminance[0]) and bool(
+        largest_step <= max(6 * span / (n - 1), 0.04 * span)
+    )
+
+
+class TiffReader:
+    """The largest picture of a TIFF file, at one time point."""
+
+    def __init__(self, path: str, t: int = 0, z: ZChoice = "max") -> None:
+        self.path = path
+        self.name = (
+            Path(path).name.split(".")[0]
+            if path.lower().endswith((".ome.tif", ".ome.tiff"))
+            else Path(path).stem
+        )
+        self.file = tifffile.TiffFile(path)
+        try:
+            self._open(t, z)
+        except BaseException:
+            self.file.close()
+            raise
+
+    def _open(self, t: int, z: ZChoice) -> None:
+        tiffmeta.check_description(self.file, self.path)
+        if not self.file.series:
+            raise ImageError(f"Cannot read {self.path}: the TIFF file holds no picture.")
+        sizes = [math.prod(_yx(series)) for series in self.file.series]
+        series = self.file.series[sizes.index(max(sizes))]
+        self.series = series
+        self.axes = series.axes
+        self.keyframe = keyframe = series.keyframe
+        self._check_page_kind(keyframe)
+        self._lay_out(series)
+        self._choose(t, z)
+        self.orientation = int(keyframe.tags.valueof(274, 1) or 1)
+        if self.orientation not in range(1, 9):
+            self.orientation = 1
+        self.stored_levels = [_yx(series)]
+        self.level_series = [series]
+        for level in series.levels[1:]:
+            if level.axes == series.axes and level.shape[: self.leading] == series.shape[: self.leading]:
+                self.stored_levels.append(_yx(level))
+                self.level_series.append(level)
+        swapped = self.orientation >= 5
+        self.levels = tuple((x, y) if swapped else (y, x) for y, x in self.stored_levels)
+        for level in self.level_series:
+            self._check_data(level)
+        self._set_colours()
+        size = tiffmeta.pixel_size(self.file, keyframe)
+        self.pixel_size = size[::-1] if size and swapped else size
+        names = tiffmeta.channel_names(self.file, self.count)
+        if names is not None and not self.is_rgb:
+            self.channels = names
+        piece = keyframe.chunks[:2]
+        self.piece = (piece[1], piece[0]) if swapped else (piece[0], piece[1])
+        self.is_tiled = bool(keyframe.is_tiled)
+        self._strips: OrderedDict[tuple[int, int, int], NDArray] = OrderedDict()
+
+    def _check_page_kind(self, page: Any) -> None:
+        if page.dtype is None:
+            raise ImageError(
+                f"Cannot read {self.path}: pixels of {page.bitspersample} bits are not supported."
+            )
+        if min(page.imagelength, page.imagewidth) < 1 or 0 in page.shaped:
+            raise ImageError(f"Cannot read {self.path}: its picture has no pixels ({page.shape}).")
+        if page.imagedepth > 1:
+            raise ImageError(f"Cannot read {self.path}: volumes within one page are not supported.")
+        if page.dtype.kind not in "buif" or (page.dtype.kind in "iu" and page.dtype.itemsize > 4):
+            raise ImageError(f"Cannot read {self.path}: pixels of type {page.dtype} are not intensities.")
+
+    def _lay_out(self, series: Any) -> None:
+        """Which pages are which channel, plane and time point."""
+        page_axes = self.keyframe.axes
+        self.leading = len(series.axes) - len(page_axes)
+        self.samples = self.keyframe.samplesperpixel
+        if self.leading < 0:
+            raise ImageError(
+                f"Cannot read {self.path}: axes {series.axes} do not fit its pages ({page_axes})."
+            )
+        self.lengths = dict(zip(series.axes[: self.leading], series.shape[: self.leading], strict=True))
+        if len(self.lengths) != self.leading:
+            raise ImageError(f"Cannot read {self.path}: axes {series.axes} are ambiguous.")
+        roles = {axis: axis.lower() for axis in self.lengths if axis in "CZT"}
+        for axis, length in self.lengths.items():
+            if axis in roles:
+                continue
+            for role in ("c", "z", "t") if length <= PAGES_AS_CHANNELS else ("z", "t", "c"):
+                if role not in roles.values():
+                    roles[axis] = role
+                    break
+            else:
+                raise ImageError(
+                    f"Cannot read {self.path}: axes {series.axes} are more than channel, z and time."
+                )
+        self.roles = roles
+        by_role = {role: self.lengths[axis] for axis, role in roles.items()}
+        self.sizes = {"t": by_role.get("t", 1), "z": by_role.get("z", 1)}
+        self.page_channels = by_role.get("c", 1)
+        self.count = self.page_channels * self.samples
+
+    def _choose(self, t: int, z: ZChoice) -> None:
+        if not 0 <= t < self.sizes["t"]:
+            raise InputError(f"{self.path} has {self.sizes['t']} time points; there is none with number {t}.")
+        if z != "max" and not 0 <= z < self.sizes["z"]:
+            raise InputError(f"{self.path} has {self.sizes['z']} planes; there is none with number {z}.")
+        self.t = t
+        self.planes = range(self.sizes["z"]) if z == "max" else range(z, z + 1)
+
+    def _page_number(self, channel: int, z: int) -> int:
+        number = 0
+        at = {"t": self.t, "z": z, "c": channel}
+        for axis, length in self.lengths.items():
+            number = number * length + at[self.roles[axis]]
+        return number
+
+    def _check_data(self, series: Any) -> None:
+        """Refuse a file whose data cannot all be there; nothing is decoded."""
+        expected = math.prod(series.shape[: self.leading])
+        key = series.keyframe
+        self._check_page_kind(key)
+        if series.dataoffset is not None:
+            size = math.prod(series.shape) * key.dtype.itemsize
+            if series.dataoffset + size > self.file.filehandle.size:
+                raise ImageError(f"Cannot read {self.path}: the file is truncated.")
+            return
+        if len(series.pages) != expected:
+            raise ImageError(
+                f"Cannot read {self.path}: it should hold {expected} pages by its metadata, but holds "
+                f"{len(series.pages)}."
+            )
+        total = math.prod(series.shape) * key.dtype.itemsize
+        if total > 2**31 and total > 20_000 * self.file.filehandle.size:
+            raise ImageError(
+                f"Cannot read {self.path}: it claims a picture of {total / 2**30:.0f} GiB in a file of "
+                f"{self.file.filehandle.size} bytes."
+            )
+        missing = sum(page is None for page in series.pages)
+        if missing:
+            raise ImageError(
+                f"Cannot read {self.path}: {missing} of {expected} pages are not there, or in a "
+                "file that is missing."
+            )
+        for page in series.pages:
+            self._check_segments(page)
+
+    def _check_segments(self, page: Any) -> None:
+        key = page.keyframe
+        segments = math.prod(key.chunked)
+        offsets, counts = page.dataoffsets, page.databytecounts
+        if len(offsets) < segments or len(counts) < segments:
+            raise ImageError(
+                f"Cannot read {self.path}: {segments - min(len(offsets), len(counts))} of {segments} "
+                "pieces are missing."
+            )
+        end = page.parent.filehandle.size
+        for offset, count in zip(offsets[:segments], counts[:segments], strict=True):
+            if offset == 0 and count == 0:
+                continue  # a legal empty tile: zeros
+            if count == 0 or offset == 0:
+                raise ImageError(f"Cannot read {self.path}: a piece of the picture is empty (0 bytes).")
+            if offset + count > end:
+                raise ImageError(f"Cannot read {self.path}: the file is truncated.")
+
+    def _set_colours(self) -> None:
+        page = self.keyframe
+        photometric, dtype = int(page.photometric), page.dtype
+        self.colormap: NDArray | None = None
+        self.invert_from: int | None = None
+        self.keep = list(range(self.samples))
+        for k, kind in enumerate(page.extrasamples or ()):
+            sample = self.samples - len(page.extrasamples) + k
+            if int(kind) in (1, 2) and sample > 0:
+                self.keep.remove(sample)
+        self.count = self.page_channels * len(self.keep)
+        self.is_rgb = False
+        self.channels = tuple(f"channel {i + 1}" for i in range(self.count)) if self.count > 1 else ("grey",)
+        if photometric == _PALETTE and self.samples == 1 and page.colormap is not None and dtype.kind in "bu":
+            if not is_ramp(page.colormap):
+                colours = page.colormap
+                self.colormap = (colours >> 8 if colours.max() > 255 else colours).astype(np.uint8)
+                dtype = np.dtype(np.uint8)
+                self.count = 3 * self.page_channels
+                self.is_rgb = self.page_channels == 1
+        elif photometric == _WHITE_IS_ZERO and dtype.kind in "bu":
+            self.invert_from = 1 if dtype.kind == "b" else 2**page.bitspersample - 1
+        elif photometric in (_RGB, _YCBCR) and self.page_channels == 1 and len(self.keep) == 3:
+            self.is_rgb = dtype in (np.uint8, np.uint16)
+        if self.is_rgb or (photometric in (_RGB, _YCBCR) and self.count == 3):
+            self.channels = ("red", "green", "blue")
+        elif photometric == _CMYK and self.count == 4:
+            self.channels = ("cyan", "magenta", "yellow", "black")
+        elif photometric == _LAB and self.count == 3:
+            self.channels = ("lightness", "a", "b")
+        elif self.colormap is not None:
+            self.channels = tuple(
+                f"page {i // 3 + 1} {['red', 'green', 'blue'][i % 3]}" for i in range(self.count)
+            )
+        self.stored_dtype = page.dtype
+        self.dtype = np.dtype({"?": np.uint8, "e": np.float32}.get(dtype.char, dtype.newbyteorder("=")))
+
+    def read(self, level: int, box: Box) -> NDArray:
+        """Pixels ``(C, h, w)`` of `box`, which lies inside the level."""
+        if box & Box(0, 0, *self.levels[level]) != box or box.is_empty:
+            raise InputError(
+                f"{box} is not inside level {level} of {self.path}, which has {self.levels[level]} pixels."
+            )
+        return guarded(self.path, lambda: self._read(level, box))
+
+    def _read(self, level: int, box: Box) -> NDArray:
+        o = self.orientation
+        height, width = self.stored_levels[level]
+        flip_y, flip_x, swap = o in (3, 4, 6, 7), o in (2, 3, 7, 8), o >= 5
+        y0, x0, y1, x1 = (box.x0, box.y0, box.x1, box.y1) if swap else (box.y0, box.x0, box.y1, box.x1)
+        if flip_y:
+            y0, y1 = height - y1, height - y0
+        if flip_x:
+            x0, x1 = width - x1, width - x0
+        stored = Box(y0, x0, y1, x1)
+        out = np.empty((self.count, *box.shape), self.dtype)
+        per_page = self.count // self.page_channels
+        for channel in range(self.page_channels):
+            pixels: NDArray | None = None
+            for z in self.planes:
+                plane = self._intensities(self._read_page(level, self._page_number(channel, z), stored))
+                pixels = plane if pixels is None else np.maximum(pixels, plane)
+            assert pixels is not None
+            pixels = pixels[:, :: -1 if flip_y else 1, :: -1 if flip_x else 1]
+            out[channel * per_page : (channel + 1) * per_page] = pixels.swapaxes(1, 2) if swap else pixels
+        return out
+
+    def _intensities(self, pixels: NDArray) -> NDArray:
+        """Stored samples ``(S, h, w)`` to channels."""
+        if self.colormap is not None:
+            return self.colormap[:, pixels[0].astype(np.intp)]
+        if len(self.keep) != self.samples:
+            pixels = pixels[self.keep]
+        pixels = pixels.astype(self.dtype, copy=False)
+        return pixels if self.invert_from is None else self.dtype.type(self.invert_from) - pixels
+
+    def _read_page(self, level: int, number: int, box: Box) -> NDArray:
+        """Stored samples ``(S, h, w)`` of a part of one page."""
+        series = self.level_series[level]
+        key = series.keyframe
+        planar = key.planarconfig == 2 and self.samples > 1
+        if series.dataoffset is not None:
+            return self._read_raw(series, number, box, planar)
+        page = series.pages[number]
+        out = np.zeros((self.samples, *box.shape), self.stored_dtype)
+        if key.nodata:
+            out[:] = key.nodata
+        height, width = key.chunks[:2]
+        down, across = math.ceil(key.imagelength / height), math.ceil(key.imagewidth / width)
+        for plane in range(self.samples if planar else 1):
+            for i in range(box.y0 // height, -(-box.y1 // height)):
+                for j in range(box.x0 // width, -(-box.x1 // width)):
+                    index = (plane * down + i) * across + j
+                    piece = self._segment(page, level, number, index)
+                    if piece is None:
+                        continue
+                    covers = Box(
+                        i * height, j * width, i * height + piece.shape[0], j * width + piece.shape[1]
+                    )
+                    part = covers & box
+                    pixels = piece[part.within(covers)]
+                    rows, columns = part.within(box)
+                    if planar:
+                        out[plane, rows, columns] = pixels[..., 0]
+                    else:
+                        out[:, rows, columns] = np.moveaxis(pixels, 2, 0)
+        return out
+
+    def _segment(self, page: Any, level: int, number: int, index: int) -> NDArray | None:
+        """One decoded tile or strip ``(h, w, samples)``; None for an empty one."""
+        name = (level, number, index)
+        if name in self._strips:
+            self._strips.move_to_end(name)
+            return self._strips[name]
+        key = page.keyframe
+        offset, count = page.dataoffsets[index], page.databytecounts[index]
+        if count == 0:
+            return None
+        handle = page.parent.filehandle
+        if handle.closed:  # files of a multi-file OME-TIFF are closed between reads
+            handle.open()
+        handle.seek(offset)
+        data = handle.read(count)
+        if len(data) != count:
+            raise ImageError(f"Cannot read {self.path}: the file is truncated.")
+        options: dict[str, Any] = {}
+        if int(key.compression) in _JPEG:
+            options = {"jpegtables": page.jpegtables, "jpegheader": key.jpegheader}
+        decoded, _, _ = key.decode(data, index, **options)
+        piece = decoded.reshape(decoded.shape[-3:])
+        if not key.is_tiled and decoded.nbytes <= CACHE_BYTES // 2:
+            self._strips[name] = piece
+            while sum(strip.nbytes for strip in self._strips.values()) > CACHE_BYTES:
+                self._strips.popitem(last=False)
+        return piece
+
+    def _read_raw(self, series: Any, number: int, box: Box, planar: bool) -> NDArray:
+        """Part of a page of a file whose pixels lie uncompressed one after another."""
+        key = series.keyframe
+        dtype = np.dtype(self.file.byteorder + key.dtype.char)
+        height, width = _yx(series)
+        inner = 1 if planar else self.samples
+        row = width * inner * dtype.itemsize
+        out = np.empty((self.samples, *box.shape), self.stored_dtype)
+        for plane in range(self.samples if planar else 1):
+            first = (number * (self.samples if planar else 1) + plane) * height + box.y0
+            self.file.filehandle.seek(series.dataoffset + first * row)
+            data = self.file.filehandle.read((box.y1 - box.y0) * row)
+            if len(data) != (box.y1 - box.y0) * row:
+                raise ImageError(f"Cannot read {self.path}: the file is truncated.")
+            rows = np.frombuffer(data, dtype).reshape(-1, width, inner)[:, box.x0 : box.x1]
+            if planar:
+                out[plane] = rows[..., 0]
+            else:
+                out[:] = np.moveaxis(rows, 2, 0)
+        return out
+
+    def close(self) -> None:
+        self._strips.clear()
+        self.file.close()
+
+    def __repr__(self) -> str:
+        return f"<TiffReader {os.path.basename(self.path)} {self.axes} {self.levels[0]} {self.dtype}>"
+
+
+def _yx(series: Any) -> tuple[int, int]:
+    return series.keyframe.imagelength, series.keyframe.imagewidth

@@ -1,0 +1,131 @@
+"""What a TIFF file says about its pixels: their size in micrometres and the names of the channels."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+from xml.etree import ElementTree
+
+from daskcell.errors import ImageError
+
+LARGEST_PIXEL_UM = 20.0
+"""Resolution tags that say more are those of a screen or printer (72 dpi is 353 um), not of a microscope."""
+
+_UM = {
+    "m": 1e6,
+    "cm": 1e4,
+    "mm": 1e3,
+    "um": 1.0,
+    "µm": 1.0,
+    "μm": 1.0,
+    "\\u00b5m": 1.0,
+    "micron": 1.0,
+    "microns": 1.0,
+    "micrometer": 1.0,
+    "nm": 1e-3,
+    "å": 1e-4,
+    "pm": 1e-6,
+    "inch": 25400.0,
+    "in": 25400.0,
+}
+
+
+def check_description(file: Any, path: str) -> None:
+    """Refuse OME-XML that cannot be read: which pages are which channel is not known then."""
+    text = file.pages[0].description
+    if "<OME" in text[:2000] or "openmicroscopy.org" in text[:2000]:
+        try:
+            ElementTree.fromstring(text)
+        except ElementTree.ParseError as error:
+            raise ImageError(f"Cannot read {path}: its OME metadata is broken ({error}).") from None
+
+
+def pixel_size(file: Any, page: Any) -> tuple[float, float] | None:
+    """``(y, x)`` in micrometres, from OME-XML, ImageJ, Aperio or resolution tags; None if none is sound."""
+    return (
+        _sound(_ome_size(file))
+        or _sound(_imagej_size(file, page))
+        or _sound(_aperio_size(page))
+        or _sound(_tag_size(page))
+    )
+
+
+def channel_names(file: Any, count: int) -> tuple[str, ...] | None:
+    """Names of the channels where OME-XML or ImageJ give one to each of `count`, all different."""
+    names: list[str] = []
+    pixels = _ome_pixels(file)
+    if pixels is not None:
+        names = [c.get("Name") or c.get("Fluor") or "" for c in pixels if c.tag.endswith("}Channel")]
+    elif file.is_imagej:
+        labels = (file.imagej_metadata or {}).get("Labels") or []
+        names = [str(label).strip() for label in labels] if len(labels) == count else []
+    if len(names) != count or not all(names) or len(set(names)) != count:
+        return None
+    return tuple(names)
+
+
+def _sound(size: tuple[float, float] | None) -> tuple[float, float] | None:
+    if size is None or not all(math.isfinite(s) and 1e-5 < s < 1e4 for s in size):
+        return None
+    return float(f"{size[0]:.6g}"), float(f"{size[1]:.6g}")
+
+
+def _ome_pixels(file: Any) -> Any:
+    text = file.ome_metadata
+    if not text:
+        return None
+    try:
+        root = ElementTree.fromstring(text)
+    except ElementTree.ParseError:
+        return None
+    return next((e for e in root.iter() if e.tag.endswith("}Pixels")), None)
+
+
+def _ome_size(file: Any) -> tuple[float, float] | None:
+    pixels = _ome_pixels(file)
+    if pixels is None:
+        return None
+    sizes = []
+    for axis in "YX":
+        factor = _UM.get(pixels.get(f"PhysicalSize{axis}Unit", "um").lower())
+        try:
+            sizes.append(float(pixels.get(f"PhysicalSize{axis}")) * (factor or math.nan))
+        except (TypeError, ValueError):
+            return None
+    return sizes[0], sizes[1]
+
+
+def _imagej_size(file: Any, page: Any) -> tuple[float, float] | None:
+    if not file.is_imagej:
+        return None
+    factor = _UM.get(str((file.imagej_metadata or {}).get("unit", "")).lower())
+    resolution = _resolution(page)
+    if factor is None or resolution is None:
+        return None
+    return factor / resolution[0], factor / resolution[1]
+
+
+def _aperio_size(page: Any) -> tuple[float, float] | None:
+    found = re.search(r"\bMPP\s*=\s*([0-9.]+)", page.description or "")
+    return (float(found[1]),) * 2 if found and found[1].count(".") <= 1 else None  # type: ignore[return-value]
+
+
+def _tag_size(page: Any) -> tuple[float, float] | None:
+    factor = {2: 25400.0, 3: 1e4}.get(int(page.tags.valueof(296, 1) or 1))
+    resolution = _resolution(page)
+    if factor is None or resolution is None:
+        return None
+    size = factor / resolution[0], factor / resolution[1]
+    return size if max(size) <= LARGEST_PIXEL_UM else None
+
+
+def _resolution(page: Any) -> tuple[float, float] | None:
+    """Pixels per unit ``(y, x)``."""
+    values = []
+    for tag in (283, 282):
+        value = page.tags.valueof(tag)
+        if not isinstance(value, tuple) or len(value) != 2 or not value[0] or not value[1]:
+            return None
+        values.append(value[0] / value[1])
+    return values[0], values[1]

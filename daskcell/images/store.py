@@ -1,0 +1,290 @@
+"""OME-Zarr on disk: creating its arrays, its metadata, and reading parts of it.
+
+The meeting point of all stages. Knows neither microscope files (`readers`) nor labels (`labels`).
+An image is a Zarr group with one ``(C, Y, X)`` array a level, ``0`` the largest, sharded: a shard is the unit
+of work, written whole and once by one task (zarr has no locks: two tasks in one shard lose data,
+zarr-python#3682).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from daskcell.errors import ImageError, InputError
+from daskcell.geometry import Box
+from daskcell.images.pyramid import level_shapes
+
+CHUNK = 512
+"""Side in pixels of the pieces a viewer reads."""
+SHARD = 4096
+"""Largest side in pixels of a file."""
+SHARD_BYTES = 256 * 2**20
+"""Largest file before compression: with many channels, files have shorter sides."""
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """What an OME-Zarr image is, without its pixels."""
+
+    shape: tuple[int, int, int]
+    """``(C, Y, X)``."""
+    dtype: np.dtype
+    channels: tuple[str, ...]
+    pixel_size: tuple[float, float] | None
+    """``(y, x)`` in micrometres."""
+    is_rgb: bool
+    """A colour picture of three channels, such as a stained slide; not three stains in three channels."""
+    levels: tuple[tuple[int, int], ...]
+    """Height and width of every level, the largest first."""
+    labels: tuple[str, ...] = ()
+    """Finished label images."""
+
+    def __repr__(self) -> str:
+        c, y, x = self.shape
+        return f"<ImageInfo {c} x {y} x {x} {self.dtype}, channels {', '.join(self.channels)}>"
+
+
+def shard_shape(
+    channels: int, shape: tuple[int, int], dtype: Any, largest: int = SHARD
+) -> tuple[int, int, int]:
+    """Sides of one file ``(C, Y, X)``: as large as the image and `SHARD_BYTES` allow, in whole chunks."""
+    side = largest
+    while side > CHUNK and channels * side * side * np.dtype(dtype).itemsize > SHARD_BYTES:
+        side //= 2
+    y, x = (min(side, -(-length // CHUNK) * CHUNK) for length in shape)
+    return channels, y, x
+
+
+def create_level(
+    group: zarr.Group,
+    level: int,
+    shape: Sequence[int],
+    shards: Sequence[int],
+    chunks: Sequence[int],
+    dtype: Any,
+) -> zarr.Array:
+    """An empty array for one level; axes are ``c, y, x`` or ``y, x``."""
+    return group.create_array(
+        str(level),
+        shape=tuple(shape),
+        shards=tuple(shards),
+        chunks=tuple(chunks),
+        dtype=dtype,
+        fill_value=0,
+        compressors=zarr.codecs.BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle"),
+        dimension_names=["c", "y", "x"][-len(shape) :],
+        # A file that is absent must mean "not written", never "all zero".
+        config={"write_empty_chunks": True},
+    )
+
+
+def multiscales(
+    name: str, shapes: Sequence[tuple[int, int]], pixel_size: tuple[float, float] | None, axes: str
+) -> Any:
+    """The ``multiscales`` entry of OME-Zarr 0.5; the scale is 1, without unit, where none is known."""
+    from ome_zarr_models.v05.axes import Axis
+    from ome_zarr_models.v05.multiscales import Dataset, Multiscale
+
+    unit = "micrometer" if pixel_size else None
+    y, x = pixel_size or (1.0, 1.0)
+    kinds = {"c": Axis(name="c", type="channel", unit=None)}
+    for axis in "yx":
+        kinds[axis] = Axis(name=axis, type="space", unit=unit)
+    return Multiscale(
+        axes=tuple(kinds[axis] for axis in axes),
+        datasets=tuple(
+            Dataset.build(
+                path=str(level),
+                scale=[1.0] * (len(axes) - 2) + [y * 2**level, x * 2**level],
+                translation=None,
+            )
+            for level in range(len(shapes))
+        ),
+        name=name,
+        type="mean" if "c" in axes else "nearest",
+    )
+
+
+class OmeZarr:
+    """An OME-Zarr image (0.4 or 0.5), opened for reading; a small thing that is kept once per process.
+
+    Of a ``t`` or ``z`` axis the first point is read unless another is chosen.
+    """
+
+    def __init__(self, path: str, t: int = 0, z: int = 0) -> None:
+        self.path = path
+        try:
+            self.group = zarr.open_group(path, mode="r")
+        except Exception as error:
+            raise ImageError(f"{path} is not an OME-Zarr image: {type(error).__name__}.") from error
+        attributes = dict(self.group.attrs)
+        ome: dict[str, Any] = attributes.get("ome", attributes)  # 0.4 has no "ome" level
+        self.attributes = attributes
+        scales = ome.get("multiscales")
+        if not scales:
+            raise ImageError(f"{path} holds no OME-Zarr image (its metadata has no 'multiscales').")
+        self.ome = ome
+        try:
+            self._read_metadata(scales[0])
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            raise ImageError(
+                f"{path} has broken OME-Zarr metadata: {type(error).__name__} {error}."
+            ) from error
+        self.t, self.z = t, z
+
+    def _read_metadata(self, scale: dict[str, Any]) -> None:
+        self.name = str(scale.get("name") or Path(self.path).name.removesuffix(".zarr").removesuffix(".ome"))
+        self.axes = "".join(a["name"] if isinstance(a, dict) else a for a in scale["axes"])
+        if not self.axes.endswith("yx") or set(self.axes) - set("tczyx"):
+            raise ImageError(f"{self.path} has axes {self.axes}, of which daskcell reads only t, c, z, y, x.")
+        self.arrays: list[zarr.Array] = []
+        for dataset in scale["datasets"]:
+            array = self.group[dataset["path"]]
+            assert isinstance(array, zarr.Array)
+            if array.ndim != len(self.axes) or 0 in array.shape:
+                raise ImageError(f"{self.path} has a level of shape {array.shape} with axes {self.axes}.")
+            self.arrays.append(array)
+        self.pixel_size = _pixel_size(scale, self.axes)
+        first = self.arrays[0]
+        count = first.shape[self.axes.index("c")] if "c" in self.axes else 1
+        self.shape = (count, first.shape[-2], first.shape[-1])
+        self.dtype = np.dtype(first.dtype)
+        self.levels = tuple((a.shape[-2], a.shape[-1]) for a in self.arrays)
+        given = [str(c.get("label", "")) for c in (self.ome.get("omero") or {}).get("channels") or []]
+        if len(given) != count or not all(given) or len(set(given)) != count:
+            given = [f"channel {i + 1}" for i in range(count)]
+        self.channels = tuple(given)
+        own = self.attributes.get("daskcell")
+        if isinstance(own, dict) and "is_rgb" in own:
+            self.is_rgb = bool(own["is_rgb"])
+        else:
+            colours = tuple(c.lower() for c in self.channels)
+            self.is_rgb = self.dtype == np.uint8 and colours in (("r", "g", "b"), ("red", "green", "blue"))
+
+    def size(self, axis: str) -> int:
+        """Length of an axis, 1 where there is none."""
+        return self.arrays[0].shape[self.axes.index(axis)] if axis in self.axes else 1
+
+    def read(self, level: int, box: Box) -> NDArray:
+        """Pixels ``(C, h, w)`` of `box`, which must lie inside the level."""
+        array = self.arrays[level]
+        if box & Box(0, 0, *self.levels[level]) != box or box.is_empty:
+            raise InputError(
+                f"{box} is not inside level {level} of {self.path}, which has {self.levels[level]} pixels."
+            )
+        chosen = {"t": self.t, "z": self.z, "c": slice(None)}
+        index = tuple(chosen[axis] for axis in self.axes[:-2]) + box.slices
+        pixels = np.asarray(array[index])
+        return pixels if "c" in self.axes else pixels[None]
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def image_info(path: str | Path) -> ImageInfo:
+    """Shape, channels, pixel size and levels of an OME-Zarr image; raises `ImageError` if it is none."""
+    image = opened(path)
+    finished: Any = ()
+    labels = Path(path, "labels")
+    if labels.is_dir():
+        group = zarr.open_group(str(labels), mode="r")
+        finished = dict(group.attrs).get("ome", dict(group.attrs)).get("labels", ())
+    return ImageInfo(
+        shape=image.shape,
+        dtype=image.dtype,
+        channels=image.channels,
+        pixel_size=image.pixel_size,
+        is_rgb=image.is_rgb,
+        levels=image.levels,
+        labels=tuple(finished),
+    )
+
+
+def read_block(path: str | Path, box: Box, level: int = 0) -> NDArray:
+    """Pixels ``(C, h, w)`` of `box` of an OME-Zarr image; the box must lie inside the level."""
+    return opened(path).read(level, box)
+
+
+def opened(path: str | Path) -> OmeZarr:
+    """The image at `path`, opened once per process (and again after it was replaced)."""
+    path = os.fspath(path)
+    return _opened(path, stamp(path))
+
+
+@lru_cache(maxsize=32)
+def _opened(path: str, stamped: tuple[int, ...]) -> OmeZarr:
+    return OmeZarr(path)
+
+
+def stamp(path: str) -> tuple[int, ...]:
+    """Changes when the group or array at `path` is replaced; part of the keys of caches."""
+    for name in ("zarr.json", ".zattrs"):
+        try:
+            status = os.stat(os.path.join(path, name))
+        except OSError:
+            continue
+        return status.st_ino, status.st_mtime_ns, status.st_size
+    return ()
+
+
+_UNITS = {
+    "angstrom": 1e-4,
+    "nanometer": 1e-3,
+    "micrometer": 1.0,
+    "millimeter": 1e3,
+    "centimeter": 1e4,
+    "meter": 1e6,
+    "inch": 25400.0,
+}
+
+
+def _pixel_size(scale: dict[str, Any], axes: str) -> tuple[float, float] | None:
+    factors = []
+    for axis in scale["axes"][-2:]:
+        unit = axis.get("unit") if isinstance(axis, dict) else None
+        if unit not in _UNITS:
+            return None
+        factors.append(_UNITS[unit])
+    sizes = [1.0, 1.0]
+    for steps in (
+        scale["datasets"][0]["coordinateTransformations"],
+        scale.get("coordinateTransformations") or [],
+    ):
+        for step in steps:
+            if step["type"] == "scale":
+                sizes = [size * float(f) for size, f in zip(sizes, step["scale"][-2:], strict=True)]
+    return sizes[0] * factors[0], sizes[1] * factors[1]
+
+
+def new_group(path: str | Path) -> zarr.Group:
+    """An empty Zarr 3 group where there must be none yet."""
+    return zarr.open_group(str(path), mode="w-", zarr_format=3)
+
+
+def writable(path: str | Path, level: int) -> zarr.Array:
+    """One level, opened for writing."""
+    return zarr.open_array(  # type: ignore[return-value]
+        str(path), path=str(level), mode="r+", config={"write_empty_chunks": True}
+    )
+
+
+def assert_aligned(box: Box, shape: tuple[int, int], shard: tuple[int, int]) -> None:
+    """Raise `InputError` unless `box` begins and ends at the borders of files (or of the image)."""
+    for low, high, length, step in zip((box.y0, box.x0), (box.y1, box.x1), shape, shard, strict=True):
+        if not 0 <= low < high <= length or low % step or (high % step and high != length):
+            raise InputError(
+                f"{box} does not fit the files of {shard[0]} x {shard[1]} pixels of an image of "
+                f"{shape[0]} x {shape[1]}: two tasks would write one file, and one would be lost."
+            )
+
+
+__all__ = ["ImageInfo", "image_info", "level_shapes", "read_block"]
