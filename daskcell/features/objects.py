@@ -1,0 +1,183 @@
+"""Which cells there are and which block describes each: boxes, areas, anchors, ownership.
+
+Covers label arithmetic only: numpy in, numpy out; knows neither Dask nor files nor pixel values.
+
+A cell's *anchor* is its first pixel in reading order. The block whose core holds the anchor owns the cell
+and describes it from a *reading*: a box of pixels that holds the cell whole.
+
+    +-----------+-----------+      a and b are owned by the left block: one reading, its core grown to
+    |  aa       |           |      hold them; d is large, and gets a reading of its own, so that a block
+    |  aa     b b b         |      never reads more than its core and a margin for the sake of one cell
+    |         b b b         |
+    |  d d d d d|d d d d d d|
+    +-----------+-----------+
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from daskcell.errors import InputError
+from daskcell.geometry import Box, Grid
+
+RECORD = np.dtype(
+    [
+        ("label", np.int64),
+        ("anchor_y", np.int64),
+        ("anchor_x", np.int64),
+        ("y0", np.int64),
+        ("x0", np.int64),
+        ("y1", np.int64),
+        ("x1", np.int64),
+        ("area", np.int64),
+    ]
+)
+"""One cell, or its part in one block: anchor, half-open bounding box, area; pixels of the whole image."""
+
+
+def block_records(labels: np.ndarray, origin: tuple[int, int] = (0, 0)) -> np.ndarray:
+    """Records of the labels in one block, in increasing order of label.
+
+    Parameters
+    ----------
+    labels : (h, w) array of integers
+        0 is background.
+    origin : (y, x)
+        Where the block begins in the whole image.
+
+    Returns
+    -------
+    (n,) array of `RECORD`
+    """
+    import fastremap
+    from scipy import ndimage
+
+    if labels.ndim != 2:
+        raise InputError(f"labels must have the axes (Y, X), but have the shape {labels.shape}.")
+    if labels.dtype.kind not in "iu":
+        raise InputError(f"labels must be whole numbers, but are {labels.dtype}.")
+    labels = np.ascontiguousarray(labels)
+    values = fastremap.unique(labels)
+    if values.size and values[0] < 0:
+        raise InputError(f"labels must not be negative, but {values[0]} is among them.")
+    values = values[values > 0]
+    records = np.zeros(len(values), RECORD)
+    if not len(values):
+        return records
+    dense, _ = fastremap.renumber(
+        labels, in_place=False
+    )  # first seen, first numbered: not the order of `values`
+    dense = dense.ravel()
+    inside = np.flatnonzero(dense)
+    first = np.empty(len(values) + 1, np.int64)
+    first[dense[inside[::-1]]] = inside[::-1]  # of repeated indices the last wins: here, the first pixel
+    boxes = ndimage.find_objects(dense.reshape(labels.shape))
+    area = np.bincount(dense, minlength=len(values) + 1)
+    y, x = np.divmod(first[1:], labels.shape[1])
+    records["label"] = labels.ravel()[first[1:]]
+    records["anchor_y"], records["anchor_x"] = y + origin[0], x + origin[1]
+    bounds = np.array([(ys.start, xs.start, ys.stop, xs.stop) for ys, xs in boxes])
+    for name, column, shift in zip(("y0", "x0", "y1", "x1"), bounds.T, origin * 2, strict=True):
+        records[name] = column + shift
+    records["area"] = area[1:]
+    return records[np.argsort(records["label"])]
+
+
+def merge_records(parts: Iterable[np.ndarray]) -> np.ndarray:
+    """One record per label from the records of its parts, in increasing order of label.
+
+    Associative and commutative, so parts may be merged in any order and any grouping.
+    """
+    parts = list(parts)
+    records = np.concatenate(parts) if parts else np.zeros(0, RECORD)
+    if not len(records):
+        return records
+    # Reading order within a label: the first of its parts holds the anchor.
+    records = records[np.lexsort((records["anchor_x"], records["anchor_y"], records["label"]))]
+    starts = np.flatnonzero(np.r_[True, records["label"][1:] != records["label"][:-1]])
+    merged = records[starts]
+    for name in ("y0", "x0"):
+        merged[name] = np.minimum.reduceat(records[name], starts)
+    for name in ("y1", "x1"):
+        merged[name] = np.maximum.reduceat(records[name], starts)
+    merged["area"] = np.add.reduceat(records["area"], starts)
+    return merged
+
+
+def owners(records: np.ndarray, grid: Grid) -> np.ndarray:
+    """Number of the block, in reading order, that owns each record's anchor."""
+    rows = np.searchsorted(np.asarray(grid.rows), records["anchor_y"], side="right") - 1
+    columns = np.searchsorted(np.asarray(grid.columns), records["anchor_x"], side="right") - 1
+    return rows * grid.counts[1] + columns
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Pixels to read, `box`, and the records of the cells to describe from them (in order of label)."""
+
+    box: Box
+    records: np.ndarray
+
+
+def plan_readings(
+    records: np.ndarray, grid: Grid, margin: float = 0.0, window: int | None = None
+) -> dict[int, list[Reading]]:
+    """What every block has to read to describe its own cells; blocks that own none are left out.
+
+    Parameters
+    ----------
+    records : (n,) array of `RECORD`
+        Whole cells.
+    grid : Grid
+        Blocks of the image.
+    margin, window
+        As in `crop_box`: the crops are inside the readings too, cut at the image's border.
+
+    Returns
+    -------
+    dict
+        Block number in reading order -> readings. All but a block's very large cells share one.
+    """
+    plans: dict[int, list[Reading]] = {}
+    if not len(records):
+        return plans
+    block = owners(records, grid)
+    order = np.argsort(block, kind="stable")
+    numbers, starts = np.unique(block[order], return_index=True)
+    crops = crop_boxes(records, margin, window)
+    crops = np.concatenate([np.maximum(crops[:, :2], 0), np.minimum(crops[:, 2:], grid.shape)], axis=1)
+    for number, members in zip(numbers, np.split(order, starts[1:]), strict=True):
+        core = grid.core(divmod(int(number), grid.counts[1]))
+        reach = max(64, max(core.shape) // 4)  # pixels a shared reading may go beyond the core
+        boxes = crops[members]
+        limits = (core.y0 - reach, core.x0 - reach, core.y1 + reach, core.x1 + reach)
+        large = (boxes[:, :2] < limits[:2]).any(axis=1) | (boxes[:, 2:] > limits[2:]).any(axis=1)
+        readings = []
+        if not large.all():
+            near = boxes[~large]
+            box = Box(*near[:, :2].min(axis=0).tolist(), *near[:, 2:].max(axis=0).tolist())
+            readings.append(Reading(box, records[members[~large]]))
+        readings += [
+            Reading(Box(*boxes[i].tolist()), records[members[i : i + 1]]) for i in np.flatnonzero(large)
+        ]
+        plans[int(number)] = readings
+    return plans
+
+
+def crop_boxes(records: np.ndarray, margin: float, window: int | None = None) -> np.ndarray:
+    """Square around every cell: ``(n, 4)`` of y0, x0, y1, x1, which may reach beyond the image.
+
+    The side is the cell's larger side and `margin` times that on both ends, or `window` pixels where that is
+    given; a cell that does not fit its window is widened for.
+    """
+    height, width = records["y1"] - records["y0"], records["x1"] - records["x0"]
+    larger = np.maximum(height, width)
+    side = larger + 2 * np.round(margin * larger).astype(np.int64)
+    if window is not None:
+        side = np.maximum(larger, window)
+    y0 = (records["y0"] + records["y1"] - side) // 2
+    x0 = (records["x0"] + records["x1"] - side) // 2
+    return np.stack([y0, x0, y0 + side, x0 + side], axis=1)
