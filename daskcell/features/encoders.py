@@ -1,0 +1,331 @@
+"""Networks that turn the picture of a cell into a vector.
+
+An encoder is named ``tiny`` (embedded), by a torchvision classification model (``resnet152``), or by a file:
+TorchScript, or ``torch.export`` (``.pt2``). In Python it may also be a torch module or any callable from
+``(n, 3, size, size)`` float32 to ``(n, d)``.
+
+A network's answer changes in the last bits with the number of pictures in a batch. So a batch always has the
+same number, the last filled up with zeros; then a cell's vector does not depend on the cells beside it.
+
+A file cannot run Python code: TorchScript and export archives hold a network's operations and arrays, and are
+read by torch's restricted readers, never by pickle. Such a network still computes whatever it was made to, so
+take files from people you trust.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from daskcell.errors import ComputeError, InputError, WeightsError
+
+if TYPE_CHECKING:
+    import torch
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """What to load; small and picklable, so that a task can carry it."""
+
+    name: str
+    layer: Literal["output", "pool"] = "output"
+    size: int | None = None
+    batch_size: int = 32
+    device: str = "cpu"
+    fingerprint: str = ""
+    """Hash of the weights; keeps a process from using a model of other weights it loaded before."""
+
+
+@dataclass
+class Encoder:
+    """A loaded network with what it wants of its input.
+
+    Attributes
+    ----------
+    name : str
+    size : int
+        Side of the crops in pixels.
+    batch_size : int
+        Pictures per call, always.
+    mean, std : tuple of float or None
+        Normalisation of the three inputs.
+    fingerprint : str
+        Hash of the weights.
+    """
+
+    name: str
+    function: Callable[[np.ndarray], np.ndarray]
+    size: int
+    batch_size: int = 32
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    fingerprint: str = ""
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def __call__(self, crops: np.ndarray) -> np.ndarray:
+        """Vectors ``(n, d)`` float32 of crops ``(n, 3, size, size)`` with values from 0 to 1."""
+        parts = list(self.stream([crops]))
+        return np.concatenate(parts) if parts else np.zeros((0, self.width), np.float32)
+
+    def stream(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Vectors of crops that come in any portions: the network sees full batches, the last one padded."""
+        waiting: list[np.ndarray] = []
+        for crops in batches:
+            waiting.extend(crops)
+            while len(waiting) >= self.batch_size:
+                yield self._batch(np.stack(waiting[: self.batch_size]))
+                waiting = waiting[self.batch_size :]
+        if waiting:
+            yield self._batch(np.stack(waiting))
+
+    @property
+    def width(self) -> int:
+        """Numbers per cell, found by a call with blank pictures the first time."""
+        if not hasattr(self, "_width"):
+            self._width: int = self._batch(np.zeros((1, 3, self.size, self.size), np.float32)).shape[1]
+        return self._width
+
+    def _batch(self, crops: np.ndarray) -> np.ndarray:
+        n = len(crops)
+        if self.mean is not None and self.std is not None:
+            mean, std = (np.asarray(v, np.float32)[:, None, None] for v in (self.mean, self.std))
+            crops = (crops - mean) / std
+        full = np.zeros((self.batch_size, *crops.shape[1:]), np.float32)
+        full[:n] = crops
+        with self._lock:  # threads of one process share the model, and the cores
+            out = np.asarray(self.function(full))
+        if out.ndim != 2 or len(out) != self.batch_size:
+            raise InputError(
+                f"The encoder {self.name} must give one vector per picture, (n, d), but gave {out.shape} for "
+                f"{self.batch_size} pictures."
+            )
+        if out.dtype.kind not in "fiu":
+            raise InputError(f"The encoder {self.name} must give real numbers, but gave {out.dtype}.")
+        return out[:n].astype(np.float32)
+
+
+def encoder_spec(
+    name: str | Path,
+    *,
+    layer: Literal["output", "pool"] = "output",
+    size: int | None = None,
+    batch_size: int = 32,
+    device: str = "cpu",
+) -> EncoderSpec:
+    """Check that an encoder can be had, without building it: before any work.
+
+    Raises
+    ------
+    WeightsError
+        No encoder has this name, or its weights are not on this machine; says how to fetch them.
+    """
+    name = os.fspath(name)
+    path = weights_file(name)
+    fingerprint = _file_hash(path, os.path.getmtime(path)) if path is not None else _embedded_hash(name)
+    if layer == "pool" and (name == "tiny" or _is_file(name)):
+        raise InputError(
+            f"layer='pool' is for torchvision's networks; the encoder {name} has one output only."
+        )
+    return EncoderSpec(name, layer, size, batch_size, device, fingerprint)
+
+
+def load(spec: EncoderSpec) -> Encoder:
+    """The encoder of a spec; built once per process."""
+    with _loading:
+        return _load(spec)
+
+
+_loading = threading.Lock()
+
+
+@lru_cache(maxsize=2)
+def _load(spec: EncoderSpec) -> Encoder:
+    import torch
+
+    if spec.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ComputeError(f"The device {spec.device} was asked for, but torch finds no CUDA GPU here.")
+    size = 224
+    mean: tuple[float, ...] | None = IMAGENET_MEAN
+    std: tuple[float, ...] | None = IMAGENET_STD
+    if spec.name == "tiny":
+        from daskcell.models import load_encoder
+
+        module = load_encoder(spec.name)
+        size = getattr(module, "size", 64)
+        mean, std = getattr(module, "mean", None), getattr(module, "std", None)
+    elif _is_file(spec.name):
+        module = _open_archive(spec.name)
+    else:
+        module, size, mean, std = _torchvision(spec)
+    return Encoder(
+        name=spec.name,
+        function=_module_function(module, spec.device),
+        size=spec.size or size,
+        batch_size=spec.batch_size,
+        mean=mean,
+        std=std,
+        fingerprint=spec.fingerprint,
+    )
+
+
+def as_encoder(
+    encoder: Any,
+    *,
+    layer: Literal["output", "pool"] = "output",
+    size: int | None = None,
+    batch_size: int = 32,
+    device: str = "cpu",
+) -> Encoder:
+    """Encoder from a name, a file, a torch module or a callable (given raw crops from 0 to 1, 224 pixels)."""
+    if isinstance(encoder, Encoder):
+        return encoder
+    if isinstance(encoder, str | Path):
+        return load(
+            encoder_spec(encoder, layer=layer, size=size, batch_size=batch_size, device=device),
+        )
+    if not callable(encoder):
+        raise InputError(f"encoder must be a name, a file or a callable, not {encoder!r}.")
+    import torch
+
+    function = encoder
+    if isinstance(encoder, torch.nn.Module):
+        function = _module_function(encoder, device)
+    name = getattr(encoder, "__name__", type(encoder).__name__)
+    return Encoder(
+        name=name,
+        function=function,
+        size=size or getattr(encoder, "size", None) or 224,
+        batch_size=batch_size,
+        mean=getattr(encoder, "mean", None),
+        std=getattr(encoder, "std", None),
+    )
+
+
+def _module_function(module: torch.nn.Module, device: str) -> Callable[[np.ndarray], np.ndarray]:
+    import torch
+
+    module = module.to(device)
+    if not isinstance(module, torch.fx.GraphModule):  # an exported graph has one mode only
+        module.eval()
+
+    def function(crops: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            out = module(torch.from_numpy(crops).to(device))
+        if not isinstance(out, torch.Tensor):
+            raise InputError(f"The network must give one tensor, but gave a {type(out).__name__}.")
+        return out.float().cpu().numpy()
+
+    return function
+
+
+def _is_file(name: str) -> bool:
+    return Path(name).suffix.lower() in {".pt", ".pth", ".ts", ".pt2", ".torchscript"} or os.sep in name
+
+
+def _open_archive(name: str) -> torch.nn.Module:
+    import torch
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch calls TorchScript deprecated; people have such files
+            if name.lower().endswith(".pt2"):
+                return torch.export.load(name).module()
+            return torch.jit.load(name, map_location="cpu")
+    except Exception as error:
+        raise WeightsError(
+            f"{name} is neither a TorchScript nor a torch.export file ({str(error).splitlines()[0]}). "
+            "Save the network with torch.export.save or torch.jit.save; weights alone are not enough."
+        ) from error
+
+
+def _torchvision(
+    spec: EncoderSpec,
+) -> tuple[torch.nn.Module, int, tuple[float, ...], tuple[float, ...]]:
+    import torch
+    import torchvision
+
+    path = weights_file(spec.name)
+    assert path is not None
+    choice = torchvision.models.get_model_weights(spec.name).DEFAULT
+    builder = torchvision.models.get_model_builder(spec.name)
+    options = {}
+    if "init_weights" in inspect.signature(builder).parameters or spec.name in {"googlenet", "inception_v3"}:
+        options = {"init_weights": False, "aux_logits": True}  # random numbers nobody needs take a minute
+    model = builder(weights=None, **options)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state, strict=True)
+    except Exception as error:
+        raise WeightsError(
+            f"{path} does not hold the weights of {spec.name} ({str(error).splitlines()[0]}). "
+            f"Remove it and run 'daskcell weights fetch {spec.name}'."
+        ) from error
+    if spec.layer == "pool":
+        last = [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)][-1:]
+        if not last or last[0].split(".")[0] not in {"fc", "classifier", "heads", "head"}:
+            raise InputError(f"layer='pool' cannot be had from {spec.name}: it has no last linear layer.")
+        model.set_submodule(last[0], torch.nn.Identity())
+    recipe = choice.transforms()
+    return model, int(recipe.crop_size[0]), tuple(recipe.mean), tuple(recipe.std)
+
+
+def weights_file(name: str) -> Path | None:
+    """File that holds an encoder's weights; None for the embedded one.
+
+    Raises
+    ------
+    WeightsError
+        No such encoder, or no such file; nothing is ever downloaded here.
+    """
+    if name == "tiny":
+        return None
+    if _is_file(name):
+        if not Path(name).is_file():
+            raise WeightsError(f"There is no file {name} to load an encoder from.")
+        return Path(name)
+    import torch
+    import torchvision
+
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name not in names:
+        raise WeightsError(
+            f"No encoder is called {name!r}. Choose 'tiny', a torchvision classification model such as "
+            "'resnet152', or a TorchScript or torch.export file (.pt, .pt2)."
+        )
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    releases = torchvision.models.get_model_weights(name)
+    default = releases.DEFAULT
+    for release in [default, *(other for other in reversed(list(releases)) if other is not default)]:
+        path = folder / release.url.rsplit("/", 1)[-1]
+        if path.is_file():
+            return path
+    raise WeightsError(
+        f"The weights of the encoder {name} are not in {folder}. Run 'daskcell weights fetch {name}', "
+        "or choose encoder 'tiny', which needs no download."
+    )
+
+
+@lru_cache(maxsize=32)
+def _file_hash(path: Path, _: float) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _embedded_hash(name: str) -> str:
+    from daskcell import models
+
+    fingerprint = getattr(models, "encoder_fingerprint", None)
+    return fingerprint(name) if fingerprint else ""

@@ -1,0 +1,234 @@
+"""Vectors equal the bare network's on the same crops, and do not depend on chunks, batches or neighbours."""
+
+from __future__ import annotations
+
+import dask.array as da
+import numpy as np
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from daskcell.errors import InputError, WeightsError
+from daskcell.features import embed, encoders
+from daskcell.features.crops import Framing, crop_batches
+from daskcell.features.encoders import Encoder, as_encoder, encoder_spec
+from daskcell.features.objects import block_records
+from daskcell.geometry import Box
+
+
+def field(cells: int = 5, side: int = 24) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    labels = np.zeros((cells * side, cells * side), np.uint32)
+    numbers = rng.permutation(cells * cells) + 1
+    for number, (y, x) in zip(numbers, np.ndindex(cells, cells), strict=True):
+        h, w = rng.integers(5, side, 2)
+        labels[y * side : y * side + h, x * side : x * side + w] = number
+    return rng.random((3, *labels.shape)).astype(np.float32), labels
+
+
+def small_network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 16, 3),
+        torch.nn.BatchNorm2d(16),
+        torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(2),
+        torch.nn.Flatten(),
+        torch.nn.Linear(64, 33),
+    ).eval()
+
+
+def plain_crops(image: np.ndarray, labels: np.ndarray, size: int) -> np.ndarray:
+    background = tuple(float(np.median(channel[labels == 0])) for channel in image)
+    frame = Framing(size=size, low=(0.0,) * 3, high=(1.0,) * 3, background=background)
+    box = Box(0, 0, *labels.shape)
+    return np.concatenate(list(crop_batches(image, labels, box, block_records(labels), frame)))
+
+
+@pytest.fixture
+def weights_home(tmp_path, monkeypatch):
+    """An empty cache of torchvision weights."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    encoders._load.cache_clear()
+    return folder
+
+
+def save_random(name: str, folder) -> torch.nn.Module:
+    torch.manual_seed(1)
+    model = torchvision.models.get_model(name, weights=None).eval()
+    url = torchvision.models.get_model_weights(name).DEFAULT.url
+    torch.save(model.state_dict(), folder / url.rsplit("/", 1)[-1])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "pooled"), [("resnet18", 512), pytest.param("resnet152", 2048, marks=pytest.mark.slow)]
+)
+def test_equals_torchvision_on_the_same_crops(weights_home, name, pooled):
+    model = save_random(name, weights_home)
+    image, labels = field(2)
+    crops = plain_crops(image, labels, 224)
+    recipe = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    tensor = torchvision.transforms.functional.normalize(torch.from_numpy(crops), recipe.mean, recipe.std)
+    with torch.inference_mode():
+        expected = model(tensor).numpy()
+        model.fc = torch.nn.Identity()
+        before_last = model(tensor).numpy()
+    got = embed(image, labels, name, batch_size=4)
+    assert got.dtype == np.float32
+    assert got.shape == (4, 1000)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    got = embed(image, labels, name, layer="pool", batch_size=4)
+    assert got.shape == (4, pooled)
+    np.testing.assert_allclose(got, before_last, rtol=1e-4, atol=1e-4 * np.abs(before_last).max())
+
+
+def test_missing_weights_are_refused_before_any_work(weights_home):
+    def never(block):
+        raise AssertionError("the image was looked at")
+
+    labels = da.ones((10, 10), chunks=5, dtype=np.uint32).map_blocks(never, dtype=np.uint32)
+    with pytest.raises(WeightsError, match="daskcell weights fetch resnet152"):
+        embed(np.zeros((3, 10, 10)), labels, "resnet152")
+
+
+def test_weights_of_another_network_are_refused(weights_home):
+    save_random("resnet18", weights_home)
+    url = torchvision.models.get_model_weights("resnet34").DEFAULT.url
+    next(weights_home.iterdir()).rename(weights_home / url.rsplit("/", 1)[-1])
+    with pytest.raises(WeightsError, match="does not hold the weights of resnet34"):
+        embed(*field(2), "resnet34")
+
+
+def test_a_pickle_in_place_of_weights_is_not_run(weights_home, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "sprung"), "w"))
+
+    url = torchvision.models.get_model_weights("resnet18").DEFAULT.url
+    torch.save({"fc.weight": Trap()}, weights_home / url.rsplit("/", 1)[-1])
+    with pytest.raises(WeightsError):
+        embed(*field(2), "resnet18")
+    torch.save(Trap(), tmp_path / "trap.pt")
+    with pytest.raises(WeightsError, match="neither a TorchScript"):
+        embed(*field(2), tmp_path / "trap.pt")
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("name", ["resnet5", "imagenet", "lraspp_mobilenet_v3_large"])
+def test_unknown_names_are_refused(name):
+    with pytest.raises(WeightsError, match="No encoder is called"):
+        encoder_spec(name)
+
+
+def test_a_file_that_is_not_there_is_refused():
+    with pytest.raises(WeightsError, match=r"no file nowhere\.pt"):
+        encoder_spec("nowhere.pt")
+
+
+@given(st.integers(15, 120), st.integers(15, 120), st.integers(1, 3))
+@settings(max_examples=10, deadline=None)
+def test_no_bit_depends_on_the_chunks(rows, columns, planes):
+    image, labels = field()
+    network = small_network()
+    expected = embed(image, labels, network, size=32, batch_size=8)
+    cut = embed(
+        da.from_array(image, chunks=(planes, columns, rows)),
+        da.from_array(labels, chunks=(rows, columns)),
+        network,
+        size=32,
+        batch_size=8,
+    )
+    np.testing.assert_array_equal(cut, expected)
+
+
+def test_without_a_fixed_batch_bits_would_depend_on_it():
+    """Control: the reason for padding."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(512, 100)
+    pictures = torch.rand(64, 512)
+    with torch.inference_mode():
+        assert not all(torch.equal(layer(pictures[:n])[0], layer(pictures)[0]) for n in (1, 2, 3, 5, 8, 31))
+
+
+def test_all_kinds_of_encoder_agree(tmp_path):
+    image, labels = field()
+    network = small_network()
+    crops = plain_crops(image, labels, 40)
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(crops)).numpy()
+    example = torch.rand(32, 3, 40, 40)
+    with pytest.warns(FutureWarning):
+        torch.jit.trace(network, example).save(tmp_path / "net.pt")
+    torch.export.save(torch.export.export(network, (example,)), tmp_path / "net.pt2")
+
+    def function(batch):
+        assert batch.shape == (32, 3, 40, 40)
+        with torch.inference_mode():
+            return network(torch.from_numpy(batch)).numpy()
+
+    for encoder in (network, function):
+        np.testing.assert_allclose(embed(image, labels, encoder, size=40), expected, atol=1e-5)
+    normalised = (crops - np.array(encoders.IMAGENET_MEAN)[:, None, None]) / np.array(encoders.IMAGENET_STD)[
+        :, None, None
+    ]
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(normalised.astype(np.float32))).numpy()
+    for file in ("net.pt", "net.pt2"):
+        np.testing.assert_allclose(embed(image, labels, tmp_path / file, size=40), expected, atol=1e-5)
+
+
+def test_a_model_is_built_once_per_process(weights_home):
+    save_random("resnet18", weights_home)
+    spec = encoder_spec("resnet18")
+    assert encoders.load(spec) is encoders.load(spec)
+    assert encoders.load(spec) is not encoders.load(encoder_spec("resnet18", layer="pool"))
+
+
+def test_replaced_weights_are_loaded_anew(weights_home):
+    save_random("resnet18", weights_home)
+    before = encoder_spec("resnet18")
+    file = next(weights_home.iterdir())
+    state = torch.load(file, weights_only=True)
+    state["fc.bias"] += 1
+    torch.save(state, file)
+    after = encoder_spec("resnet18")
+    assert before.fingerprint != after.fingerprint
+
+
+def test_the_network_sees_full_batches_only():
+    sizes = []
+
+    def function(batch):
+        sizes.append((len(batch), int(batch.any(axis=(1, 2, 3)).sum())))
+        return batch[:, 0, 0]
+
+    encoder = Encoder("test", function, size=4, batch_size=8)
+    portions = [np.ones((n, 3, 4, 4), np.float32) for n in (3, 7, 1, 9)]
+    assert [len(out) for out in encoder.stream(portions)] == [8, 8, 4]
+    assert sizes == [(8, 8), (8, 8), (8, 4)]
+
+
+def test_a_missing_label_is_a_row_of_nan_and_no_cell_gives_no_row():
+    image, labels = np.ones((1, 30, 30)), np.zeros((30, 30), np.uint32)
+    network = small_network()
+    assert embed(image, labels, network, size=16).shape == (0, 33)
+    labels[5:9, 5:9], labels[20:28, 20:28] = 1, 3
+    vectors = embed(image, labels, network, size=16)
+    assert np.isnan(vectors).all(axis=1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda batch: batch, "one vector per picture"),
+        (lambda batch: batch[:1, 0, 0], "one vector per picture"),
+    ],
+)
+def test_functions_that_give_something_else_are_refused(function, words):
+    with pytest.raises(InputError, match=words):
+        as_encoder(function, size=8)(np.zeros((2, 3, 8, 8), np.float32))
