@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from daskcell.errors import ConfigError
 
@@ -51,11 +51,27 @@ class ReconstructSettings(Settings):
 class HistogramSettings(Settings):
     """Histogram adjustment over the whole image, each channel by itself."""
 
-    method: Literal["stretch", "equalize", "clahe"] = "stretch"
+    method: Literal["stretch", "equalize", "clahe", "match"] = "stretch"
     low: Annotated[float, Field(ge=0, lt=100)] = 1.0
     """Percentile that becomes 0 (stretch)."""
     high: Annotated[float, Field(gt=0, le=100)] = 99.8
     """Percentile that becomes the largest value (stretch)."""
+    reference: str | None = None
+    """Image whose histogram is taken over (match)."""
+    tiles: Annotated[int, Field(ge=1)] = 8
+    """Tiles along each side of the image: more adapt to smaller structures (clahe)."""
+    clip_limit: Fraction = 0.01
+    """Low: little contrast; high: more contrast and more noise (clahe)."""
+    bins: Annotated[int, Field(ge=2, le=16384)] = 256
+    """Bins of the histogram (clahe; equalize for pixels wider than 16 bits)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> HistogramSettings:
+        if self.low >= self.high:
+            raise ValueError(f"low {self.low} must be below high {self.high}")
+        if self.method == "match" and self.reference is None:
+            raise ValueError("method 'match' needs a reference image")
+        return self
 
 
 class GaussianSettings(Settings):

@@ -1,0 +1,24 @@
+"""Preprocessing: colour picture from stains, histogram adjustment, Gaussian filter.
+
+colors, pixels       colours of stains and their mixing; pixel types
+statistics, clahe    global statistics, counted block by block
+steps                the arithmetic of each step, with frozen numbers
+plan                 all steps of one image, frozen: `freeze`, `freeze_slide`, `apply_block`
+lazy                 the same on dask arrays: `reconstruct`, `adjust_histogram`, `gaussian`
+"""
+
+from daskcell.preprocess.colors import auto_colors
+from daskcell.preprocess.lazy import adjust_histogram, gaussian, preprocess, reconstruct
+from daskcell.preprocess.plan import Plan, apply_block, freeze, freeze_slide
+
+__all__ = [
+    "Plan",
+    "adjust_histogram",
+    "apply_block",
+    "auto_colors",
+    "freeze",
+    "freeze_slide",
+    "gaussian",
+    "preprocess",
+    "reconstruct",
+]

@@ -1,0 +1,342 @@
+"""What will be done to one image, with every global number frozen: the `Plan`.
+
+`freeze` makes it from an array, `freeze_slide` from an OME-Zarr image without ever holding the whole; both
+count the same things and give the same plan. `apply_block` carries it out on any part of the image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from daskcell.config import HistogramSettings, PreprocessSettings
+from daskcell.errors import InputError
+from daskcell.geometry import Box, Grid
+from daskcell.preprocess.clahe import Clahe, ClaheAim
+from daskcell.preprocess.colors import auto_colors, mixing_weights
+from daskcell.preprocess.pixels import working_dtype
+from daskcell.preprocess.statistics import (
+    Aim,
+    Equalizing,
+    Extremes,
+    Matching,
+    Pass,
+    Reference,
+    Referring,
+    Stretching,
+    first_pass,
+)
+from daskcell.preprocess.steps import Curve, Gaussian, Mix, Step, Stretch
+
+if TYPE_CHECKING:
+    from daskcell.compute import Workers
+
+_KINDS: dict[str, Any] = {step.kind: step for step in (Mix, Stretch, Curve, Clahe, Gaussian)}
+_COUNT_BLOCK = 2048
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Frozen preprocessing of one image."""
+
+    shape: tuple[int, int]
+    """Height and width of the whole image in pixels."""
+    in_channels: int
+    in_dtype: np.dtype
+    steps: tuple[Step, ...] = ()
+
+    @property
+    def halo(self) -> int:
+        """Pixels to read around a block so that its core comes out as from the whole image."""
+        return sum(step.halo for step in self.steps)
+
+    @property
+    def out_channels(self) -> int:
+        count = self.in_channels
+        for step in self.steps:
+            count = step.channels(count)
+        return count
+
+    @property
+    def out_dtype(self) -> np.dtype:
+        dtype = working_dtype(self.in_dtype)
+        for step in self.steps:
+            dtype = step.dtype(dtype)
+        return dtype
+
+    @property
+    def key(self) -> str:
+        """Hash of all that decides the result (sha256)."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self.to_json() == other.to_json()
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as values that `json` writes; floats and arrays come back bit for bit."""
+        return {
+            "shape": list(self.shape),
+            "channels": self.in_channels,
+            "dtype": np.dtype(self.in_dtype).name,
+            "steps": [{"kind": step.kind, **step.to_json()} for step in self.steps],
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any] | str) -> Plan:
+        """Back from `to_json` (or its text)."""
+        if isinstance(values, str):
+            values = json.loads(values)
+        assert isinstance(values, dict)
+        steps = tuple(_KINDS[step["kind"]].from_json(step) for step in values["steps"])
+        return cls(tuple(values["shape"]), values["channels"], np.dtype(values["dtype"]), steps)
+
+
+def apply_block(block: np.ndarray, plan: Plan, box: Box | None = None) -> np.ndarray:
+    """Carry a plan out on a part of its image.
+
+    Parameters
+    ----------
+    block : array ``(C, h, w)``
+        Raw pixels: a core and `Plan.halo` pixels around it, cut at the image's border. The caller trims.
+    box : Box, optional
+        Where the block lies in the whole image. May be left out for the whole image, and for plans without
+        CLAHE.
+
+    Returns
+    -------
+    array ``(Plan.out_channels, h, w)`` of `Plan.out_dtype`
+    """
+    if block.ndim != 3 or block.shape[0] != plan.in_channels:
+        raise InputError(
+            f"The plan is for {plan.in_channels} channel(s), but the block has shape {block.shape}."
+        )
+    if box is None:
+        if block.shape[1:] != plan.shape and any(isinstance(step, Clahe) for step in plan.steps):
+            raise InputError("CLAHE depends on where a block lies in the image: give its box.")
+        box = Box(0, 0, *block.shape[1:])
+    elif box.shape != block.shape[1:]:
+        raise InputError(f"A block of {block.shape[1:]} pixels cannot lie at a box of {box.shape} pixels.")
+    return apply_steps(block, plan.steps, box)
+
+
+def apply_steps(block: np.ndarray, steps: Sequence[Step], box: Box) -> np.ndarray:
+    """The steps one after another, from raw pixels."""
+    block = block.astype(working_dtype(block.dtype), copy=False)
+    for step in steps:
+        block = step.apply(block, box)
+    return block
+
+
+# -- freezing -------------------------------------------------------------------------------------
+Survey = Callable[[Pass, tuple[Step, ...]], Any]
+"""One pass over the image: merged counts of all blocks after the given steps."""
+
+
+def freeze(
+    image: Any,
+    settings: PreprocessSettings | None = None,
+    channels: Sequence[str] | None = None,
+    is_rgb: bool = False,
+    *,
+    reference: Any = None,
+) -> Plan:
+    """Freeze the preprocessing of an array.
+
+    Parameters
+    ----------
+    image : numpy or dask array ``(C, Y, X)``
+        Read once or more, block by block.
+    channels : names of the channels
+        For colours chosen automatically.
+    is_rgb : bool
+        A colour picture already: it keeps its channels unless colours or a ratio are asked for.
+    reference : array ``(C, Y, X)``, optional
+        What histograms are matched to (method ``"match"``); default: the file named in the settings.
+
+    Raises
+    ------
+    InputError
+        For colours or ratios that do not fit, or NaN pixels where a histogram is adjusted.
+    """
+    settings = settings or PreprocessSettings()
+    if image.ndim != 3:
+        raise InputError(
+            f"An image must have the axes (C, Y, X), but this one has shape {tuple(image.shape)}."
+        )
+    return _freeze(
+        tuple(image.shape),
+        image.dtype,
+        settings,
+        channels,
+        is_rgb,
+        reference,
+        lambda p, s: _count_array(image, p, s),
+    )
+
+
+def freeze_slide(
+    zarr_path: str | Path, settings: PreprocessSettings | None = None, workers: Workers | None = None
+) -> Plan:
+    """Freeze the preprocessing of an OME-Zarr image, one task a block; the same plan as from the whole."""
+    from daskcell import images
+
+    settings = settings or PreprocessSettings()
+    info = images.image_info(zarr_path)
+
+    def survey(counting: Pass, steps: tuple[Step, ...]) -> Any:
+        return _count_slide(zarr_path, Grid.regular(info.shape[1:], _COUNT_BLOCK), counting, steps, workers)
+
+    return _freeze(info.shape, info.dtype, settings, info.channels, info.is_rgb, None, survey)
+
+
+def _freeze(
+    shape: tuple[int, ...],
+    dtype: Any,
+    settings: PreprocessSettings,
+    channels: Sequence[str] | None,
+    is_rgb: bool,
+    reference: Any,
+    survey: Survey,
+) -> Plan:
+    if 0 in shape:
+        raise InputError(f"The image has no pixels (shape {shape}).")
+    count = shape[0]
+    steps: list[Step] = []
+    weights = _weights(settings, count, channels, is_rgb)
+    if weights is not None:
+        steps.append(Mix(weights))
+        count = len(weights)
+    if settings.histogram is not None:
+        matched = None
+        if settings.histogram.method == "match":
+            matched = _freeze_reference(
+                settings.histogram, reference, working_dtype(dtype), tuple(steps), shape[0]
+            )
+        state: Any = start_pass(settings.histogram, working_dtype(dtype), (count, *shape[1:]), matched)
+        steps.append(run_passes(state, lambda counting: survey(counting, tuple(steps))))
+    if settings.gaussian is not None:
+        steps.append(Gaussian(settings.gaussian.sigma))
+    return Plan((int(shape[1]), int(shape[2])), int(shape[0]), np.dtype(dtype), tuple(steps))
+
+
+def _weights(
+    settings: PreprocessSettings, count: int, channels: Sequence[str] | None, is_rgb: bool
+) -> tuple[tuple[float, ...], ...] | None:
+    chosen = settings.reconstruct
+    if chosen is None:
+        return None
+    if chosen.colors == "auto":
+        # One channel stays one grey channel, a colour picture stays as it is.
+        if chosen.ratio is None and (count == 1 or is_rgb):
+            return None
+        names = list(channels) if channels is not None and len(channels) == count else [""] * count
+        colors = ["red", "green", "blue"] if is_rgb and count == 3 else auto_colors(names)
+    else:
+        colors = list(chosen.colors)
+    return mixing_weights(count, colors, chosen.ratio if chosen.ratio is not None else [1.0] * count)
+
+
+def start_pass(
+    histogram: HistogramSettings, dtype: np.dtype, shape: tuple[int, ...], reference: Reference | None = None
+) -> Pass:
+    """The first pass for a method of histogram adjustment on an image of `shape` ``(C, Y, X)``."""
+    if histogram.method == "clahe":
+        tiles = histogram.tiles
+        kernel = (max(shape[1] // tiles, 1), max(shape[2] // tiles, 1))
+        return Extremes(ClaheAim((shape[1], shape[2]), kernel, histogram.clip_limit, histogram.bins), dtype)
+    aim: Aim
+    if histogram.method == "stretch":
+        aim = Stretching(histogram.low, histogram.high)
+    elif histogram.method == "equalize":
+        aim = Equalizing(histogram.bins)
+    else:
+        assert reference is not None
+        aim = Matching(reference)
+    return first_pass(aim, dtype, shape[0], shape[1] * shape[2])
+
+
+def run_passes(state: Any, survey: Callable[[Pass], Any]) -> Any:
+    """Count, merge and finish until a step (or reference) is reached."""
+    while hasattr(state, "count"):
+        state = state.finish(survey(state))
+    return state
+
+
+def _freeze_reference(
+    histogram: HistogramSettings, reference: Any, dtype: np.dtype, steps: tuple[Step, ...], channels: int
+) -> Reference:
+    if reference is None:
+        if histogram.reference is None:
+            raise InputError("Matching histograms needs a reference image: set 'reference'.")
+        from daskcell import images
+
+        reference = images.open_image(histogram.reference).data
+    check_reference(reference, dtype, channels)
+    count = steps[-1].channels(channels) if steps else channels
+    state = first_pass(Referring(), dtype, count, int(np.prod(reference.shape[1:])))
+    return run_passes(state, lambda counting: _count_array(reference, counting, steps))
+
+
+def check_reference(reference: Any, dtype: np.dtype, channels: int) -> None:
+    """Refuse a reference whose channels or type differ from the image's."""
+    if reference.ndim != 3 or reference.shape[0] != channels or 0 in reference.shape:
+        raise InputError(
+            f"The reference has shape {tuple(reference.shape)}, but the image has {channels} channel(s): "
+            "give a reference (C, Y, X) with the same channels."
+        )
+    if working_dtype(reference.dtype) != dtype:
+        raise InputError(f"The reference has pixels of type {reference.dtype}, but the image of {dtype}.")
+
+
+# -- one pass over ... ------------------------------------------------------------------------------
+def _count_array(image: Any, counting: Pass, steps: tuple[Step, ...]) -> Any:
+    """... an array: numpy in blocks, dask chunk by chunk, so that one pass holds no more than its blocks."""
+    if isinstance(image, np.ndarray):
+        grid = Grid.regular(image.shape[1:], _COUNT_BLOCK)
+        total = None
+        for index in grid:
+            box = grid.core(index)
+            part = count_block(image[(slice(None), *box.slices)], box, counting, steps)
+            total = part if total is None else counting.merge(total, part)
+        return total
+    from daskcell.preprocess.lazy import count_lazily
+
+    return count_lazily(image, counting, steps).compute()
+
+
+def _count_slide(
+    zarr_path: str | Path, grid: Grid, counting: Pass, steps: tuple[Step, ...], workers: Workers | None
+) -> Any:
+    """... an OME-Zarr image: one task a block."""
+    total = None
+    if workers is None:
+        for index in grid:
+            part = _count_slide_block(zarr_path, grid.core(index), counting, steps)
+            total = part if total is None else counting.merge(total, part)
+        return total
+    window = workers.window()
+    for index in grid:
+        window.submit(index, _count_slide_block, zarr_path, grid.core(index), counting, steps)
+    for _, part in window:
+        total = part if total is None else counting.merge(total, part)
+    return total
+
+
+def _count_slide_block(zarr_path: str | Path, box: Box, counting: Pass, steps: tuple[Step, ...]) -> Any:
+    from daskcell import images
+
+    return count_block(images.read_block(zarr_path, box), box, counting, steps)
+
+
+def count_block(block: np.ndarray, box: Box, counting: Pass, steps: tuple[Step, ...] = ()) -> Any:
+    """Counts of one block after `steps`."""
+    return counting.count(apply_steps(block, steps, box), box)

@@ -1,0 +1,333 @@
+"""Global statistics of an image, counted block by block in one or more passes.
+
+A *pass* counts something in every block; counts are merged by integer sums, minima and maxima, so the result
+depends neither on how the image is cut nor on the order; the merged counts finish the pass, which gives the
+next pass or the frozen step itself.
+
+    state = first pass
+    while state is a pass:
+        state = state.finish(merge(state.count(block, box) for every block))
+
+Small integers (up to 16 bits) have one bin a value: every statistic is exact after one pass. Wider types are
+read more than once: percentiles by exact selection, 16 bits of the value at a time; curves from bins between
+the extremes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from daskcell.geometry import Box
+from daskcell.preprocess.pixels import all_values, check_finite, float_dtype, is_small
+from daskcell.preprocess.steps import Curve, Step, Stretch
+
+DIGIT = 16
+MATCH_BINS = 65536
+
+
+class Pass(Protocol):
+    """One reading of the whole image."""
+
+    def count(self, block: np.ndarray, box: Box) -> Any:
+        """Counts of one block ``(C, h, w)`` that lies at `box`; blocks must not overlap."""
+
+    def merge(self, a: Any, b: Any) -> Any:
+        """Counts of two parts together."""
+
+    def finish(self, total: Any) -> Pass | Step | Reference:
+        """What the counts of the whole image lead to."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What another image is matched to: per channel, values and the share of pixels up to each."""
+
+    values: tuple[np.ndarray, ...]
+    quantiles: tuple[np.ndarray, ...]
+
+
+def lerp(a: Any, b: Any, t: float) -> float:
+    """Between `a` and `b` as `numpy.percentile` does it, in the type of `a` and `b`."""
+    difference = b - a
+    return float(b - difference * (1 - t)) if t >= 0.5 else float(a + difference * t)
+
+
+def rank_of(percentile: float, count: int) -> tuple[int, int, float]:
+    """Ranks below and above a percentile of `count` sorted values, and the way between them (linear)."""
+    rank = (count - 1) * (percentile / 100)
+    below = math.floor(rank)
+    return min(below, count - 1), min(below + 1, count - 1), rank - below
+
+
+# -- small integers: everything from exact histograms -----------------------------------------------
+@dataclass(frozen=True)
+class Stretching:
+    """Values at two percentiles become black and white."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Equalizing:
+    """Every value becomes the share of pixels up to it; `bins` for types wider than 16 bits."""
+
+    bins: int = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Matching:
+    """Every value becomes the reference's value with the same share of pixels up to it."""
+
+    reference: Reference
+
+
+@dataclass(frozen=True)
+class Referring:
+    """Only summarise: the counted image is a reference."""
+
+
+Aim = Stretching | Equalizing | Matching | Referring
+
+
+@dataclass(frozen=True, eq=False)
+class ExactCounts:
+    """One bin a value: counts ``(C, 256 or 65536)``."""
+
+    aim: Aim
+    dtype: np.dtype
+
+    def count(self, block: np.ndarray, box: Box) -> np.ndarray:
+        bits = 8 * self.dtype.itemsize
+        unsigned = block.view(f"u{self.dtype.itemsize}")
+        counts = np.stack([np.bincount(plane.ravel(), minlength=1 << bits) for plane in unsigned])
+        # Seen as unsigned, negative values lie behind the positive ones.
+        return np.roll(counts, 1 << (bits - 1), axis=1) if self.dtype.kind == "i" else counts
+
+    def merge(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return a + b
+
+    def finish(self, total: np.ndarray) -> Step | Reference:
+        values = all_values(self.dtype)
+        present = [np.flatnonzero(counts) for counts in total]
+        found = tuple(values[where] for where in present)
+        shares = tuple(
+            np.cumsum(counts[where]) / float(counts.sum())
+            for counts, where in zip(total, present, strict=True)
+        )
+        if isinstance(self.aim, Stretching):
+            limits = [self._limits(values, counts, self.aim) for counts in total]
+            return Stretch(tuple(a for a, _ in limits), tuple(b for _, b in limits))
+        if isinstance(self.aim, Equalizing):
+            return Curve(found, tuple(share.astype(np.float32) for share in shares), to_float=True)
+        if isinstance(self.aim, Referring):
+            return Reference(found, shares)
+        return Curve(found, _matched(shares, self.aim.reference), to_float=False)
+
+    @staticmethod
+    def _limits(values: np.ndarray, counts: np.ndarray, aim: Stretching) -> tuple[float, float]:
+        until = np.cumsum(counts)
+        size = int(until[-1])
+
+        def at(rank: int) -> int:
+            return int(values[np.searchsorted(until, rank, side="right")])
+
+        limits = []
+        for percentile in (aim.low, aim.high):
+            below, above, part = rank_of(percentile, size)
+            limits.append(lerp(at(below), at(above), part))
+        return _apart(limits[0], limits[1], at(0), at(size - 1))
+
+
+def _apart(low: float, high: float, smallest: float, largest: float) -> tuple[float, float]:
+    # Where nearly all pixels have one value the percentiles coincide, and stretching between them would erase
+    # the few that differ: a handful of bright cells on black. The extremes are taken instead.
+    return (low, high) if low < high else (float(smallest), float(largest))
+
+
+def _matched(shares: Sequence[np.ndarray], reference: Reference) -> tuple[np.ndarray, ...]:
+    return tuple(
+        np.interp(share, quantiles, values)
+        for share, quantiles, values in zip(shares, reference.quantiles, reference.values, strict=True)
+    )
+
+
+# -- wide types: exact selection for percentiles ----------------------------------------------------
+def sortable(values: np.ndarray) -> np.ndarray:
+    """Unsigned integers in the same order as `values` (floats by their bits, signed integers shifted)."""
+    bits = 8 * values.dtype.itemsize
+    sign = np.dtype(f"u{values.dtype.itemsize}").type(1 << (bits - 1))
+    keys = np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}")
+    if values.dtype.kind == "u":
+        return keys
+    if values.dtype.kind == "i":
+        return keys ^ sign
+    return np.where(keys & sign, ~keys, keys | sign)
+
+
+def unsortable(key: int, dtype: np.dtype) -> Any:
+    """The value (numpy scalar of `dtype`) whose `sortable` is `key`."""
+    bits = 8 * dtype.itemsize
+    sign = 1 << (bits - 1)
+    if dtype.kind == "i":
+        key ^= sign
+    elif dtype.kind == "f":
+        key = key ^ sign if key & sign else ~key & ((1 << bits) - 1)
+    return np.array([key], f"u{dtype.itemsize}").view(dtype)[0]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A value looked for: its first digits as far as known, and its rank among the values that begin so."""
+
+    prefix: int
+    rank: int
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Exact order statistics, 16 bits a pass (radix selection): counts ``(C, targets, 65536)``."""
+
+    aim: Stretching
+    dtype: np.dtype
+    size: int
+    """Pixels of a channel."""
+    known: int = 0
+    """Digits known so far."""
+    targets: tuple[tuple[Target, ...], ...] = ()
+    """Per channel: smallest, below and above `low`, below and above `high`, largest."""
+
+    @classmethod
+    def start(cls, aim: Stretching, dtype: np.dtype, channels: int, size: int) -> Selection:
+        ranks = [0, *rank_of(aim.low, size)[:2], *rank_of(aim.high, size)[:2], size - 1]
+        return cls(aim, dtype, size, 0, (tuple(Target(0, rank) for rank in ranks),) * channels)
+
+    @property
+    def _shift(self) -> int:
+        return 8 * self.dtype.itemsize - DIGIT * (self.known + 1)
+
+    def count(self, block: np.ndarray, box: Box) -> np.ndarray:
+        if not self.known:
+            check_finite(block)
+        out = np.zeros((len(block), len(self.targets[0]), 1 << DIGIT), np.int64)
+        for plane, targets, counts in zip(block, self.targets, out, strict=True):
+            keys = sortable(plane.ravel()) >> np.array(self._shift, f"u{self.dtype.itemsize}")
+            seen: dict[int, np.ndarray] = {}
+            for target, row in zip(targets, counts, strict=True):
+                if target.prefix not in seen:
+                    seen[target.prefix] = self._digits(keys, target.prefix)
+                row[...] = seen[target.prefix]
+        return out
+
+    def _digits(self, keys: np.ndarray, prefix: int) -> np.ndarray:
+        if self.known:
+            keys = keys[keys >> np.array(DIGIT, keys.dtype) == prefix]
+        return np.bincount(keys.astype(np.uint16), minlength=1 << DIGIT)
+
+    def merge(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return a + b
+
+    def finish(self, total: np.ndarray) -> Selection | Stretch:
+        found = tuple(
+            tuple(self._narrow(target, row) for target, row in zip(targets, counts, strict=True))
+            for targets, counts in zip(self.targets, total, strict=True)
+        )
+        narrowed = replace(self, known=self.known + 1, targets=found)
+        if self._shift:
+            return narrowed
+        limits = [narrowed._limits(targets) for targets in found]
+        return Stretch(tuple(a for a, _ in limits), tuple(b for _, b in limits))
+
+    @staticmethod
+    def _narrow(target: Target, counts: np.ndarray) -> Target:
+        until = np.cumsum(counts)
+        digit = int(np.searchsorted(until, target.rank, side="right"))
+        before = int(until[digit - 1]) if digit else 0
+        return Target((target.prefix << DIGIT) | digit, target.rank - before)
+
+    def _limits(self, targets: Sequence[Target]) -> tuple[float, float]:
+        smallest, *around, largest = (unsortable(target.prefix, self.dtype) for target in targets)
+        if self.dtype.kind != "f":
+            smallest, *around, largest = (int(value) for value in (smallest, *around, largest))
+        low = lerp(around[0], around[1], rank_of(self.aim.low, self.size)[2])
+        high = lerp(around[2], around[3], rank_of(self.aim.high, self.size)[2])
+        return _apart(low, high, smallest, largest)
+
+
+# -- wide types: curves from bins between the extremes ----------------------------------------------
+@dataclass(frozen=True, eq=False)
+class Extremes:
+    """Smallest and largest value of each channel: ``(2, C)`` in the image's type."""
+
+    aim: Any
+    """What is counted next: an `Aim`, or anything with ``after_extremes(smallest, largest)``."""
+    dtype: np.dtype
+
+    def count(self, block: np.ndarray, box: Box) -> np.ndarray:
+        check_finite(block)
+        return np.stack([block.min(axis=(1, 2)), block.max(axis=(1, 2))])
+
+    def merge(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.stack([np.minimum(a[0], b[0]), np.maximum(a[1], b[1])])
+
+    def finish(self, total: np.ndarray) -> Pass:
+        if hasattr(self.aim, "after_extremes"):
+            return self.aim.after_extremes(total)
+        bins = self.aim.bins if isinstance(self.aim, Equalizing) else MATCH_BINS
+        return BinCounts(self.aim, self.dtype, total, bins)
+
+
+@dataclass(frozen=True, eq=False)
+class BinCounts:
+    """Equal bins between the extremes: counts ``(C, bins)``. Bins as `numpy.histogram` lays them."""
+
+    aim: Equalizing | Matching | Referring
+    dtype: np.dtype
+    extremes: np.ndarray
+    bins: int
+
+    def _range(self, channel: int) -> tuple[Any, Any]:
+        return self.extremes[0, channel], self.extremes[1, channel]
+
+    def count(self, block: np.ndarray, box: Box) -> np.ndarray:
+        return np.stack([np.histogram(p, self.bins, self._range(c))[0] for c, p in enumerate(block)])
+
+    def merge(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return a + b
+
+    def finish(self, total: np.ndarray) -> Curve | Reference:
+        nothing = np.zeros(0, self.dtype)
+        edges = [np.histogram_bin_edges(nothing, self.bins, self._range(c)) for c in range(len(total))]
+        centers = [(edge[:-1] + edge[1:]) / 2 for edge in edges]
+        shares = [np.cumsum(counts) / float(counts.sum()) for counts in total]
+        if isinstance(self.aim, Equalizing):
+            kind = float_dtype(self.dtype)
+            return Curve(tuple(centers), tuple(share.astype(kind) for share in shares), to_float=True)
+        # From here as for integers, with the middle of each bin that holds pixels for a value.
+        present = [np.flatnonzero(counts) for counts in total]
+        found = tuple(center[where] for center, where in zip(centers, present, strict=True))
+        reached = tuple(share[where] for share, where in zip(shares, present, strict=True))
+        if isinstance(self.aim, Referring):
+            return Reference(found, reached)
+        return Curve(found, _matched(reached, self.aim.reference), to_float=False)
+
+
+def first_pass(aim: Aim, dtype: np.dtype, channels: int, size: int) -> ExactCounts | Selection | Extremes:
+    """Where counting starts for `aim` on an image of `channels` with `size` pixels each."""
+    if is_small(dtype):
+        return ExactCounts(aim, dtype)
+    if isinstance(aim, Stretching):
+        return Selection.start(aim, dtype, channels, size)
+    return Extremes(aim, dtype)
+
+
+def passes_needed(aim: type, dtype: np.dtype) -> int:
+    """How often the image is read, for aims other than CLAHE (three times)."""
+    if is_small(dtype):
+        return 1
+    return 8 * dtype.itemsize // DIGIT if aim is Stretching else 2

@@ -1,0 +1,210 @@
+"""The arithmetic of preprocessing: steps with every global number frozen into them.
+
+Each step maps a block ``(C, h, w)`` to ``(C', h, w)`` and knows the halo it needs. Pure numpy: no Dask, no
+files. The lazy functions and the engine both go through these, and through nothing else.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from daskcell.geometry import Box
+from daskcell.preprocess.pixels import all_values, float_dtype, is_small, largest, look_up, to_dtype
+
+TRUNCATE = 4.0
+"""Where the Gaussian is cut, in standard deviations: what SciPy, scikit-image and dask-image take."""
+
+
+class Step(Protocol):
+    """One frozen step."""
+
+    kind: ClassVar[str]
+
+    @property
+    def halo(self) -> int:
+        """Pixels needed around a block."""
+
+    def channels(self, count: int) -> int:
+        """Channels made of `count` channels."""
+
+    def dtype(self, dtype: np.dtype) -> np.dtype:
+        """Type made of `dtype`."""
+
+    def apply(self, block: np.ndarray, box: Box) -> np.ndarray:
+        """The step on a block that lies at `box` of the whole image."""
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
+class _Pointwise:
+    """A pixel depends on itself only; channels and dtype stay."""
+
+    halo = 0
+
+    def channels(self, count: int) -> int:
+        return count
+
+    def dtype(self, dtype: np.dtype) -> np.dtype:
+        return dtype
+
+
+@dataclass(frozen=True)
+class Mix(_Pointwise):
+    """Colour picture from channels: three rows of one weight a channel."""
+
+    kind: ClassVar[str] = "mix"
+    weights: tuple[tuple[float, ...], ...]
+
+    def channels(self, count: int) -> int:
+        return len(self.weights)
+
+    def apply(self, block: np.ndarray, box: Box) -> np.ndarray:
+        from daskcell.preprocess.colors import mix
+
+        return mix(block, self.weights)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"weights": [list(row) for row in self.weights]}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Mix:
+        return cls(tuple(tuple(row) for row in values["weights"]))
+
+
+@dataclass(frozen=True)
+class Stretch(_Pointwise):
+    """``low`` becomes 0 and ``high`` white, per channel; same dtype (`skimage`'s ``rescale_intensity``)."""
+
+    kind: ClassVar[str] = "stretch"
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+    def apply(self, block: np.ndarray, box: Box) -> np.ndarray:
+        out = np.empty_like(block)
+        for target, plane, low, high in zip(out, block, self.low, self.high, strict=True):
+            target[...] = _by_table(plane, partial(self._rescale, low=low, high=high))
+        return out
+
+    @staticmethod
+    def _rescale(values: np.ndarray, low: float, high: float) -> np.ndarray:
+        # The order of operations is scikit-image's, so that the last bit is too; integers are cut, not
+        # rounded.
+        white = largest(values.dtype)
+        dtype = values.dtype
+        values = np.clip(values, low, high)
+        values = (values - low) / (high - low) * white if low < high else np.clip(values, 0, white)
+        return to_dtype(values, dtype, truncate=True)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"low": list(self.low), "high": list(self.high)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Stretch:
+        return cls(tuple(values["low"]), tuple(values["high"]))
+
+
+@dataclass(frozen=True, eq=False)
+class Curve(_Pointwise):
+    """Piecewise linear curve per channel: values ``x`` become ``y`` (equalised or matched histograms).
+
+    ``to_float``: the result is on the 0-1 scale (float64 for float64, else float32); otherwise in the image's
+    type, integers cut, as scikit-image does.
+    """
+
+    kind: ClassVar[str] = "curve"
+    x: tuple[np.ndarray, ...]
+    y: tuple[np.ndarray, ...]
+    to_float: bool
+
+    def dtype(self, dtype: np.dtype) -> np.dtype:
+        return float_dtype(dtype) if self.to_float else dtype
+
+    def apply(self, block: np.ndarray, box: Box) -> np.ndarray:
+        dtype = self.dtype(block.dtype)
+        out = np.empty(block.shape, dtype)
+        for target, plane, x, y in zip(out, block, self.x, self.y, strict=True):
+
+            def follow(values: np.ndarray, x: np.ndarray = x, y: np.ndarray = y) -> np.ndarray:
+                return to_dtype(np.interp(values, x, y), dtype, truncate=True)
+
+            target[...] = _by_table(plane, follow)
+        return out
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "x": [encode_array(a) for a in self.x],
+            "y": [encode_array(a) for a in self.y],
+            "to_float": self.to_float,
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Curve:
+        return cls(
+            tuple(decode_array(a) for a in values["x"]),
+            tuple(decode_array(a) for a in values["y"]),
+            values["to_float"],
+        )
+
+
+@dataclass(frozen=True)
+class Gaussian(_Pointwise):
+    """Gaussian filter of each channel, reflected at the image's border; same dtype, integers rounded."""
+
+    kind: ClassVar[str] = "gaussian"
+    sigma: float
+
+    @property
+    def halo(self) -> int:  # type: ignore[override]
+        return math.ceil(TRUNCATE * self.sigma)
+
+    def apply(self, block: np.ndarray, box: Box) -> np.ndarray:
+        return smooth(block, self.sigma)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"sigma": self.sigma}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Gaussian:
+        return cls(values["sigma"])
+
+
+def smooth(block: np.ndarray, sigma: float) -> np.ndarray:
+    """`scipy.ndimage.gaussian_filter` of every plane; integers through float64, rounded to nearest."""
+    from scipy import ndimage
+
+    if block.dtype.kind == "f":
+        return ndimage.gaussian_filter(block, (0, sigma, sigma), truncate=TRUNCATE)
+    # SciPy would round down to integers after each axis.
+    exact = ndimage.gaussian_filter(block, (0, sigma, sigma), truncate=TRUNCATE, output=np.float64)
+    return to_dtype(exact, block.dtype)
+
+
+def _by_table(plane: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """``function(plane)``; for small integers once for every value instead of every pixel."""
+    # The same numbers either way: function works value by value.
+    if is_small(plane.dtype) and plane.size > 1 << (8 * plane.dtype.itemsize):
+        return look_up(plane, function(all_values(plane.dtype)))
+    return function(plane)
+
+
+def encode_array(array: np.ndarray) -> dict[str, Any]:
+    """An array as JSON, bit for bit."""
+    array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    return {
+        "dtype": array.dtype.str,
+        "shape": list(array.shape),
+        "base64": base64.b64encode(array.tobytes()).decode("ascii"),
+    }
+
+
+def decode_array(values: dict[str, Any]) -> np.ndarray:
+    """Back from `encode_array`."""
+    data = np.frombuffer(base64.b64decode(values["base64"]), values["dtype"])
+    return data.reshape(values["shape"]).astype(data.dtype.newbyteorder("="))

@@ -1,0 +1,408 @@
+"""Preprocessing: equal to scikit-image and SciPy on the whole, and the same bits however the image is cut."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from itertools import pairwise
+
+import dask.array as da
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy import ndimage
+from skimage import exposure
+
+from daskcell.config import GaussianSettings, HistogramSettings, PreprocessSettings, ReconstructSettings
+from daskcell.errors import InputError
+from daskcell.geometry import Box, Grid
+from daskcell.preprocess import (
+    Plan,
+    adjust_histogram,
+    apply_block,
+    auto_colors,
+    freeze,
+    gaussian,
+    preprocess,
+    reconstruct,
+)
+from daskcell.preprocess.colors import color_rgb
+
+DTYPES = [np.uint8, np.uint16, np.int16, np.int32, np.float32, np.float64]
+METHODS = ["stretch", "equalize", "clahe", "match"]
+
+
+def picture(dtype, shape=(2, 61, 83), seed=0) -> np.ndarray:
+    """Blobs on a background, with noise: few values repeat in floats, many in integers."""
+    rng = np.random.default_rng(seed)
+    x = ndimage.gaussian_filter(rng.random(shape), (0, 4, 4))
+    x = (x - x.min()) / (x.max() - x.min()) * 0.7 + rng.random(shape) * 0.2
+    if np.dtype(dtype).kind == "f":
+        return x.astype(dtype)
+    info = np.iinfo(dtype)
+    low = info.min // 4 if info.min else 0
+    return (low + x * (info.max * 0.8 - low)).astype(dtype)
+
+
+@st.composite
+def chunkings(draw, sides=(61, 83)):
+    """Any way to cut each side."""
+    chunks = []
+    for side in sides:
+        cuts = draw(st.lists(st.integers(1, side - 1), max_size=4, unique=True))
+        edges = [0, *sorted(cuts), side]
+        chunks.append(tuple(b - a for a, b in pairwise(edges)))
+    return tuple(chunks)
+
+
+# -- reconstruct ----------------------------------------------------------------------------------
+def test_cyan_adds_to_green_and_blue():
+    x = np.zeros((4, 2, 2), np.uint8)
+    x[:, 0, 0] = 10, 20, 30, 40
+    assert reconstruct(x).compute()[:, 0, 0].tolist() == [10, 60, 70]
+
+
+def test_integers_saturate_and_round():
+    x = np.array([[[250, 3]], [[0, 0]], [[0, 0]], [[10, 10]]], np.uint8)
+    rgb = reconstruct(x, ratio=(1.1, 1, 1, 0.25)).compute()
+    assert rgb.dtype == np.uint8
+    assert rgb[0].tolist() == [[255, 3]]  # 275 saturates, 3.3 rounds down
+    assert rgb[1].tolist() == [[2, 2]]  # 2.5 rounds to even
+
+
+def test_floats_are_not_cut():
+    x = np.full((4, 3, 3), 0.75, np.float32)
+    rgb = reconstruct(x)
+    assert rgb.dtype == np.float32
+    assert rgb.compute()[:, 0, 0].tolist() == [0.75, 1.5, 1.5]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reconstruct_equals_the_weighted_sum(dtype):
+    x = picture(dtype, (3, 20, 30))
+    ratio = (0.7, 1.0, 0.2)
+    rgb = reconstruct(x, colors=("orange", "#0000ff", "white"), ratio=ratio).compute()
+    weights = np.array([[1, 165 / 255, 0], [0, 0, 1], [1, 1, 1]]).T * ratio
+    exact = np.einsum("kc,cyx->kyx", weights, x.astype(np.float64))
+    if np.dtype(dtype).kind == "f":
+        np.testing.assert_allclose(rgb, exact, rtol=1e-6)
+    else:
+        exact = np.clip(np.rint(exact), np.iinfo(dtype).min, np.iinfo(dtype).max)
+        assert np.abs(rgb.astype(np.int64) - exact).max() <= 1
+        assert (rgb == exact).mean() > 0.999
+    assert rgb.dtype == dtype
+
+
+def test_reconstruct_is_lazy_and_takes_a_list():
+    calls = []
+    x = da.zeros((4, 10, 10), chunks=(1, 5, 5), dtype=np.uint8).map_blocks(
+        lambda b: calls.append(1) or b, dtype=np.uint8, meta=np.empty((0, 0, 0), np.uint8)
+    )
+    rgb = reconstruct(x)
+    assert rgb.shape == (3, 10, 10)
+    assert not calls
+    np.testing.assert_array_equal(reconstruct([np.ones((4, 5), np.uint8)] * 2).compute()[:2], 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"ratio": (1, 1, -1, 1)}, "-1"),
+        ({"ratio": (1, float("nan"), 1, 1)}, "nan"),
+        ({"ratio": (1, "much", 1, 1)}, "much"),
+        ({"ratio": (1, 1, 1)}, "3 value"),
+        ({"colors": ("red", "green", "blue", "ultraviolet")}, "ultraviolet"),
+        ({"colors": ("red", "green")}, "2 color"),
+        ({"colors": ("red", "green", "blue", "#12")}, "#12"),
+    ],
+)
+def test_colors_and_ratios_that_do_not_fit_are_refused(options, named):
+    with pytest.raises(InputError, match=named):
+        reconstruct(np.zeros((4, 5, 5), np.uint8), **options)
+
+
+def test_more_channels_than_default_colors_are_refused():
+    with pytest.raises(InputError, match="5 channel"):
+        reconstruct(np.zeros((5, 5, 5), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("color", "rgb"),
+    [
+        ("green", (0, 1, 0)),
+        ("#008000", (0, 128 / 255, 0)),
+        ("c", (0, 1, 1)),
+        ("RebeccaPurple", (102 / 255, 51 / 255, 153 / 255)),
+        ("tab:orange", (1, 127 / 255, 14 / 255)),
+        ("#0f0", (0, 1, 0)),
+        ("0.5", (0.5, 0.5, 0.5)),
+    ],
+)
+def test_colors_as_matplotlib_names_them(color, rgb):
+    assert color_rgb(color) == pytest.approx(rgb)
+
+
+def test_auto_colors_follow_names_and_never_repeat():
+    assert auto_colors(["R", "G", "B", "Cyan"]) == ["red", "green", "blue", "cyan"]
+    assert auto_colors(["w1Hoechst", "GFP-Akt", "Rhodamine"]) == ["blue", "green", "red"]
+    assert auto_colors(["d0", "d1", "d2"]) == ["red", "green", "blue"]
+    assert auto_colors(["actin", "DAPI", "DNA"]) == ["red", "blue", "green"]
+    assert auto_colors(["infrared"]) == ["red"]  # the first in turn, not because of its name
+    assert auto_colors(["brightfield", "Cy5"]) == ["white", "magenta"]
+    many = auto_colors([f"stain {i}" for i in range(20)])
+    assert len(set(many)) == 20
+    assert all(color_rgb(color) for color in many)
+
+
+# -- adjust_histogram -----------------------------------------------------------------------------
+def by_skimage(x: np.ndarray, method: str, reference: np.ndarray) -> np.ndarray:
+    if method == "stretch":
+        white = np.iinfo(x.dtype).max if x.dtype.kind in "ui" else 1.0
+        limits = [(np.percentile(c, 2.0), np.percentile(c, 99.0)) for c in x]
+        planes = [exposure.rescale_intensity(c, lim, (0, white)) for c, lim in zip(x, limits, strict=True)]
+        return np.stack(planes).astype(x.dtype)
+    if method == "equalize":
+        return np.stack([exposure.equalize_hist(c) for c in x])
+    if method == "clahe":
+        return np.stack([exposure.equalize_adapthist(c, clip_limit=0.02) for c in x])
+    return exposure.match_histograms(x, reference, channel_axis=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_histograms_equal_scikit_image_on_the_whole(method, dtype):
+    if method == "equalize" and dtype == np.int32:
+        pytest.skip("scikit-image takes one bin for each of 2**32 values: more memory than there is")
+    x = picture(dtype)
+    reference = (
+        picture(dtype, (2, 40, 50), seed=1) // 2
+        if np.dtype(dtype).kind != "f"
+        else picture(dtype, seed=1) ** 2
+    )
+    options = {"low": 2.0, "high": 99.0, "clip_limit": 0.02}
+    if method == "match":
+        options["reference"] = reference
+    ours = adjust_histogram(da.from_array(x, chunks=(1, 20, 33)), method, **options)
+    theirs = by_skimage(x, method, reference)
+    got = ours.compute()
+    assert got.dtype == ours.dtype
+    if method in ("stretch", "match"):
+        assert got.dtype == dtype
+    if method == "match" and np.dtype(dtype).itemsize > 2:
+        # 65536 bins against a full sort: a pixel may be off by a rank, which in the sparse tails is a step.
+        off = np.abs(got - theirs.astype(float)) / theirs.max()
+        assert off.mean() < 4e-5
+        assert off.max() < 2e-2
+    elif got.dtype.kind in "ui":
+        np.testing.assert_array_equal(got, theirs)
+    else:
+        np.testing.assert_allclose(got, theirs, atol=3e-7, rtol=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(chunks=chunkings(), method=st.sampled_from(METHODS), dtype=st.sampled_from(DTYPES))
+def test_chunks_change_no_bit(chunks, method, dtype):
+    x = picture(dtype)
+    options = {"reference": picture(dtype, seed=5)} if method == "match" else {}
+    whole = adjust_histogram(da.from_array(x, chunks=-1), method, **options)
+    cut = adjust_histogram(da.from_array(x, chunks=(1, *chunks)), method, **options)
+    np.testing.assert_array_equal(whole.compute(scheduler="sync"), cut.compute(scheduler="sync"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    x=st.sampled_from(DTYPES).flatmap(
+        lambda dtype: hnp.arrays(
+            dtype,
+            hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=9),
+            elements=None
+            if np.dtype(dtype).kind != "f"
+            else st.floats(-1e3, 1e3, width=8 * np.dtype(dtype).itemsize),
+        )
+    ),
+    low=st.floats(0, 49),
+    high=st.floats(51, 100),
+)
+def test_percentiles_are_those_of_numpy(x, low, high):
+    plan = freeze(
+        x[None],
+        PreprocessSettings(reconstruct=None, histogram=HistogramSettings(low=low, high=high)),
+    )
+    expected = float(np.percentile(x, low)), float(np.percentile(x, high))
+    if expected[0] >= expected[1]:
+        expected = float(x.min()), float(x.max())
+    assert (plan.steps[0].low[0], plan.steps[0].high[0]) == expected
+
+
+def test_a_few_bright_cells_survive_the_stretch():
+    x = np.full((1, 100, 100), 7, np.uint8)
+    x[0, 50, 50:53] = 90  # fewer than the 0.2 % above the high percentile
+    got = adjust_histogram(x).compute()
+    assert got.max() == 255
+    assert got[0, 0, 0] == 0
+
+
+def test_a_flat_channel_stays_as_it_is():
+    x = np.full((1, 30, 30), 7, np.uint8)
+    for method in ("stretch", "clahe", "equalize"):
+        got = adjust_histogram(x, method).compute()
+        assert np.isfinite(got).all()
+        assert len(np.unique(got)) == 1
+
+
+def test_two_dimensional_pictures_stay_two_dimensional():
+    x = picture(np.uint8)[0]
+    assert adjust_histogram(x).shape == gaussian(x, 1.0).shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"method": "log"}, "log"),
+        ({"low": 60.0, "high": 40.0}, "60.0"),
+        ({"high": 101.0}, "101"),
+        ({"method": "match"}, "reference"),
+        ({"method": "match", "reference": np.zeros((3, 4, 4), np.uint8)}, "2 channel"),
+        ({"method": "match", "reference": np.zeros((2, 4, 4), np.float32)}, "float32"),
+        ({"reference": np.zeros((2, 4, 4), np.uint8)}, "reference"),
+        ({"method": "clahe", "tiles": 0}, "tiles"),
+    ],
+)
+def test_histogram_settings_that_cannot_be_used_are_refused(options, named):
+    with pytest.raises(InputError, match=named):
+        adjust_histogram(np.zeros((2, 8, 8), np.uint8), **options)
+
+
+@pytest.mark.parametrize("method", ["stretch", "equalize", "clahe"])
+def test_nan_pixels_are_refused(method):
+    x = picture(np.float32)
+    x[1, 3, 4] = np.nan
+    with pytest.raises(InputError, match=r"Channel 1 .* NaN"):
+        adjust_histogram(x, method).compute()
+
+
+@pytest.mark.parametrize("x", [np.zeros((2, 0, 4)), np.zeros((2, 2, 2, 2)), np.zeros((1, 4, 4), complex)])
+def test_arrays_that_are_no_image_are_refused(x):
+    with pytest.raises(InputError):
+        adjust_histogram(x)
+
+
+# -- gaussian -------------------------------------------------------------------------------------
+@settings(max_examples=25, deadline=None)
+@given(chunks=chunkings(), sigma=st.floats(0.3, 6), dtype=st.sampled_from(DTYPES))
+def test_gaussian_equals_scipy_on_the_whole_bit_for_bit(chunks, sigma, dtype):
+    x = picture(dtype)
+    got = gaussian(da.from_array(x, chunks=(1, *chunks)), sigma)
+    assert got.dtype == dtype
+    if np.dtype(dtype).kind == "f":
+        expected = ndimage.gaussian_filter(x, (0, sigma, sigma))
+    else:
+        expected = np.rint(ndimage.gaussian_filter(x.astype(float), (0, sigma, sigma))).astype(dtype)
+    np.testing.assert_array_equal(got.compute(scheduler="sync"), expected)
+
+
+@pytest.mark.parametrize("sigma", [0, -1.5, float("nan"), float("inf"), None])
+def test_sigma_must_be_above_zero(sigma):
+    with pytest.raises(InputError, match=str(sigma)):
+        gaussian(np.zeros((1, 5, 5)), sigma)
+
+
+# -- plans ----------------------------------------------------------------------------------------
+def plans():
+    return [
+        pytest.param(method, dtype, id=f"{method}-{np.dtype(dtype).name}")
+        for method in METHODS
+        for dtype in (np.uint8, np.uint16, np.float32)
+    ]
+
+
+def make_plan(method, dtype):
+    x = picture(dtype, (4, 61, 83))
+    histogram = HistogramSettings(method=method, reference="given" if method == "match" else None)
+    chosen = PreprocessSettings(histogram=histogram, gaussian=GaussianSettings(sigma=1.3))
+    return (
+        x,
+        freeze(x, chosen, ["R", "G", "B", "Cyan"], reference=picture(dtype, (4, 30, 30), seed=3)),
+        chosen,
+    )
+
+
+@pytest.mark.parametrize(("method", "dtype"), plans())
+def test_blocks_equal_the_whole_and_the_lazy_functions(method, dtype):
+    x, plan, _ = make_plan(method, dtype)
+    whole = apply_block(x, plan)
+    assert whole.dtype == plan.out_dtype
+    assert len(whole) == plan.out_channels == 3
+    pieces = np.zeros_like(whole)
+    grid = Grid.regular(x.shape[1:], 19)
+    for index in grid:
+        core = grid.core(index)
+        grown = core.grow(plan.halo).clip(grid.shape)
+        block = apply_block(x[(slice(None), *grown.slices)], plan, grown)
+        pieces[(slice(None), *core.slices)] = block[(slice(None), *core.within(grown))]
+    np.testing.assert_array_equal(pieces, whole)
+
+    lazy = da.from_array(x, chunks=(2, 23, 31))
+    np.testing.assert_array_equal(preprocess(lazy, plan).compute(), whole)
+    options = {"reference": reconstruct(picture(dtype, (4, 30, 30), seed=3))} if method == "match" else {}
+    by_hand = gaussian(adjust_histogram(reconstruct(lazy), method, **options), 1.3)
+    np.testing.assert_array_equal(by_hand.compute(), whole)
+
+
+def test_without_its_halo_a_block_differs():
+    """The control: the halo is what makes blocks equal the whole."""
+    x, plan, _ = make_plan("stretch", np.uint8)
+    assert plan.halo == 6
+    cut = apply_block(x[:, :, :40], plan, Box(0, 0, 61, 40))
+    assert not np.array_equal(cut, apply_block(x, plan)[:, :, :40])
+
+
+@pytest.mark.parametrize(("method", "dtype"), plans())
+def test_plans_survive_json_and_pickle(method, dtype):
+    x, plan, chosen = make_plan(method, dtype)
+    text = json.dumps(plan.to_json())
+    for back in (Plan.from_json(json.loads(text)), Plan.from_json(text), pickle.loads(pickle.dumps(plan))):
+        assert back == plan
+        assert back.key == plan.key
+        np.testing.assert_array_equal(apply_block(x, back), apply_block(x, plan))
+    again = freeze(
+        da.from_array(x, chunks=(1, 17, 83)),
+        chosen,
+        ["R", "G", "B", "Cyan"],
+        reference=picture(dtype, (4, 30, 30), seed=3),
+    )
+    assert again == plan
+
+
+def test_other_statistics_are_another_plan():
+    x, plan, chosen = make_plan("stretch", np.uint16)
+    x = x.copy()
+    x[0] = x[0] // 2
+    assert freeze(x, chosen, ["R", "G", "B", "Cyan"]) != plan
+
+
+def test_one_channel_stays_grey_and_a_colour_picture_stays_as_it_is():
+    assert freeze(picture(np.uint8, (1, 20, 20))).out_channels == 1
+    rgb = picture(np.uint8, (3, 20, 20))
+    nothing = PreprocessSettings(histogram=None)
+    np.testing.assert_array_equal(apply_block(rgb, freeze(rgb, nothing, ["c", "m", "y"], is_rgb=True)), rgb)
+    weighted = PreprocessSettings(histogram=None, reconstruct=ReconstructSettings(ratio=[1, 0.5, 0]))
+    half = apply_block(rgb, freeze(rgb, weighted, None, is_rgb=True))
+    np.testing.assert_array_equal(half[0], rgb[0])
+    assert not half[2].any()
+    two = picture(np.uint8, (2, 20, 20))
+    assert apply_block(two, freeze(two, nothing, ["DAPI", "GFP"]))[0].max() == 0
+
+
+def test_clahe_needs_to_know_where_a_block_lies():
+    x, plan, _ = make_plan("clahe", np.uint8)
+    with pytest.raises(InputError, match="box"):
+        apply_block(x[:, :30], plan)
+
+
+def test_a_plan_refuses_another_number_of_channels():
+    x, plan, _ = make_plan("stretch", np.uint8)
+    with pytest.raises(InputError, match="4 channel"):
+        apply_block(x[:3], plan)
