@@ -165,8 +165,7 @@ def sample_boxes(shape: tuple[int, int]) -> tuple[list[Box], int]:
 
 @dataclass(frozen=True)
 class Sample:
-    """Of one sampled box: least and largest value per channel, and the values ``(C, m)`` outside all
-    cells."""
+    """Of one sampled box: least and largest value per channel, values ``(C, m)`` outside all cells."""
 
     low: np.ndarray
     high: np.ndarray

@@ -164,8 +164,7 @@ def _load(spec: EncoderSpec) -> Encoder:
         from daskcell.models import load_encoder
 
         module = load_encoder(spec.name)
-        size = getattr(module, "size", 64)
-        mean, std = getattr(module, "mean", None), getattr(module, "std", None)
+        size, mean, std = module.size, None, None
     elif _is_file(spec.name):
         module = _open_archive(spec.name)
     else:
