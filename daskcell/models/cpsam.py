@@ -42,7 +42,11 @@ def read_checkpoint(path: str | Path) -> dict:
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WeightsError(f"{path} is not a readable file of weights ({first[:120]}).") from error
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(v, torch.Tensor) for v in state.values())
+    ):
         raise WeightsError(f"{path} does not hold the weights of a network. Please give a file of tensors.")
     return state
 

@@ -1,16 +1,17 @@
 """The embedded encoder's network: a small ResNet whose feature maps are pooled over parts of the cell.
 
-**Input.** Crops ``(N, 3, H, W)`` float, where 0 is background, 1 about the strongest stain, and pixels of other
-cells or outside the cell are exactly 0: light above background for fluorescence, optical density for stained
-cells (`signal_above_background` makes either). Made for crops of 64 x 64 pixels fitted to the cell; any
-size of at least 16 works.
+**Input.** Crops ``(N, 3, H, W)`` float from 0 to 1, fitted to the cell, with neighbours and surroundings blanked
+out by the background's colour. The background is read from the crop's own border. Light above a dark
+background, or optical density relative to a bright one, is what the network sees (`signal_of`), so fluorescence and
+stained cells look alike. Made for 64 x 64 pixels; any size of at least 16 works.
 
-**Pooling.** Mean and deviation over the cell (pixels above 0), and the means over its brightest part and over
-the rest, of the maps of every stage. Region pooling gave most of what separates stained blood cells; a plain mean
-over the crop loses it.
+**Pooling.** Mean and deviation over the cell, and the means over its stronger and its weaker part, of the maps of
+every stage. Region pooling gave most of what separates stained blood cells; a plain mean over the crop loses it.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
@@ -62,9 +63,10 @@ class TinyEncoder(nn.Module):
 
     def pooled(self, x: Tensor) -> Tensor:
         """Region-pooled maps of all stages, ``(N, 4 * sum(widths))``: the vector before the linear map."""
-        regions = cell_regions(x)
+        signal = signal_of(x)
+        regions = cell_regions(signal)
         parts = []
-        for maps in self.stages(x):
+        for maps in self.stages(signal):
             weights = F.adaptive_avg_pool2d(regions, maps.shape[-2:]).flatten(2)
             weights = weights / weights.sum(2, keepdim=True).clamp_min(1e-6)
             flat = maps.float().flatten(2)
@@ -76,17 +78,34 @@ class TinyEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, 3, H, W)`` to ``(N, dim)``; see the module's text for what the input must be."""
-        return (self.pooled(x) - self.centre) / self.scale @ self.axes.T
+        standard = ((self.pooled(x) - self.centre) / self.scale).clamp(-8, 8)
+        return standard @ self.axes.T
 
 
-def cell_regions(x: Tensor) -> Tensor:
-    """The cell, its brightest part and the rest ``(N, 3, H, W)``, from crops whose other pixels are 0."""
-    light = x.sum(1)
-    cell = (light > 0).to(x.dtype)
+def signal_of(x: Tensor) -> Tensor:
+    """Crops 0..1 to signal: 0 at the background's colour, about 1 for a strong stain, from -0.5 to 1.5.
+
+    The background is the median of the border. Where it is bright (stained cells), the signal is the optical
+    density, 1 where a fifth of the light is left; where it is dark, the light above it.
+    """
+    height, width = x.shape[-2:]
+    ring = torch.ones(height, width, dtype=torch.bool, device=x.device)
+    ring[2:-2, 2:-2] = False
+    ground = x[:, :, ring].median(2).values[..., None, None]
+    light = (x - ground) / (1 - ground).clamp_min(0.2)
+    density = torch.log(ground.clamp_min(0.05) / x.clamp_min(0.02)) / math.log(5)
+    bright = ground.mean(1, keepdim=True) > 0.5
+    return torch.where(bright, density, light).clamp(-0.5, 1.5)
+
+
+def cell_regions(signal: Tensor) -> Tensor:
+    """The cell, its stronger part and its weaker part ``(N, 3, H, W)``; the cell is what differs from 0."""
+    cell = (signal.abs().amax(1) > 0.004).to(signal.dtype)
+    total = signal.sum(1)
     area = cell.sum((1, 2), keepdim=True).clamp_min(1)
-    mean = light.sum((1, 2), keepdim=True) / area
-    deviation = (((light - mean) * cell) ** 2).sum((1, 2), keepdim=True).div(area).clamp_min(1e-8).sqrt()
-    core = cell * torch.sigmoid(4 * ((light - mean) / deviation - 0.3))
+    mean = (total * cell).sum((1, 2), keepdim=True) / area
+    deviation = (((total - mean) * cell) ** 2).sum((1, 2), keepdim=True).div(area).clamp_min(1e-6).sqrt()
+    core = cell * torch.sigmoid(4 * ((total - mean) / deviation - 0.3))
     return torch.stack([cell, core, cell - core], 1)
 
 
@@ -104,44 +123,9 @@ class _Block(nn.Module):
         return F.relu(self.skip(x) + self.second_norm(self.second(y)))
 
 
-def signal_above_background(picture: np.ndarray, *, dark: bool, low=None, high=None) -> np.ndarray:
-    """What the encoder wants to see: 0 at the background, about 1 at the strongest stain.
-
-    Parameters
-    ----------
-    picture
-        ``(C, Y, X)``, any number type.
-    dark
-        Cells are darker than the background: optical density relative to the background, channel by channel.
-        Else light above background.
-    low, high
-        Background and strong signal of each channel (darkest for `dark`), ``(C,)``; frozen ones from the whole
-        image make the result independent of the part given. None: 5th and 99.5th percentile of `picture`
-        (95th and 0.5th for `dark`).
-    """
-    values = np.asarray(picture, np.float32)
-    shape = (-1,) + (1,) * (values.ndim - 1)
-    axes = tuple(range(1, values.ndim))
-    if low is None:
-        low = np.percentile(values, 95 if dark else 5, axis=axes)
-    if high is None:
-        high = np.percentile(values, 0.5 if dark else 99.5, axis=axes)
-    low, high = (np.asarray(v, np.float32).reshape(shape) for v in (low, high))
-    if dark:
-        floor = np.maximum(low, 1e-6) / 255
-        ground = np.log(np.maximum(low, floor))
-        # The strongest stain of any channel sets the scale: the ratio of densities is the colour.
-        span = np.max(ground - np.log(np.maximum(high, floor)))
-        signal = (ground - np.log(np.maximum(values, floor))) / max(float(span), 1e-6)
-    else:
-        span = high - low
-        signal = (values - low) / np.where(span > 1e-6, span, np.inf)
-    return np.clip(signal, 0, 1.5).astype(np.float32)
-
-
 @torch.no_grad()
 def fit_projection(net: TinyEncoder, crops: np.ndarray, seed: int = 0, batch: int = 128) -> None:
-    """Set the encoder's linear map from crops ``(n, 3, H, W)`` in 0..1 (float) or 0..255 (uint8).
+    """Set the encoder's linear map from crops ``(n, 3, H, W)``, float 0..1 or uint8.
 
     Pooled numbers are standardised and projected onto their first principal axes. These are then turned at random:
     every output carries about the same variance, so standardising the outputs later does not blow up the weakest
@@ -164,6 +148,6 @@ def fit_projection(net: TinyEncoder, crops: np.ndarray, seed: int = 0, batch: in
 
 
 def as_input(crops: np.ndarray) -> Tensor:
-    """Crops as the network takes them: float32, bytes divided by 170 (255 stands for 1.5)."""
+    """Crops as the network takes them: float32; bytes are divided by 255."""
     x = torch.from_numpy(np.ascontiguousarray(crops))
-    return x.float() / 170 if x.dtype == torch.uint8 else x.float()
+    return x.float() / 255 if x.dtype == torch.uint8 else x.float()

@@ -1,4 +1,4 @@
-"""Crops of single cells to train the encoder: masked, fitted to the cell, background at 0."""
+"""Crops of single cells to train the encoder: fitted to the cell, everything else in the background's colour."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import torch
 from scipy import ndimage
 from torch.nn import functional as F
 
-from daskcell.models.encoder import SIZE, signal_above_background
+from daskcell.models.encoder import SIZE
 
 
 def cell_crops(
-    signal: np.ndarray, labels: np.ndarray, *, size: int = SIZE, margin: float = 0.1, smallest: int = 40
+    picture: np.ndarray, labels: np.ndarray, *, size: int = SIZE, margin: float = 0.1, smallest: int = 40
 ) -> tuple[np.ndarray, np.ndarray]:
     """Every cell of a picture by itself.
 
     Parameters
     ----------
-    signal
-        ``(3, Y, X)`` float, see `signal_above_background`.
+    picture
+        ``(3, Y, X)`` float, 0 to 1.
     labels
         ``(Y, X)`` whole numbers, 0 background.
     size, margin
@@ -29,11 +29,13 @@ def cell_crops(
     Returns
     -------
     crops : ndarray
-        ``(n, 3, size, size)`` uint8, 170 standing for 1.
+        ``(n, 3, size, size)`` uint8.
     which : ndarray
         ``(n,)`` the cells' labels.
     """
     height, width = labels.shape
+    outside = picture[:, labels == 0]
+    ground = np.median(outside, axis=1) if outside.size else np.zeros(len(picture))
     crops, which = [], []
     for i, box in enumerate(ndimage.find_objects(labels.astype(np.int32)), start=1):
         if box is None:
@@ -45,11 +47,11 @@ def cell_crops(
         if mask.sum() < smallest:
             continue
         side = int(np.ceil(max(mask.shape) * (1 + 2 * margin)))
-        canvas = np.zeros((3, side, side), np.float32)
+        canvas = np.empty((3, side, side), np.float32)
+        canvas[:] = ground[:, None, None]
         top, left = (side - mask.shape[0]) // 2, (side - mask.shape[1]) // 2
-        # Never 0 inside the cell: the encoder reads the cell's shape from it.
-        inside = np.maximum(signal[(slice(None), *box)], 1 / 170) * mask
-        canvas[:, top : top + mask.shape[0], left : left + mask.shape[1]] = inside
+        inner = canvas[:, top : top + mask.shape[0], left : left + mask.shape[1]]
+        inner[:, mask] = picture[(slice(None), *box)][:, mask]
         crops.append(_resize(canvas, size))
         which.append(i)
     if not crops:
@@ -59,8 +61,8 @@ def cell_crops(
 
 def _resize(canvas: np.ndarray, size: int) -> np.ndarray:
     x = torch.from_numpy(canvas)[None]
-    y = F.interpolate(x, (size, size), mode="bilinear", antialias=canvas.shape[1] > size, align_corners=False)
-    return np.clip(np.rint(y[0].numpy() * 170), 0, 255).astype(np.uint8)
+    y = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    return np.clip(np.rint(y[0].numpy() * 255), 0, 255).astype(np.uint8)
 
 
 def generated_crops(fields: int, seed: int = 0, side: int = 768) -> tuple[np.ndarray, np.ndarray]:
@@ -72,7 +74,10 @@ def generated_crops(fields: int, seed: int = 0, side: int = 768) -> tuple[np.nda
         field = synthesize_field((side, side), seed=seed + i)
         c = field.channels.astype(np.float32)
         picture = np.stack([c[0], c[1] + c[3], c[2] + c[3]])
-        found, which = cell_crops(signal_above_background(picture, dark=False), field.labels)
+        low, high = np.percentile(picture, [1, 99.8], axis=(1, 2), keepdims=True)
+        found, which = cell_crops(
+            np.clip((picture - low) / (high - low), 0, 1).astype(np.float32), field.labels
+        )
         crops.append(found)
         types.append(field.types[which - 1])
     return np.concatenate(crops), np.concatenate(types)

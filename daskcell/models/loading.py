@@ -1,0 +1,233 @@
+"""Networks by name: built once per process, checked, fingerprinted.
+
+The cache is keyed by the weights' hash and the device, so a file that changed is loaded anew and two names of
+one file share a network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import zipfile
+from collections import OrderedDict
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from daskcell.errors import ComputeError, WeightsError
+from daskcell.models import arrays
+from daskcell.models.registry import find_encoder, find_network
+
+if TYPE_CHECKING:
+    import torch
+
+_LIMIT = 4
+"""Networks kept per process; Cellpose-SAM alone takes 0.6 to 1.2 GB."""
+_cache: OrderedDict[tuple, Any] = OrderedDict()
+_lock = threading.RLock()
+
+
+def load_network(
+    name_or_path: str | Path = "tiny", device: str = "cpu", dtype: Any = None
+) -> torch.nn.Module:
+    """A segmentation network that `cellpose.core.run_net` accepts.
+
+    Parameters
+    ----------
+    name_or_path
+        ``tiny`` (embedded), ``cpsam_v2`` or ``cpsam`` (fetched before), or a file: weights of `train_segmenter`
+        (``.npz``) or a Cellpose-SAM checkpoint.
+    device
+        ``cpu``, ``cuda`` or ``cuda:<n>``.
+    dtype
+        torch number type of the weights; None: float32, and bfloat16 for Cellpose-SAM as cellpose runs it.
+
+    Returns
+    -------
+    torch.nn.Module
+        In evaluation mode, with ``device`` and ``dtype``; ``forward`` takes ``(N, 3, H, W)`` and returns
+        ``(N, 3, H, W)`` (flow y, flow x, cell probability) and a style ``(N, 256)``. Shared within the process:
+        do not train it.
+
+    Raises
+    ------
+    WeightsError
+        If the weights are missing, damaged, or another network's.
+    ComputeError
+        If the device is not there.
+    """
+    path = find_network(name_or_path)
+    _check_device(device)
+    key = ("network", _file_fingerprint(path), str(device), str(dtype))
+    return _cached(key, lambda: _build_network(path, device, dtype))
+
+
+def load_encoder(name_or_path: str | Path = "tiny", device: str = "cpu") -> torch.nn.Module:
+    """An encoder: ``forward`` takes crops ``(N, 3, H, W)`` float and returns ``(N, d)``.
+
+    `name_or_path` is ``tiny``, a file of weights made by `train_encoder`, or a torchvision name (outputs of its
+    last layer). ``tiny`` wants crops from 0 to 1, blanked with the background's colour; torchvision's want
+    ImageNet's mean and deviation taken off: attributes ``size``, ``mean`` and ``std`` (None for ``tiny``) say so.
+
+    Raises
+    ------
+    WeightsError, ComputeError
+        As `load_network`.
+    """
+    path = find_encoder(name_or_path)
+    _check_device(device)
+    key = (
+        "encoder",
+        _file_fingerprint(path),
+        str(device),
+        str(name_or_path) if path.suffix == ".pth" else "",
+    )
+    return _cached(key, lambda: _build_encoder(str(name_or_path), path, device))
+
+
+def network_fingerprint(name_or_path: str | Path = "tiny") -> str:
+    """sha256 of a segmentation network's weights: of their values for ``.npz``, else of the file."""
+    return _file_fingerprint(find_network(name_or_path))
+
+
+def encoder_fingerprint(name_or_path: str | Path = "tiny") -> str:
+    """sha256 of an encoder's weights."""
+    return _file_fingerprint(find_encoder(name_or_path))
+
+
+def clear_networks() -> None:
+    """Forget all networks kept by this process."""
+    with _lock:
+        _cache.clear()
+
+
+def _cached(key: tuple, build) -> Any:
+    with _lock:
+        if key not in _cache:
+            _cache[key] = build()
+            while len(_cache) > _LIMIT:
+                _cache.popitem(last=False)
+        _cache.move_to_end(key)
+        return _cache[key]
+
+
+def _file_fingerprint(path: Path) -> str:
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise WeightsError(f"Cannot read the weights {path}: {error.strerror}.") from None
+    return _hashed(path, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=64)
+def _hashed(path: Path, _changed: int, _size: int) -> str:
+    if zipfile.is_zipfile(path) and path.suffix == ".npz":
+        return arrays.fingerprint(arrays.load_arrays(path)[0])
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ComputeError(
+            f"There is no device '{device}'. Please give 'cpu', 'cuda' or 'cuda:<number>'."
+        ) from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ComputeError(
+            "A CUDA device was asked for, but torch finds none. Please use 'cpu', or check the driver."
+        )
+
+
+def _build_network(path: Path, device: str, dtype: Any) -> torch.nn.Module:
+    import torch
+
+    if path.suffix == ".npz":
+        from daskcell.models.segmenter_training import KIND
+        from daskcell.models.unet import TinyUNet
+
+        weights, _, _ = arrays.load_arrays(path, KIND)
+        widths, blocks = _unet_sizes(weights, path)
+        net = TinyUNet(widths, blocks)
+        _fill(net, weights, path)
+        return net.to(device=device, dtype=dtype or torch.float32).eval().requires_grad_(False)
+    from daskcell.models.cpsam import load_cpsam, looks_like_cpsam, read_checkpoint
+
+    names = read_checkpoint(path).keys()
+    if not looks_like_cpsam(names) and not any("encoder.cls_token" in name for name in names):
+        raise WeightsError(
+            f"{path} is neither a Cellpose-SAM checkpoint nor weights of daskcell's own (.npz); its first tensor is "
+            f"'{next(iter(names))}'."
+        )
+    return load_cpsam(path, device, dtype)
+
+
+def _unet_sizes(weights: dict, path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Widths and blocks of a `TinyUNet`, read off its tensors' names and shapes."""
+    try:
+        levels = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("down."))
+        widths = [len(weights["stem.0.weight"])]
+        widths += [len(weights[f"down.{i}.0.first.0.weight"]) for i in range(levels)]
+        blocks = [
+            1 + max(int(k.split(".")[2]) for k in weights if k.startswith(f"down.{i}."))
+            for i in range(levels)
+        ]
+    except (KeyError, ValueError, IndexError) as error:
+        raise WeightsError(f"{path} does not hold a whole segmentation network.") from error
+    return tuple(widths), tuple(blocks)
+
+
+def _fill(net: torch.nn.Module, weights: dict, path: Path) -> None:
+    """Load arrays strictly; half-precision ones become float32."""
+    import torch
+
+    state = {
+        k: torch.from_numpy(v.astype("float32") if v.dtype.kind == "f" else v) for k, v in weights.items()
+    }
+    try:
+        net.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise WeightsError(f"{path} does not fit the network it claims to be for ({reason}).") from error
+    if not all(bool(torch.isfinite(v).all()) for v in state.values() if v.is_floating_point()):
+        raise WeightsError(f"{path} holds weights that are not finite. Please train or fetch it anew.")
+
+
+def _build_encoder(name: str, path: Path, device: str) -> torch.nn.Module:
+    if path.suffix == ".npz":
+        from daskcell.models.encoder import KIND, TinyEncoder
+
+        weights, _, _ = arrays.load_arrays(path, KIND)
+        try:
+            widths = tuple(len(weights[f"blocks.{i}.first.weight"]) for i in range(4))
+            net = TinyEncoder(widths, len(weights["axes"]))
+        except KeyError as error:
+            raise WeightsError(f"{path} does not hold a whole encoder: {error} is missing.") from error
+        _fill(net, weights, path)
+        net.mean = net.std = None
+        return net.to(device).eval().requires_grad_(False)
+    return _build_torchvision(name, path, device)
+
+
+def _build_torchvision(name: str, path: Path, device: str) -> torch.nn.Module:
+    import torchvision
+
+    from daskcell.models.cpsam import read_checkpoint
+    from daskcell.models.registry import torchvision_release
+
+    bare, release, _ = torchvision_release(name)
+    net = torchvision.models.get_model(bare, weights=None)
+    try:
+        net.load_state_dict(read_checkpoint(path), strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise WeightsError(
+            f"{path} does not hold the weights of {bare} ({reason}). Please remove it and run "
+            f"'daskcell weights fetch {name}'."
+        ) from error
+    recipe = torchvision.models.get_model_weights(bare)[release].transforms()
+    net.size, net.mean, net.std = int(recipe.crop_size[0]), tuple(recipe.mean), tuple(recipe.std)
+    return net.to(device).eval().requires_grad_(False)
