@@ -1,0 +1,379 @@
+"""Many slides: refuse early, work through a window, set bad ones aside, continue where a run stopped.
+
+    check -> each slide: convert, freeze, segment, describe -> clusters of all -> each slide: assign, paint
+
+A slide of at most two blocks is one task on one worker; a larger one is driven from here, block by block,
+over all workers. Where workers are labelled (GPUs), every slide is driven from here: only network work goes
+to them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from daskcell.compute import Failed, Workers, start_workers
+from daskcell.config import Config, load_config, parse_config
+from daskcell.disk import remove
+from daskcell.errors import ComputeError, ConfigError, DaskcellError, ImageError, InputError, StudyError
+from daskcell.images.sources import Source, find_images
+from daskcell.keys import cluster_key
+from daskcell.lock import Lock
+from daskcell.progress import Progress
+from daskcell.slide import Job, Outcome, missing_stages, process_here, process_slide, sentence, trace
+from daskcell.study import Study, check_folder, sweep
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+Inputs = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+_BLOCKS_AT_ONCE = 2
+"""A slide of so many blocks or fewer is one task."""
+_LARGE_SLIDES_AT_ONCE = 2
+"""So that one slide's serial steps do not leave the workers idle."""
+
+
+def run(
+    inputs: Inputs,
+    out: str | os.PathLike[str],
+    config: Config | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    client: Client | None = None,
+    *,
+    progress: Progress | None = None,
+    retry_failed: bool = False,
+) -> Study:
+    """Segment, describe and group every cell of every image among `inputs` into the folder `out`.
+
+    Run again with the same inputs, it continues: what is done under the present settings stays. A slide that
+    cannot be worked on is set aside with its reason (`Study.failures`), and tried again by the next run.
+
+    Parameters
+    ----------
+    inputs
+        Files, folders, patterns with ``*``, or OME-Zarr images; one or several.
+    config
+        Settings: a `Config`, nested dictionaries, or a YAML file. None: the defaults.
+    client
+        A Dask client whose workers to use; None: as ``config.compute`` says.
+    progress
+        Who is told how far it is; None: nobody.
+    retry_failed
+        Work on the slides that were set aside only.
+
+    Raises
+    ------
+    DaskcellError
+        Refused before any work (settings, inputs, weights, output folder, machine), or something concerns
+        all slides, such as a full disk; the same call continues once it is mended.
+    """
+    settings = as_config(config)
+    given = [os.fspath(path) for path in ([inputs] if isinstance(inputs, (str, os.PathLike)) else inputs)]
+    if not given:
+        raise InputError("There is no input: please name files, folders or patterns.")
+    out = Path(out)
+    known = check_folder(out, given)
+    sources = find_images(given, settings.input)
+    _check_readable(sources)
+    weights = fingerprints(settings)
+    progress = progress or Progress()
+    with _nothing_left_behind(out, new=known is None), Lock(out) as lock:
+        study = Study.create(out, given, settings)
+        study.update(slides=sorted(source.name for source in sources), weights=weights)
+        sweep(out)
+        _Run(study, sources, settings, weights, lock, progress, retry_failed).go(client)
+    return Study(out)
+
+
+def open_study(out: str | os.PathLike[str]) -> Study:
+    """The study in the folder `out`; raises `StudyError` if there is none."""
+    return Study(Path(out))
+
+
+def as_config(config: Config | Mapping[str, Any] | str | os.PathLike[str] | None) -> Config:
+    """Settings from any of the ways to give them."""
+    if config is None:
+        return Config()
+    if isinstance(config, Config):
+        return config
+    if isinstance(config, (str, os.PathLike)):
+        return load_config(Path(config))
+    if isinstance(config, Mapping):
+        return parse_config(dict(config))
+    raise ConfigError(f"config must be a Config, a mapping or a YAML file, not a {type(config).__name__}.")
+
+
+def fingerprints(config: Config) -> dict[str, str]:
+    """Hashes of the weights a run needs; raises `WeightsError` for those that are not here."""
+    from daskcell.features.encoders import encoder_spec
+
+    found = {}
+    if config.segment.method == "cellpose":
+        from daskcell.models import network_fingerprint
+
+        found["segment"] = network_fingerprint(config.segment.model)
+    features = config.features
+    found["describe"] = encoder_spec(features.encoder, layer=features.layer, size=features.size).fingerprint
+    return found
+
+
+class _Run:
+    """One call of `run`, while it lasts."""
+
+    def __init__(
+        self,
+        study: Study,
+        sources: Sequence[Source],
+        config: Config,
+        weights: Mapping[str, str],
+        lock: Lock,
+        progress: Progress,
+        retry_failed: bool,
+    ):
+        self.study, self.config, self.lock, self.progress = study, config, lock, progress
+        self.sources = {source.name: source for source in sources}
+        self.weights = dict(weights)
+        self.retry_failed = retry_failed
+        self.stop = threading.Event()
+        self.general: list[dict[str, Any]] = []
+        """Failures that are no slide's."""
+
+    def job(self, slide: str, cluster: str | None = None) -> Job:
+        return Job(str(self.study.out), self.sources[slide], self.config, self.weights, cluster)
+
+    def go(self, client: Client | None) -> None:
+        slides = sorted(self.sources)
+        before = {name: self.study.ledger(name).failure for name in slides}
+        missing = {name: missing_stages(self.job(name), self.study) for name in slides}
+        if self.retry_failed:
+            missing = {name: stages if before[name] else [] for name, stages in missing.items()}
+        left = {name: [*stages, "assign", "paint"] for name, stages in missing.items() if stages}
+        self.progress.begin({name: _weight(self.sources[name]) for name in slides}, left)
+        for name in slides:
+            ledger = self.study.ledger(name)
+            shape = ledger.result("convert").get("shape") or (0, 0, 0)
+            self.progress.counts(name, shape[1] * shape[2], ledger.result("segment").get("cells", 0))
+        with contextlib.ExitStack() as stack:
+            workers = _LazyWorkers(client, self.config, stack, self.tick)
+            try:
+                self.work([self.job(name) for name in slides if missing[name]], workers)
+                key = self.cluster(workers)
+                if key is not None:
+                    jobs = [self.job(name, key) for name in slides if self.described(name)]
+                    self.work([job for job in jobs if missing_stages(job, self.study)], workers)
+            finally:
+                self.stop.set()
+                self.write_failures()
+        remove(self.study.out / "scratch")
+
+    def tick(self) -> None:
+        """After every task: stop if we must."""
+        self.lock.check()
+        if self.stop.is_set():
+            raise ComputeError("The run was stopped; the same command continues it.")
+
+    # ------------------------------------------------------------------ slides
+
+    def work(self, jobs: list[Job], workers: _LazyWorkers) -> None:
+        """Process `jobs`, small ones as tasks, large ones from here."""
+        if not jobs:
+            return
+        block = self.config.compute.block
+        limit = _BLOCKS_AT_ONCE * block * block
+        team = workers.get()
+        large = jobs
+        if not team.labels:
+            large = []
+            window = team.window(keep_going=True)
+            for job in jobs:
+                window.submit(job.slide, process_here, job, limit)
+            by_name = {job.slide: job for job in jobs}
+            for slide, outcome in window:
+                if isinstance(outcome, Failed):
+                    outcome = self.lost(by_name[slide], outcome.error, team)
+                if outcome.too_large:
+                    large.append(by_name[slide])
+                else:
+                    self.account(by_name[slide], outcome)
+        at_once = _LARGE_SLIDES_AT_ONCE if not team.labels else min(16, 2 * team.count)
+        for job, outcome in self.drive(large, team, 1 if team.client is None else at_once):
+            self.account(job, outcome)
+
+    def drive(self, jobs: Iterable[Job], team: Workers, at_once: int) -> Iterator[tuple[Job, Outcome]]:
+        """Process slides block by block, some at the same time."""
+
+        def one(job: Job) -> Outcome:
+            try:
+                return process_slide(job, team, on_stage=self.on_stage)
+            except ComputeError as error:
+                return self.lost(job, error, team)
+
+        if at_once == 1:
+            for job in jobs:
+                yield job, one(job)
+            return
+        waiting = iter(jobs)
+        with ThreadPoolExecutor(at_once, thread_name_prefix="slide") as pool:
+            running = {pool.submit(one, job): job for job in _take(waiting, at_once)}
+            try:
+                while running:
+                    done, _ = wait(running, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        job = running.pop(future)
+                        yield job, future.result()
+                        running |= {pool.submit(one, job): job for job in _take(waiting, 1)}
+            except BaseException:
+                self.stop.set()  # the other threads end with their next finished task
+                raise
+
+    def lost(self, job: Job, error: BaseException, team: Workers) -> Outcome:
+        """A slide that ended with an exception: set aside if its worker died of it, else the run's end."""
+        if not isinstance(error, ComputeError) or not team.alive or self.stop.is_set() or self.lock.lost:
+            raise error
+        ledger = self.study.ledger(job.slide)
+        stage = (missing_stages(job, self.study) or list(job.stages))[0]
+        ledger.fail(stage, sentence(error), trace(error))
+        return Outcome(job.slide, failure=ledger.failure)
+
+    def on_stage(self, slide: str, stage: str, outcome: Outcome) -> None:
+        self.progress.counts(slide, outcome.pixels, outcome.cells)
+        self.progress.finished(slide, stage)
+
+    def account(self, job: Job, outcome: Outcome) -> None:
+        """Tell how a slide ended."""
+        self.progress.counts(outcome.slide, outcome.pixels, outcome.cells)
+        if outcome.failure is not None:
+            self.progress.set_aside(outcome.slide, outcome.failure["error"])
+        else:
+            for stage in job.stages:
+                self.progress.finished(outcome.slide, stage)
+
+    def described(self, slide: str) -> bool:
+        """Whether a slide's features are whole and of the present settings."""
+        return not missing_stages(self.job(slide), self.study)
+
+    # ------------------------------------------------------------------ clusters
+
+    def cluster(self, workers: _LazyWorkers) -> str | None:
+        """Fit the clusters of all described slides, unless they are; their key, None if there are none."""
+        study, config = self.study, self.config
+        described = [name for name in sorted(self.sources) if self.described(name)]
+        keys = {name: study.ledger(name).stages["describe"]["key"] for name in described}
+        key = cluster_key(config, keys)
+        ledger = study.ledger(CLUSTERS)
+        if ledger.is_done("cluster", key) and study.clusters.is_dir():
+            return key
+        paths = [
+            study.features(name) for name in described if study.ledger(name).result("segment").get("cells")
+        ]
+        cells = sum(study.ledger(name).result("segment").get("cells", 0) for name in described)
+        needed = 2 if config.cluster.k == "auto" else config.cluster.k
+        if cells < needed:
+            found = (
+                f"{cells} cell{'s were' if cells != 1 else ' was'} found" if cells else "no cell was found"
+            )
+            self.fail_all(
+                f"The cells could not be grouped, since {found} in all and cluster.k is {config.cluster.k}. "
+                "Please set cluster.k lower, or look at the segmentation; everything before is kept."
+            )
+            return None
+        self.progress.working("cluster")
+        ledger.begin("cluster")
+        try:
+            result = fit(paths, study.clusters, config, workers.get())
+        except InputError as error:
+            self.fail_all(str(error))
+            return None
+        ledger.finish("cluster", key, result)
+        return key
+
+    def fail_all(self, text: str) -> None:
+        self.general.append({"slide": None, "stage": "cluster", "error": text, "kind": "", "tries": 1})
+        self.progress.say(text)
+
+    def write_failures(self) -> None:
+        failures = [self.study.ledger(name).failure for name in sorted(self.sources)]
+        self.study.write_failures([failure for failure in failures if failure] + self.general)
+
+
+CLUSTERS = ".clusters"
+"""Name of the ledger of what is done for all slides together; no slide's name begins with a dot."""
+
+
+def fit(paths: Sequence[Path], folder: Path, config: Config, workers: Workers) -> dict[str, Any]:
+    """Fit the clusters over `paths` and save them in `folder`, which is replaced by a whole one."""
+    from daskcell.clustering import fit_features
+
+    model = fit_features(list(paths), config.cluster, workers)
+    fresh = folder.with_name(f".{folder.name}.partial")
+    remove(fresh)
+    model.save(fresh)
+    remove(folder)
+    os.replace(fresh, folder)
+    return {"k": len(model.centers_)}
+
+
+class _LazyWorkers:
+    """Workers that are started when they are first needed: continuing a finished study needs none."""
+
+    def __init__(
+        self,
+        client: Client | None,
+        config: Config,
+        stack: contextlib.ExitStack,
+        on_task: Callable[[], None],
+    ):
+        self._client, self._config, self._stack, self._on_task = client, config, stack, on_task
+        self._workers: Workers | None = None
+
+    def get(self) -> Workers:
+        if self._workers is None:
+            if self._client is not None:
+                self._workers = Workers(self._client, on_task=self._on_task)
+            else:
+                started = self._stack.enter_context(start_workers(self._config.compute))
+                self._workers = started.watched(self._on_task)
+        return self._workers
+
+
+def _check_readable(sources: Sequence[Source]) -> None:
+    """Refuse what cannot be read at all before any work; one bad file among many is set aside later."""
+    unreadable = [file for source in sources for file in source.files if not os.access(file, os.R_OK)]
+    if unreadable:
+        more = f" and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
+        raise ImageError(f"{unreadable[0]}{more} cannot be read. Please check the permissions.")
+    if len(sources) == 1:
+        sources[0].open().close()
+
+
+@contextlib.contextmanager
+def _nothing_left_behind(out: Path, *, new: bool) -> Iterator[None]:
+    """A new study that was refused before any work (no GPU, no scheduler) leaves no folder behind."""
+    existed = out.exists()
+    try:
+        yield
+    except DaskcellError:
+        if new and not (out / "ledger").exists():
+            remove(out / "study.json")
+            if not existed and out.is_dir() and not any(out.iterdir()):
+                out.rmdir()
+        raise
+
+
+def _weight(source: Source) -> float:
+    total = 0.0
+    for file in source.files:
+        with contextlib.suppress(OSError):
+            total += os.path.getsize(file)
+    return total
+
+
+def _take(jobs: Iterator[Job], count: int) -> list[Job]:
+    return [job for _, job in zip(range(count), jobs, strict=False)]
+
+
+__all__ = ["Study", "StudyError", "as_config", "fingerprints", "open_study", "run"]

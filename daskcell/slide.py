@@ -1,0 +1,271 @@
+"""One slide, stage by stage: what is done already is left, what is not is done, a failure is written down.
+
+The same function drives a small slide as one task on a worker (`workers` in its own process) and a large one
+block by block over all workers. Knows no other slides; `pipeline` does.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from daskcell.compute import Workers
+from daskcell.config import Config
+from daskcell.disk import remove
+from daskcell.errors import ComputeError, ConfigError, DaskcellError, StudyError, WeightsError
+from daskcell.images.sources import Source
+from daskcell.keys import SLIDE_STAGES, identify, late_keys, slide_keys, unchanged
+from daskcell.study import Ledger, Study
+
+LABELS = "cells"
+_NOT_THE_SLIDES_FAULT = (ComputeError, ConfigError, StudyError, WeightsError)
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A slide to work on: small, and fit to be sent to a worker."""
+
+    out: str
+    source: Source
+    config: Config
+    weights: Mapping[str, str]
+    cluster_key: str | None = None
+    """Content key of the fitted clusters, for the stages that follow them."""
+
+    @property
+    def slide(self) -> str:
+        return self.source.name
+
+    def keys(self, ledger: Ledger) -> dict[str, str]:
+        """Content keys of all stages that can be done now."""
+        keys = slide_keys(self.config, ledger.files, self.weights)
+        if self.cluster_key is not None:
+            keys |= late_keys(self.config, keys["describe"], self.cluster_key)
+        return keys
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return SLIDE_STAGES if self.cluster_key is None else ("assign", "paint")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How far a slide came: counts, and why it stopped if it did."""
+
+    slide: str
+    pixels: int = 0
+    cells: int = 0
+    failure: dict[str, Any] | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Of the stages that were done now."""
+    too_large: bool = False
+    """Not begun: the slide is larger than `limit` pixels."""
+
+
+def missing_stages(job: Job, study: Study) -> list[str]:
+    """Stages of `job` that are still to do, told by small files alone; all of them if the input changed."""
+    ledger = study.ledger(job.slide)
+    if not unchanged(job.source.files, ledger.files):
+        return list(job.stages)
+    keys = job.keys(ledger)
+    return [stage for stage in job.stages if not _is_done(stage, keys[stage], ledger, study, job.config)]
+
+
+def process_slide(
+    job: Job,
+    workers: Workers | None = None,
+    *,
+    limit: int | None = None,
+    on_stage: Callable[[str, str, Outcome], None] | None = None,
+) -> Outcome:
+    """Do what is missing of `job`.
+
+    Parameters
+    ----------
+    workers
+        Who works on the blocks; None: this process.
+    limit
+        Largest number of pixels to begin with; a larger slide comes back as `too_large`.
+    on_stage
+        Called with slide, stage and counts after each stage.
+
+    Raises
+    ------
+    DaskcellError
+        What is wrong concerns all slides: settings, weights, workers, disk.
+    """
+    study = Study(job.out)
+    ledger = study.ledger(job.slide)
+    workers = workers or Workers()
+    seconds: dict[str, float] = {}
+    stage = job.stages[0]
+    try:
+        if limit is not None and _pixels(job, ledger) > limit:
+            return Outcome(job.slide, too_large=True)
+        files = identify(job.source.files, ledger.files)
+        if files != ledger.files:
+            ledger.files = files
+            ledger.save()
+        keys = job.keys(ledger)
+        for stage in job.stages:
+            if _is_done(stage, keys[stage], ledger, study, job.config):
+                continue
+            start = time.perf_counter()
+            ledger.begin(stage)
+            result = STAGES[stage](job, study, ledger, keys, workers)
+            seconds[stage] = time.perf_counter() - start
+            ledger.finish(stage, keys[stage], result, seconds[stage])
+            if on_stage is not None:
+                on_stage(job.slide, stage, _outcome(job, ledger, seconds))
+    except _NOT_THE_SLIDES_FAULT:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            raise StudyError(
+                f"{job.out} cannot be written to ({error.strerror}). Please make room."
+            ) from error
+        ledger.fail(stage, sentence(error), trace(error))
+    return _outcome(job, ledger, seconds)
+
+
+def sentence(error: BaseException) -> str:
+    """What went wrong, in one line; a block's key is told too."""
+    text = str(error) if isinstance(error, DaskcellError) else f"{type(error).__name__}: {error}"
+    return " ".join(" ".join([text, *getattr(error, "__notes__", [])]).split())
+
+
+def trace(error: BaseException) -> str:
+    """The traceback of an error that is not the user's; empty for one that is."""
+    return "" if isinstance(error, DaskcellError) else "".join(traceback.format_exception(error))
+
+
+def _pixels(job: Job, ledger: Ledger) -> int:
+    """Pixels of one channel, from the ledger where the slide was opened before."""
+    shape = ledger.result("convert").get("shape")
+    if shape is None or not unchanged(job.source.files, ledger.files):
+        reader = job.source.open()
+        shape = (0, *reader.levels[0])
+        reader.close()
+    return shape[1] * shape[2]
+
+
+def _outcome(job: Job, ledger: Ledger, seconds: Mapping[str, float]) -> Outcome:
+    shape = ledger.result("convert").get("shape") or (0, 0, 0)
+    cells = ledger.result("segment").get("cells", 0)
+    failure = ledger.failure if ledger.failure and ledger.failure["stage"] in job.stages else None
+    return Outcome(job.slide, shape[1] * shape[2], cells, failure, dict(seconds))
+
+
+def _is_done(stage: str, key: str, ledger: Ledger, study: Study, config: Config) -> bool:
+    return ledger.is_done(stage, key) and all(path.exists() for path in _outputs(stage, ledger, study))
+
+
+def _outputs(stage: str, ledger: Ledger, study: Study) -> list[Path]:
+    """Files without which a stage that is entered as done has lost its output."""
+    slide = ledger.slide
+    image = study.image(slide)
+    if stage == "convert":
+        return [image / "zarr.json"]
+    if stage == "segment":
+        return [image / "labels" / LABELS / "zarr.json"]
+    if stage == "describe":
+        return [study.table(slide), study.features(slide) / "zarr.json"]
+    if stage in ("paint", "export"):
+        return [study.out / name for name in ledger.result(stage).get("files", [])]
+    return []
+
+
+# ---------------------------------------------------------------------- the stages
+
+
+def _convert(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], workers: Workers) -> Any:
+    from daskcell.images import convert_slide
+
+    return convert_slide(job.source, study.image(job.slide), workers, job.config.input, overwrite=True)
+
+
+def _freeze(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], workers: Workers) -> Any:
+    from daskcell.preprocess import freeze_slide
+
+    return {"plan": freeze_slide(study.image(job.slide), job.config.preprocess, workers).to_json()}
+
+
+def _plan(ledger: Ledger) -> Any:
+    from daskcell.preprocess import Plan
+
+    return Plan.from_json(ledger.result("freeze")["plan"])
+
+
+def _segment(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], workers: Workers) -> Any:
+    from daskcell.segment.engine import segment_slide
+
+    scratch = study.scratch(job.slide, keys["segment"])
+    report = segment_slide(
+        study.image(job.slide),
+        LABELS,
+        job.config.segment,
+        _plan(ledger),
+        workers,
+        job.config.compute.block,
+        scratch,
+    )
+    remove(scratch)
+    return report
+
+
+def _describe(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], workers: Workers) -> Any:
+    from daskcell.features.engine import describe_slide
+
+    scratch = study.scratch(job.slide, keys["describe"])
+    table, features = study.table(job.slide), study.features(job.slide)
+    remove(table, features)
+    for path in (table, features):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    report = describe_slide(
+        study.image(job.slide),
+        table,
+        features,
+        job.config.features,
+        _plan(ledger),
+        workers,
+        job.config.compute.block,
+        scratch,
+    )
+    remove(scratch)
+    return report
+
+
+def _export(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], workers: Workers) -> Any:
+    return {"files": []}
+
+
+def _assign(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], workers: Workers) -> Any:
+    return {}
+
+
+def _paint(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], workers: Workers) -> Any:
+    return {"files": []}
+
+
+Stage = Callable[[Job, Study, Ledger, Mapping[str, str], Workers], Any]
+STAGES: dict[str, Stage] = {
+    "convert": _convert,
+    "freeze": _freeze,
+    "segment": _segment,
+    "describe": _describe,
+    "export": _export,
+    "assign": _assign,
+    "paint": _paint,
+}
+"""What each stage does; it returns what the ledger keeps (JSON-able)."""
+
+
+def process_here(job: Job, limit: int) -> Outcome:
+    """`process_slide` as one task: the slide's blocks are worked on in this process, one after another."""
+    return process_slide(job, Workers(), limit=limit)

@@ -1,0 +1,367 @@
+"""Many slides: refusals, set-aside slides, what is redone and what is not; stages are small fakes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+
+from daskcell import pipeline, slide
+from daskcell.errors import ComputeError, ConfigError, ImageError, InputError, StudyError, WeightsError
+from daskcell.lock import Lock
+from daskcell.pipeline import open_study, run
+from daskcell.progress import Progress
+
+INLINE = {"compute": {"kind": "inline"}, "cluster": {"k": 2}}
+
+
+class Fakes:
+    """Stages that write one small file each, and remember that they ran."""
+
+    def __init__(self):
+        self.ran = []
+        self.cells = 5
+        self.raises = {}
+
+    def stage(self, name):
+        def run_stage(job, study, ledger, keys, workers):
+            self.ran.append((job.slide, name))
+            error = self.raises.get((job.slide, name))
+            if error is not None:
+                raise error
+            return getattr(self, name)(job, study)
+
+        return run_stage
+
+    def convert(self, job, study):
+        reader = job.source.open()
+        shape = (len(reader.channels), *reader.levels[0])
+        self._write(study.image(job.slide) / "zarr.json")
+        return {"shape": shape}
+
+    def freeze(self, job, study):
+        return {"plan": {}}
+
+    def segment(self, job, study):
+        self._write(study.image(job.slide) / "labels" / "cells" / "zarr.json")
+        return {"cells": self.cells}
+
+    def describe(self, job, study):
+        self._write(study.table(job.slide))
+        self._write(study.features(job.slide) / "zarr.json")
+        return {}
+
+    def export(self, job, study):
+        return {"files": []}
+
+    def assign(self, job, study):
+        return {}
+
+    def paint(self, job, study):
+        self._write(study.overlays / f"{job.slide}.tif")
+        return {"files": [f"overlays/{job.slide}.tif"]}
+
+    def fit(self, paths, folder, config, workers):
+        self.ran.append(("*", "cluster"))
+        self._write(folder / "centers.json")
+        return {"k": 2}
+
+    def _write(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+
+    def take(self):
+        """Stages that ran since the last call, without their slides."""
+        ran, self.ran = self.ran, []
+        return ran
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    fakes = Fakes()
+    for name in slide.STAGES:
+        monkeypatch.setitem(slide.STAGES, name, fakes.stage(name))
+    monkeypatch.setattr(pipeline, "fit", fakes.fit)
+    monkeypatch.setattr(pipeline, "fingerprints", lambda config: {"segment": "a", "describe": "b"})
+    return fakes
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("one", "two", "three"):
+        picture = np.full((20, 30), 7, np.uint8)
+        tifffile.imwrite(tmp_path / "in" / f"{name}.tif", picture)
+    return tmp_path / "in"
+
+
+EARLY = ["convert", "freeze", "segment", "describe", "export"]
+
+
+def test_a_run_does_every_stage_of_every_slide_once(fakes, folder, tmp_path):
+    study = run(folder, tmp_path / "out", INLINE)
+    expected = [(s, stage) for s in ("one", "three", "two") for stage in EARLY]
+    expected += [("*", "cluster")] + [
+        (s, stage) for s in ("one", "three", "two") for stage in ("assign", "paint")
+    ]
+    assert fakes.take() == expected
+    assert study.slides == ["one", "three", "two"]
+    assert study.failures == []
+    assert open_study(tmp_path / "out").config.cluster.k == 2
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"study.json", "images", "tables", "features", "clusters", "overlays", "ledger"}
+
+
+def test_the_same_run_again_does_nothing_and_starts_no_worker(fakes, folder, tmp_path, monkeypatch):
+    run(folder, tmp_path / "out", INLINE)
+    before = (tmp_path / "out" / "study.json").read_bytes()
+    fakes.take()
+    monkeypatch.setattr(pipeline, "start_workers", None)
+    run(folder, tmp_path / "out", INLINE)
+    assert fakes.take() == []
+    assert (tmp_path / "out" / "study.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "redone"),
+    [
+        ({"segment": {"min_size": 3}}, ["segment", "describe", "assign", "paint"]),
+        ({"features": {"margin": 0.4}}, ["describe", "assign", "paint"]),
+        ({"cluster": {"k": 3}}, ["assign", "paint"]),
+        ({"output": {"overlays": []}}, ["paint"]),
+        ({"compute": {"kind": "inline", "block": 512}}, []),
+    ],
+)
+def test_changed_settings_redo_what_depends_on_them_only(fakes, folder, tmp_path, change, redone):
+    run(folder, tmp_path / "out", INLINE)
+    fakes.take()
+    run(folder, tmp_path / "out", INLINE | change)
+    assert [stage for slide_name, stage in fakes.take() if slide_name == "one"] == redone
+
+
+def test_a_changed_file_is_redone_and_the_clusters_with_it(fakes, folder, tmp_path):
+    run(folder, tmp_path / "out", INLINE)
+    fakes.take()
+    tifffile.imwrite(folder / "two.tif", np.full((20, 30), 8, np.uint8))
+    run(folder, tmp_path / "out", INLINE)
+    ran = fakes.take()
+    assert [stage for name, stage in ran if name == "two"] == [*EARLY, "assign", "paint"]
+    assert [stage for name, stage in ran if name == "one"] == ["assign", "paint"]
+    assert ("*", "cluster") in ran
+
+
+def test_a_touched_file_of_the_same_bytes_is_not_redone(fakes, folder, tmp_path):
+    run(folder, tmp_path / "out", INLINE)
+    fakes.take()
+    os.utime(folder / "two.tif", (1, 1))
+    run(folder, tmp_path / "out", INLINE)
+    assert fakes.take() == []
+
+
+def test_a_lost_output_is_made_again(fakes, folder, tmp_path):
+    run(folder, tmp_path / "out", INLINE)
+    fakes.take()
+    (tmp_path / "out" / "overlays" / "one.tif").unlink()
+    run(folder, tmp_path / "out", INLINE)
+    assert fakes.take() == [("one", "paint")]
+
+
+def test_a_bad_slide_is_set_aside_with_its_reason_and_the_rest_finish(fakes, folder, tmp_path):
+    fakes.raises["two", "segment"] = ImageError("two.tif is broken.")
+    fakes.raises["one", "describe"] = ZeroDivisionError("oops")
+    study = run(folder, tmp_path / "out", INLINE)
+    failures = [{k: f[k] for k in ("slide", "stage", "error", "tries")} for f in study.failures]
+    assert failures == [
+        {"slide": "one", "stage": "describe", "error": "ZeroDivisionError: oops", "tries": 1},
+        {"slide": "two", "stage": "segment", "error": "two.tif is broken.", "tries": 1},
+    ]
+    assert "Traceback" in study.failures[0]["kind"]
+    assert study.failures[1]["kind"] == ""
+    assert [name for name, stage in fakes.take() if stage == "paint"] == ["three"]
+    fakes.raises.clear()
+    study = run(folder, tmp_path / "out", INLINE)
+    assert study.failures == []
+    ran = fakes.take()
+    assert [stage for name, stage in ran if name == "one"] == ["describe", "export", "assign", "paint"]
+    assert [stage for name, stage in ran if name == "three"] == ["assign", "paint"]  # clusters of all are new
+
+
+def test_only_failed_slides_are_retried_when_asked(fakes, folder, tmp_path):
+    fakes.raises["two", "segment"] = ImageError("two.tif is broken.")
+    run(folder, tmp_path / "out", INLINE)
+    fakes.take()
+    study = run(folder, tmp_path / "out", INLINE | {"features": {"margin": 0.9}}, retry_failed=True)
+    assert {name for name, stage in fakes.take() if stage == "segment"} == {"two"}
+    assert study.failures[0]["tries"] == 2
+
+
+def test_a_file_that_is_no_picture_is_set_aside(fakes, folder, tmp_path):
+    (folder / "zero.tif").write_bytes(b"")
+    (folder / "text.tif").write_text("this is not a picture")
+    study = run(folder, tmp_path / "out", INLINE)
+    assert [(f["slide"], f["stage"]) for f in study.failures] == [("text", "convert"), ("zero", "convert")]
+    assert all("Traceback" not in f["error"] and f["kind"] == "" for f in study.failures)
+    assert len([1 for name, stage in fakes.take() if stage == "paint"]) == 3
+
+
+def test_fewer_cells_than_groups_is_one_sentence_and_keeps_the_rest(fakes, folder, tmp_path):
+    fakes.cells = 2
+    study = run(folder, tmp_path / "out", INLINE | {"cluster": {"k": 11}})
+    assert [(f["slide"], f["stage"]) for f in study.failures] == [(None, "cluster")]
+    assert "6 cells were found in all and cluster.k is 11" in study.failures[0]["error"]
+    assert {stage for _, stage in fakes.take()} == set(EARLY)
+    study = run(folder, tmp_path / "out", INLINE | {"cluster": {"k": 6}})
+    assert study.failures == []
+    assert {stage for _, stage in fakes.take()} == {"cluster", "assign", "paint"}
+
+
+def test_images_without_cells_are_a_result(fakes, folder, tmp_path):
+    fakes.cells = 0
+    study = run(folder, tmp_path / "out", INLINE)
+    assert [f["slide"] for f in study.failures] == [None]
+    assert "no cell was found" in study.failures[0]["error"]
+
+
+# ---------------------------------------------------------------------- refused before any work
+
+
+@pytest.mark.parametrize(
+    ("config", "error"),
+    [
+        ({"segmnt": {}}, ConfigError),
+        ({"cluster": {"k": 1}}, ConfigError),
+        (3, ConfigError),
+        ("no.yaml", ConfigError),
+    ],
+)
+def test_wrong_settings_are_refused(fakes, folder, tmp_path, config, error):
+    with pytest.raises(error):
+        run(folder, tmp_path / "out", config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_weights_are_refused_before_the_folder_is_made(folder, tmp_path):
+    with pytest.raises(WeightsError, match="nothing-like-this"):
+        run(
+            folder,
+            tmp_path / "out",
+            {"features": {"encoder": "nothing-like-this"}, "segment": {"method": "watershed"}},
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_inputs_are_refused(fakes, tmp_path):
+    with pytest.raises(ImageError, match="no file or folder"):
+        run(tmp_path / "nowhere", tmp_path / "out", INLINE)
+    with pytest.raises(InputError, match="no input"):
+        run([], tmp_path / "out", INLINE)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_single_file_that_is_no_picture_is_refused(fakes, tmp_path):
+    (tmp_path / "text.tif").write_text("this is not a picture")
+    with pytest.raises(ImageError, match=r"text\.tif"):
+        run(tmp_path / "text.tif", tmp_path / "out", INLINE)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_holds_something_else_is_refused(fakes, folder, tmp_path):
+    with pytest.raises(StudyError, match="holds something else"):
+        run(folder, folder, INLINE)
+    assert sorted(path.name for path in folder.iterdir()) == ["one.tif", "three.tif", "two.tif"]
+
+
+def test_a_study_of_other_inputs_is_refused(fakes, folder, tmp_path):
+    run(folder, tmp_path / "out", INLINE)
+    with pytest.raises(StudyError, match="study of other inputs"):
+        run(folder / "one.tif", tmp_path / "out", INLINE)
+
+
+def test_two_runs_at_once_are_refused(fakes, folder, tmp_path):
+    run(folder, tmp_path / "out", INLINE)
+    with Lock(tmp_path / "out"), pytest.raises(StudyError, match="Another run works"):
+        run(folder, tmp_path / "out", INLINE)
+
+
+def test_a_machine_that_is_not_there_leaves_no_study_behind(fakes, folder, tmp_path):
+    with pytest.raises(ComputeError):
+        run(folder, tmp_path / "out", {"compute": {"kind": "moon"}})
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_that_concerns_all_slides_stops_the_run(fakes, folder, tmp_path):
+    fakes.raises["one", "segment"] = OSError(28, "No space left on device")
+    with pytest.raises(StudyError, match="make room"):
+        run(folder, tmp_path / "out", INLINE)
+    fakes.raises.clear()
+    fakes.take()
+    study = run(folder, tmp_path / "out", INLINE)
+    assert study.failures == []
+    assert fakes.take()[0] == ("one", "segment")
+
+
+# ---------------------------------------------------------------------- interruptions
+
+
+@pytest.mark.parametrize("stage", [*EARLY, "assign", "paint"])
+def test_a_run_that_dies_in_any_stage_continues_with_that_stage(fakes, folder, tmp_path, stage):
+    fakes.raises["three", stage] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, tmp_path / "out", INLINE)
+    done = fakes.take()
+    fakes.raises.clear()
+    run(folder, tmp_path / "out", INLINE)
+    again = fakes.take()
+    assert again[0] == ("three", stage)
+    assert set(done) & set(again) <= {("three", stage)}
+
+
+def test_settings_that_changed_back_after_a_death_do_not_trust_what_was_touched(fakes, folder, tmp_path):
+    run(folder, tmp_path / "out", INLINE)
+    fakes.raises["one", "segment"] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, tmp_path / "out", INLINE | {"segment": {"min_size": 3}})
+    fakes.raises.clear()
+    fakes.take()
+    run(folder, tmp_path / "out", INLINE)
+    assert fakes.take() == [("one", stage) for stage in ("segment", "describe", "assign", "paint")]
+
+
+# ---------------------------------------------------------------------- progress
+
+
+class Recorder(Progress):
+    def __init__(self):
+        super().__init__()
+        self.said, self.fractions = [], []
+
+    def changed(self):
+        self.fractions.append(self.fraction)
+
+    def say(self, text):
+        self.said.append(text)
+
+
+def test_progress_counts_cells_and_pixels_and_reaches_the_end(fakes, folder, tmp_path):
+    fakes.raises["two", "segment"] = ImageError("two.tif is broken.")
+    progress = Recorder()
+    run(folder, tmp_path / "out", INLINE, progress=progress)
+    assert (progress.slides, progress.slides_done, progress.failed) == (3, 2, 1)
+    assert (progress.cells, progress.pixels) == (10, 3 * 600)
+    assert progress.said == ["Set aside: two: two.tif is broken."]
+    assert progress.fractions == sorted(progress.fractions)
+    assert progress.fraction == pytest.approx(1)
+    assert "2/3 slides" in progress.line
+    again = Recorder()
+    run(folder, tmp_path / "out", INLINE, progress=again)
+    assert again.slides_done == 2
+
+
+def test_ledgers_are_plain_json_without_pickles(fakes, folder, tmp_path):
+    run(folder, tmp_path / "out", INLINE)
+    for path in (tmp_path / "out" / "ledger").iterdir():
+        assert set(json.loads(path.read_text())) == {"files", "stages", "failure", "tries"}
