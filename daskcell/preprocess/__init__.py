@@ -8,6 +8,7 @@ lazy                 the same on dask arrays: `reconstruct`, `adjust_histogram`,
 """
 
 from daskcell.preprocess.colors import auto_colors
+from daskcell.preprocess.export import preprocess_slide_to_tiff
 from daskcell.preprocess.lazy import adjust_histogram, gaussian, preprocess, reconstruct
 from daskcell.preprocess.plan import Plan, apply_block, freeze, freeze_slide
 
@@ -20,5 +21,6 @@ __all__ = [
     "freeze_slide",
     "gaussian",
     "preprocess",
+    "preprocess_slide_to_tiff",
     "reconstruct",
 ]

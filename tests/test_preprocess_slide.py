@@ -1,0 +1,91 @@
+"""Preprocessing from disk: the same plan and the same pixels as from the array."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tifffile
+from scipy import ndimage
+
+import daskcell.preprocess.plan
+from daskcell.compute import Workers
+from daskcell.config import GaussianSettings, HistogramSettings, PreprocessSettings
+from daskcell.errors import ConfigError, InputError
+from daskcell.images import convert
+from daskcell.preprocess import apply_block, freeze, freeze_slide, preprocess_slide_to_tiff
+
+
+@pytest.fixture(scope="module", params=[np.uint8, np.uint16, np.float32], ids=lambda d: np.dtype(d).name)
+def slide(request, tmp_path_factory):
+    """An OME-Zarr image of three stains, and its pixels."""
+    rng = np.random.default_rng(3)
+    x = ndimage.gaussian_filter(rng.random((3, 700, 1100)), (0, 3, 3)) + 0.02 * rng.random((3, 700, 1100))
+    x = (x - x.min()) / (x.max() - x.min())
+    if request.param != np.float32:
+        x = x * np.iinfo(request.param).max * 0.6
+    x = x.astype(request.param)
+    folder = tmp_path_factory.mktemp("slide")
+    tifffile.imwrite(folder / "x.tif", x, photometric="minisblack", metadata={"axes": "CYX"}, ome=True)
+    convert(folder / "x.tif", folder / "x.zarr")
+    return folder / "x.zarr", x
+
+
+@pytest.mark.parametrize("method", ["stretch", "equalize", "clahe"])
+@pytest.mark.parametrize("workers", [None, Workers()], ids=["loop", "window"])
+def test_a_slide_gives_the_plan_of_the_whole(slide, method, workers, monkeypatch):
+    path, x = slide
+    monkeypatch.setattr(daskcell.preprocess.plan, "_COUNT_BLOCK", 256)
+    settings = PreprocessSettings(histogram=HistogramSettings(method=method))
+    assert freeze_slide(path, settings, workers) == freeze(x, settings)
+
+
+def test_the_tif_is_the_preprocessed_picture(slide, tmp_path):
+    path, x = slide
+    settings = PreprocessSettings(gaussian=GaussianSettings(sigma=2.0))
+    plan = freeze_slide(path, settings)
+    preprocess_slide_to_tiff(path, plan, tmp_path / "made" / "x.tif")
+    np.testing.assert_array_equal(
+        np.moveaxis(tifffile.imread(tmp_path / "made" / "x.tif"), -1, 0), apply_block(x, plan)
+    )
+    assert [f.name for f in (tmp_path / "made").iterdir()] == ["x.tif"]
+
+
+def test_channels_that_are_not_three_become_pages(slide, tmp_path):
+    x = slide[1][:2]
+    tifffile.imwrite(tmp_path / "x.tif", x, photometric="minisblack", metadata={"axes": "CYX"}, ome=True)
+    convert(tmp_path / "x.tif", tmp_path / "x.zarr")
+    plan = freeze_slide(tmp_path / "x.zarr", PreprocessSettings(reconstruct=None))
+    preprocess_slide_to_tiff(tmp_path / "x.zarr", plan, tmp_path / "y.tif")
+    np.testing.assert_array_equal(tifffile.imread(tmp_path / "y.tif"), apply_block(x, plan))
+
+
+def test_a_failed_write_leaves_no_file(slide, tmp_path, monkeypatch):
+    path, _ = slide
+    plan = freeze_slide(path)
+    monkeypatch.setattr(daskcell.preprocess.export, "apply_block", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        preprocess_slide_to_tiff(path, plan, tmp_path / "x.tif")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_reference_picture_is_matched(slide, tmp_path):
+    path, x = slide
+    settings = PreprocessSettings(histogram=HistogramSettings(method="match", reference=str(path)))
+    darker = (x // 2 if x.dtype.kind == "u" else x / 2).astype(x.dtype)
+    matched = apply_block(darker, freeze(darker, settings))
+    scale = float(x.max())
+    assert abs(float(matched.mean()) - float(x.mean())) < 0.01 * scale
+
+
+def test_match_without_a_reference_is_refused_with_the_settings():
+    from daskcell.config import parse_config
+
+    with pytest.raises(ConfigError, match="reference"):
+        parse_config({"preprocess": {"histogram": {"method": "match"}}})
+
+
+def test_nan_pixels_of_a_slide_are_refused(tmp_path):
+    x = np.random.default_rng(0).random((1, 40, 50)).astype(np.float32)
+    x[0, 3, 3] = np.nan
+    with pytest.raises(InputError, match="NaN"):
+        freeze(x)
