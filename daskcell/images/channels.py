@@ -186,8 +186,8 @@ def _complete(images: Mapping[str, Mapping[str, list[str]]]) -> list[Group]:
         if missing:
             present = ", ".join(sorted(files[0] for files in by.values()))
             raise ImageError(
-                f"Image '{name}' lacks channel {', '.join(repr(m) for m in missing)}, which others have; there "
-                f"is only {present}. Please add the file, or say with input.pattern which files belong together."
+                f"Image '{name}' lacks channel {', '.join(map(repr, missing))}, which others have; there "
+                f"is only {present}. Please add the file, or say with input.pattern which belong together."
             )
         groups.append(Group(name, tuple(by[c][0] for c in channels), tuple(channels)))
     return groups

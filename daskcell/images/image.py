@@ -13,6 +13,7 @@ import numpy as np
 from daskcell.config import InputSettings
 from daskcell.errors import ImageError
 from daskcell.geometry import Box
+from daskcell.images.sandbox import open_safely
 from daskcell.images.sources import Source, find_images
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def open_image(
             found = ", ".join(s.name for s in sources[:3])
             raise ImageError(f"{path} holds {len(sources)} images ({found}, ...); please open one of them.")
         source = sources[0]
-    reader = source.open()
+    reader = open_safely(source)
     try:
         image = _lazy(source, reader)
     finally:
@@ -89,7 +90,7 @@ def convert(src: str | Path | Sequence[str | Path] | Source, dst: str | Path, cl
     ImageError
         If `src` cannot be read or is several images, or `dst` exists.
     """
-    from daskcell.images.convert import convert_slide
+    from daskcell.images.conversion import convert_slide
 
     workers = None
     if client is not None:
@@ -136,7 +137,7 @@ def _lazy(source: Source, reader: Any) -> Image:
 
 
 def _read_chunk(source: Source, identity: str, block_info: Any = None) -> Any:
-    from daskcell.images.convert import cached_reader
+    from daskcell.images.conversion import cached_reader
 
     (y0, y1), (x0, x1) = block_info[None]["array-location"][-2:]
     return cached_reader(source, identity).read(0, Box(y0, x0, y1, x1))

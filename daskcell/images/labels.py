@@ -94,9 +94,7 @@ def write_labels_block(path: str | Path, name: str, box: Box, array: NDArray) ->
         If the box is not aligned, the array has another shape, or a value does not fit the dtype.
     """
     target = _opened_for_writing(path, name, 0)
-    shards = target.shards
-    assert shards is not None
-    store.assert_aligned(box, target.shape, shards)  # type: ignore[arg-type]
+    store.assert_aligned(box, target)
     if array.shape != box.shape:
         raise InputError(f"Labels of shape {array.shape} do not fill {box}, which has {box.shape}.")
     if array.dtype != target.dtype:
@@ -122,7 +120,7 @@ def build_label_pyramid(path: str | Path, name: str, workers: Any = None) -> Non
 
     Each file is written once, by one task; `workers` as `compute.Workers`, or None for this process.
     """
-    from daskcell.images.convert import run_tasks
+    from daskcell.images.conversion import run_tasks
 
     group = Path(path, "labels", name)
     image = _opened_labels(path, name)
@@ -143,12 +141,12 @@ def downscale_shard(group: str, level: int, box: Box, method: str) -> None:
     halve: Callable[[NDArray], NDArray] = halve_mean if method == "mean" else halve_nearest
     before = store.writable(group, level - 1)
     target = store.writable(group, level)
-    shape = before.shape[-2:]
+    shape = (before.shape[-2], before.shape[-1])
     out = np.empty((*target.shape[:-2], *box.shape), target.dtype)
     for y0 in range(box.y0, box.y1, CHUNK):
         strip = Box(y0, box.x0, min(y0 + CHUNK, box.y1), box.x1)
         out[(..., *strip.within(box))] = halve(np.asarray(before[(..., *source_box(strip, shape).slices)]))
-    store.assert_aligned(box, target.shape[-2:], (target.shards or target.chunks)[-2:])
+    store.assert_aligned(box, target)
     target[(..., *box.slices)] = out
 
 
@@ -184,5 +182,5 @@ def _writable(group: str, level: int, stamp: tuple[int, ...]) -> zarr.Array:
 def _list(labels: Path, name: str, *, listed: bool) -> None:
     """Enter a name into, or take it out of, the list of finished label images."""
     group = zarr.open_group(str(labels), mode="a", zarr_format=3)
-    names = [n for n in dict(group.attrs).get("ome", {}).get("labels", []) if n != name]
+    names = [n for n in store.ome_attributes(group).get("labels", []) if n != name]
     group.attrs["ome"] = {"version": "0.5", "labels": [*names, name] if listed else names}

@@ -66,6 +66,12 @@ class Source:
         """
         return SourceReader(self)
 
+    def file_of(self, channel: str) -> str:
+        """The file that holds a channel."""
+        if self.file_channels is None:
+            return self.files[0]
+        return self.files[_find(channel, self.file_channels, self)]
+
     def identity(self) -> str:
         """Hash of what decides the pixels: the files (name, size, time of change) and how they are read."""
         parts: list[str] = [repr((self.file_channels, self.take, self.pixel_size, self.t, self.z))]
@@ -223,8 +229,10 @@ def _planes(source: Source, settings: InputSettings) -> list[Source]:
     chosen = replace(source, t=t, z=z)
     if settings.z != "all" and settings.t != "all":
         return [chosen]
+    from daskcell.images.sandbox import open_safely
+
     try:
-        reader = open_reader(source.files[0])
+        reader = open_safely(Source(source.name, source.files[:1]))
     except DaskcellError:
         return [chosen]  # says so itself when it is converted, and does not stop the others
     sizes = reader.sizes

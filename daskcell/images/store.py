@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.codecs import BloscCodec
 
 from daskcell.errors import ImageError, InputError
 from daskcell.geometry import Box
@@ -80,7 +81,7 @@ def create_level(
         chunks=tuple(chunks),
         dtype=dtype,
         fill_value=0,
-        compressors=zarr.codecs.BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle"),
+        compressors=BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle"),
         dimension_names=["c", "y", "x"][-len(shape) :],
         # A file that is absent must mean "not written", never "all zero".
         config={"write_empty_chunks": True},
@@ -126,9 +127,8 @@ class OmeZarr:
             self.group = zarr.open_group(path, mode="r")
         except Exception as error:
             raise ImageError(f"{path} is not an OME-Zarr image: {type(error).__name__}.") from error
-        attributes = dict(self.group.attrs)
-        ome: dict[str, Any] = attributes.get("ome", attributes)  # 0.4 has no "ome" level
-        self.attributes = attributes
+        self.attributes: dict[str, Any] = dict(self.group.attrs)
+        ome = ome_attributes(self.group)
         scales = ome.get("multiscales")
         if not scales:
             raise ImageError(f"{path} holds no OME-Zarr image (its metadata has no 'multiscales').")
@@ -181,7 +181,7 @@ class OmeZarr:
             raise InputError(
                 f"{box} is not inside level {level} of {self.path}, which has {self.levels[level]} pixels."
             )
-        chosen = {"t": self.t, "z": self.z, "c": slice(None)}
+        chosen: dict[str, Any] = {"t": self.t, "z": self.z, "c": slice(None)}
         index = tuple(chosen[axis] for axis in self.axes[:-2]) + box.slices
         pixels = np.asarray(array[index])
         return pixels if "c" in self.axes else pixels[None]
@@ -197,7 +197,7 @@ def image_info(path: str | Path) -> ImageInfo:
     labels = Path(path, "labels")
     if labels.is_dir():
         group = zarr.open_group(str(labels), mode="r")
-        finished = dict(group.attrs).get("ome", dict(group.attrs)).get("labels", ())
+        finished = ome_attributes(group).get("labels", ())
     return ImageInfo(
         shape=image.shape,
         dtype=image.dtype,
@@ -265,6 +265,12 @@ def _pixel_size(scale: dict[str, Any], axes: str) -> tuple[float, float] | None:
     return sizes[0] * factors[0], sizes[1] * factors[1]
 
 
+def ome_attributes(group: zarr.Group) -> dict[str, Any]:
+    """The OME metadata of a group, which 0.5 keeps under a name of its own."""
+    attributes: dict[str, Any] = dict(group.attrs)
+    return attributes.get("ome", attributes)
+
+
 def new_group(path: str | Path) -> zarr.Group:
     """An empty Zarr 3 group where there must be none yet."""
     return zarr.open_group(str(path), mode="w-", zarr_format=3)
@@ -272,13 +278,20 @@ def new_group(path: str | Path) -> zarr.Group:
 
 def writable(path: str | Path, level: int) -> zarr.Array:
     """One level, opened for writing."""
-    return zarr.open_array(  # type: ignore[return-value]
-        str(path), path=str(level), mode="r+", config={"write_empty_chunks": True}
-    )
+    return zarr.open_array(str(path), path=str(level), mode="r+", config={"write_empty_chunks": True})
 
 
-def assert_aligned(box: Box, shape: tuple[int, int], shard: tuple[int, int]) -> None:
-    """Raise `InputError` unless `box` begins and ends at the borders of files (or of the image)."""
+def level_of(group: zarr.Group, level: int) -> zarr.Array:
+    """One level of an image that is being written; -1 is the smallest."""
+    names = sorted(group.array_keys(), key=int)
+    array = group[names[level]]
+    assert isinstance(array, zarr.Array)
+    return array
+
+
+def assert_aligned(box: Box, array: zarr.Array) -> None:
+    """Raise `InputError` unless `box` begins and ends at borders of files of `array` (or the image's)."""
+    shape, shard = array.shape[-2:], (array.shards or array.chunks)[-2:]
     for low, high, length, step in zip((box.y0, box.x0), (box.y1, box.x1), shape, shard, strict=True):
         if not 0 <= low < high <= length or low % step or (high % step and high != length):
             raise InputError(

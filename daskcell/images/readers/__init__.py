@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -80,7 +80,7 @@ def open_reader(path: str | Path, *, t: int = 0, z: ZChoice = "max") -> Reader:
     head = _head(path)
     for kind in kinds():
         if kind.matches(path, head):
-            return guarded(path, lambda kind=kind: kind.open(path, t=t, z=z))
+            return guarded(path, partial(kind.open, path, t=t, z=z))
     raise ImageError(f"Cannot read {path}: {_what(path, head)}.")
 
 
@@ -92,6 +92,13 @@ def guarded(path: str, action: Callable[[], Any]) -> Any:
         raise
     except MemoryError:
         raise ImageError(f"Cannot read {path}: it claims a picture larger than the memory.") from None
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+    ) as error:  # of a parser that met nonsense
+        raise ImageError(f"Cannot read {path}: damaged, its structure makes no sense.") from error
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ImageError(f"Cannot read {path}: damaged or not supported ({reason}).") from error

@@ -55,24 +55,18 @@ def open(path: str, *, t: int = 0, z: ZChoice = "max") -> PictureReader:
     from PIL import ImageFile, ImageOps
 
     ImageFile.LOAD_TRUNCATED_IMAGES = False
-    with Pillow.open(path) as picture:
-        width, height = picture.size
-        if width * height * len(picture.getbands()) > LARGEST_BYTES:
+    with Pillow.open(path) as file:
+        width, height = file.size
+        if width * height * len(file.getbands()) > LARGEST_BYTES:
             raise ImageError(
                 f"{path} is too large for its format ({height} x {width} pixels); please save it as TIFF."
             )
-        if picture.mode in ("P", "PA", "CMYK", "YCbCr", "LAB", "HSV", "RGBX"):
-            picture = picture.convert("RGB")
-        picture.load()
-        oriented = ImageOps.exif_transpose(picture)
-        pixels = np.asarray(oriented)
+        mode = file.mode
+        picture = file.convert("RGB") if mode in ("P", "PA", "CMYK", "YCbCr", "LAB", "HSV", "RGBX") else file
+        pixels = np.asarray(ImageOps.exif_transpose(picture))
     if pixels.dtype == bool:
         pixels = pixels.astype(np.uint8)
-    if (
-        pixels.dtype == np.int32
-        and picture.mode.startswith("I")
-        and 0 <= pixels.min() <= pixels.max() <= 65535
-    ):
+    if pixels.dtype == np.int32 and mode.startswith("I") and 0 <= pixels.min() <= pixels.max() <= 65535:
         pixels = pixels.astype(np.uint16)  # Pillow holds the 16 bits of a grey PNG in 32
     if pixels.ndim == 3:
         colours = pixels.shape[2] - (pixels.shape[2] in (2, 4))  # without alpha

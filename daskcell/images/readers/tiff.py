@@ -7,8 +7,8 @@ Reads only the tiles or strips that a box touches. What the file stores is turne
 - a palette that is a ramp (grey, green, "fire") is a way of showing: its indices are the intensities and are
   kept; any other palette is expanded to red, green and blue (`is_ramp`).
 
-Of a file with several pictures (slide, label, thumbnail) the largest is read. Pages that nobody names are
-channels up to `PAGES_AS_CHANNELS` of them, and planes of a stack beyond.
+Of a slide with several pictures (label, thumbnail) the largest is read, of other files the first. Pages that
+nobody names are channels up to `PAGES_AS_CHANNELS` of them, and planes of a stack beyond.
 """
 
 from __future__ import annotations
@@ -35,8 +35,27 @@ CACHE_BYTES = 64 * 2**20
 _WHITE_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR, _LAB = 0, 2, 3, 5, 6, 8
 _JPEG = {6, 7, 34892, 33007}
 
-# tifffile reports what is wrong with a file on its logger; here it becomes an error or does not matter.
-logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+
+class _Complaints(logging.Handler):
+    """What tifffile says on its logger while it goes on: some of it means that pages are lost."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lost_pages = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if "circular reference" in message or "invalid page offset" in message:
+            self.lost_pages = "a page points to itself or to no page"
+
+    def __enter__(self) -> _Complaints:
+        logger = logging.getLogger("tifffile")
+        logger.addHandler(self)
+        logger.propagate = False
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("tifffile").removeHandler(self)
 
 
 def matches(path: str, head: bytes) -> bool:
@@ -80,7 +99,12 @@ class TiffReader:
         )
         self.file = tifffile.TiffFile(path)
         try:
-            self._open(t, z)
+            with _Complaints() as complaints:
+                self._open(t, z)
+                if not self.file.is_ndpi:  # whose last page points to vendor data
+                    len(self.file.pages)  # makes tifffile go through all of them
+            if complaints.lost_pages:
+                raise ImageError(f"Cannot read {path}: pages may be lost ({complaints.lost_pages}).")
         except BaseException:
             self.file.close()
             raise
@@ -89,8 +113,7 @@ class TiffReader:
         tiffmeta.check_description(self.file, self.path)
         if not self.file.series:
             raise ImageError(f"Cannot read {self.path}: the TIFF file holds no picture.")
-        sizes = [math.prod(_yx(series)) for series in self.file.series]
-        series = self.file.series[sizes.index(max(sizes))]
+        series = self._main_series()
         self.series = series
         self.axes = series.axes
         self.keyframe = keyframe = series.keyframe
@@ -121,10 +144,24 @@ class TiffReader:
         self.is_tiled = bool(keyframe.is_tiled)
         self._strips: OrderedDict[tuple[int, int, int], NDArray] = OrderedDict()
 
+    def _main_series(self) -> Any:
+        """The first picture; of a slide, or where the first is a thumbnail, the largest."""
+        series = self.file.series
+        is_slide = self.file.is_svs or self.file.is_scn or self.file.is_qpi or self.file.is_bif
+        if not is_slide and not series[0].keyframe.is_reduced:
+            return series[0]
+        return max(series, key=lambda one: math.prod(_yx(one)))
+
     def _check_page_kind(self, page: Any) -> None:
         if page.dtype is None:
             raise ImageError(
                 f"Cannot read {self.path}: pixels of {page.bitspersample} bits are not supported."
+            )
+        bits = page.tags.get(258)
+        if bits is not None and bits.count not in (1, page.samplesperpixel):
+            raise ImageError(
+                f"Cannot read {self.path}: it gives the bits of {bits.count} samples, but has "
+                f"{page.samplesperpixel}."
             )
         if min(page.imagelength, page.imagewidth) < 1 or 0 in page.shaped:
             raise ImageError(f"Cannot read {self.path}: its picture has no pixels ({page.shape}).")
@@ -187,6 +224,7 @@ class TiffReader:
             size = math.prod(series.shape) * key.dtype.itemsize
             if series.dataoffset + size > self.file.filehandle.size:
                 raise ImageError(f"Cannot read {self.path}: the file is truncated.")
+            self._check_segments(key)
             return
         if len(series.pages) != expected:
             raise ImageError(
@@ -218,6 +256,8 @@ class TiffReader:
                 "pieces are missing."
             )
         end = page.parent.filehandle.size
+        if not any(counts[:segments]):
+            raise ImageError(f"Cannot read {self.path}: a page holds no data at all.")
         for offset, count in zip(offsets[:segments], counts[:segments], strict=True):
             if offset == 0 and count == 0:
                 continue  # a legal empty tile: zeros

@@ -108,7 +108,7 @@ def _imagej_size(file: Any, page: Any) -> tuple[float, float] | None:
 
 def _aperio_size(page: Any) -> tuple[float, float] | None:
     found = re.search(r"\bMPP\s*=\s*([0-9.]+)", page.description or "")
-    return (float(found[1]),) * 2 if found and found[1].count(".") <= 1 else None  # type: ignore[return-value]
+    return (float(found[1]),) * 2 if found and found[1].count(".") <= 1 else None
 
 
 def _tag_size(page: Any) -> tuple[float, float] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from daskcell.geometry import Box, Grid
 from daskcell.images import labels, metadata, store
 from daskcell.images.pyramid import level_shapes
 from daskcell.images.readers import Reader
+from daskcell.images.sandbox import open_safely
 from daskcell.images.sources import Source
 
 Task = tuple[Any, Callable[..., Any], tuple[Any, ...]]
@@ -61,7 +62,7 @@ def convert_slide(
     if target.exists() and not overwrite:
         raise ImageError(f"{target} exists already; please remove it or choose another name.")
     identity = source.identity()
-    reader = source.open()
+    reader = open_safely(source)
     try:
         shape = reader.levels[0]
         count, dtype = len(reader.channels), reader.dtype
@@ -86,7 +87,7 @@ def convert_slide(
         for key, part in run_tasks(workers, tasks):
             summary.add(key[1:], part)
             files += 1
-        summary.check(source)
+        summary.check(source, header.channels)
         for level in range(1, len(shapes)):
             grid = _grid(group[str(level)])
             tasks = (
@@ -130,11 +131,11 @@ class Summary:
     def __init__(self, channels: int) -> None:
         self.histograms: list[dict[int, int] | None] = [{} for _ in range(channels)]
         self.hashes: dict[tuple[int, ...], str] = {}
-        self.bad = 0
+        self.bad = [0] * channels
 
     def add(self, key: tuple[int, ...], part: dict[str, Any]) -> None:
         self.hashes[key] = part["hash"]
-        self.bad += part["bad"]
+        self.bad = [a + b for a, b in zip(self.bad, part["bad"], strict=True)]
         for k, histogram in enumerate(part["histograms"]):
             mine = self.histograms[k]
             if histogram is None or mine is None:
@@ -143,12 +144,14 @@ class Summary:
             for value, number in zip(*histogram, strict=True):
                 mine[int(value)] = mine.get(int(value), 0) + int(number)
 
-    def check(self, source: Source) -> None:
-        if self.bad:
-            raise ImageError(
-                f"{', '.join(source.files)} holds {self.bad} pixels that are not finite numbers (NaN or "
-                "infinite); please replace them before conversion."
-            )
+    def check(self, source: Source, channels: Sequence[str]) -> None:
+        """Refuse pixels that are no numbers: they would spread through filters, percentiles and features."""
+        for channel, bad in zip(channels, self.bad, strict=True):
+            if bad:
+                raise ImageError(
+                    f"{source.file_of(channel)} holds {bad} pixels that are not finite numbers (NaN or "
+                    "infinite); please replace them first."
+                )
 
     def fingerprint(self, header: metadata.Header) -> str:
         parts = [repr(header.channels), *(self.hashes[key] for key in sorted(self.hashes))]
@@ -159,9 +162,9 @@ class Summary:
 
         Exact for integers of at most 16 bits, whose histograms are known; from the smallest level for others.
         """
-        smallest = (
-            np.asarray(group[str(len(list(group.array_keys())) - 1)][:]) if dtype.itemsize > 2 else None
-        )
+        smallest: NDArray | None = None
+        if dtype.itemsize > 2:
+            smallest = np.asarray(store.level_of(group, -1))
         windows = []
         for k, histogram in enumerate(self.histograms):
             if histogram is None or not histogram:
@@ -172,8 +175,8 @@ class Summary:
                 values = np.array(sorted(histogram))
                 counts = np.array([histogram[int(v)] for v in values])
             below = np.cumsum(counts) / counts.sum()
-            low, high = (values[min(np.searchsorted(below, q), len(values) - 1)] for q in (0.001, 0.999))
-            windows.append((float(values[0]), float(values[-1]), float(low), float(high)))
+            low, high = np.searchsorted(below, (0.001, 0.999)).clip(max=len(values) - 1)
+            windows.append((float(values[0]), float(values[-1]), float(values[low]), float(values[high])))
         return windows
 
 
@@ -181,12 +184,11 @@ def _convert_shard(source: Source, identity: str, path: str, box: Box) -> dict[s
     """Read one block, write it as one file, and describe it."""
     pixels = cached_reader(source, identity).read(0, box)
     array = _array(path, store.stamp(os.path.join(path, "0")))
-    assert array.shards is not None
-    store.assert_aligned(box, array.shape[-2:], array.shards[-2:])  # type: ignore[arg-type]
+    store.assert_aligned(box, array)
     array[(slice(None), *box.slices)] = pixels
     return {
         "hash": hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=16).hexdigest(),
-        "bad": int(pixels.size - np.isfinite(pixels).sum()) if pixels.dtype.kind == "f" else 0,
+        "bad": [int(c.size - np.isfinite(c).sum()) if c.dtype.kind == "f" else 0 for c in pixels],
         "histograms": [_histogram(channel) for channel in pixels],
     }
 
@@ -204,7 +206,7 @@ def _histogram(channel: NDArray) -> tuple[NDArray, NDArray] | None:
 @lru_cache(maxsize=2)
 def cached_reader(source: Source, identity: str) -> Reader:
     """The source, opened once per process, and again when its files changed."""
-    return source.open()
+    return open_safely(source)
 
 
 @lru_cache(maxsize=4)

@@ -1,0 +1,276 @@
+"""Files are opened in a process beside this one, which may crash, hang or run out of memory without harm.
+
+A damaged file can make a decoder divide by zero, loop for ever or ask for terabytes. So one child process
+per worker opens files and sends pixels; it is bounded in memory and in computing time, and a new one takes
+its place when it is gone. Opened sources stay open in the child (`KEPT` of them), so a healthy file is
+opened once.
+
+    this process                              child (python -m daskcell.images.sandbox)
+    SandboxReader.read(level, box)  ----->    Reader.read(level, box)
+                                    <-----    pixels, or one sentence
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from daskcell.errors import DaskcellError, ImageError
+from daskcell.geometry import Box
+
+if TYPE_CHECKING:
+    from daskcell.images.readers import Reader
+    from daskcell.images.sources import Source
+
+MEMORY_BYTES = 900 * 2**20
+"""What the child may hold. Pictures in one compressed piece that need more are given it (`_allow`)."""
+OPEN_SECONDS = 7.0
+"""Computing time in which a file must be open."""
+READ_SECONDS = 7.0
+"""Computing time for a block, besides one second for every `SLOWEST` bytes of it."""
+SLOWEST = 2 * 2**20
+WALL_SECONDS = 600.0
+"""Longest wait for slow storage."""
+KEPT = 2
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a reader says of itself, as plain data."""
+
+    name: str
+    axes: str
+    levels: tuple[tuple[int, int], ...]
+    channels: tuple[str, ...]
+    pixel_size: tuple[float, float] | None
+    dtype: np.dtype
+    is_rgb: bool
+    sizes: dict[str, int]
+    piece: tuple[int, int]
+
+
+class SandboxReader:
+    """A `Source` opened in the child; a `Reader` like any other."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.identity = source.identity()
+        header = sandbox().ask(self.source, self.identity, None)
+        self.name, self.axes, self.levels, self.channels = (
+            header.name,
+            header.axes,
+            header.levels,
+            header.channels,
+        )
+        self.pixel_size, self.dtype, self.is_rgb = header.pixel_size, header.dtype, header.is_rgb
+        self.sizes, self.piece = header.sizes, header.piece
+
+    def read(self, level: int, box: Box) -> NDArray:
+        """Pixels ``(C, h, w)`` of `box`."""
+        height, width = box.shape
+        size = len(self.channels) * height * width * self.dtype.itemsize
+        return sandbox().ask(self.source, self.identity, (level, box), READ_SECONDS + size / SLOWEST)
+
+    def close(self) -> None:
+        """The child closes what it has not read for a while."""
+
+
+def open_safely(source: Source) -> Reader:
+    """Open `source` in the sandbox; OME-Zarr, and everything where pipes are not POSIX, here."""
+    if os.name != "posix" or all(os.path.isdir(file) for file in source.files):
+        return source.open()
+    return SandboxReader(source)
+
+
+class Sandbox:
+    """The child process: started when first asked, and again after it was lost."""
+
+    def __init__(self) -> None:
+        self._child: subprocess.Popen[bytes] | None = None
+        self._pipe: Connection | None = None
+        self._lock = threading.Lock()
+
+    def ask(
+        self, source: Source, identity: str, what: tuple[int, Box] | None, seconds: float = OPEN_SECONDS
+    ) -> Any:
+        """The header of `source`, or pixels of a box of a level; `ImageError` if the child is lost."""
+        with self._lock:
+            self._start()
+            assert self._child is not None
+            assert self._pipe is not None
+            try:
+                self._pipe.send((source, identity, what))
+                self._wait(seconds + (OPEN_SECONDS if what else 0), source)
+                answer = self._pipe.recv()
+                if isinstance(answer, tuple):
+                    shape, dtype = answer
+                    return np.frombuffer(self._pipe.recv_bytes(), dtype).reshape(shape)
+            except (EOFError, OSError):
+                code = self._child.wait()
+                self.stop()
+                raise ImageError(f"Cannot read {_files(source)}: {_cause(code)}.") from None
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def _wait(self, seconds: float, source: Source) -> None:
+        """Wait for an answer, as long as the child does not compute too long."""
+        import psutil
+
+        assert self._child is not None
+        assert self._pipe is not None
+        try:
+            process = psutil.Process(self._child.pid)
+            before = process.cpu_times()
+            end = time.monotonic() + WALL_SECONDS + seconds
+            while not self._pipe.poll(0.25):
+                now = process.cpu_times()
+                if now.user + now.system - before.user - before.system > seconds or time.monotonic() > end:
+                    self.stop()
+                    raise ImageError(f"Cannot read {_files(source)}: decoding it does not come to an end.")
+        except psutil.Error:
+            return  # it is gone: reading from it says so
+
+    def _start(self) -> None:
+        if self._child is not None and self._child.poll() is None:
+            return
+        self.stop()
+        self._pipe, theirs = Pipe()
+        environment = dict(os.environ, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "daskcell.images.sandbox", str(theirs.fileno())],
+            pass_fds=(theirs.fileno(),),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+        )
+        theirs.close()
+        try:
+            self._pipe.recv()  # "ready": starting Python is not counted as opening a file
+        except EOFError:
+            code = self._child.wait()
+            raise DaskcellError(f"The process that opens files could not start (exit code {code}).") from None
+
+    def stop(self) -> None:
+        """End the child; the next question starts a new one."""
+        if self._pipe is not None:
+            self._pipe.close()
+        if self._child is not None and self._child.poll() is None:
+            self._child.kill()
+            self._child.wait()
+        self._child = self._pipe = None
+
+
+_sandbox: Sandbox | None = None
+_owner = 0
+
+
+def sandbox() -> Sandbox:
+    """The sandbox of this process; a fork does not share its parent's."""
+    global _sandbox, _owner
+    if _sandbox is None or _owner != os.getpid():
+        _sandbox, _owner = Sandbox(), os.getpid()
+        atexit.register(_sandbox.stop)
+    return _sandbox
+
+
+def _files(source: Source) -> str:
+    return ", ".join(source.files)
+
+
+def _cause(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "decoding it took more memory than there is"
+    return f"damaged, decoding it crashed ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
+
+
+def _serve(pipe: Connection) -> None:
+    """The child: answer questions until nobody asks any more."""
+
+    base = _limit_memory(0)
+    threading.Thread(target=_follow_parent, args=(os.getppid(),), daemon=True).start()
+    kept: OrderedDict[str, Reader] = OrderedDict()
+    pipe.send("ready")
+    while True:
+        try:
+            source, identity, what = pipe.recv()
+        except EOFError:
+            return
+        try:
+            name = f"{source!r} {identity}"
+            if name not in kept:
+                while len(kept) >= KEPT:
+                    kept.popitem(last=False)[1].close()
+                _limit_memory(0, base)
+                kept[name] = source.open()
+            kept.move_to_end(name)
+            reader = kept[name]
+            _allow(source, reader, base)
+            if what is None:
+                answer = Header(**{f: getattr(reader, f) for f in Header.__dataclass_fields__})
+                pipe.send(answer)
+            else:
+                pixels = np.ascontiguousarray(reader.read(*what))
+                pipe.send((pixels.shape, pixels.dtype))
+                pipe.send_bytes(pixels.data.cast("B"))
+        except DaskcellError as error:
+            pipe.send(type(error)(str(error)))
+        except MemoryError:
+            pipe.send(ImageError(f"Cannot read {_files(source)}: it takes more memory than a worker has."))
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            pipe.send(ImageError(f"Cannot read {_files(source)}: damaged or not supported ({reason})."))
+
+
+def _allow(source: Source, reader: Any, base: int) -> None:
+    """More memory for a picture that is one large compressed piece and can only be read whole."""
+    height, width = reader.piece
+    size = height * width * len(reader.channels) * reader.dtype.itemsize
+    on_disk = sum(os.path.getsize(file) for file in source.files)
+    if size > MEMORY_BYTES // 8 and on_disk * 2000 > size:
+        _limit_memory(4 * size, base)
+
+
+def _limit_memory(more: int, base: int = 0) -> int:
+    """Bound the address space to what was mapped at the start (returned), `MEMORY_BYTES` and `more`."""
+    try:
+        import resource
+    except ImportError:  # not on this system
+        return 0
+    import psutil
+
+    base = base or psutil.Process().memory_info().vms
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = base + MEMORY_BYTES + more
+    resource.setrlimit(
+        resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
+    )
+    return base
+
+
+def _follow_parent(parent: int) -> None:
+    """End with the process that asked, even in the middle of a decoder that does not."""
+    while os.getppid() == parent:
+        time.sleep(2)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    # The module is imported a second time under its own name, so that both sides pickle the same classes.
+    from daskcell.images import sandbox as module
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    module._serve(Connection(int(sys.argv[1])))

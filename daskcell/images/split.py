@@ -1,0 +1,72 @@
+"""Every channel of an image as a picture of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from daskcell.geometry import Box
+from daskcell.images.channels import safe_name, unique_names
+from daskcell.images.readers import Reader
+from daskcell.images.sandbox import open_safely
+from daskcell.images.sources import Source, find_images
+
+TILE = 512
+
+
+def split_channels(image: str | Path | Source, folder: str | Path) -> list[Path]:
+    """Write each channel as ``<image>_<channel>.tif`` into `folder`; returns the files in channel order.
+
+    Tiled, compressed without loss, with the pixel size, and BigTIFF beyond 4 GB. A row of tiles is in
+    memory at a time. Raises `ImageError` if the image cannot be read.
+    """
+    import tifffile
+
+    source = image if isinstance(image, Source) else find_images(image)[0]
+    reader = open_safely(source)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    height, width = reader.levels[0]
+    names = unique_names(f"{safe_name(source.name)}_{channel}" for channel in reader.channels)
+    written = []
+    for channel, name in enumerate(names):
+        target, partial = folder / f"{name}.tif", folder / f".{name}.tif.partial"
+        resolution = None
+        if reader.pixel_size is not None:
+            y, x = reader.pixel_size
+            resolution = 1e4 / x, 1e4 / y
+        tifffile.imwrite(
+            partial,
+            _tiles(reader, channel),
+            shape=(height, width),
+            dtype=reader.dtype,
+            tile=(TILE, TILE),
+            compression="zlib",
+            predictor=reader.dtype.kind != "f",
+            photometric="minisblack",
+            resolution=resolution,
+            resolutionunit="CENTIMETER" if resolution else None,
+            description=reader.channels[channel].encode("ascii", "replace").decode(),
+            metadata=None,
+            bigtiff=height * width * reader.dtype.itemsize > 2**32 - 2**25,
+        )
+        os.replace(partial, target)
+        written.append(target)
+    reader.close()
+    return written
+
+
+def _tiles(reader: Reader, channel: int) -> Iterator[NDArray]:
+    """Tiles of one channel in reading order, those at the border filled up with zeros."""
+    height, width = reader.levels[0]
+    for y in range(0, height, TILE):
+        strip = reader.read(0, Box(y, 0, min(y + TILE, height), width))[channel]
+        for x in range(0, width, TILE):
+            tile = np.zeros((TILE, TILE), strip.dtype)
+            part = strip[:, x : x + TILE]
+            tile[: part.shape[0], : part.shape[1]] = part
+            yield tile
