@@ -84,9 +84,9 @@ def score_table(net: torch.nn.Module, samples: Sequence[Sample]) -> str:
     table = score(net, samples)
     kinds = {s.group: s.kind for s in samples}
     for kind in sorted(set(kinds.values())):
-        parts = [table[group] for group in table if kinds[group] == kind and group in kinds]
+        parts = [table[group] for group in kinds if kinds[group] == kind]
         if len(parts) > 1:
-            table[f"all {kind}"] = {way: sum((p[way] for p in parts), np.zeros((2, 3))) for way in parts[0]}
+            table[f"all {kind}"] = {way: np.sum([p[way] for p in parts], axis=0) for way in parts[0]}
     lines = ["group                     cells   one pass .5 / .75    two passes .5 / .75"]
     for group, row in table.items():
         first, second = (c[:, 0] / np.maximum(c.sum(1), 1) for c in (row["one pass"], row["two passes"]))
