@@ -1,0 +1,94 @@
+"""What must be known of the whole picture before any block of it can be computed.
+
+Percentiles, the tile grid, the number of steps: measured once, frozen, written into the study, and handed to
+every block. A block that measured them by itself would segment a different picture than its neighbour.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from daskcell.errors import InputError
+from daskcell.segment.tiles import MEAN_DIAMETER, TileGrid
+
+EXACT_UP_TO = 224**3
+"""Values of a channel up to which Cellpose takes percentiles of all of them; above, of a strided sample."""
+
+
+def sampling_step(shape: tuple[int, int]) -> tuple[int, int]:
+    """Stride along y and x at which Cellpose samples a picture for its percentiles.
+
+    The rule of `cellpose.transforms.normalize99`, so that slides far above memory get the very numbers that
+    Cellpose would take from them.
+    """
+    if shape[0] * shape[1] <= EXACT_UP_TO:
+        return 1, 1
+    return max(1, shape[0] // 224), max(1, shape[1] // 224)
+
+
+def intensity_bounds(values: np.ndarray) -> tuple[float, float] | None:
+    """1st and 99th percentile of one channel's sample; None for a channel without contrast.
+
+    Raises
+    ------
+    InputError
+        If a value is NaN or infinite.
+    """
+    values = np.asarray(values, np.float32).ravel()
+    if not np.isfinite(values).all():
+        bad = int((~np.isfinite(values)).sum())
+        raise InputError(
+            f"The image has {bad} NaN or infinite pixels, so no percentiles can be taken. Replace them first."
+        )
+    low, high = np.percentile(values, 1), np.percentile(values, 99)
+    return (float(low), float(high)) if high - low > 1e-3 else None
+
+
+@dataclass(frozen=True)
+class Globals:
+    """Frozen facts of one picture.
+
+    Attributes
+    ----------
+    shape : (Y, X)
+        Size of the picture in pixels.
+    bounds : tuple of (low, high) or None, one per channel
+        Intensities that become 0 and 1; None: the channel has no contrast and becomes 0.
+    diameter : float or None
+        Cell diameter in pixels; None: no rescaling.
+    """
+
+    shape: tuple[int, int]
+    bounds: tuple[tuple[float, float] | None, ...]
+    diameter: float | None = None
+
+    @cached_property
+    def tiles(self) -> TileGrid:
+        return TileGrid.lay(self.shape, self.diameter)
+
+    @property
+    def steps(self) -> int:
+        """Steps a pixel is moved along the flows: 200 at the network's own scale."""
+        return int(200 / (MEAN_DIAMETER / self.diameter)) if self.diameter else 200
+
+    def normalise(self, part: np.ndarray) -> np.ndarray:
+        """``(C, h, w)`` pixels of any type to float32, percentile 1 to 0 and percentile 99 to 1."""
+        out = np.zeros(part.shape, np.float32)
+        for plane, values, bounds in zip(out, part, self.bounds, strict=True):
+            if bounds is not None:
+                low, high = np.float32(bounds[0]), np.float32(bounds[1])
+                np.subtract(values.astype(np.float32), low, out=plane)
+                plane /= high - low
+        return out
+
+    def to_json(self) -> dict[str, Any]:
+        return {"shape": list(self.shape), "bounds": self.bounds, "diameter": self.diameter}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Globals:
+        bounds = tuple(None if pair is None else (float(pair[0]), float(pair[1])) for pair in values["bounds"])
+        return cls((values["shape"][0], values["shape"][1]), bounds, values["diameter"])

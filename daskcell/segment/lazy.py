@@ -1,0 +1,351 @@
+"""`segment`: lazy labels of a dask or numpy image.
+
+One task a block runs the network on the tiles it owns, one follows the flows, one checks the masks, one paints; in
+between stand three small reductions over the whole picture (percentiles, largest mask, ids).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from daskcell.errors import InputError
+from daskcell.geometry import Box, Grid
+from daskcell.segment.cells import Candidates, Cells, Thresholds, check_block, own_labels, paint
+from daskcell.segment.methods import BlockMethod, CellposeMethod, Method
+from daskcell.segment.seams import SeamReport, count_changes
+from daskcell.segment.tiles import TileGrid
+
+MAX_CELLS = 2**32 - 1
+
+
+def segment(
+    image: Any,
+    method: str | Callable[[np.ndarray], np.ndarray] = "cellpose",
+    model: Any = "tiny",
+    diameter: float | str | None = None,
+    *,
+    channels: list[int] | None = None,
+    cellprob_threshold: float = 0.0,
+    flow_threshold: float = 0.4,
+    min_size: int = 15,
+    max_size_fraction: float = 0.4,
+    niter: int | None = None,
+    batch_size: int = 8,
+    device: str = "cpu",
+    block: int = 1024,
+    halo: int | None = None,
+    return_report: bool = False,
+    **options: Any,
+) -> Any:
+    """Find every cell; the same cells for any chunks and workers.
+
+    Parameters
+    ----------
+    image : (Y, X) or (C, Y, X) array, dask or numpy, any integer or float type
+        With one to three channels (or choose with `channels`).
+    method
+        ``"cellpose"``, ``"watershed"``, or a callable from a block ``(C, h, w)`` to labels ``(h, w)``.
+    model : str or torch.nn.Module
+        Network for Cellpose: a name, a file of weights, or a module as `cellpose.core.run_net` accepts it.
+    diameter : float, "auto" or None
+        Expected cell diameter in pixels, to which the picture is rescaled; None: no rescaling; auto: estimated from
+        a first pass, which is computed at once.
+    cellprob_threshold, flow_threshold, min_size, max_size_fraction, niter, batch_size
+        As in ``CellposeModel.eval``. `min_size` and `max_size_fraction` hold for all methods.
+    block : int
+        Advanced use: side in pixels of the blocks the work is cut into; changes no label.
+    halo : int, optional
+        Advanced use: pixels around a block to look at first; changes no label of Cellpose or watershed.
+    return_report : bool
+        Also return the seam report, a `dask.delayed` `SeamReport`.
+    **options
+        Of the watershed, see `WatershedSettings`.
+
+    Returns
+    -------
+    (Y, X) dask array of uint32
+        0 background; cells 1..N in reading order of their first pixels.
+
+    Raises
+    ------
+    InputError
+        No or too many channels, NaN pixels (when computed), unknown method or option.
+
+    Notes
+    -----
+    Equal to ``CellposeModel.eval`` on the whole array with bsize 256 and tile_overlap 0.1 (Stringer et al., Nature
+    Methods 18, 2021; Pachitariu et al., "Cellpose-SAM", 2025), up to the order of network batches and ties.
+    """
+    import dask
+    import dask.array as da
+
+    image = as_image(image, channels)
+    shape = image.shape[1:]
+    thresholds = Thresholds(cellprob_threshold, flow_threshold, min_size, max_size_fraction)
+    way = make_method(method, model, thresholds, diameter, niter, batch_size, device, halo, options)
+    source = Source(image)
+    if isinstance(way, CellposeMethod):
+        if diameter == "auto":
+            from daskcell.segment.diameter import estimate_diameter
+
+            way.diameter = estimate_diameter(way, source, shape)
+        TileGrid.lay(shape, way.diameter)  # refuses a diameter that leaves no pixel
+    grid = Grid.regular(shape, block)
+    halo = way.halo if halo is None else halo
+    token = dask.base.tokenize(image.name, block, halo, object())
+    shared = dask.delayed(way, name=f"method-{token}", traverse=False)
+    pixels = dask.delayed(source, name=f"image-{token}", traverse=False)
+
+    def task(name: str, function: Callable[..., Any], index: Any, *args: Any) -> Any:
+        return dask.delayed(function, pure=False, traverse=False)(*args, dask_key_name=(f"{name}-{token}", *index))
+
+    chunks = Grid.from_chunks(image.chunks[1:])
+    parts = image.rechunk({0: -1}).to_delayed()[0]
+
+    def part_of(box: Box) -> list[tuple[Box, Any]]:
+        return [(chunks.core(at), parts[at]) for at in chunks.touching(box)]
+
+    seen = [task("observe", _observe, at, shared, parts[at], chunks.core(at), shape) for at in chunks]
+    frozen = task("globals", _freeze, (), shared, seen, shape)
+    networks: dict[tuple[int, int], Any] = {}
+    tiles = TileGrid.lay(shape, way.diameter) if isinstance(way, CellposeMethod) else None
+    if tiles is not None:
+        for at in grid:
+            owned = tiles.owned(grid.core(at))
+            box = _around([tiles.to_image(tiles.box(tile)) for tile in owned])
+            networks[at] = task("network", _network, at, shared, frozen, owned, part_of(box))
+
+    found, checked, facts = {}, {}, {}
+    for at in grid:
+        held = grid.core(at).grow(halo).clip(shape)
+        near, local = [], []
+        if tiles is not None:
+            wanted = set(tiles.touching(tiles.to_scaled(held)))
+            near = [networks[other] for other in grid if wanted & set(tiles.owned(grid.core(other)))]
+        else:
+            local = part_of(held)
+        found[at] = task("labels", _labels, at, shared, frozen, grid.core(at), halo, shape, near, pixels, local)
+    extents = [task("extent", _extent, at, found[at]) for at in grid]
+    steps = task("steps", _steps, (), extents)
+    for at in grid:
+        checked[at] = task("check", _check, at, shared, steps, found[at])
+        facts[at] = task("facts", _facts, at, grid, at, checked[at])
+    numbered = task("ids", _number, (), [(at, facts[at]) for at in grid], shape)
+
+    rows = []
+    for i in range(grid.counts[0]):
+        row = []
+        for j in range(grid.counts[1]):
+            core = grid.core((i, j))
+            near = [(other, checked[other]) for other in _neighbours(grid, (i, j))]
+            painted = task("paint", _paint, (i, j), core, shape, near, numbered)
+            facts[i, j] = painted, found[i, j]
+            label = task("block", _first, (i, j), painted)
+            row.append(da.from_delayed(label, core.shape, np.uint32))
+        rows.append(row)
+    labels = da.block(rows)
+    if not return_report:
+        return labels
+    count = sum(len(tiles.owned(grid.core(at))) for at in grid) if tiles is not None else 0
+    reports = [task("report", _report, at, *facts[at]) for at in grid]
+    return labels, task("seams", _sum_reports, (), reports, len(grid), count)
+
+
+class Source:
+    """The image as something to read boxes from, inside a task too (for a halo larger than foreseen)."""
+
+    def __init__(self, image: Any):
+        self.image = image
+
+    def __call__(self, box: Box) -> np.ndarray:
+        part = self.image[(slice(None), *box.slices)]
+        try:
+            from distributed import get_worker, worker_client
+
+            get_worker()
+        except (ImportError, ValueError):
+            return np.asarray(part.compute(scheduler="synchronous"))
+        with worker_client() as client:
+            return np.asarray(client.compute(part).result())
+
+
+def as_image(image: Any, channels: list[int] | None = None, most: int = 3) -> Any:
+    """``(C, Y, X)`` dask array with one to `most` channels; raises `InputError` otherwise."""
+    import dask.array as da
+
+    if not isinstance(image, da.Array):
+        image = np.asarray(image)
+        if image.dtype.kind not in "buif":
+            raise InputError(f"Cannot segment pixels of type {image.dtype}. Please give integers or floats.")
+        image = da.from_array(image, chunks=(*image.shape[:-2], *(min(side, 2048) for side in image.shape[-2:])))
+    if image.ndim == 2:
+        image = image[None]
+    if image.ndim != 3:
+        raise InputError(f"An image is (Y, X) or (C, Y, X), but this one has shape {image.shape}.")
+    if 0 in image.shape[1:]:
+        raise InputError(f"The image has no pixels (shape {image.shape}).")
+    if channels is not None:
+        wrong = [c for c in channels if not 0 <= c < image.shape[0]]
+        if wrong or not channels:
+            raise InputError(f"channels={channels} does not fit an image with {image.shape[0]} channels.")
+        image = image[list(channels)]
+    if not 1 <= image.shape[0] <= most:
+        raise InputError(
+            f"The image has {image.shape[0]} channels, and one to {most} can be segmented. "
+            "Please choose with channels=[...], or make a colour picture with reconstruct()."
+        )
+    return image
+
+
+def make_method(
+    method: Any, model: Any, thresholds: Thresholds, diameter: Any, niter: int | None, batch_size: int,
+    device: str, halo: int | None, options: dict[str, Any],
+) -> Any:  # fmt: skip
+    """The method object for `segment`'s arguments."""
+    if method == "watershed":
+        from daskcell.segment.watershed import WatershedMethod
+
+        return WatershedMethod.from_options(thresholds, options)
+    if options:
+        raise InputError(f"{method!r} has no option {sorted(options)[0]!r}.")
+    if callable(method):
+        values = (thresholds.cellprob, 0.0, thresholds.min_size, thresholds.max_size_fraction)
+        return BlockMethod(method, Thresholds(*values), 64 if halo is None else halo)
+    if method != "cellpose":
+        raise InputError(f"Unknown method {method!r}. Please give 'cellpose', 'watershed' or a function.")
+    if isinstance(diameter, str) and diameter != "auto":
+        raise InputError(f"diameter cannot be {diameter!r}. Please give pixels, 'auto' or None.")
+    if isinstance(diameter, (int, float)) and not diameter > 0:
+        raise InputError(f"diameter cannot be {diameter}. Please give a size in pixels above 0, or None.")
+    size = None if diameter in (None, "auto") else float(diameter)
+    return CellposeMethod(network_source(model, device), thresholds, size, batch_size, niter)
+
+
+def network_source(model: Any, device: str) -> Any:
+    """A module as it is; a name or file as a function that loads it once per process."""
+    if not isinstance(model, str):
+        return model
+    from functools import partial
+
+    from daskcell.models import load_network
+
+    load_network(model, device)  # refused here, not on a worker, if it is missing
+    return partial(load_network, model, device)
+
+
+def _observe(method: Method, part: np.ndarray, box: Box, shape: tuple[int, int]) -> Any:
+    return method.observe(part, box, shape)
+
+
+def _freeze(method: Method, observed: list[Any], shape: tuple[int, int]) -> Any:
+    return method.freeze(observed, shape)
+
+
+def _network(method: CellposeMethod, frozen: Any, tiles: list[int], parts: list[tuple[Box, np.ndarray]]):
+    return method.run(lambda box: _assemble(parts, box), frozen, tiles)
+
+
+def _labels(
+    method: Method, frozen: Any, core: Box, halo: int, shape: tuple[int, int],
+    networks: list[dict[int, np.ndarray]], source: Source, parts: list[tuple[Box, np.ndarray]],
+) -> tuple[Candidates, SeamReport]:  # fmt: skip
+    outputs = {tile: output for network in networks for tile, output in network.items()}
+    known = len(outputs)
+    expected = core.grow(halo).clip(shape)
+
+    def read(box: Box) -> np.ndarray:
+        return _assemble(parts, box) if parts and box == expected else source(box)
+
+    found, doublings = own_labels(core, halo, shape, method.look(frozen, read, outputs), method.thresholds)
+    return found, SeamReport(redone=int(doublings > 0), repeated=len(outputs) - known)
+
+
+def _extent(labelled: tuple[Candidates, SeamReport]) -> int:
+    return labelled[0].extent
+
+
+def _steps(extents: list[int]) -> int:
+    return 2 * max(extents, default=0)
+
+
+def _check(method: Method, steps: int, labelled: tuple[Candidates, SeamReport]) -> Cells:
+    return check_block(labelled[0], steps, method.thresholds)
+
+
+def _facts(grid: Grid, at: tuple[int, int], cells: Cells) -> tuple[np.ndarray, Cells | None]:
+    """Anchors; and all cells if one reaches beyond the neighbouring blocks."""
+    reach = _around([grid.core(other) for other in _neighbours(grid, at)])
+    return cells.anchors, None if (cells.reach & reach) == cells.reach else cells
+
+
+def _number(facts: list[tuple[tuple[int, int], tuple[np.ndarray, Cells | None]]], shape: tuple[int, int]):
+    """Ids of every block's cells, in reading order over the whole picture; and the far-reaching cells."""
+    places = [anchors[:, 0] * shape[1] + anchors[:, 1] for _, (anchors, _) in facts]
+    together = np.concatenate(places)
+    if len(together) > MAX_CELLS:
+        raise InputError(f"{len(together)} cells are more than 32-bit labels can number.")
+    ids = np.empty(len(together), np.uint32)
+    ids[np.argsort(together, kind="stable")] = np.arange(1, len(together) + 1)
+    numbered = dict(zip([at for at, _ in facts], np.split(ids, np.cumsum([len(p) for p in places])[:-1]), strict=True))
+    return numbered, {at: cells for at, (_, cells) in facts if cells is not None}
+
+
+def _paint(
+    core: Box, shape: tuple[int, int], near: list[tuple[tuple[int, int], Cells]], numbered: Any
+) -> tuple[np.ndarray, SeamReport]:
+    ids, far = numbered
+    cells = far | dict(near)
+    held = Box(core.y0, core.x0, core.y1 + 1, core.x1 + 1).clip(shape)
+    labels, conflicts = paint([(cells[at], ids[at]) for at in sorted(cells)], held)
+    report = count_changes(labels, held, core)
+    report.conflicts = conflicts
+    return labels[: core.shape[0], : core.shape[1]], report
+
+
+def _first(painted: tuple[np.ndarray, SeamReport]) -> np.ndarray:
+    return painted[0]
+
+
+def _report(painted: tuple[np.ndarray, SeamReport], labelled: tuple[Candidates, SeamReport]) -> tuple[SeamReport, int]:
+    return painted[1] + labelled[1], int(painted[0].max(initial=0))
+
+
+def _sum_reports(reports: list[tuple[SeamReport, int]], blocks: int, tiles: int) -> SeamReport:
+    total = SeamReport(blocks=blocks, tiles=tiles)
+    for report, _ in reports:
+        total += report
+    total.tiles += total.repeated
+    total.cells = max((last for _, last in reports), default=0)
+    return total
+
+
+def _neighbours(grid: Grid, at: tuple[int, int]) -> list[tuple[int, int]]:
+    down, across = grid.counts
+    return [
+        (i, j)
+        for i in range(max(0, at[0] - 1), min(down, at[0] + 2))
+        for j in range(max(0, at[1] - 1), min(across, at[1] + 2))
+    ]
+
+
+def _around(boxes: list[Box]) -> Box:
+    if not boxes:
+        return Box(0, 0, 0, 0)
+    return Box(
+        min(box.y0 for box in boxes), min(box.x0 for box in boxes),
+        max(box.y1 for box in boxes), max(box.x1 for box in boxes),
+    )  # fmt: skip
+
+
+def _assemble(parts: list[tuple[Box, np.ndarray]], box: Box) -> np.ndarray:
+    """Pixels of `box` from the chunks that hold them."""
+    first = np.asarray(parts[0][1])
+    out = np.empty((first.shape[0], *box.shape), first.dtype)
+    for held, part in parts:
+        shared = held & box
+        if not shared.is_empty:
+            out[(slice(None), *shared.within(box))] = np.asarray(part)[(slice(None), *shared.within(held))]
+    return out

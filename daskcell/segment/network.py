@@ -1,0 +1,129 @@
+"""Pixels to network tiles, tiles through the network, network outputs to flows.
+
+Pure functions over one block; which tiles a block owns is the caller's (`TileGrid.owned`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from daskcell.geometry import Box
+from daskcell.segment.globals import Globals
+from daskcell.segment.rescale import resize_part
+from daskcell.segment.tiles import TILE
+
+FLOW_Y, FLOW_X, CELLPROB = 0, 1, 2
+"""Planes of a network output."""
+GLASS_CELLPROB = -20.0
+"""Cell probability (a logit) of tiles that are not computed because they hold no tissue."""
+
+
+def needed_box(frozen: Globals, tiles: list[int]) -> Box | None:
+    """Image pixels that these tiles are made from; None without tiles."""
+    boxes = [frozen.tiles.to_image(frozen.tiles.box(tile)) for tile in tiles]
+    if not boxes:
+        return None
+    return Box(
+        min(box.y0 for box in boxes), min(box.x0 for box in boxes),
+        max(box.y1 for box in boxes), max(box.x1 for box in boxes),
+    )  # fmt: skip
+
+
+def cut_tiles(part: np.ndarray, held: Box, frozen: Globals, tiles: list[int]) -> np.ndarray:
+    """Network inputs: normalised, rescaled, zero beyond the picture.
+
+    Parameters
+    ----------
+    part : (C, h, w)
+        Pixels `held` of the preprocessed image.
+    tiles : list of int
+        Tiles to cut; `held` must cover ``needed_box(frozen, tiles)``.
+
+    Returns
+    -------
+    (len(tiles), C, 256, 256) float32
+    """
+    grid = frozen.tiles
+    part = frozen.normalise(part)
+    out = np.zeros((len(tiles), part.shape[0], TILE, TILE), np.float32)
+    for n, tile in enumerate(tiles):
+        box = grid.box(tile)
+        inside = box.clip(grid.scaled)
+        out[(n, slice(None), *inside.within(box))] = resize_part(part, held, grid.image, grid.scaled, inside)
+    return out
+
+
+def run_network(network: Any, inputs: np.ndarray, batch_size: int) -> np.ndarray:
+    """Every tile through the network, once, in batches of one fixed shape.
+
+    Convolutions may choose another algorithm, and with it other last bits, for another batch size: the last
+    batch is filled up with zeros, so a tile's output does not depend on how many tiles its block has.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        With ``.device`` and ``.dtype``; returns flows and cell probability ``(N, 3, 256, 256)`` first.
+    inputs : (N, C, 256, 256) float32
+
+    Returns
+    -------
+    (N, 3, 256, 256) float32
+    """
+    import torch
+
+    outputs = np.empty((len(inputs), 3, *inputs.shape[2:]), np.float32)
+    network.eval()
+    with torch.no_grad():
+        for start in range(0, len(inputs), batch_size):
+            batch = inputs[start : start + batch_size]
+            count = len(batch)
+            if count < batch_size:
+                batch = np.concatenate([batch, np.zeros((batch_size - count, *batch.shape[1:]), np.float32)])
+            result = network(torch.from_numpy(batch).to(network.device, dtype=network.dtype))[0]
+            outputs[start : start + count] = result[:count, :3].detach().to("cpu", torch.float32).numpy()
+    return outputs
+
+
+def blend(outputs: Mapping[int, np.ndarray], frozen: Globals, box: Box) -> np.ndarray:
+    """Network output over `box` of the image: tapered tiles summed in the grid's order, then rescaled back.
+
+    The order of the sum is the grid's, not the blocks', so every block gets the same bits. It is the arithmetic
+    of `cellpose.transforms.average_tiles`: products in float64, sums in float32.
+
+    Parameters
+    ----------
+    outputs : mapping of tile to (3, 256, 256) float32
+        Must hold all tiles that touch `box`, but for those the tissue mask leaves out.
+
+    Returns
+    -------
+    (3, h, w) float32 : flow along y, flow along x, cell probability
+    """
+    grid = frozen.tiles
+    scaled = grid.to_scaled(box)
+    total = np.zeros((3, *scaled.shape), np.float32)
+    weight = np.zeros(scaled.shape)
+    mask = taper()
+    for tile in grid.touching(scaled):
+        tile_box = grid.box(tile)
+        shared = tile_box & scaled
+        there, here = shared.within(scaled), shared.within(tile_box)
+        weight[there] += mask[here]
+        if tile in outputs:
+            total[(slice(None), *there)] += outputs[tile][(slice(None), *here)] * mask[here]
+        else:
+            total[(CELLPROB, *there)] += GLASS_CELLPROB * mask[here]
+    total /= weight
+    return resize_part(total, scaled, grid.scaled, grid.image, box)
+
+
+@lru_cache
+def taper() -> np.ndarray:
+    """Weight of a tile's pixels, falling off towards its border (`cellpose.transforms._taper_mask`)."""
+    distance = np.abs(np.arange(TILE) - (TILE - 1) / 2)
+    slope = 1 / (1 + np.exp((distance - (TILE / 2 - 20)) / 7.5))
+    return slope * slope[:, np.newaxis]
