@@ -22,7 +22,7 @@ from zarr.codecs import BloscCodec
 
 from daskcell.errors import ImageError, InputError
 from daskcell.geometry import Box
-from daskcell.images.pyramid import level_shapes
+from daskcell.images.readers import check_inside
 
 CHUNK = 512
 """Side in pixels of the pieces a viewer reads."""
@@ -177,10 +177,7 @@ class OmeZarr:
     def read(self, level: int, box: Box) -> NDArray:
         """Pixels ``(C, h, w)`` of `box`, which must lie inside the level."""
         array = self.arrays[level]
-        if box & Box(0, 0, *self.levels[level]) != box or box.is_empty:
-            raise InputError(
-                f"{box} is not inside level {level} of {self.path}, which has {self.levels[level]} pixels."
-            )
+        check_inside(box, self.levels[level], f"level {level} of {self.path}")
         chosen: dict[str, Any] = {"t": self.t, "z": self.z, "c": slice(None)}
         index = tuple(chosen[axis] for axis in self.axes[:-2]) + box.slices
         pixels = np.asarray(array[index])
@@ -300,4 +297,4 @@ def assert_aligned(box: Box, array: zarr.Array) -> None:
             )
 
 
-__all__ = ["ImageInfo", "image_info", "level_shapes", "read_block"]
+__all__ = ["ImageInfo", "image_info", "read_block"]

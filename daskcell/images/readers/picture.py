@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from daskcell.errors import ImageError
 from daskcell.geometry import Box
-from daskcell.images.readers import ZChoice
+from daskcell.images.readers import ZChoice, check_inside
 
 LARGEST_BYTES = 2 * 2**30
 """Decoded pictures beyond this are refused: these formats can only be read whole."""
@@ -44,6 +44,7 @@ class PictureReader:
         self.piece = self.levels[0]
 
     def read(self, level: int, box: Box) -> NDArray:
+        check_inside(box, self.levels[level], self.name)
         return self.pixels[(slice(None), *box.slices)]
 
     def close(self) -> None:

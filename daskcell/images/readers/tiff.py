@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from daskcell.errors import ImageError, InputError
 from daskcell.geometry import Box
-from daskcell.images.readers import ZChoice, guarded, tiffmeta
+from daskcell.images.readers import ZChoice, check_inside, guarded, tiffmeta
 
 PAGES_AS_CHANNELS = 8
 CACHE_BYTES = 64 * 2**20
@@ -83,7 +83,7 @@ def is_ramp(colormap: NDArray) -> bool:
     # A ramp that is straight takes steps of span / (n - 1); bent ones take a few times that. Two entries are
     # black and white in any order but the inverted one.
     return bool((rises >= -0.01 * span).all() and luminance[-1] > luminance[0]) and bool(
-        largest_step <= max(6 * span / (n - 1), 0.04 * span)
+        largest_step <= max(3 * span / (n - 1), 0.1 * span)
     )
 
 
@@ -305,10 +305,7 @@ class TiffReader:
 
     def read(self, level: int, box: Box) -> NDArray:
         """Pixels ``(C, h, w)`` of `box`, which lies inside the level."""
-        if box & Box(0, 0, *self.levels[level]) != box or box.is_empty:
-            raise InputError(
-                f"{box} is not inside level {level} of {self.path}, which has {self.levels[level]} pixels."
-            )
+        check_inside(box, self.levels[level], self.path)
         return guarded(self.path, lambda: self._read(level, box))
 
     def _read(self, level: int, box: Box) -> NDArray:
