@@ -93,7 +93,8 @@ class WatershedSettings(Settings):
     threshold: float | None = None
     """Intensity on the 0-1 scale above which a pixel is a cell; None: Otsu over the whole image."""
     dark: bool | Literal["auto"] = "auto"
-    """Cells are darker than the background (stained, bright field); auto: by the image's border and median."""
+    """Cells are darker than the background (stained, bright field); auto: by the image's border and
+    median."""
     opening: Annotated[int, Field(ge=0)] = 2
     """Radius in pixels of the morphological opening (first cure); 0: none."""
     min_distance: Annotated[int, Field(ge=1)] = 7
@@ -133,15 +134,19 @@ class SegmentSettings(Settings):
 
 class FeatureSettings(Settings):
     encoder: str = "tiny"
-    """``tiny`` (embedded), any torchvision name (``resnet152``), or a TorchScript file."""
+    """``tiny`` (embedded), any torchvision name (``resnet152``), or a TorchScript or torch.export file."""
     layer: Literal["output", "pool"] = "output"
     """The network's outputs (1000 for ImageNet's), or the vector before its last layer (2048)."""
     size: Annotated[int, Field(ge=8)] | None = None
     """Side in pixels a crop is resized to; None: the encoder's own."""
     margin: Annotated[float, Field(ge=0)] = 0.1
     """Room around a cell, as a share of its larger side."""
+    window: Annotated[int, Field(ge=8)] | None = None
+    """Side in pixels of the square around every cell, in place of the margin: keeps cells at one scale."""
+    channels: list[Annotated[int, Field(ge=0)]] | None = None
+    """Channels of the preprocessed image the encoder sees; None: all (at most seven)."""
     mask: bool = True
-    """Blank out everything that is not the cell."""
+    """Blank out everything that is not the cell, with the colour of the background."""
     batch_size: Annotated[int, Field(ge=1)] = 32
     measurements: bool = True
     """Shape and intensity measurements in the cells table."""
@@ -149,8 +154,9 @@ class FeatureSettings(Settings):
 
 class ClusterSettings(Settings):
     k: Annotated[int, Field(ge=2, le=65534)] | Literal["auto"] = 11
-    """Number of groups."""
-    engine: Literal["incremental"] = "incremental"
+    """Number of groups; auto: the one from 2 to 20 that is most compact and comes back most reliably."""
+    engine: Literal["incremental", "parallel"] = "incremental"
+    """One pass of mini-batches (dask-ml), or rounds over all cells until nothing moves."""
     standardise: bool = True
     """Bring every feature to mean 0 and deviation 1."""
     components: Annotated[int, Field(ge=1)] | None = 32
