@@ -193,7 +193,7 @@ def crop_cells(picture: np.ndarray, labels: np.ndarray, size: int, margin: float
 
 
 def load_features_net(encoder: str) -> tuple[Any, int]:
-    """A network and the side of its crops: any torchvision name (ImageNet weights), or the embedded encoder."""
+    """A network and the side of its crops: any torchvision name (ImageNet weights), or ``tiny``."""
     if encoder == "tiny":
         from daskcell.models import load_encoder
 
@@ -309,7 +309,10 @@ def run(
             if sigma:
                 picture = gaussian(picture, sigma)
         with watch("write preprocessed"):
-            tifffile.imwrite(out / f"{name}_preprocessed.tif", picture)
+            colour = len(picture) == 3
+            image = np.moveaxis(picture, 0, -1) if colour else picture
+            kind = "rgb" if colour else "minisblack"
+            tifffile.imwrite(out / f"{name}_preprocessed.tif", image, photometric=kind)
         with watch("segment"):
             labels = segment_watershed(picture) if net is None else segment_cellpose(picture, net, diameter)
         with watch("write labels"):
