@@ -63,11 +63,13 @@ def slide_keys(
     files
         Identity of the input, as `identify` gives it.
     weights
-        Fingerprints of the networks by stage: ``segment`` and ``describe``.
+        Fingerprints of other files by stage: networks for ``segment`` and ``describe``.
     """
     identity = [[file["name"], file["digest"]] for file in files]
     keys = {"convert": content_key("convert", identity, _dump(config.input))}
-    keys["freeze"] = content_key("freeze", keys["convert"], _dump(config.preprocess))
+    keys["freeze"] = content_key(
+        "freeze", keys["convert"], _dump(config.preprocess), weights.get("freeze", "")
+    )
     keys["segment"] = content_key(
         "segment", keys["freeze"], segment_settings(config), weights.get("segment", "")
     )

@@ -152,6 +152,13 @@ class Lock:
                 time.sleep(1)
 
 
+def holder(folder: str | Path) -> dict[str, Any] | None:
+    """Who works on a folder now; None if nobody does."""
+    lock = Lock(folder)
+    found = lock._read()
+    return found if found and not lock._is_stale(found) else None
+
+
 def _born(pid: int) -> str | None:
     """When a process of this host began (in ticks since boot); None if there is no such process."""
     try:

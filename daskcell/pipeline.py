@@ -22,11 +22,11 @@ from daskcell.config import Config, load_config, parse_config
 from daskcell.disk import remove
 from daskcell.errors import ComputeError, ConfigError, DaskcellError, ImageError, InputError, StudyError
 from daskcell.images.sources import Source, find_images
-from daskcell.keys import cluster_key
+from daskcell.keys import cluster_key, digest
 from daskcell.lock import Lock
 from daskcell.progress import Progress
 from daskcell.slide import Job, Outcome, missing_stages, process_here, process_slide, sentence, trace
-from daskcell.study import Study, check_folder, sweep
+from daskcell.study import CLUSTERS, Study, check_folder, sweep
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -116,9 +116,23 @@ def fingerprints(config: Config) -> dict[str, str]:
         from daskcell.models import network_fingerprint
 
         found["segment"] = network_fingerprint(config.segment.model)
+    histogram = config.preprocess.histogram
+    if histogram is not None and histogram.reference is not None:
+        # Not weights, but all the same a file that the settings only name.
+        found["freeze"] = reference_digest(histogram.reference)
     features = config.features
     found["describe"] = encoder_spec(features.encoder, layer=features.layer, size=features.size).fingerprint
     return found
+
+
+def reference_digest(path: str) -> str:
+    """Hash of the picture whose histogram is taken over; raises `ConfigError` if it cannot be read."""
+    try:
+        return digest(Path(path))
+    except OSError as error:
+        raise ConfigError(
+            f"preprocess.histogram.reference {path} cannot be read: {error.strerror}."
+        ) from None
 
 
 class _Run:
@@ -165,9 +179,14 @@ class _Run:
                 if key is not None:
                     jobs = [self.job(name, key) for name in slides if self.described(name)]
                     self.work([job for job in jobs if missing_stages(job, self.study)], workers)
+            except DaskcellError as error:
+                error.after_start = workers.started  # type: ignore[attr-defined]
+                raise
             finally:
                 self.stop.set()
-                self.write_failures()
+                if workers.started:
+                    self.write_failures()
+        self.write_failures()
         remove(self.study.out / "scratch")
 
     def tick(self) -> None:
@@ -300,10 +319,6 @@ class _Run:
         self.study.write_failures([failure for failure in failures if failure] + self.general)
 
 
-CLUSTERS = ".clusters"
-"""Name of the ledger of what is done for all slides together; no slide's name begins with a dot."""
-
-
 def fit(paths: Sequence[Path], folder: Path, config: Config, workers: Workers) -> dict[str, Any]:
     """Fit the clusters over `paths` and save them in `folder`, which is replaced by a whole one."""
     from daskcell.clustering import fit_features
@@ -329,6 +344,11 @@ class _LazyWorkers:
     ):
         self._client, self._config, self._stack, self._on_task = client, config, stack, on_task
         self._workers: Workers | None = None
+
+    @property
+    def started(self) -> bool:
+        """Whether any work was begun."""
+        return self._workers is not None
 
     def get(self) -> Workers:
         if self._workers is None:

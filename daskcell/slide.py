@@ -242,7 +242,19 @@ def _describe(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], w
 
 
 def _export(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], workers: Workers) -> Any:
-    return {"files": []}
+    from daskcell.images.split import split_channels
+    from daskcell.preprocess import preprocess_slide_to_tiff
+
+    files = []
+    if job.config.output.channels:
+        # Under the slide's own folder: two slides may have channels of one name.
+        files += split_channels(study.image(job.slide), study.channels / job.slide)
+    if job.config.output.preprocessed:
+        target = study.preprocessed / f"{job.slide}.tif"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        preprocess_slide_to_tiff(study.image(job.slide), _plan(ledger), target)
+        files.append(target)
+    return {"files": [str(file.relative_to(study.out)) for file in files]}
 
 
 def _assign(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], workers: Workers) -> Any:

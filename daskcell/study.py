@@ -31,6 +31,8 @@ from daskcell.errors import ConfigError, StudyError
 from daskcell.keys import descendants
 
 FORMAT = 1
+CLUSTERS = ".clusters"
+"""Name of the ledger of what is done for all slides together; no slide's name begins with a dot."""
 _PACKAGES = (
     "daskcell",
     "numpy",
@@ -190,9 +192,11 @@ class Ledger:
             self.stages: dict[str, dict[str, Any]] = values["stages"]
             self.failure: dict[str, Any] | None = values.get("failure")
             self.tries: int = values.get("tries", 0)
+            self.began: str | None = values.get("began")
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             # A ledger that cannot be read says nothing is done: work is repeated, never a result invented.
             self.files, self.stages, self.failure, self.tries = [], {}, None, 0
+            self.began = None
 
     def entry(self, stage: str) -> dict[str, Any] | None:
         return self.stages.get(stage)
@@ -208,15 +212,16 @@ class Ledger:
     def begin(self, stage: str) -> None:
         """Forget `stage` and all that was made from it. Call before its output is touched."""
         doomed = {stage} | descendants(stage)
-        if doomed & set(self.stages):
-            self.stages = {name: entry for name, entry in self.stages.items() if name not in doomed}
-            self.save()
+        self.stages = {name: entry for name, entry in self.stages.items() if name not in doomed}
+        self.began = stage
+        self.save()
 
     def finish(
         self, stage: str, key: str, result: Mapping[str, Any] | None = None, seconds: float = 0.0
     ) -> None:
         """Enter `stage` as done. Call when its output is whole."""
         self.stages[stage] = {"key": key, "result": dict(result or {}), "seconds": round(seconds, 3)}
+        self.began = None
         if self.failure is not None and self.failure["stage"] == stage:
             self.failure, self.tries = None, 0
         self.save()
@@ -224,6 +229,7 @@ class Ledger:
     def fail(self, stage: str, error: str, kind: str) -> None:
         """Enter why `stage` could not be done."""
         self.tries += 1
+        self.began = None
         self.failure = {
             "slide": self.slide,
             "stage": stage,
@@ -234,7 +240,13 @@ class Ledger:
         self.save()
 
     def save(self) -> None:
-        values = {"files": self.files, "stages": self.stages, "failure": self.failure, "tries": self.tries}
+        values = {
+            "files": self.files,
+            "stages": self.stages,
+            "began": self.began,
+            "failure": self.failure,
+            "tries": self.tries,
+        }
         write_json(self.path, values)
 
 
@@ -290,7 +302,7 @@ def _absolute(inputs: Iterable[str | Path]) -> list[str]:
 
 def sweep(out: Path) -> None:
     """Remove temporary files that a killed run left in the places where we write them."""
-    for folder in (out, out / "ledger", out / "overlays", out / "tables" / "cells"):
+    for folder in (out, out / "ledger", out / "overlays", out / "preprocessed", out / "tables" / "cells"):
         if folder.is_dir():
             for path in folder.glob(".*.tmp"):
                 path.unlink(missing_ok=True)

@@ -364,4 +364,4 @@ def test_progress_counts_cells_and_pixels_and_reaches_the_end(fakes, folder, tmp
 def test_ledgers_are_plain_json_without_pickles(fakes, folder, tmp_path):
     run(folder, tmp_path / "out", INLINE)
     for path in (tmp_path / "out" / "ledger").iterdir():
-        assert set(json.loads(path.read_text())) == {"files", "stages", "failure", "tries"}
+        assert set(json.loads(path.read_text())) == {"files", "stages", "began", "failure", "tries"}

@@ -1,0 +1,51 @@
+"""The command line. Every heavy import waits until a command runs, so that help is there at once.
+
+Exit codes: 0 all done; 1 something broke on the way (a full disk, a lost scheduler, a bug); 2 refused before
+any work; 3 done, but something was set aside (`failures.jsonl` lists it with reasons); 130 and 143 stopped by
+a signal.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any, NoReturn
+
+from daskcell.cli.app import app
+from daskcell.errors import DaskcellError
+
+
+def main() -> NoReturn:
+    """Run the command line; errors a user can mend are one sentence on stderr."""
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        app()
+        code = 0
+    except DaskcellError as error:
+        if debug:
+            raise
+        print(f"daskcell: {' '.join([str(error), *getattr(error, '__notes__', [])])}", file=sys.stderr)
+        code = 1 if getattr(error, "after_start", False) else 2
+    except BrokenPipeError:
+        # Whoever read our output has gone (`| head`); keep Python from complaining when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except Exception as error:
+        if debug:
+            raise
+        text = f"{type(error).__name__}: {error}"
+        print(f"daskcell: this should not happen: {text} (--debug shows where)", file=sys.stderr)
+        code = 1
+    raise SystemExit(code)
+
+
+def _terminated(signum: int, frame: Any) -> NoReturn:
+    # As an exception, so that the lock, the workers and half-written files are cleared away.
+    raise SystemExit(128 + signum)
+
+
+__all__ = ["app", "main"]

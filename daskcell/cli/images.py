@@ -1,0 +1,180 @@
+"""Commands on single images: convert, segment, channels, score."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from daskcell.cli.app import Changes, ConfigFile, app, read_settings, word_or_number
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A picture, or a folder with one file per channel.")],
+    target: Annotated[Path, typer.Argument(help="OME-Zarr to write, such as slide.zarr.")],
+    config: ConfigFile = None,
+    changes: Changes = None,
+) -> None:
+    """Write a picture as OME-Zarr 0.5 with pyramid, channel names and pixel size."""
+    from daskcell.compute import start_workers
+    from daskcell.images import convert_slide, image_info
+
+    settings = read_settings(config, changes)
+    found = _one_image(source, settings)
+    _refuse_existing(target)
+    with start_workers(settings.compute) as workers:
+        convert_slide(found, target, workers, settings.input)
+    print(f"{target}: {image_info(target)!r}")
+
+
+@app.command()
+def segment(
+    source: Annotated[str, typer.Argument(help="A picture, or a folder with one file per channel.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="OME-Zarr to write; the cells are labels/cells.")],
+    config: ConfigFile = None,
+    changes: Changes = None,
+    method: Annotated[str | None, typer.Option(help="cellpose or watershed.")] = None,
+    model: Annotated[str | None, typer.Option(help="tiny, cpsam_v2, or a file of weights.")] = None,
+    diameter: Annotated[str | None, typer.Option(help="Cell diameter in pixels; auto: estimated.")] = None,
+) -> None:
+    """Find the cells of one picture."""
+    import tempfile
+
+    from daskcell.compute import start_workers
+    from daskcell.disk import remove
+    from daskcell.images import convert_slide
+    from daskcell.pipeline import fingerprints
+    from daskcell.preprocess import freeze_slide
+    from daskcell.segment.engine import segment_slide
+
+    settings = read_settings(
+        config,
+        changes,
+        {"segment.method": method, "segment.model": model, "segment.diameter": word_or_number(diameter)},
+    )
+    found = _one_image(source, settings)
+    _refuse_existing(out)
+    fingerprints(settings)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch,
+        start_workers(settings.compute) as workers,
+    ):
+        whole = Path(scratch) / out.name
+        convert_slide(found, whole, workers, settings.input)
+        plan = freeze_slide(whole, settings.preprocess, workers)
+        block = settings.compute.block
+        rest = Path(scratch) / "scratch"
+        report = segment_slide(whole, "cells", settings.segment, plan, workers, block, rest)
+        remove(rest)
+        whole.rename(out)
+    print(f"{out}: {report['cells']:,} cells in labels/cells")
+
+
+@app.command()
+def channels(
+    inputs: Annotated[list[str], typer.Argument(help="Files, folders or patterns with *.")],
+    pattern: Annotated[
+        str | None, typer.Option(help="Names of files with one channel each, as {field}_{channel}.tif.")
+    ] = None,
+    split: Annotated[
+        Path | None, typer.Option(help="Write every channel as a picture of its own into this folder.")
+    ] = None,
+) -> None:
+    """Show which files become which channel of which image."""
+    from daskcell.config import InputSettings
+    from daskcell.images import describe_sources, find_images
+
+    sources = find_images(inputs, InputSettings(pattern=pattern))
+    rows = [["image", "channel", "file"]]
+    rows += [[row["image"], row["channel"], row["file"]] for row in describe_sources(sources)]
+    print(_aligned(rows))
+    if split is not None:
+        from daskcell.images.split import split_channels
+
+        for source in sources:
+            for path in split_channels(source, split):
+                print(path)
+
+
+@app.command()
+def score(
+    found: Annotated[Path, typer.Argument(help="A study, a folder of label images, or one of pictures.")],
+    truth: Annotated[Path, typer.Argument(help="Folder of true label images of the same names.")],
+    segment: Annotated[
+        bool, typer.Option("--segment", help="The first folder holds pictures: find their cells first.")
+    ] = False,
+    index: Annotated[
+        Path | None, typer.Option(help="CSV with columns name and category; rows are pooled by category.")
+    ] = None,
+    config: ConfigFile = None,
+    changes: Changes = None,
+    method: Annotated[str | None, typer.Option(help="cellpose or watershed.")] = None,
+    model: Annotated[str | None, typer.Option(help="tiny, cpsam_v2, or a file of weights.")] = None,
+    diameter: Annotated[str | None, typer.Option(help="Cell diameter in pixels; auto: estimated.")] = None,
+) -> None:
+    """Compare found cells with known ones: AP, precision, recall and F1 at IoU 0.5 and 0.75."""
+    from daskcell.compute import threads_limited
+    from daskcell.scoring import score_folder
+
+    settings = read_settings(
+        config,
+        changes,
+        {"segment.method": method, "segment.model": model, "segment.diameter": word_or_number(diameter)},
+    )
+    if segment:
+        with threads_limited(settings.compute.threads):
+            table = score_folder(_method(settings), truth, images=found, index=index)
+    else:
+        inside = found / "images" if (found / "study.json").exists() else found
+        table = score_folder(inside, truth, index=index)
+    print(table.round(3).to_string())
+
+
+def _method(settings: Any) -> Any:
+    """From a picture ``(C, Y, X)`` to its cells, as a run with these settings finds them."""
+    import numpy as np
+
+    from daskcell.preprocess import apply_block, freeze
+    from daskcell.segment import segment
+
+    chosen = settings.segment.model_dump(exclude={"watershed", "tissue_mask", "keep_flows"})
+    if settings.segment.method == "watershed":
+        chosen = {name: chosen[name] for name in ("method", "channels", "min_size", "max_size_fraction")}
+        chosen |= settings.segment.watershed.model_dump()
+
+    def find(picture: Any) -> Any:
+        plan = freeze(picture, settings.preprocess, is_rgb=len(picture) == 3)
+        return np.asarray(segment(apply_block(picture, plan), **chosen))
+
+    return find
+
+
+def _one_image(source: str, settings: Any) -> Any:
+    from daskcell.errors import InputError
+    from daskcell.images import find_images
+
+    found = find_images(source, settings.input)
+    if len(found) > 1:
+        names = ", ".join(one.name for one in found[:3])
+        raise InputError(
+            f"{source} holds {len(found)} images ({names} ...). Please give one, or use 'daskcell run'."
+        )
+    return found[0]
+
+
+def _refuse_existing(target: Path) -> None:
+    from daskcell.errors import InputError
+
+    if target.exists():
+        raise InputError(f"{target} exists already. Please remove it or choose another name.")
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    lines = [
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in rows
+    ]
+    return "\n".join(lines)

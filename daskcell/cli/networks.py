@@ -1,0 +1,55 @@
+"""Commands on networks: weights, train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from daskcell.cli.app import app
+
+weights = typer.Typer(no_args_is_help=True, help="List and fetch weights of networks.")
+train = typer.Typer(no_args_is_help=True, help="Train the embedded kinds of networks on your own pictures.")
+app.add_typer(weights, name="weights")
+app.add_typer(train, name="train")
+
+
+@weights.command("list")
+def list_all() -> None:
+    """Show which weights there are, and which are on this machine."""
+    from daskcell.cli.images import _aligned
+    from daskcell.models import list_weights
+
+    rows = [["name", "here", "what", "licence"]]
+    rows += [[w.name, "yes" if w.present else "no", w.what, w.licence] for w in list_weights()]
+    print(_aligned(rows))
+
+
+@weights.command()
+def fetch(name: Annotated[str, typer.Argument(help="cpsam_v2, resnet152, ...")]) -> None:
+    """Bring weights onto this machine, checked by their hash."""
+    from daskcell.models import fetch_weights
+
+    print(fetch_weights(name))
+
+
+@train.command()
+def segmenter(
+    folders: Annotated[
+        list[Path] | None, typer.Argument(help="Folders with images/ and masks/ of the same names.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for segmenter.npz and checkpoints.")
+    ] = Path("segmenter"),
+    minutes: Annotated[float, typer.Option(min=0.0, help="Training time.")] = 60.0,
+    generated: Annotated[int, typer.Option(min=0, help="Generated fields beside your pictures.")] = 40,
+    validate: Annotated[list[Path] | None, typer.Option(help="Folders scored at the end.")] = None,
+    seed: int = 0,
+) -> None:
+    """Train a small segmentation network; the same command continues."""
+    from daskcell.models import Recipe, train_segmenter
+
+    recipe = Recipe(minutes=minutes, generated=generated, seed=seed)
+    trained = train_segmenter(folders or [], out, recipe, validate=validate or [])
+    print(f"{trained.path}: use it with --model {trained.path}")

@@ -1,0 +1,137 @@
+"""Commands on whole studies: run, demo, status."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from daskcell.cli.app import (
+    Changes,
+    ConfigFile,
+    Interval,
+    Quiet,
+    app,
+    make_progress,
+    read_settings,
+    word_or_number,
+)
+
+
+@app.command()
+def run(
+    inputs: Annotated[list[str], typer.Argument(help="Files, folders, patterns with *, or OME-Zarr images.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the study; continued if it is there.")],
+    config: ConfigFile = None,
+    changes: Changes = None,
+    method: Annotated[str | None, typer.Option(help="cellpose or watershed.")] = None,
+    model: Annotated[str | None, typer.Option(help="tiny, cpsam_v2, or a file of weights.")] = None,
+    diameter: Annotated[str | None, typer.Option(help="Cell diameter in pixels; auto: estimated.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="tiny, a torchvision name, or a file.")] = None,
+    k: Annotated[str | None, typer.Option("-k", help="Number of groups, or auto.")] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="Names of files with one channel each, as {field}_{channel}.tif.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes; one per core unless told.")] = None,
+    compute: Annotated[
+        str | None, typer.Option(help="local, inline, or the address of a Dask scheduler.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Work only on slides that were set aside.")
+    ] = False,
+    quiet: Quiet = False,
+    interval: Interval = 30.0,
+) -> None:
+    """Segment, describe and group every cell of every image; the same command continues.
+
+    Exit code 0: all done. 2: refused before starting. 3: done, but some slides were set aside.
+    """
+    settings = read_settings(
+        config,
+        changes,
+        {
+            "segment.method": method,
+            "segment.model": model,
+            "segment.diameter": word_or_number(diameter),
+            "features.encoder": encoder,
+            "cluster.k": word_or_number(k),
+            "input.pattern": pattern,
+            "compute.workers": workers,
+            "compute.kind": compute,
+            "compute.device": device,
+        },
+    )
+    study = run_and_tell(inputs, out, settings, quiet, interval, retry_failed)
+    if not quiet:
+        print(ending(study))
+    raise typer.Exit(3 if study.failures else 0)
+
+
+def run_and_tell(
+    inputs: list[str], out: Path, settings: Any, quiet: bool, interval: float, retry_failed: bool = False
+) -> Any:
+    """`pipeline.run` with progress on stderr; a signal ends it with a word about how to go on."""
+    from daskcell import pipeline
+
+    try:
+        with make_progress(quiet, interval) as progress:
+            return pipeline.run(inputs, out, settings, progress=progress, retry_failed=retry_failed)
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        print("daskcell: stopped; the same command continues.", file=sys.stderr)
+        if isinstance(stopped, SystemExit):
+            raise
+        raise typer.Exit(130) from None
+
+
+def ending(study: Any) -> str:
+    """What a run came to, in a few lines."""
+    from daskcell.status import counts
+
+    total = counts(study)
+    groups = f", {total['clusters']} groups" if total["clusters"] else ""
+    lines = [f"{total['slides']} slides, {total['cells']:,} cells{groups}: {study.out}"]
+    if study.overlays.is_dir():
+        lines.append(f"pictures: {study.overlays}")
+    for failure in study.failures[:10]:
+        name = failure["slide"] or "all slides"
+        lines.append(f"set aside: {name} ({failure['stage']}): {failure['error']}")
+    if len(study.failures) > 10:
+        lines.append(f"and {len(study.failures) - 10} more, see {study.out / 'failures.jsonl'}")
+    return "\n".join(lines)
+
+
+@app.command()
+def status(
+    study: Annotated[Path, typer.Argument(help="Folder of a study.")],
+    every: Annotated[bool, typer.Option("--all", help="All slides, not only the first 50.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show what is done, running and failed, for each slide and stage."""
+    import json
+
+    from daskcell.status import report, table
+    from daskcell.study import Study
+
+    found = report(Study(study))
+    print(json.dumps(found, indent=1) if as_json else table(found, None if every else 50))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for pictures and results.")] = Path("demo"),
+    fields: Annotated[int, typer.Option(min=1, help="Data sets to draw.")] = 4,
+    size: Annotated[int, typer.Option(min=256, help="Side of each in pixels.")] = 1024,
+    workers: Annotated[int | None, typer.Option(help="Worker processes; one per core unless told.")] = None,
+    quiet: Quiet = False,
+    interval: Interval = 30.0,
+) -> None:
+    """Draw data sets of stained cells with known truth, run everything on them, and compare."""
+    from daskcell import demo as room
+
+    with make_progress(quiet, interval) as progress:
+        result = room.demo(out, fields=fields, size=size, workers=workers, progress=progress)
+    print(result.text)
+    raise typer.Exit(3 if result.study.failures else 0)

@@ -1,0 +1,121 @@
+"""What is done, running and failed in a study, told by its small files alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from daskcell.keys import UPSTREAM, late_keys, slide_keys
+from daskcell.lock import holder
+from daskcell.study import CLUSTERS, Ledger, Study
+
+_MARKS = {"done": "done", "failed": "FAILED", "running": "running", "old": "old", "": "-"}
+
+
+def report(study: Study) -> dict[str, Any]:
+    """State of every slide and stage, with counts (JSON-able).
+
+    A stage is ``done``, ``running``, ``failed``, ``old`` (done under other settings, to be redone) or empty.
+    """
+    config, weights = study.config, study.record.get("weights", {})
+    owner = holder(study.out)
+    general = study.ledger(CLUSTERS)
+    cluster = (general.entry("cluster") or {}).get("key")
+    rows = []
+    for slide in study.slides:
+        ledger = study.ledger(slide)
+        keys = slide_keys(config, ledger.files, weights)
+        if cluster is not None:
+            keys |= late_keys(config, keys["describe"], cluster)
+        rows.append(
+            {
+                "slide": slide,
+                "stages": {stage: _state(stage, keys.get(stage), ledger, owner) for stage in UPSTREAM},
+                "cells": ledger.result("segment").get("cells"),
+                "pixels": _pixels(ledger),
+                "seconds": round(sum(entry["seconds"] for entry in ledger.stages.values()), 1),
+                "seams": ledger.result("segment"),
+                "error": ledger.failure["error"] if ledger.failure else None,
+            }
+        )
+    return {
+        "study": str(study.out),
+        "running": owner,
+        "slides": rows,
+        "clusters": general.result("cluster").get("k"),
+        "failures": study.failures,
+        "totals": counts(study),
+    }
+
+
+def counts(study: Study) -> dict[str, int]:
+    """Slides, cells, pixels and groups of a study."""
+    ledgers = [study.ledger(slide) for slide in study.slides]
+    return {
+        "slides": len(ledgers),
+        "cells": sum(ledger.result("segment").get("cells") or 0 for ledger in ledgers),
+        "pixels": sum(_pixels(ledger) or 0 for ledger in ledgers),
+        "clusters": study.ledger(CLUSTERS).result("cluster").get("k") or 0,
+        "failed": sum(ledger.failure is not None for ledger in ledgers),
+    }
+
+
+def table(found: dict[str, Any], limit: int | None = None) -> str:
+    """A `report` for people: the first `limit` slides, and what all came to."""
+    rows = [["slide", *UPSTREAM, "Mpx", "cells", "seams"]]
+    for row in found["slides"][:limit]:
+        pixels, cells = row["pixels"], row["cells"]
+        rows.append(
+            [
+                row["slide"],
+                *(_MARKS[row["stages"][stage]] for stage in UPSTREAM),
+                "-" if pixels is None else f"{pixels / 1e6:.1f}",
+                "-" if cells is None else f"{cells:,}",
+                seams(row["seams"]),
+            ]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if limit is not None and len(found["slides"]) > limit:
+        lines.append(f"and {len(found['slides']) - limit} more slides (--all shows them)")
+    total = found["totals"]
+    done = sum(all(row["stages"][s] == "done" for s in UPSTREAM) for row in found["slides"])
+    lines.append(
+        f"{done} of {total['slides']} slides done, {total['pixels'] / 1e6:.1f} Mpx, {total['cells']:,} cells"
+        + (f", {total['clusters']} groups" if total["clusters"] else "")
+    )
+    if found["running"]:
+        owner = found["running"]
+        lines.append(f"a run is at work (process {owner.get('pid')} on {owner.get('host')})")
+    for failure in found["failures"]:
+        lines.append(
+            f"set aside: {failure['slide'] or 'all slides'} ({failure['stage']}): {failure['error']}"
+        )
+    return "\n".join(lines)
+
+
+def seams(result: dict[str, Any]) -> str:
+    """The seam report in a few words: ``0 conflicts, 0 redone``; the first should always be 0."""
+    if not result:
+        return "-"
+    inner = result.get("seams", result)
+    parts = [f"{inner[name]} {name}" for name in ("conflicts", "redone") if name in inner]
+    return ", ".join(parts) or "-"
+
+
+def _state(stage: str, key: str | None, ledger: Ledger, owner: dict[str, Any] | None) -> str:
+    entry = ledger.entry(stage)
+    if entry is not None:
+        return "done" if entry["key"] == key else "old"
+    if owner is not None and ledger.began == stage:
+        return "running"
+    if ledger.failure is not None and ledger.failure["stage"] == stage:
+        return "failed"
+    return ""
+
+
+def _pixels(ledger: Ledger) -> int | None:
+    shape = ledger.result("convert").get("shape")
+    return shape[1] * shape[2] if shape else None
+
+
+__all__ = ["counts", "report", "seams", "table"]

@@ -1,0 +1,31 @@
+"""The settings files that come with the project."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from daskcell.config import Config, load_config
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_settings_file_can_be_read(path):
+    load_config(path)
+
+
+def test_the_default_file_says_what_the_defaults_are():
+    assert load_config(CONFIGS / "default.yaml") == Config()
+
+
+def test_the_papers_settings_are_the_papers():
+    config = load_config(CONFIGS / "paper.yaml")
+    assert config.preprocess.reconstruct is not None
+    assert config.preprocess.reconstruct.colors == ["red", "green", "blue", "cyan"]
+    assert config.preprocess.histogram is not None
+    assert config.preprocess.gaussian is not None
+    assert config.segment.method == "cellpose"
+    assert (config.features.encoder, config.features.layer) == ("resnet152", "output")
+    assert (config.cluster.k, config.cluster.components) == (11, None)
