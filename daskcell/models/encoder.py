@@ -63,7 +63,10 @@ class TinyEncoder(nn.Module):
 
     def pooled(self, x: Tensor) -> Tensor:
         """Region-pooled maps of all stages, ``(N, 4 * sum(widths))``: the vector before the linear map."""
-        signal = signal_of(x)
+        return self.pooled_signal(signal_of(x))
+
+    def pooled_signal(self, signal: Tensor) -> Tensor:
+        """`pooled` of what `signal_of` gives."""
         regions = cell_regions(signal)
         parts = []
         for maps in self.stages(signal):

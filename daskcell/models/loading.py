@@ -146,8 +146,7 @@ def _build_network(path: Path, device: str, dtype: Any) -> torch.nn.Module:
     import torch
 
     if path.suffix == ".npz":
-        from daskcell.models.segmenter_training import KIND
-        from daskcell.models.unet import TinyUNet
+        from daskcell.models.unet import KIND, TinyUNet
 
         weights, _, _ = arrays.load_arrays(path, KIND)
         widths, blocks = _unet_sizes(weights, path)

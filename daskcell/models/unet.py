@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+KIND = "daskcell-tiny-segmenter-1"
 STYLE = 256
 
 

@@ -1,0 +1,104 @@
+"""Quick measurements of cell crops: which cells are neighbours when the encoder is trained.
+
+Only good enough to say "these two cells are alike"; the measurements users get are in `daskcell.features`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from daskcell.models.encoder import as_input, cell_regions, signal_of
+
+
+@torch.no_grad()
+def describe_crops(crops: np.ndarray, batch: int = 256) -> np.ndarray:
+    """About 90 numbers a crop on size, shape, stain, texture and arrangement: ``(n, m)`` float32."""
+    parts = [_describe(signal_of(as_input(crops[i : i + batch]))) for i in range(0, len(crops), batch)]
+    return torch.cat(parts).numpy()
+
+
+def neighbours(features: np.ndarray, count: int, components: int = 24) -> np.ndarray:
+    """Nearest cells of each cell, ``(n, count)``, after standardising, principal axes and unit length."""
+    x = features - features.mean(0)
+    deviation = x.std(0)
+    x = np.clip(x / np.where(deviation > 1e-6, deviation, np.inf), -5, 5)
+    _, _, axes = np.linalg.svd(x, full_matrices=False)
+    x = x @ axes[: min(components, len(axes))].T
+    x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)
+    count = min(count, len(x) - 1)
+    near = np.empty((len(x), count), np.int64)
+    for start in range(0, len(x), 1024):
+        similar = x[start : start + 1024] @ x.T
+        similar[np.arange(len(similar)), np.arange(start, start + len(similar))] = -np.inf
+        near[start : start + 1024] = np.argpartition(-similar, max(0, count - 1), axis=1)[:, :count]
+    return near
+
+
+def _describe(signal: Tensor) -> Tensor:
+    regions = cell_regions(signal)
+    weights = regions.flatten(2)
+    area = weights.sum(2).clamp_min(1)
+    weights = weights / area[..., None]
+    flat = signal.flatten(2)
+    means = torch.einsum("nrp,ncp->nrc", weights, flat)
+    spread = (torch.einsum("nrp,ncp->nrc", weights, flat**2) - means**2).clamp_min(0).sqrt()
+    cell = weights[:, 0]
+    out = [area.sqrt() / signal.shape[-1], (area[:, 1:] / area[:, :1]), means.flatten(1), spread.flatten(1)]
+    out += [_correlations(flat, cell), _histogram(flat, cell)]
+    for sigma in (1.0, 2.0, 4.0):
+        detail = (signal - _blur(signal, sigma)).abs().flatten(2)
+        out.append(torch.einsum("np,ncp->nc", cell, detail))
+    out += [_shape(regions[:, :2])]
+    # How a stain lies between middle and rim: its correlation with the depth below the outline.
+    depth = _blur(regions[:, :1], 6.0).flatten(2)
+    both = torch.cat([flat, depth], 1)
+    out.append(_correlations(both, cell)[:, -3:])
+    return torch.cat([part.flatten(1).float() for part in out], 1)
+
+
+def _correlations(flat: Tensor, weights: Tensor) -> Tensor:
+    centred = flat - torch.einsum("np,ncp->nc", weights, flat)[..., None]
+    covariance = torch.einsum("np,nap,nbp->nab", weights, centred, centred)
+    deviation = covariance.diagonal(dim1=1, dim2=2).clamp_min(1e-6).sqrt()
+    matrix = covariance / deviation[:, :, None] / deviation[:, None, :]
+    # Pairs with the last channel come last.
+    pairs = [(a, b) for b in range(matrix.shape[1]) for a in range(b)]
+    return torch.stack([matrix[:, a, b] for a, b in pairs], 1)
+
+
+def _histogram(flat: Tensor, weights: Tensor, bins: int = 8) -> Tensor:
+    centres = torch.linspace(0.0, 1.2, bins)
+    near = torch.exp(-(((flat[..., None] - centres) / 0.12) ** 2))
+    near = near / near.sum(-1, keepdim=True).clamp_min(1e-6)
+    return torch.einsum("np,ncpb->ncb", weights, near).flatten(1)
+
+
+def _shape(regions: Tensor) -> Tensor:
+    """Axes, compactness, outline of cell and core, and how far the core lies off the cell's centre."""
+    height, width = regions.shape[-2:]
+    y, x = torch.meshgrid(torch.arange(height) / height, torch.arange(width) / width, indexing="ij")
+    area = regions.sum((2, 3)).clamp_min(1)
+    centre = torch.stack([(regions * p).sum((2, 3)) / area for p in (y, x)], -1)
+    dy, dx = y - centre[..., 0, None, None], x - centre[..., 1, None, None]
+    yy, xx, yx = (((regions * p).sum((2, 3)) / area) for p in (dy * dy, dx * dx, dy * dx))
+    gap = ((yy - xx) ** 2 + 4 * yx**2).clamp_min(1e-12).sqrt()
+    long, short = (yy + xx + gap) / 2, ((yy + xx - gap) / 2).clamp_min(1e-6)
+    share = area / (height * width)
+    rows = (regions[:, :, 1:] - regions[:, :, :-1]).abs().sum((2, 3))
+    columns = (regions[:, :, :, 1:] - regions[:, :, :, :-1]).abs().sum((2, 3))
+    offset = (centre[:, 0] - centre[:, 1]).norm(dim=-1, keepdim=True)
+    return torch.cat(
+        [(short / long).sqrt(), (long * short).sqrt() / share, (rows + columns) / area.sqrt(), offset], 1
+    )
+
+
+def _blur(x: Tensor, sigma: float) -> Tensor:
+    reach = int(3 * sigma + 0.5)
+    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
+    kernel = kernel / kernel.sum()
+    count = x.shape[1]
+    x = F.conv2d(F.pad(x, (reach, reach, 0, 0)), kernel.expand(count, 1, 1, -1), groups=count)
+    return F.conv2d(F.pad(x, (0, 0, reach, reach)), kernel[:, None].expand(count, 1, -1, 1), groups=count)

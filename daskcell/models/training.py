@@ -1,0 +1,193 @@
+"""What every training here shares: a clock, a schedule, averaged weights, checkpoints that survive a kill.
+
+The learning rate follows the elapsed share of the time given, so a slow machine makes fewer steps but always
+ends with a finished schedule. Random choices depend on the seed and the step's number only.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from daskcell.errors import WeightsError
+
+# Settings that may differ between the parts of an interrupted training.
+_FREE = ("minutes", "steps", "save_minutes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Settings of any training."""
+
+    minutes: float = 60.0
+    """Training time; preparing the pictures comes on top."""
+    steps: int | None = None
+    """Number of steps instead of a time."""
+    rate: float = 2e-3
+    decay: float = 0.02
+    """Weight decay of kernels; biases and batch statistics have none."""
+    warmup: int = 100
+    clip: float = 5.0
+    average: float = 0.998
+    """Momentum of the averaged weights, which are the ones kept."""
+    seed: int = 0
+    save_minutes: float = 3.0
+    """Time between checkpoints."""
+    bfloat16: bool = True
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training gave."""
+
+    path: Path
+    """The weights (``.npz``)."""
+    steps: int
+    loss: float
+    """Running mean over about the last 100 steps."""
+
+
+class Trainer:
+    """A training under way: network, its average, optimiser, clock; kept in ``out/checkpoint.pt``.
+
+    Parameters
+    ----------
+    recipe
+        Settings; a checkpoint of other settings is refused.
+    out
+        Folder of the checkpoint and of ``log.csv``.
+    net, mean
+        Two networks of the same kind; `mean` becomes the average of `net`.
+    export
+        Called with `mean` and a note after every checkpoint; writes usable weights.
+    """
+
+    def __init__(
+        self,
+        recipe: Schedule,
+        out: Path,
+        net: nn.Module,
+        mean: nn.Module,
+        export: Callable[[nn.Module, str], Path],
+    ):
+        self.recipe, self.out, self.net, self.mean, self.export = recipe, out, net, mean, export
+        mean.load_state_dict(net.state_dict())
+        self.optimizer = _optimizer(net, recipe)
+        self.step, self.elapsed, self.loss = 0, 0.0, float("nan")
+        self.checkpoint = out / "checkpoint.pt"
+        if self.checkpoint.exists():
+            self._resume()
+
+    def left(self) -> float:
+        """Share of the training still to do."""
+        if self.recipe.steps is not None:
+            return 1 - self.step / max(1, self.recipe.steps)
+        return 1 - self.elapsed / (60 * self.recipe.minutes) if self.recipe.minutes > 0 else 0.0
+
+    def run(
+        self,
+        loss_of: Callable[[nn.Module, int], Tensor],
+        report: Callable[[str], None],
+        check: Callable[[], None] = lambda: None,
+    ) -> Trained:
+        """Train to the end: `loss_of` gives the loss of a step; `check` is called with every fifth checkpoint."""
+        saves, last, lined = 0, time.monotonic(), time.monotonic()
+        while (left := self.left()) > 0:
+            start = time.monotonic()
+            self._learn(loss_of, 1 - left)
+            now = time.monotonic()
+            self.elapsed += now - start
+            if now - lined > 30:
+                lined = now
+                done = f"{100 * (1 - left):.0f} %"
+                report(f"step {self.step}  loss {self.loss:.4f}  {self.elapsed / 60:.1f} min  {done}")
+                with open(self.out / "log.csv", "a", encoding="utf-8") as log:
+                    log.write(f"{self.step},{self.elapsed:.0f},{self.loss:.5f}\n")
+            if now - last > 60 * self.recipe.save_minutes:
+                self.save()
+                saves += 1
+                if saves % 5 == 0:
+                    check()
+                last = time.monotonic()
+        return Trained(self.save(), self.step, self.loss)
+
+    def save(self) -> Path:
+        """Write the checkpoint, whole or not at all, and usable weights."""
+        state = {
+            "recipe": _plain(self.recipe),
+            "net": self.net.state_dict(),
+            "mean": self.mean.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "elapsed": self.elapsed,
+            "loss": self.loss,
+        }
+        part = self.checkpoint.with_name(f".{self.checkpoint.name}.{os.getpid()}")
+        torch.save(state, part)
+        os.replace(part, self.checkpoint)
+        return self.export(self.mean, f"step {self.step}, loss {self.loss:.4f}")
+
+    def _resume(self) -> None:
+        try:
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            found = {k: v for k, v in state["recipe"].items() if k not in _FREE}
+        except Exception as error:
+            first = next(iter(str(error).splitlines()), type(error).__name__)[:120]
+            raise WeightsError(
+                f"The checkpoint {self.checkpoint} cannot be read ({first}). Please remove it to start anew."
+            ) from error
+        wanted = {k: v for k, v in _plain(self.recipe).items() if k not in _FREE}
+        if found != wanted:
+            changed = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
+            raise WeightsError(
+                f"The checkpoint {self.checkpoint} belongs to a training with another {' and '.join(changed)}. "
+                "Please choose another folder, or remove it to start anew."
+            )
+        self.net.load_state_dict(state["net"])
+        self.mean.load_state_dict(state["mean"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.elapsed, self.loss = state["step"], state["elapsed"], state["loss"]
+
+    def _learn(self, loss_of: Callable[[nn.Module, int], Tensor], done: float) -> None:
+        recipe = self.recipe
+        warm = min(1.0, (self.step + 1) / max(1, recipe.warmup))
+        rate = recipe.rate * warm * 0.5 * (1 + float(np.cos(np.pi * min(1.0, done))))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.net.train()
+        loss = loss_of(self.net, self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.net.parameters(), recipe.clip)
+        self.optimizer.step()
+        value = float(loss.detach())
+        self.loss = 0.99 * self.loss + 0.01 * value if np.isfinite(self.loss) else value
+        # A short memory at first: the average must not keep the random start.
+        momentum = min(recipe.average, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            for kept, new in zip(
+                self.mean.state_dict().values(), self.net.state_dict().values(), strict=True
+            ):
+                if kept.is_floating_point():
+                    kept.lerp_(new, 1 - momentum)
+                else:
+                    kept.copy_(new)
+        self.step += 1
+
+
+def _plain(recipe: Schedule) -> dict:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(recipe).items()}
+
+
+def _optimizer(net: nn.Module, recipe: Schedule) -> torch.optim.Optimizer:
+    kernels = [p for p in net.parameters() if p.ndim > 1]
+    vectors = [p for p in net.parameters() if p.ndim <= 1]
+    groups = [{"params": kernels, "weight_decay": recipe.decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=recipe.rate)
