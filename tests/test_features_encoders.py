@@ -57,10 +57,14 @@ def weights_home(tmp_path, monkeypatch):
     return folder
 
 
+def find_encoder_url(name: str) -> str:
+    return torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
+
+
 def save_random(name: str, folder) -> torch.nn.Module:
     torch.manual_seed(1)
     model = torchvision.models.get_model(name, weights=None).eval()
-    url = torchvision.models.get_model_weights(name).DEFAULT.url
+    url = find_encoder_url(name)
     torch.save(model.state_dict(), folder / url.rsplit("/", 1)[-1])
     return model
 
@@ -72,7 +76,7 @@ def test_equals_torchvision_on_the_same_crops(weights_home, name, pooled):
     model = save_random(name, weights_home)
     image, labels = field(2)
     crops = plain_crops(image, labels, 224)
-    recipe = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    recipe = torchvision.models.get_model_weights(name).IMAGENET1K_V1.transforms()
     tensor = torchvision.transforms.functional.normalize(torch.from_numpy(crops), recipe.mean, recipe.std)
     with torch.inference_mode():
         expected = model(tensor).numpy()
@@ -98,7 +102,7 @@ def test_missing_weights_are_refused_before_any_work(weights_home):
 
 def test_weights_of_another_network_are_refused(weights_home):
     save_random("resnet18", weights_home)
-    url = torchvision.models.get_model_weights("resnet34").DEFAULT.url
+    url = find_encoder_url("resnet34")
     next(weights_home.iterdir()).rename(weights_home / url.rsplit("/", 1)[-1])
     with pytest.raises(WeightsError, match="does not hold the weights of resnet34"):
         embed(*field(2), "resnet34")
@@ -109,7 +113,7 @@ def test_a_pickle_in_place_of_weights_is_not_run(weights_home, tmp_path):
         def __reduce__(self):
             return (open, (str(tmp_path / "sprung"), "w"))
 
-    url = torchvision.models.get_model_weights("resnet18").DEFAULT.url
+    url = find_encoder_url("resnet18")
     torch.save({"fc.weight": Trap()}, weights_home / url.rsplit("/", 1)[-1])
     with pytest.raises(WeightsError):
         embed(*field(2), "resnet18")
@@ -121,12 +125,12 @@ def test_a_pickle_in_place_of_weights_is_not_run(weights_home, tmp_path):
 
 @pytest.mark.parametrize("name", ["resnet5", "imagenet", "lraspp_mobilenet_v3_large"])
 def test_unknown_names_are_refused(name):
-    with pytest.raises(WeightsError, match="No encoder is called"):
+    with pytest.raises(WeightsError, match="There is no encoder"):
         encoder_spec(name)
 
 
 def test_a_file_that_is_not_there_is_refused():
-    with pytest.raises(WeightsError, match=r"no file nowhere\.pt"):
+    with pytest.raises(WeightsError, match=r"no encoder file nowhere\.pt"):
         encoder_spec("nowhere.pt")
 
 
@@ -232,3 +236,24 @@ def test_a_missing_label_is_a_row_of_nan_and_no_cell_gives_no_row():
 def test_functions_that_give_something_else_are_refused(function, words):
     with pytest.raises(InputError, match=words):
         as_encoder(function, size=8)(np.zeros((2, 3, 8, 8), np.float32))
+
+
+def test_the_embedded_encoder_tells_round_from_long_cells_by_shape_alone():
+    labels = np.zeros((240, 240), np.uint32)
+    for i in range(16):
+        y, x = divmod(i, 4)
+        h, w = (12, 36) if i % 2 else (22, 20)
+        labels[y * 60 + 10 : y * 60 + 10 + h + i // 4, x * 60 + 10 : x * 60 + 10 + w] = i + 1
+    image = np.where(labels > 0, 180, 10).astype(np.uint8)
+    vectors = embed(image, labels, "tiny")
+    assert vectors.shape == (16, 192)
+    distance = np.linalg.norm(vectors[:, None] - vectors[None], axis=2)
+    same = np.arange(16)[:, None] % 2 == np.arange(16)[None] % 2
+    assert distance[same & ~np.eye(16, dtype=bool)].max() < distance[~same].min()
+
+
+def test_no_bit_of_the_embedded_encoder_depends_on_the_chunks():
+    image, labels = field()
+    expected = embed(image, labels, "tiny")
+    cut = embed(da.from_array(image, chunks=(3, 31, 50)), da.from_array(labels, chunks=(50, 31)), "tiny")
+    np.testing.assert_array_equal(cut, expected)

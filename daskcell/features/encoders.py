@@ -14,7 +14,6 @@ take files from people you trust.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import os
 import threading
@@ -132,10 +131,11 @@ def encoder_spec(
     WeightsError
         No encoder has this name, or its weights are not on this machine; says how to fetch them.
     """
+    from daskcell.models import encoder_fingerprint
+
     name = os.fspath(name)
-    path = weights_file(name)
-    fingerprint = _file_hash(path, os.path.getmtime(path)) if path is not None else _embedded_hash(name)
-    if layer == "pool" and (name == "tiny" or _is_file(name)):
+    fingerprint = encoder_fingerprint(name)
+    if layer == "pool" and _kind(name) != "torchvision":
         raise InputError(
             f"layer='pool' is for torchvision's networks; the encoder {name} has one output only."
         )
@@ -157,15 +157,17 @@ def _load(spec: EncoderSpec) -> Encoder:
 
     if spec.device.startswith("cuda") and not torch.cuda.is_available():
         raise ComputeError(f"The device {spec.device} was asked for, but torch finds no CUDA GPU here.")
+    module: Any
     size = 224
     mean: tuple[float, ...] | None = IMAGENET_MEAN
     std: tuple[float, ...] | None = IMAGENET_STD
-    if spec.name == "tiny":
+    kind = _kind(spec.name)
+    if kind == "own":
         from daskcell.models import load_encoder
 
-        module = load_encoder(spec.name)
-        size, mean, std = module.size, None, None
-    elif _is_file(spec.name):
+        own: Any = load_encoder(spec.name, spec.device)
+        module, size, mean, std = own, own.size, own.mean, own.std
+    elif kind == "archive":
         module = _open_archive(spec.name)
     else:
         module, size, mean, std = _torchvision(spec)
@@ -230,8 +232,11 @@ def _module_function(module: torch.nn.Module, device: str) -> Callable[[np.ndarr
     return function
 
 
-def _is_file(name: str) -> bool:
-    return Path(name).suffix.lower() in {".pt", ".pth", ".ts", ".pt2", ".torchscript"} or os.sep in name
+def _kind(name: str) -> Literal["own", "archive", "torchvision"]:
+    suffix = Path(name).suffix.lower()
+    if name == "tiny" or suffix == ".npz":
+        return "own"
+    return "archive" if suffix or Path(name).is_file() else "torchvision"
 
 
 def _open_archive(name: str) -> torch.nn.Module:
@@ -256,12 +261,15 @@ def _torchvision(
     import torch
     import torchvision
 
-    path = weights_file(spec.name)
-    assert path is not None
-    choice = torchvision.models.get_model_weights(spec.name).DEFAULT
-    builder = torchvision.models.get_model_builder(spec.name)
+    from daskcell.models import find_encoder
+    from daskcell.models.registry import torchvision_release
+
+    path = find_encoder(spec.name)
+    name, release, _ = torchvision_release(spec.name)
+    recipe = torchvision.models.get_model_weights(name)[release].transforms()
+    builder = torchvision.models.get_model_builder(name)
     options = {}
-    if "init_weights" in inspect.signature(builder).parameters or spec.name in {"googlenet", "inception_v3"}:
+    if "init_weights" in inspect.signature(builder).parameters or name in {"googlenet", "inception_v3"}:
         options = {"init_weights": False, "aux_logits": True}  # random numbers nobody needs take a minute
     model = builder(weights=None, **options)
     try:
@@ -277,54 +285,4 @@ def _torchvision(
         if not last or last[0].split(".")[0] not in {"fc", "classifier", "heads", "head"}:
             raise InputError(f"layer='pool' cannot be had from {spec.name}: it has no last linear layer.")
         model.set_submodule(last[0], torch.nn.Identity())
-    recipe = choice.transforms()
     return model, int(recipe.crop_size[0]), tuple(recipe.mean), tuple(recipe.std)
-
-
-def weights_file(name: str) -> Path | None:
-    """File that holds an encoder's weights; None for the embedded one.
-
-    Raises
-    ------
-    WeightsError
-        No such encoder, or no such file; nothing is ever downloaded here.
-    """
-    if name == "tiny":
-        return None
-    if _is_file(name):
-        if not Path(name).is_file():
-            raise WeightsError(f"There is no file {name} to load an encoder from.")
-        return Path(name)
-    import torch
-    import torchvision
-
-    names = torchvision.models.list_models(module=torchvision.models)
-    if name not in names:
-        raise WeightsError(
-            f"No encoder is called {name!r}. Choose 'tiny', a torchvision classification model such as "
-            "'resnet152', or a TorchScript or torch.export file (.pt, .pt2)."
-        )
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    releases = torchvision.models.get_model_weights(name)
-    default = releases.DEFAULT
-    for release in [default, *(other for other in reversed(list(releases)) if other is not default)]:
-        path = folder / release.url.rsplit("/", 1)[-1]
-        if path.is_file():
-            return path
-    raise WeightsError(
-        f"The weights of the encoder {name} are not in {folder}. Run 'daskcell weights fetch {name}', "
-        "or choose encoder 'tiny', which needs no download."
-    )
-
-
-@lru_cache(maxsize=32)
-def _file_hash(path: Path, _: float) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _embedded_hash(name: str) -> str:
-    from daskcell import models
-
-    fingerprint = getattr(models, "encoder_fingerprint", None)
-    return fingerprint(name) if fingerprint else ""
