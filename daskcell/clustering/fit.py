@@ -1,0 +1,225 @@
+"""Fitting: one look at all rows, a sample that stands for them, centres from the sample, centres from all
+rows."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from daskcell.clustering import _kernels
+from daskcell.clustering.choose import choose_k
+from daskcell.clustering.engines import incremental, rounds, tally
+from daskcell.clustering.model import ClusterModel
+from daskcell.clustering.rows import ArrayRows, Rows, cut, gather, in_order, survey
+from daskcell.errors import InputError
+
+if TYPE_CHECKING:
+    import dask.array as da
+
+    from daskcell.compute import Workers
+
+SAMPLE = 16384
+_STARTS = 10
+Engine = Literal["incremental", "parallel"]
+
+
+def fit_clusters(
+    features: np.ndarray | da.Array,
+    k: int | Literal["auto"] = 11,
+    *,
+    engine: Engine = "incremental",
+    standardise: bool = False,
+    components: int | None = None,
+    unit_length: bool = False,
+    seed: int = 0,
+    info: dict[str, Any] | None = None,
+) -> ClusterModel:
+    """Group cells by their features with k-means.
+
+    Parameters
+    ----------
+    features : (n, d) numpy or Dask array
+        A row a cell. A Dask array is read block by block, four times. Cells with a missing or infinite
+        feature are left out of the fit (counted in ``missing_``).
+    k : int or "auto"
+        Number of groups; "auto": the one from 2 to 20 with the best silhouette and stability.
+    engine : {"incremental", "parallel"}
+        One pass of dask-ml's ``Incremental(MiniBatchKMeans)``, or rounds of full k-means over all rows until
+        nothing moves; the same for any chunks.
+    standardise : bool
+        Bring every feature to mean 0 and deviation 1 first.
+    components : int or None
+        Then keep so many principal axes.
+    unit_length : bool
+        Then scale every cell's vector to length 1: helps groups of about the same size, hurts unequal ones.
+    seed : int
+    info : dict
+        Kept in the model: what the features are.
+
+    Returns
+    -------
+    ClusterModel
+        Groups numbered by size, the largest 0.
+
+    Raises
+    ------
+    InputError
+        Fewer usable cells than k, or not an array of numbers ``(n, d)``.
+    """
+    import dask.array as da
+
+    if not isinstance(features, da.Array):
+        features = np.asarray(features)
+    if features.ndim != 2 or features.dtype.kind not in "fiub":
+        raise InputError(
+            f"features must be numbers (cells, d), but have the shape {features.shape} and type "
+            f"{features.dtype}."
+        )
+    if np.isnan(features.shape[0]):
+        raise InputError("features must have a known number of rows. Call compute_chunk_sizes() first.")
+
+    return fit_blocks(
+        cut(features),
+        k,
+        engine=engine,
+        standardise=standardise,
+        components=components,
+        unit_length=unit_length,
+        seed=seed,
+        info=info,
+        reduce_block=_reduce_here,
+    )
+
+
+def _reduce_here(_: int, block: Rows, model: ClusterModel) -> tuple[Rows, int]:
+    rows = usable(block, model)
+    return ArrayRows(rows, 0, len(rows)), len(rows)
+
+
+def usable(block: Rows, model: ClusterModel) -> np.ndarray:
+    """Scaled and projected rows of a block, without those with missing features."""
+    rows = block.read()
+    return model.transform(rows[np.isfinite(rows).all(axis=1)])
+
+
+def fit_blocks(
+    blocks: Sequence[Rows],
+    k: int | Literal["auto"],
+    *,
+    engine: Engine,
+    standardise: bool,
+    components: int | None,
+    unit_length: bool,
+    seed: int,
+    info: dict[str, Any] | None,
+    reduce_block: Callable[..., tuple[Rows, int]],
+    reduce_args: tuple[Any, ...] = (),
+    workers: Workers | None = None,
+) -> ClusterModel:
+    """`fit_clusters` on blocks of rows; `reduce_block` puts the scaled and projected rows somewhere."""
+    if k != "auto" and k < 1:
+        raise InputError(f"k must be at least 1, not {k}.")
+    size = SAMPLE if k == "auto" else max(SAMPLE, 20 * k)
+    seen = survey(blocks, size, seed, workers)
+    least = 2 if k == "auto" else k
+    if seen.count < least:
+        left_out = f" ({seen.missing} more have missing features)" if seen.missing else ""
+        raise InputError(
+            f"k={k} groups need at least {least} cells, but there are {seen.count}{left_out}. "
+            "Choose a smaller k or give more images."
+        )
+    sample = gather(blocks, seen.sample, seed, workers)
+    with _one_thread():
+        model = _prepare(sample, seen.mean, seen.deviation, standardise, components, unit_length)
+        reduced_sample = model.transform(sample)
+        if k == "auto":
+            k, model.curve_ = choose_k(reduced_sample, seed)
+        centers = _start(reduced_sample, k, seed)
+    reduced: list[Rows] = []
+    sizes: list[int] = []
+    for block, n in in_order(workers, blocks, reduce_block, model, *reduce_args):
+        if n:
+            reduced.append(block)
+            sizes.append(n)
+    with _one_thread():
+        if engine == "incremental":
+            centers = incremental(reduced, sizes, centers, seed, workers)
+        else:
+            centers = rounds(reduced, centers, workers)
+    _, counts, inertia = tally(reduced, centers, workers)
+    order = np.lexsort(
+        (*centers.T[::-1], -counts)
+    )  # by size, the largest first; ties by the centre's coordinates
+    model.reduced_centers_, model.counts_, model.inertia_ = centers[order], counts[order], inertia
+    model.missing_, model.info = seen.missing, dict(info or {})
+    labels, squares = _kernels.nearest(reduced_sample, np.ascontiguousarray(model.reduced_centers_.T))
+    model.spread_ = np.array([_percentiles(np.sqrt(squares[labels == i])) for i in range(model.k)])
+    model.centers_ = _map_back(model, sample, labels)
+    return model
+
+
+def _prepare(
+    sample: np.ndarray,
+    mean: np.ndarray,
+    deviation: np.ndarray,
+    standardise: bool,
+    components: int | None,
+    unit_length: bool,
+) -> ClusterModel:
+    """The model without centres."""
+    from sklearn.decomposition import IncrementalPCA
+
+    d = sample.shape[1]
+    if standardise:
+        # A feature that is constant but for rounding says nothing: it must not be blown up to deviation 1.
+        scale = np.where(deviation > 1e-6 * np.abs(mean), deviation, 1.0)
+    else:
+        mean, scale = np.zeros(d), np.ones(d)
+    axes = None
+    if components is not None and components < min(d, len(sample)):
+        pca = IncrementalPCA(components, batch_size=max(2048, 5 * components))
+        pca.fit((sample - mean) / scale)
+        axes = pca.components_
+        mean = mean + pca.mean_ * scale
+    none = np.zeros((0, d))
+    return ClusterModel(none, none, np.zeros(0, np.int64), none, mean, scale, axes, unit_length)
+
+
+def _start(sample: np.ndarray, k: int, seed: int) -> np.ndarray:
+    """Best of several k-means of the sample, each from a k-means++ start."""
+    from sklearn.cluster import KMeans
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fewer different cells than k
+        return KMeans(k, n_init=_STARTS, random_state=seed).fit(sample.astype(np.float64)).cluster_centers_
+
+
+def _percentiles(distances: np.ndarray) -> np.ndarray:
+    return np.percentile(distances, (50, 95, 99)) if len(distances) else np.zeros(3)
+
+
+def _map_back(model: ClusterModel, sample: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Centres in the units of the features."""
+    centers = model.reduced_centers_
+    if not model.unit_length:
+        scaled = centers if model.components_ is None else centers @ model.components_
+        return scaled * model.scale_ + model.mean_
+    return np.array(
+        [
+            sample[labels == i].mean(axis=0, dtype=np.float64) if (labels == i).any() else model.mean_
+            for i in range(model.k)
+        ]
+    )
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums in scikit-learn and BLAS change in the last bits with the number of threads."""
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1):
+        yield

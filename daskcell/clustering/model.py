@@ -1,0 +1,211 @@
+"""A fitted model: how features are scaled and projected, and the centres; kept as arrays and JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from daskcell.errors import InputError
+
+if TYPE_CHECKING:
+    import dask.array as da
+
+FORMAT = 1
+_ARRAYS = ("mean_", "scale_", "components_", "reduced_centers_", "centers_", "counts_", "spread_")
+
+
+@dataclass
+class ClusterModel:
+    """Groups of cells, numbered by size: 0 is the largest.
+
+    Attributes
+    ----------
+    centers_ : (k, d) float64
+        Each group in the units of the features: its centre where features are used as they are, else the mean
+        of its cells.
+    reduced_centers_ : (k, c) float64
+        Centres among the scaled and projected features: what `predict` goes by.
+    counts_ : (k,) int64
+        Cells of each group in the fit.
+    spread_ : (k, 3) float64
+        Median, 95th and 99th percentile of the distance of each group's cells to its centre (in the sample).
+    inertia_ : float
+        Sum of squared distances to the centres over all cells of the fit.
+    mean_, scale_ : (d,) float64
+        Features are ``(f - mean_) / scale_`` before projection.
+    components_ : (c, d) float64 or None
+        Principal axes of the scaled features.
+    unit_length : bool
+        Vectors are scaled to length 1 after that.
+    missing_ : int
+        Cells left out of the fit, since a feature was missing or infinite.
+    curve_ : list of dict
+        For ``k="auto"``: the scores of each k tried.
+    info : dict
+        What the features are (encoder, settings); `check` compares it.
+    """
+
+    centers_: np.ndarray
+    reduced_centers_: np.ndarray
+    counts_: np.ndarray
+    spread_: np.ndarray
+    mean_: np.ndarray
+    scale_: np.ndarray
+    components_: np.ndarray | None = None
+    unit_length: bool = False
+    inertia_: float = 0.0
+    missing_: int = 0
+    curve_: list[dict[str, float]] = field(default_factory=list)
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"ClusterModel(k={self.k}, features={len(self.mean_)}, cells={int(self.counts_.sum())})"
+
+    @property
+    def k(self) -> int:
+        return len(self.reduced_centers_)
+
+    def transform(self, features: np.ndarray) -> np.ndarray:
+        """Scaled and projected features ``(n, c)`` float32; the same in every bit for any blocks."""
+        from daskcell.clustering import _kernels
+
+        rows = self._checked(features)
+        factor = 1 / self.scale_
+        if self.components_ is None:
+            return _kernels.scale(rows, self.mean_, factor, self.unit_length)
+        axes = np.ascontiguousarray(self.components_.T)
+        return _kernels.project(rows, self.mean_, factor, axes, self.unit_length)
+
+    def predict(self, features: np.ndarray | da.Array) -> np.ndarray | da.Array:
+        """Group of each cell: ``(n, d)`` to ``(n,)`` int32; -1 where a feature is missing or infinite."""
+        return self._map(features, lambda rows: self.assign(rows)[0], np.int32)
+
+    def distance(self, features: np.ndarray | da.Array) -> np.ndarray | da.Array:
+        """Distance to the centre of the cell's group, ``(n,)`` float32, among the scaled and projected
+        features."""
+        return self._map(features, lambda rows: self.assign(rows)[1], np.float32)
+
+    def assign(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Group and distance of each cell of a numpy array in one go."""
+        from daskcell.clustering import _kernels
+
+        rows = self._checked(features)
+        good = np.isfinite(rows).all(axis=1)
+        labels, distances = np.full(len(rows), -1, np.int32), np.full(len(rows), np.nan, np.float32)
+        reduced = self.transform(rows[good])
+        labels[good], squares = _kernels.nearest(reduced, np.ascontiguousarray(self.reduced_centers_.T))
+        distances[good] = np.sqrt(squares)
+        return labels, distances
+
+    def drift(self, clusters: np.ndarray, distances: np.ndarray) -> dict[str, float]:
+        """How far new cells lie: share of them beyond the 99th percentile of the fit (0.01 is as
+        expected)."""
+        inside = clusters >= 0
+        if not inside.any():
+            return {"cells": 0, "far": 0.0, "median_ratio": 1.0}
+        far = distances[inside] > self.spread_[clusters[inside], 2]
+        typical = self.spread_[clusters[inside], 0]
+        return {
+            "cells": int(inside.sum()),
+            "far": float(far.mean()),
+            "median_ratio": float(
+                np.median(distances[inside] / np.maximum(typical, np.finfo(np.float32).tiny))
+            ),
+        }
+
+    def check(self, width: int, info: dict[str, Any] | None = None) -> None:
+        """Raise `InputError` unless features of `width` numbers, described by `info`, are of the model's
+        kind."""
+        if width != len(self.mean_):
+            raise InputError(
+                f"The model was fitted on {len(self.mean_)} features per cell, but these cells have {width}. "
+                "Use the encoder it was fitted with."
+            )
+        for key, value in (info or {}).items():
+            if key in self.info and self.info[key] != value:
+                raise InputError(
+                    f"The model was fitted on features with {key} {self.info[key]!r}, but these have "
+                    f"{value!r}. "
+                    "Make them the same way, or fit a new model."
+                )
+
+    def save(self, path: str | Path) -> None:
+        """Write the model as a folder of ``arrays.npz`` and ``model.json``; it appears whole or not at
+        all."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+        temporary.mkdir(parents=True)
+        try:
+            arrays = {name: getattr(self, name) for name in _ARRAYS if getattr(self, name) is not None}
+            np.savez(temporary / "arrays.npz", **arrays)
+            values = {
+                "format": FORMAT,
+                "k": self.k,
+                "features": len(self.mean_),
+                "unit_length": self.unit_length,
+                "inertia": self.inertia_,
+                "missing": self.missing_,
+                "curve": self.curve_,
+                "info": self.info,
+            }
+            (temporary / "model.json").write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
+            if path.is_dir():
+                old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+                os.rename(path, old)
+                os.rename(temporary, path)
+                shutil.rmtree(old)
+            else:
+                os.rename(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _checked(self, features: np.ndarray) -> np.ndarray:
+        if features.ndim != 2:
+            raise InputError(f"features must be (cells, numbers), but have the shape {features.shape}.")
+        self.check(features.shape[1])
+        return np.ascontiguousarray(features, np.float32)
+
+    def _map(self, features: Any, function: Any, dtype: Any) -> Any:
+        import dask.array as da
+
+        if not isinstance(features, da.Array):
+            return function(np.asarray(features))
+        self.check(features.shape[1])
+        whole = features.rechunk({1: -1})
+        return whole.map_blocks(function, dtype=dtype, drop_axis=1)
+
+
+def load_clusters(path: str | Path) -> ClusterModel:
+    """Read a model that `ClusterModel.save` wrote.
+
+    Raises
+    ------
+    InputError
+        `path` holds no model, or one of a newer format.
+    """
+    path = Path(path)
+    try:
+        values = json.loads((path / "model.json").read_text())
+        with np.load(path / "arrays.npz", allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        if values["format"] > FORMAT:
+            raise InputError(f"{path} was written by a newer daskcell (format {values['format']}).")
+        return ClusterModel(
+            **{"components_": None, **arrays},
+            unit_length=values["unit_length"],
+            inertia_=values["inertia"],
+            missing_=values["missing"],
+            curve_=values["curve"],
+            info=values["info"],
+        )
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} holds no cluster model ({type(error).__name__}: {error}).") from None
