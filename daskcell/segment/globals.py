@@ -60,11 +60,14 @@ class Globals:
         Intensities that become 0 and 1; None: the channel has no contrast and becomes 0.
     diameter : float or None
         Cell diameter in pixels; None: no rescaling.
+    skipped : frozenset of int
+        Tiles without tissue, which the network does not see.
     """
 
     shape: tuple[int, int]
     bounds: tuple[tuple[float, float] | None, ...]
     diameter: float | None = None
+    skipped: frozenset[int] = frozenset()
 
     @cached_property
     def tiles(self) -> TileGrid:
@@ -86,9 +89,15 @@ class Globals:
         return out
 
     def to_json(self) -> dict[str, Any]:
-        return {"shape": list(self.shape), "bounds": self.bounds, "diameter": self.diameter}
+        return {
+            "shape": list(self.shape),
+            "bounds": self.bounds,
+            "diameter": self.diameter,
+            "skipped": sorted(self.skipped),
+        }
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Globals:
         bounds = tuple(None if pair is None else (float(pair[0]), float(pair[1])) for pair in values["bounds"])
-        return cls((values["shape"][0], values["shape"][1]), bounds, values["diameter"])
+        shape = (values["shape"][0], values["shape"][1])
+        return cls(shape, bounds, values["diameter"], frozenset(values["skipped"]))

@@ -86,7 +86,7 @@ class CellposeMethod:
     def look(self, frozen: Globals, read: Read, outputs: dict[int, np.ndarray]) -> Look:
         def at(held: Box) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
             tiles = frozen.tiles.touching(frozen.tiles.to_scaled(held))
-            missing = [tile for tile in tiles if tile not in outputs]
+            missing = [tile for tile in tiles if tile not in outputs and tile not in frozen.skipped]
             outputs.update(self.run(read, frozen, missing))
             return self._label(blend(outputs, frozen, held), held, frozen)
 
