@@ -21,15 +21,15 @@ _PIECE = 4 << 20
 UPSTREAM: dict[str, str | None] = {
     "convert": None,
     "freeze": "convert",
+    "export": "freeze",
     "segment": "freeze",
     "describe": "segment",
     "assign": "describe",
     "paint": "assign",
-    "export": "freeze",
 }
 """The stages of a slide, in order, each with the one whose output it reads."""
 
-SLIDE_STAGES = ("convert", "freeze", "segment", "describe", "export")
+SLIDE_STAGES = ("convert", "freeze", "export", "segment", "describe")
 """Stages that need no other slide; `assign` and `paint` wait for the clusters of all."""
 
 STAGE_VERSIONS = dict.fromkeys((*UPSTREAM, "cluster"), 1)

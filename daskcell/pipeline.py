@@ -281,6 +281,8 @@ class _Run:
         """Fit the clusters of all described slides, unless they are; their key, None if there are none."""
         study, config = self.study, self.config
         described = [name for name in sorted(self.sources) if self.described(name)]
+        if not described:
+            return None
         keys = {name: study.ledger(name).stages["describe"]["key"] for name in described}
         key = cluster_key(config, keys)
         ledger = study.ledger(CLUSTERS)
@@ -303,7 +305,7 @@ class _Run:
         self.progress.working("cluster")
         ledger.begin("cluster")
         try:
-            result = fit(paths, study.clusters, config, workers.get())
+            result = fit(paths, study, config, workers.get())
         except InputError as error:
             self.fail_all(str(error))
             return None
@@ -311,7 +313,7 @@ class _Run:
         return key
 
     def fail_all(self, text: str) -> None:
-        self.general.append({"slide": None, "stage": "cluster", "error": text, "kind": "", "tries": 1})
+        self.general.append({"slide": None, "stage": "cluster", "error": text, "tries": 1})
         self.progress.say(text)
 
     def write_failures(self) -> None:
@@ -319,17 +321,13 @@ class _Run:
         self.study.write_failures([failure for failure in failures if failure] + self.general)
 
 
-def fit(paths: Sequence[Path], folder: Path, config: Config, workers: Workers) -> dict[str, Any]:
-    """Fit the clusters over `paths` and save them in `folder`, which is replaced by a whole one."""
+def fit(paths: Sequence[Path], study: Study, config: Config, workers: Workers) -> dict[str, Any]:
+    """Fit the clusters over features `paths`, and save the model."""
     from daskcell.clustering import fit_features
 
-    model = fit_features(list(paths), config.cluster, workers)
-    fresh = folder.with_name(f".{folder.name}.partial")
-    remove(fresh)
-    model.save(fresh)
-    remove(folder)
-    os.replace(fresh, folder)
-    return {"k": len(model.centers_)}
+    model = fit_features(list(paths), config.cluster, workers, study.out / "scratch")
+    model.save(study.clusters)
+    return {"k": model.k, "counts": model.counts_.tolist()}
 
 
 class _LazyWorkers:

@@ -87,7 +87,7 @@ class Progress:
     @property
     def fraction(self) -> float:
         """Part of the work that is done, 0 to 1."""
-        return min(1.0, self._done / self._total) if self._total else 0.0
+        return max(0.0, min(1.0, self._done / self._total)) if self._total else 0.0
 
     @property
     def seconds_left(self) -> float | None:

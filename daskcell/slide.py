@@ -205,15 +205,18 @@ def _plan(ledger: Ledger) -> Any:
 def _segment(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], workers: Workers) -> Any:
     from daskcell.segment.engine import segment_slide
 
-    scratch = study.scratch(job.slide, keys["segment"])
+    settings, block = job.config.segment, job.config.compute.block
+    scratch = study.scratch(job.slide, keys["segment"], block)
     report = segment_slide(
         study.image(job.slide),
         LABELS,
-        job.config.segment,
+        settings,
         _plan(ledger),
         workers,
-        job.config.compute.block,
+        block,
         scratch,
+        flows=study.flows(job.slide) if settings.keep_flows else None,
+        device=job.config.compute.device,
     )
     remove(scratch)
     return report
@@ -222,7 +225,8 @@ def _segment(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], wo
 def _describe(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], workers: Workers) -> Any:
     from daskcell.features.engine import describe_slide
 
-    scratch = study.scratch(job.slide, keys["describe"])
+    block = job.config.compute.block
+    scratch = study.scratch(job.slide, keys["describe"], block)
     table, features = study.table(job.slide), study.features(job.slide)
     remove(table, features)
     for path in (table, features):
@@ -234,7 +238,7 @@ def _describe(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], w
         job.config.features,
         _plan(ledger),
         workers,
-        job.config.compute.block,
+        block,
         scratch,
     )
     remove(scratch)
@@ -258,7 +262,9 @@ def _export(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], wor
 
 
 def _assign(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], workers: Workers) -> Any:
-    return {}
+    from daskcell.clustering import predict_slide
+
+    return predict_slide(study.features(job.slide), study.table(job.slide), study.clusters)
 
 
 def _paint(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], workers: Workers) -> Any:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from daskcell.config import Config
-from daskcell.disk import write_atomic, write_json
+from daskcell.disk import remove, write_atomic, write_json
 from daskcell.errors import ConfigError, StudyError
 from daskcell.keys import descendants
 
@@ -137,9 +137,13 @@ class Study:
         """``(n, d)`` array, a row a cell, in the table's order."""
         return self.out / "features" / f"{slide}.zarr"
 
-    def scratch(self, slide: str, key: str) -> Path:
-        """Room for what a stage keeps between its tasks; it belongs to one content key."""
-        return self.out / "scratch" / f"{slide}-{key[:16]}"
+    def scratch(self, slide: str, key: str, block: int) -> Path:
+        """Room for what a stage keeps between its tasks; belongs to one content key and one block size."""
+        return self.out / "scratch" / f"{slide}-{key[:16]}-{block}"
+
+    def flows(self, slide: str) -> Path:
+        """The network's outputs, where they are kept."""
+        return self.out / "flows" / slide
 
     @property
     def clusters(self) -> Path:
@@ -226,17 +230,13 @@ class Ledger:
             self.failure, self.tries = None, 0
         self.save()
 
-    def fail(self, stage: str, error: str, kind: str) -> None:
-        """Enter why `stage` could not be done."""
+    def fail(self, stage: str, error: str, trace: str = "") -> None:
+        """Enter why `stage` could not be done; `trace` is for errors that are no user's."""
         self.tries += 1
         self.began = None
-        self.failure = {
-            "slide": self.slide,
-            "stage": stage,
-            "error": error,
-            "kind": kind,
-            "tries": self.tries,
-        }
+        self.failure = {"slide": self.slide, "stage": stage, "error": error, "tries": self.tries}
+        if trace:
+            self.failure["trace"] = trace
         self.save()
 
     def save(self) -> None:
@@ -304,8 +304,7 @@ def sweep(out: Path) -> None:
     """Remove temporary files that a killed run left in the places where we write them."""
     for folder in (out, out / "ledger", out / "overlays", out / "preprocessed", out / "tables" / "cells"):
         if folder.is_dir():
-            for path in folder.glob(".*.tmp"):
-                path.unlink(missing_ok=True)
+            remove(*folder.glob(".*.tmp"))
 
 
 def versions() -> dict[str, str]:

@@ -97,8 +97,8 @@ def fakes(monkeypatch):
         monkeypatch.setitem(slide.STAGES, name, make(name))
     monkeypatch.setattr(pipeline, "fingerprints", lambda config: {})
 
-    def fit(paths, folder, config, workers):
-        folder.mkdir()
+    def fit(paths, study, config, workers):
+        study.clusters.mkdir()
         return {"k": config.cluster.k}
 
     monkeypatch.setattr(pipeline, "fit", fit)
@@ -237,7 +237,7 @@ def test_status_shows_slides_and_stages(call, fakes, pictures, tmp_path):
     assert code == 0
     lines = {line.split()[0]: line.split() for line in out.splitlines()}
     assert lines["one"][1:8] == ["done"] * 7
-    assert lines["two"][1:8] == ["done", "done", "done", "FAILED", "-", "-", "-"]
+    assert lines["two"][1:8] == ["done", "done", "done", "done", "FAILED", "-", "-"]
     assert "0 conflicts, 1 redone" in out
     assert "1 of 2 slides done" in out
     code, out, _ = call("status", tmp_path / "s", "--json")

@@ -65,9 +65,9 @@ class Fakes:
         self._write(study.overlays / f"{job.slide}.tif")
         return {"files": [f"overlays/{job.slide}.tif"]}
 
-    def fit(self, paths, folder, config, workers):
+    def fit(self, paths, study, config, workers):
         self.ran.append(("*", "cluster"))
-        self._write(folder / "centers.json")
+        self._write(study.clusters / "centers.json")
         return {"k": 2}
 
     def _write(self, path: Path):
@@ -99,7 +99,7 @@ def folder(tmp_path):
     return tmp_path / "in"
 
 
-EARLY = ["convert", "freeze", "segment", "describe", "export"]
+EARLY = ["convert", "freeze", "export", "segment", "describe"]
 
 
 def test_a_run_does_every_stage_of_every_slide_once(fakes, folder, tmp_path):
@@ -179,14 +179,14 @@ def test_a_bad_slide_is_set_aside_with_its_reason_and_the_rest_finish(fakes, fol
         {"slide": "one", "stage": "describe", "error": "ZeroDivisionError: oops", "tries": 1},
         {"slide": "two", "stage": "segment", "error": "two.tif is broken.", "tries": 1},
     ]
-    assert "Traceback" in study.failures[0]["kind"]
-    assert study.failures[1]["kind"] == ""
+    assert "Traceback" in study.failures[0]["trace"]
+    assert "trace" not in study.failures[1]
     assert [name for name, stage in fakes.take() if stage == "paint"] == ["three"]
     fakes.raises.clear()
     study = run(folder, tmp_path / "out", INLINE)
     assert study.failures == []
     ran = fakes.take()
-    assert [stage for name, stage in ran if name == "one"] == ["describe", "export", "assign", "paint"]
+    assert [stage for name, stage in ran if name == "one"] == ["describe", "assign", "paint"]
     assert [stage for name, stage in ran if name == "three"] == ["assign", "paint"]  # clusters of all are new
 
 
@@ -204,7 +204,7 @@ def test_a_file_that_is_no_picture_is_set_aside(fakes, folder, tmp_path):
     (folder / "text.tif").write_text("this is not a picture")
     study = run(folder, tmp_path / "out", INLINE)
     assert [(f["slide"], f["stage"]) for f in study.failures] == [("text", "convert"), ("zero", "convert")]
-    assert all("Traceback" not in f["error"] and f["kind"] == "" for f in study.failures)
+    assert all("Traceback" not in f["error"] and "trace" not in f for f in study.failures)
     assert len([1 for name, stage in fakes.take() if stage == "paint"]) == 3
 
 
