@@ -35,6 +35,8 @@ SHAPE_COLUMNS = (
     "equivalent_diameter_area",
     "touches_edge",
 )
+PLACE_COLUMNS = (*SHAPE_COLUMNS[:7], "touches_edge")
+"""Those that say where a cell is, and how large."""
 INTENSITY_COLUMNS = ("intensity_mean", "intensity_std", "intensity_min", "intensity_max")
 _WHOLE = ("bbox-0", "bbox-1", "bbox-2", "bbox-3")
 _LENGTHS = ("perimeter", "axis_major_length", "axis_minor_length", "equivalent_diameter_area")
@@ -167,7 +169,7 @@ def to_table(
         data["centroid-0_um"] = data["centroid-0"] * y
         data["centroid-1_um"] = data["centroid-1"] * x
         data["area_um2"] = data["area"] * (y * x)
-        for name in _LENGTHS:
+        for name in [name for name in _LENGTHS if name in data]:
             data[f"{name}_um"] = data[name] * np.sqrt(y * x)
     return pd.DataFrame(data)
 
