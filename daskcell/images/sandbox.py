@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 MEMORY_BYTES = 900 * 2**20
 """What the child may hold. Pictures in one compressed piece that need more are given it (`_allow`)."""
-OPEN_SECONDS = 7.0
+OPEN_SECONDS = 5.0
 """Computing time in which a file must be open."""
-READ_SECONDS = 7.0
+READ_SECONDS = 4.0
 """Computing time for a block, besides one second for every `SLOWEST` bytes of it."""
 SLOWEST = 2 * 2**20
 WALL_SECONDS = 600.0
@@ -67,7 +67,7 @@ class SandboxReader:
     def __init__(self, source: Source) -> None:
         self.source = source
         self.identity = source.identity()
-        header = sandbox().ask(self.source, self.identity, None)
+        header = sandbox().ask(self.source, self.identity, None, OPEN_SECONDS)
         self.name, self.axes, self.levels, self.channels = (
             header.name,
             header.axes,
@@ -81,7 +81,8 @@ class SandboxReader:
         """Pixels ``(C, h, w)`` of `box`."""
         height, width = box.shape
         size = len(self.channels) * height * width * self.dtype.itemsize
-        return sandbox().ask(self.source, self.identity, (level, box), READ_SECONDS + size / SLOWEST)
+        seconds = OPEN_SECONDS + READ_SECONDS + size / SLOWEST  # it may have to be opened again
+        return sandbox().ask(self.source, self.identity, (level, box), seconds)
 
     def close(self) -> None:
         """The child closes what it has not read for a while."""
@@ -102,17 +103,18 @@ class Sandbox:
         self._pipe: Connection | None = None
         self._lock = threading.Lock()
 
-    def ask(
-        self, source: Source, identity: str, what: tuple[int, Box] | None, seconds: float = OPEN_SECONDS
-    ) -> Any:
-        """The header of `source`, or pixels of a box of a level; `ImageError` if the child is lost."""
+    def ask(self, source: Source, identity: str, what: tuple[int, Box] | None, seconds: float) -> Any:
+        """The header of `source`, or pixels of a box of a level, within `seconds` of computing.
+
+        Raises `ImageError` for what the reader refuses, and if the child is lost.
+        """
         with self._lock:
             self._start()
             assert self._child is not None
             assert self._pipe is not None
             try:
                 self._pipe.send((source, identity, what))
-                self._wait(seconds + (OPEN_SECONDS if what else 0), source)
+                self._wait(seconds, source)
                 answer = self._pipe.recv()
                 if isinstance(answer, tuple):
                     shape, dtype = answer
@@ -216,9 +218,9 @@ def _serve(pipe: Connection) -> None:
                     kept.popitem(last=False)[1].close()
                 _limit_memory(0, base)
                 kept[name] = source.open()
+                _allow(source, kept[name], base)
             kept.move_to_end(name)
             reader = kept[name]
-            _allow(source, reader, base)
             if what is None:
                 answer = Header(**{f: getattr(reader, f) for f in Header.__dataclass_fields__})
                 pipe.send(answer)
@@ -229,7 +231,9 @@ def _serve(pipe: Connection) -> None:
         except DaskcellError as error:
             pipe.send(type(error)(str(error)))
         except MemoryError:
-            pipe.send(ImageError(f"Cannot read {_files(source)}: it takes more memory than a worker has."))
+            pipe.send(
+                ImageError(f"Cannot read {_files(source)}: it takes more memory than a worker may have.")
+            )
         except Exception as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             pipe.send(ImageError(f"Cannot read {_files(source)}: damaged or not supported ({reason})."))

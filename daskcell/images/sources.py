@@ -253,8 +253,9 @@ def _in_folder(folder: str, pattern: str | None) -> list[names.Group]:
     by_folder: dict[str, list[str]] = {}
     for parent, folders, files in os.walk(folder):
         folders.sort(key=names.natural_key)
-        zarrs = [f for f in folders if _is_zarr(os.path.join(parent, f))]
-        folders[:] = [f for f in folders if f not in zarrs and not f.startswith(".")]
+        shown = [f for f in folders if not f.startswith(".")]
+        zarrs = [f for f in shown if _is_zarr(os.path.join(parent, f))]
+        folders[:] = [f for f in shown if f not in zarrs]
         pictures = [f for f in files if not f.startswith(".") and f.lower().endswith(tuple(SUFFIXES))]
         found = sorted([*pictures, *zarrs], key=names.natural_key)
         if found:

@@ -54,11 +54,9 @@ class ImageInfo:
         return f"<ImageInfo {c} x {y} x {x} {self.dtype}, channels {', '.join(self.channels)}>"
 
 
-def shard_shape(
-    channels: int, shape: tuple[int, int], dtype: Any, largest: int = SHARD
-) -> tuple[int, int, int]:
+def shard_shape(channels: int, shape: tuple[int, int], dtype: Any) -> tuple[int, int, int]:
     """Sides of one file ``(C, Y, X)``: as large as the image and `SHARD_BYTES` allow, in whole chunks."""
-    side = largest
+    side = SHARD
     while side > CHUNK and channels * side * side * np.dtype(dtype).itemsize > SHARD_BYTES:
         side //= 2
     y, x = (min(side, -(-length // CHUNK) * CHUNK) for length in shape)
@@ -83,8 +81,6 @@ def create_level(
         fill_value=0,
         compressors=BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle"),
         dimension_names=["c", "y", "x"][-len(shape) :],
-        # A file that is absent must mean "not written", never "all zero".
-        config={"write_empty_chunks": True},
     )
 
 
@@ -100,16 +96,16 @@ def multiscales(
     kinds = {"c": Axis(name="c", type="channel", unit=None)}
     for axis in "yx":
         kinds[axis] = Axis(name=axis, type="space", unit=unit)
+    datasets = []
+    for level in range(len(shapes)):
+        step, others = 2**level, len(axes) - 2
+        # The centre of a pixel that covers 2 x 2 lies half a pixel further in.
+        shift = [0.0] * others + [y * (step - 1) / 2, x * (step - 1) / 2] if level else None
+        scale = [1.0] * others + [y * step, x * step]
+        datasets.append(Dataset.build(path=str(level), scale=scale, translation=shift))
     return Multiscale(
         axes=tuple(kinds[axis] for axis in axes),
-        datasets=tuple(
-            Dataset.build(
-                path=str(level),
-                scale=[1.0] * (len(axes) - 2) + [y * 2**level, x * 2**level],
-                translation=None,
-            )
-            for level in range(len(shapes))
-        ),
+        datasets=tuple(datasets),
         name=name,
         type="mean" if "c" in axes else "nearest",
     )
@@ -275,7 +271,9 @@ def new_group(path: str | Path) -> zarr.Group:
 
 def writable(path: str | Path, level: int) -> zarr.Array:
     """One level, opened for writing."""
-    return zarr.open_array(str(path), path=str(level), mode="r+", config={"write_empty_chunks": True})
+    # A file that is absent must mean "not written", never "all zero". Opening takes no config of its own.
+    with zarr.config.set({"array.write_empty_chunks": True}):
+        return zarr.open_array(str(path), path=str(level), mode="r+")
 
 
 def level_of(group: zarr.Group, level: int) -> zarr.Array:

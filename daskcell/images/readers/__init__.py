@@ -97,7 +97,7 @@ def guarded(path: str, action: Callable[[], Any]) -> Any:
     except DaskcellError:
         raise
     except MemoryError:
-        raise ImageError(f"Cannot read {path}: it claims a picture larger than the memory.") from None
+        raise ImageError(f"Cannot read {path}: it takes more memory than there is.") from None
     except (
         ArithmeticError,
         AttributeError,

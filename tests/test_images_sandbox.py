@@ -1,0 +1,213 @@
+"""A file that makes its reader crash, hang or eat the memory harms nobody but itself."""
+
+from __future__ import annotations
+
+import csv
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import tifffile
+
+from daskcell import images
+from daskcell.errors import DaskcellError, ImageError
+from daskcell.geometry import Box
+from daskcell.images import sandbox
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="limits of processes are POSIX")
+
+EVIL = """
+import os, signal, time
+import numpy as np
+
+def matches(path, head):
+    return head.startswith(b"EVIL")
+
+class open:
+    def __init__(self, path, *, t=0, z="max"):
+        self.act(Path(path).read_text().split()[1:2])
+        self.what = Path(path).read_text().split()[2:3]
+        self.name, self.axes, self.levels, self.channels = "evil", "YX", ((8, 8),), ("grey",)
+        self.pixel_size, self.dtype, self.is_rgb = None, np.dtype("uint8"), False
+        self.sizes, self.piece = {"t": 1, "z": 1}, (8, 8)
+
+    def act(self, what):
+        if what == ["crash"]:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if what == ["exit"]:
+            os._exit(3)
+        if what == ["hang"]:
+            while True:
+                pass
+        if what == ["eat"]:
+            self.eaten = bytearray(8 * 2**30)
+        if what == ["raise"]:
+            raise RuntimeError("two\\nlines")
+
+    def read(self, level, box):
+        self.act(self.what)
+        return np.ones((1, *box.shape), np.uint8)
+
+    def close(self):
+        pass
+""".replace("import os, signal, time", "import os, signal\nfrom pathlib import Path")
+
+
+@pytest.fixture
+def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A reader of files that misbehave as they say, registered as another package's, and a sandbox."""
+    package = tmp_path / "package"
+    (package / "evil-1.dist-info").mkdir(parents=True)
+    (package / "evil-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: evil\nVersion: 1\n")
+    (package / "evil-1.dist-info" / "entry_points.txt").write_text("[daskcell.readers]\nevil = evil_reader\n")
+    (package / "evil_reader.py").write_text(EVIL)
+    monkeypatch.setenv("PYTHONPATH", str(package))
+    monkeypatch.setattr(sandbox, "OPEN_SECONDS", 1.0)
+    monkeypatch.setattr(sandbox, "READ_SECONDS", 1.0)
+    own = sandbox.Sandbox()
+    monkeypatch.setattr(sandbox, "sandbox", lambda: own)
+
+    def source(*words: str) -> images.Source:
+        path = tmp_path / f"{'_'.join(words)}.evil"
+        path.write_text(" ".join(("EVIL", *words)))
+        return images.Source(path.stem, (str(path),))
+
+    yield source
+    own.stop()
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("crash", "decoding it crashed .SIGSEGV"),
+        ("exit", "decoding it crashed .exit code 3"),
+        ("hang", "does not come to an end"),
+        ("eat", "more memory"),
+        ("raise", "two lines"),
+    ],
+)
+@pytest.mark.parametrize("when", ["open", "read"])
+def test_misbehaving_file_is_one_sentence_and_the_next_file_is_fine(
+    evil, when: str, what: str, reason: str
+) -> None:
+    bad = evil(what) if when == "open" else evil("fine", what)
+    with pytest.raises(ImageError, match=reason) as error:
+        sandbox.open_safely(bad).read(0, Box(0, 0, 4, 4))
+    assert bad.files[0] in str(error.value)
+    assert "\n" not in str(error.value)
+    good = sandbox.open_safely(evil("fine", "fine"))
+    assert good.read(0, Box(0, 0, 4, 4)).sum() == 16
+    with pytest.raises(ImageError, match=reason):  # and again
+        sandbox.open_safely(bad).read(0, Box(0, 0, 4, 4))
+
+
+def test_a_crash_in_conversion_leaves_nothing(evil, tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="crashed"):
+        images.convert_slide(evil("fine", "crash"), tmp_path / "out" / "a.zarr")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_pixels_and_header_pass_through_unchanged(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 4000, (3, 700, 900), np.uint16)
+    tifffile.imwrite(
+        tmp_path / "a.ome.tif", pixels, tile=(64, 64), metadata={"axes": "CYX"}, photometric="minisblack"
+    )
+    (source,) = images.find_images(tmp_path / "a.ome.tif")
+    safe, plain = sandbox.open_safely(source), source.open()
+    for name in sandbox.Header.__dataclass_fields__:
+        assert getattr(safe, name) == getattr(plain, name), name
+    box = Box(3, 5, 680, 890)
+    np.testing.assert_array_equal(safe.read(0, box), pixels[:, 3:680, 5:890])
+
+
+def test_a_healthy_file_is_opened_once(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((64, 64), np.uint8))
+    (source,) = images.find_images(tmp_path / "a.tif")
+    reader = sandbox.open_safely(source)
+    reader.read(0, Box(0, 0, 4, 4))
+    child = sandbox.sandbox()._child
+    assert child is not None
+    opened = {file.path for file in psutil.Process(child.pid).open_files()}
+    assert str(tmp_path / "a.tif") in opened
+    (tmp_path / "a.tif").unlink()  # the open file is all that is needed
+    assert not reader.read(0, Box(0, 0, 4, 4)).any()
+
+
+def test_a_file_that_changed_is_opened_again(tmp_path: Path) -> None:
+    for value, side in ((1, 64), (2, 65)):
+        tifffile.imwrite(tmp_path / "a.tif", np.full((side, 64), value, np.uint8))
+        (source,) = images.find_images(tmp_path / "a.tif")
+        reader = sandbox.open_safely(source)
+        assert reader.levels == ((side, 64),)
+        assert (reader.read(0, Box(0, 0, 4, 4)) == value).all()
+
+
+ORPHAN = """
+import sys, time
+from daskcell import images
+from daskcell.images import sandbox
+sandbox.open_safely(images.find_images(sys.argv[1])[0])
+print(sandbox.sandbox()._child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_child_ends_with_its_parent(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((8, 8), np.uint8))
+    parent = subprocess.Popen(
+        [sys.executable, "-c", ORPHAN, str(tmp_path / "a.tif")], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    child = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    child.wait(timeout=30)
+
+
+# Made to break one reader or another, but all pixels are there; one is a sound PNG with a wrong name.
+HARMLESS = {
+    "ccitt-too-many-changes.tif", "g4-fillorder-test.tif", "lzw-buffer-overflow.tif",
+    "lzw-colormap-iiobe.tif",
+    "lzw-full-12-bit-table.tif", "multipage_out_of_order.tiff", "png_named.tif",
+}  # fmt: skip
+
+
+@pytest.mark.data
+def test_every_damaged_file_of_the_zoo_is_refused_in_time_and_memory(data_dir: Path, tmp_path: Path) -> None:
+    folder = data_dir / "tiff-zoo"
+    with (folder / "manifest.csv").open() as file:
+        paths = [folder / row["file"] for row in csv.DictReader(file) if row["kind"] == "corrupt"]
+    assert len(paths) > 70
+    for path in paths:
+        start = time.monotonic()
+        if path.name in HARMLESS:
+            images.convert_slide(images.find_images(path)[0], tmp_path / "a.zarr", overwrite=True)
+            continue
+        with pytest.raises(DaskcellError) as error:
+            images.convert_slide(images.find_images(path)[0], tmp_path / "b.zarr")
+        assert "\n" not in str(error.value)
+        assert path.name in str(error.value)
+        assert time.monotonic() - start < 10
+    child = sandbox.sandbox()._child
+    assert child is not None
+    assert psutil.Process(child.pid).memory_info().rss < 2**30
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2**20  # in KiB: 1 GiB
+
+
+def test_memory_is_bounded_but_one_large_piece_is_read(tmp_path: Path) -> None:
+    """A picture in one compressed strip can only be read whole: the child may then take more than usual."""
+    side = 12_000
+    pixels = (np.arange(side, dtype=np.uint8)[:, None] * np.arange(side, dtype=np.uint8)[None]).astype(
+        np.uint16
+    )
+    tifffile.imwrite(tmp_path / "a.tif", pixels, rowsperstrip=side, compression="zlib")
+    (source,) = images.find_images(tmp_path / "a.tif")
+    reader = sandbox.open_safely(source)
+    np.testing.assert_array_equal(reader.read(0, Box(11_000, 0, 11_500, 500))[0], pixels[11_000:11_500, :500])
