@@ -56,6 +56,8 @@ class HistogramSettings(Settings):
     """Percentile that becomes 0 (stretch)."""
     high: Annotated[float, Field(gt=0, le=100)] = 99.8
     """Percentile that becomes the largest value (stretch)."""
+    linked: bool | Literal["auto"] = "auto"
+    """All channels get the same curve, which keeps colours; auto: for colour pictures (stained slides)."""
     reference: str | None = None
     """Image whose histogram is taken over (match)."""
     tiles: Annotated[int, Field(ge=1)] = 8

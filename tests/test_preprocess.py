@@ -250,6 +250,61 @@ def test_a_flat_channel_stays_as_it_is():
         got = adjust_histogram(x, method).compute()
         assert np.isfinite(got).all()
         assert len(np.unique(got)) == 1
+    assert not adjust_histogram(np.zeros((1, 30, 30), np.uint8), "clahe").compute().any()
+    assert not adjust_histogram(np.zeros((1, 30, 30), np.float32), "equalize").compute().any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_linked_channels_share_the_curve_of_their_common_histogram(method, dtype):
+    x = picture(dtype, (3, 40, 60))
+    x[1] = x[1] // 2 if np.dtype(dtype).kind == "u" else x[1] / 2
+    options = {"reference": picture(dtype, (3, 33, 44), seed=8)} if method == "match" else {}
+    got = adjust_histogram(da.from_array(x, chunks=(1, 13, 60)), method, linked=True, **options).compute()
+    if method == "clahe":
+        # The same three planes, linked, are one plane three times over.
+        same = np.repeat(x[:1], 3, axis=0)
+        alone = adjust_histogram(x[:1], method, clip_limit=0.0).compute()
+        three = adjust_histogram(same, method, clip_limit=0.0, linked=True).compute()
+        np.testing.assert_allclose(three, np.repeat(alone, 3, axis=0), atol=1e-3)
+        order = np.lexsort((got.ravel(), x.ravel()))
+        assert got.ravel()[order[0]] < got.ravel()[order[-1]]
+        return
+    # One picture of all channels side by side has that histogram.
+    row = np.concatenate(list(x), axis=1)[None]
+    if method == "match":
+        options = {"reference": np.concatenate(list(options["reference"]), axis=1)[None]}
+    expected = adjust_histogram(row, method, **options).compute()[0]
+    np.testing.assert_array_equal(np.concatenate(list(got), axis=1), expected)
+
+
+def test_colour_pictures_keep_their_colours():
+    """A grey ramp stays grey when channels are linked, and turns blue when they are not (the control)."""
+    ramp = np.linspace(60, 180, 900).astype(np.uint8).reshape(1, 30, 30)
+    rgb = np.concatenate([ramp, ramp, ramp])
+    rgb[2, :5] = 255
+    plan = freeze(rgb, PreprocessSettings(), is_rgb=True)
+    got = apply_block(rgb, plan)[:, 10:]
+    assert (got[0] == got[2]).all()
+    alone = freeze(rgb, PreprocessSettings(histogram=HistogramSettings(linked=False)), is_rgb=True)
+    got = apply_block(rgb, alone)[:, 10:]
+    assert not (got[0] == got[2]).all()
+
+
+def test_compression_noise_in_the_empty_channels_of_a_colour_picture_is_removed():
+    rng = np.random.default_rng(0)
+    blue = ndimage.gaussian_filter((rng.random((60, 60)) > 0.99).astype(float), 2.0)
+    blue *= 250 / blue.max()
+    rgb = np.stack([rng.integers(0, 3, (60, 60)), rng.integers(0, 2, (60, 60)), blue]).astype(np.uint8)
+    for histogram in (None, HistogramSettings(), HistogramSettings(method="clahe")):
+        chosen = PreprocessSettings(histogram=histogram)
+        plan = freeze(rgb, chosen, is_rgb=True)
+        got = apply_block(rgb, plan)
+        assert got[:2].max() < 1e-3
+        assert got[2].max() > 0.9
+        assert freeze(da.from_array(rgb, chunks=(3, 17, 20)), chosen, is_rgb=True) == plan
+    stains = freeze(rgb, PreprocessSettings(histogram=None), ["R", "G", "B"])
+    np.testing.assert_array_equal(apply_block(rgb, stains), rgb)  # a weak stain is a stain
 
 
 def test_two_dimensional_pictures_stay_two_dimensional():

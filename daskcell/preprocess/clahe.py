@@ -22,6 +22,7 @@ import numpy as np
 
 from daskcell.geometry import Box
 from daskcell.preprocess.pixels import float_dtype
+from daskcell.preprocess.statistics import pool
 from daskcell.preprocess.steps import _by_table, _Pointwise, decode_array, encode_array
 
 GRAYS = 2**14
@@ -84,10 +85,11 @@ class ClaheAim:
     kernel: tuple[int, int]
     clip_limit: float
     bins: int
+    linked: bool = False
 
     def after_extremes(self, extremes: np.ndarray) -> TileCounts:
         pairs = tuple((float(a), float(b)) for a, b in extremes.T)
-        return TileCounts(Tiling(self.shape, self.kernel, self.bins, pairs), self.clip_limit)
+        return TileCounts(Tiling(self.shape, self.kernel, self.bins, pairs), self.clip_limit, self.linked)
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class TileCounts:
 
     tiling: Tiling
     clip_limit: float
+    linked: bool = False
 
     def count(self, block: np.ndarray, box: Box) -> np.ndarray:
         down, across = self.tiling.counts
@@ -113,7 +116,8 @@ class TileCounts:
         return a + b
 
     def finish(self, total: np.ndarray) -> ResultExtremes:
-        size = self.tiling.kernel[0] * self.tiling.kernel[1]
+        size = self.tiling.kernel[0] * self.tiling.kernel[1] * (len(total) if self.linked else 1)
+        total = pool(total, self.linked)
         limit = int(np.clip(self.clip_limit * size, 1, None)) if self.clip_limit > 0 else size
         maps = np.empty(total.shape, np.uint16)
         for index in np.ndindex(total.shape[:-1]):
@@ -121,7 +125,7 @@ class TileCounts:
             maps[index] = np.minimum(np.cumsum(clipped).astype(float) * ((GRAYS - 1) / size), GRAYS - 1)
         # The outermost maps hold up to the border.
         maps = np.pad(maps, [(0, 0), (1, 1), (1, 1), (0, 0)], mode="edge")
-        return ResultExtremes(Clahe(self.tiling, maps, None))
+        return ResultExtremes(Clahe(self.tiling, maps, None), self.linked)
 
 
 def clip_histogram(counts: np.ndarray, limit: int) -> np.ndarray:
@@ -158,6 +162,7 @@ class ResultExtremes:
     """Smallest and largest value of the equalised image, which becomes the 0-1 scale."""
 
     step: Clahe
+    linked: bool = False
 
     def count(self, block: np.ndarray, box: Box) -> np.ndarray:
         values = [self.step.equalise(plane, channel, box) for channel, plane in enumerate(block)]
@@ -167,6 +172,8 @@ class ResultExtremes:
         return np.stack([np.minimum(a[0], b[0]), np.maximum(a[1], b[1])])
 
     def finish(self, total: np.ndarray) -> Clahe:
+        if self.linked:
+            total = np.broadcast_to([[total[0].min()], [total[1].max()]], total.shape)
         return Clahe(self.step.tiling, self.step.maps, tuple((int(a), int(b)) for a, b in total.T))
 
 
@@ -210,7 +217,8 @@ class Clahe(_Pointwise):
         for channel, (target, plane) in enumerate(zip(out, block, strict=True)):
             low, high = map(float, self.limits[channel])
             values: np.ndarray = self.equalise(plane, channel, box).astype(exact)
-            target[...] = (values - low) / (high - low) if low < high else np.clip(values, 0, 1)
+            # An empty channel stays empty; scikit-image makes it white.
+            target[...] = (values - low) / (high - low) if low < high else 0
         return out
 
     def to_json(self) -> dict[str, Any]:

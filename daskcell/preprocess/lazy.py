@@ -71,6 +71,7 @@ def adjust_histogram(
     low: float = 1.0,
     high: float = 99.8,
     *,
+    linked: bool = False,
     reference: Any = None,
     tiles: int = 8,
     clip_limit: float = 0.01,
@@ -95,13 +96,16 @@ def adjust_histogram(
     once for the result. Percentiles are exact, those of `numpy.percentile`, for every dtype. For
     ``equalize`` and ``match``, integers of up to 16 bits have a bin for every value; wider types `bins` bins
     (as scikit-image) or 65536 (``match``, where scikit-image would sort the whole) between their extremes. A
-    channel whose two percentiles coincide is stretched between its extremes.
+    channel whose two percentiles coincide is stretched between its extremes; one with a single value stays
+    as it is (stretch) or becomes 0 (equalize, clahe).
 
     Parameters
     ----------
     x : dask or numpy array ``(C, Y, X)`` or ``(Y, X)``
     low, high : float
         Percentiles, 0-100 (stretch).
+    linked : bool
+        Give all channels the curve of their common histogram, which keeps the colours of a colour picture.
     reference : array ``(C, Y, X)`` or ``(Y, X)``
         The image to match (match): same channels and dtype, any size.
     tiles : int
@@ -123,15 +127,15 @@ def adjust_histogram(
     if method != "match":
         if reference is not None:
             raise InputError(f"A reference is for method 'match', but the method is {method!r}.")
-        state: Any = start_pass(settings, dtype, planes.shape)
+        state: Any = start_pass(settings, dtype, planes.shape, linked)
     else:
         if reference is None:
             raise InputError("Matching histograms needs a reference image: give reference=.")
         other = _planes(reference, allow_2d=True)
         check_reference(other, dtype, planes.shape[0])
-        counting = first_pass(Referring(), dtype, planes.shape[0], int(np.prod(other.shape[1:])))
+        counting = first_pass(Referring(), dtype, planes.shape[0], int(np.prod(other.shape[1:])), linked)
         frozen = _frozen_lazily(other, counting, passes_needed(Referring, dtype))
-        state = delayed(start_pass, pure=True)(settings, dtype, planes.shape, frozen)
+        state = delayed(start_pass, pure=True)(settings, dtype, planes.shape, linked, frozen)
     passes = (
         3 if method == "clahe" else passes_needed(Stretching if method == "stretch" else Equalizing, dtype)
     )

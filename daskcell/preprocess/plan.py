@@ -20,10 +20,11 @@ from daskcell.errors import InputError
 from daskcell.geometry import Box, Grid
 from daskcell.preprocess.clahe import Clahe, ClaheAim
 from daskcell.preprocess.colors import auto_colors, mixing_weights
-from daskcell.preprocess.pixels import working_dtype
+from daskcell.preprocess.pixels import all_values, is_small, working_dtype
 from daskcell.preprocess.statistics import (
     Aim,
     Equalizing,
+    ExactCounts,
     Extremes,
     Matching,
     Pass,
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 
 _KINDS: dict[str, Any] = {step.kind: step for step in (Mix, Stretch, Curve, Clahe, Gaussian)}
 _COUNT_BLOCK = 2048
+_SIGNAL_PERCENTILE = 99.8
+_DEAD = 0.05
+"""A channel of a colour picture whose bright pixels reach less of the brightest channel's holds no signal."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,17 +219,46 @@ def _freeze(
     if weights is not None:
         steps.append(Mix(weights))
         count = len(weights)
+    counted: np.ndarray | None = None
+    if weights is None and is_rgb and settings.reconstruct is not None and is_small(working_dtype(dtype)):
+        steps, counted = _without_dead_channels(survey, working_dtype(dtype))
     if settings.histogram is not None:
         matched = None
+        linked = is_rgb if settings.histogram.linked == "auto" else settings.histogram.linked
         if settings.histogram.method == "match":
             matched = _freeze_reference(
-                settings.histogram, reference, working_dtype(dtype), tuple(steps), shape[0]
+                settings.histogram, reference, working_dtype(dtype), tuple(steps), shape[0], linked
             )
-        state: Any = start_pass(settings.histogram, working_dtype(dtype), (count, *shape[1:]), matched)
-        steps.append(run_passes(state, lambda counting: survey(counting, tuple(steps))))
+        state: Any = start_pass(
+            settings.histogram, working_dtype(dtype), (count, *shape[1:]), linked, matched
+        )
+
+        def counts(counting: Pass) -> Any:
+            known = counted is not None and isinstance(counting, ExactCounts)
+            return counted if known else survey(counting, tuple(steps))
+
+        steps.append(run_passes(state, counts))
     if settings.gaussian is not None:
         steps.append(Gaussian(settings.gaussian.sigma))
     return Plan((int(shape[1]), int(shape[2])), int(shape[0]), np.dtype(dtype), tuple(steps))
+
+
+def _without_dead_channels(survey: Survey, dtype: np.dtype) -> tuple[list[Step], np.ndarray]:
+    """A step that empties channels of a colour picture that hold no signal, if any; and the counts after it.
+
+    One stain stored as JPEG in colours leaves compression noise of a few grey levels in the two others.
+    Whatever adjusts contrast channel by channel later, such as Cellpose, would blow it up.
+    """
+    counting = ExactCounts(Referring(), dtype)
+    counts = survey(counting, ()).copy()
+    bright = np.array(counting.limits(counts, Stretching(0.0, _SIGNAL_PERCENTILE)))[:, 1]
+    dead = bright < _DEAD * bright.max()
+    if not dead.any():
+        return [], counts
+    counts[dead] = 0
+    counts[dead, np.searchsorted(all_values(dtype), 0)] = counts[~dead][0].sum()
+    weights = np.diag((~dead).astype(float))
+    return [Mix(tuple(tuple(row) for row in weights.tolist()))], counts
 
 
 def _weights(
@@ -246,13 +279,18 @@ def _weights(
 
 
 def start_pass(
-    histogram: HistogramSettings, dtype: np.dtype, shape: tuple[int, ...], reference: Reference | None = None
+    histogram: HistogramSettings,
+    dtype: np.dtype,
+    shape: tuple[int, ...],
+    linked: bool = False,
+    reference: Reference | None = None,
 ) -> Pass:
     """The first pass for a method of histogram adjustment on an image of `shape` ``(C, Y, X)``."""
     if histogram.method == "clahe":
         tiles = histogram.tiles
         kernel = (max(shape[1] // tiles, 1), max(shape[2] // tiles, 1))
-        return Extremes(ClaheAim((shape[1], shape[2]), kernel, histogram.clip_limit, histogram.bins), dtype)
+        tiled = ClaheAim((shape[1], shape[2]), kernel, histogram.clip_limit, histogram.bins, linked)
+        return Extremes(tiled, dtype, linked)
     aim: Aim
     if histogram.method == "stretch":
         aim = Stretching(histogram.low, histogram.high)
@@ -261,7 +299,7 @@ def start_pass(
     else:
         assert reference is not None
         aim = Matching(reference)
-    return first_pass(aim, dtype, shape[0], shape[1] * shape[2])
+    return first_pass(aim, dtype, shape[0], shape[1] * shape[2], linked)
 
 
 def run_passes(state: Any, survey: Callable[[Pass], Any]) -> Any:
@@ -272,7 +310,12 @@ def run_passes(state: Any, survey: Callable[[Pass], Any]) -> Any:
 
 
 def _freeze_reference(
-    histogram: HistogramSettings, reference: Any, dtype: np.dtype, steps: tuple[Step, ...], channels: int
+    histogram: HistogramSettings,
+    reference: Any,
+    dtype: np.dtype,
+    steps: tuple[Step, ...],
+    channels: int,
+    linked: bool,
 ) -> Reference:
     if reference is None:
         if histogram.reference is None:
@@ -282,7 +325,7 @@ def _freeze_reference(
         reference = images.open_image(histogram.reference).data
     check_reference(reference, dtype, channels)
     count = steps[-1].channels(channels) if steps else channels
-    state = first_pass(Referring(), dtype, count, int(np.prod(reference.shape[1:])))
+    state = first_pass(Referring(), dtype, count, int(np.prod(reference.shape[1:])), linked)
     return run_passes(state, lambda counting: _count_array(reference, counting, steps))
 
 

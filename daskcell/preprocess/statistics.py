@@ -51,6 +51,11 @@ class Reference:
     quantiles: tuple[np.ndarray, ...]
 
 
+def pool(counts: np.ndarray, linked: bool) -> np.ndarray:
+    """Counts ``(C, ...)`` of all channels together, given to each of them, where channels are linked."""
+    return np.broadcast_to(counts.sum(axis=0), counts.shape) if linked else counts
+
+
 def lerp(a: Any, b: Any, t: float) -> float:
     """Between `a` and `b` as `numpy.percentile` does it, in the type of `a` and `b`."""
     difference = b - a
@@ -101,6 +106,8 @@ class ExactCounts:
 
     aim: Aim
     dtype: np.dtype
+    linked: bool = False
+    """All channels get the curve of their common histogram."""
 
     def count(self, block: np.ndarray, box: Box) -> np.ndarray:
         bits = 8 * self.dtype.itemsize
@@ -113,6 +120,7 @@ class ExactCounts:
         return a + b
 
     def finish(self, total: np.ndarray) -> Step | Reference:
+        total = pool(total, self.linked)
         values = all_values(self.dtype)
         present = [np.flatnonzero(counts) for counts in total]
         found = tuple(values[where] for where in present)
@@ -121,13 +129,18 @@ class ExactCounts:
             for counts, where in zip(total, present, strict=True)
         )
         if isinstance(self.aim, Stretching):
-            limits = [self._limits(values, counts, self.aim) for counts in total]
+            limits = self.limits(total, self.aim)
             return Stretch(tuple(a for a, _ in limits), tuple(b for _, b in limits))
         if isinstance(self.aim, Equalizing):
-            return Curve(found, tuple(share.astype(np.float32) for share in shares), to_float=True)
+            curves = (share if len(share) > 1 else 0 * share for share in shares)
+            return Curve(found, tuple(curve.astype(np.float32) for curve in curves), to_float=True)
         if isinstance(self.aim, Referring):
             return Reference(found, shares)
         return Curve(found, _matched(shares, self.aim.reference), to_float=False)
+
+    def limits(self, total: np.ndarray, aim: Stretching) -> list[tuple[float, float]]:
+        """What becomes black and white in each channel."""
+        return [self._limits(all_values(self.dtype), counts, aim) for counts in total]
 
     @staticmethod
     def _limits(values: np.ndarray, counts: np.ndarray, aim: Stretching) -> tuple[float, float]:
@@ -196,16 +209,18 @@ class Selection:
     aim: Stretching
     dtype: np.dtype
     size: int
-    """Pixels of a channel."""
+    """Pixels of a channel, or of all linked ones."""
+    linked: bool = False
     known: int = 0
     """Digits known so far."""
     targets: tuple[tuple[Target, ...], ...] = ()
     """Per channel: smallest, below and above `low`, below and above `high`, largest."""
 
     @classmethod
-    def start(cls, aim: Stretching, dtype: np.dtype, channels: int, size: int) -> Selection:
+    def start(cls, aim: Stretching, dtype: np.dtype, channels: int, size: int, linked: bool) -> Selection:
+        size *= channels if linked else 1
         ranks = [0, *rank_of(aim.low, size)[:2], *rank_of(aim.high, size)[:2], size - 1]
-        return cls(aim, dtype, size, 0, (tuple(Target(0, rank) for rank in ranks),) * channels)
+        return cls(aim, dtype, size, linked, 0, (tuple(Target(0, rank) for rank in ranks),) * channels)
 
     @property
     def _shift(self) -> int:
@@ -233,6 +248,7 @@ class Selection:
         return a + b
 
     def finish(self, total: np.ndarray) -> Selection | Stretch:
+        total = pool(total, self.linked)
         found = tuple(
             tuple(self._narrow(target, row) for target, row in zip(targets, counts, strict=True))
             for targets, counts in zip(self.targets, total, strict=True)
@@ -265,8 +281,9 @@ class Extremes:
     """Smallest and largest value of each channel: ``(2, C)`` in the image's type."""
 
     aim: Any
-    """What is counted next: an `Aim`, or anything with ``after_extremes(smallest, largest)``."""
+    """What is counted next: an `Aim`, or anything with ``after_extremes(extremes)``."""
     dtype: np.dtype
+    linked: bool = False
 
     def count(self, block: np.ndarray, box: Box) -> np.ndarray:
         check_finite(block)
@@ -276,10 +293,12 @@ class Extremes:
         return np.stack([np.minimum(a[0], b[0]), np.maximum(a[1], b[1])])
 
     def finish(self, total: np.ndarray) -> Pass:
+        if self.linked:
+            total = np.broadcast_to([[total[0].min()], [total[1].max()]], total.shape).astype(self.dtype)
         if hasattr(self.aim, "after_extremes"):
             return self.aim.after_extremes(total)
         bins = self.aim.bins if isinstance(self.aim, Equalizing) else MATCH_BINS
-        return BinCounts(self.aim, self.dtype, total, bins)
+        return BinCounts(self.aim, self.dtype, total, bins, self.linked)
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,6 +309,7 @@ class BinCounts:
     dtype: np.dtype
     extremes: np.ndarray
     bins: int
+    linked: bool = False
 
     def _range(self, channel: int) -> tuple[Any, Any]:
         return self.extremes[0, channel], self.extremes[1, channel]
@@ -301,13 +321,16 @@ class BinCounts:
         return a + b
 
     def finish(self, total: np.ndarray) -> Curve | Reference:
+        total = pool(total, self.linked)
         nothing = np.zeros(0, self.dtype)
         edges = [np.histogram_bin_edges(nothing, self.bins, self._range(c)) for c in range(len(total))]
         centers = [(edge[:-1] + edge[1:]) / 2 for edge in edges]
         shares = [np.cumsum(counts) / float(counts.sum()) for counts in total]
         if isinstance(self.aim, Equalizing):
             kind = float_dtype(self.dtype)
-            return Curve(tuple(centers), tuple(share.astype(kind) for share in shares), to_float=True)
+            flat = self.extremes[0] == self.extremes[1]
+            curves = (0 * share if empty else share for share, empty in zip(shares, flat, strict=True))
+            return Curve(tuple(centers), tuple(curve.astype(kind) for curve in curves), to_float=True)
         # From here as for integers, with the middle of each bin that holds pixels for a value.
         present = [np.flatnonzero(counts) for counts in total]
         found = tuple(center[where] for center, where in zip(centers, present, strict=True))
@@ -317,13 +340,15 @@ class BinCounts:
         return Curve(found, _matched(reached, self.aim.reference), to_float=False)
 
 
-def first_pass(aim: Aim, dtype: np.dtype, channels: int, size: int) -> ExactCounts | Selection | Extremes:
+def first_pass(
+    aim: Aim, dtype: np.dtype, channels: int, size: int, linked: bool = False
+) -> ExactCounts | Selection | Extremes:
     """Where counting starts for `aim` on an image of `channels` with `size` pixels each."""
     if is_small(dtype):
-        return ExactCounts(aim, dtype)
+        return ExactCounts(aim, dtype, linked)
     if isinstance(aim, Stretching):
-        return Selection.start(aim, dtype, channels, size)
-    return Extremes(aim, dtype)
+        return Selection.start(aim, dtype, channels, size, linked)
+    return Extremes(aim, dtype, linked)
 
 
 def passes_needed(aim: type, dtype: np.dtype) -> int:
