@@ -1,0 +1,253 @@
+"""From disk to disk: the label image of clusters, and overlay pictures."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from daskcell.errors import InputError
+from daskcell.geometry import Box, Grid
+from daskcell.overlay.legend import add_legend
+from daskcell.overlay.paint import as_rgb, cluster_values, paint, stretch_limits
+from daskcell.overlay.palette import colors
+
+if TYPE_CHECKING:
+    from daskcell.compute import Workers
+    from daskcell.preprocess import Plan
+
+_STRIP = 1024
+_PIXELWISE = ("mix", "stretch", "curve")
+
+
+def write_cluster_labels(
+    zarr_path: str | Path,
+    table_path: str | Path,
+    k: int,
+    workers: Workers,
+    block: int,
+    *,
+    labels: str = "cells",
+    name: str = "clusters",
+    names: Sequence[str] | None = None,
+) -> list[int]:
+    """Write the label image ``labels/<name>`` of clusters (value = cluster + 1), with its colours and
+    pyramid.
+
+    Parameters
+    ----------
+    zarr_path
+        OME-Zarr image with the label image `labels`.
+    table_path
+        The slide's cells table, with the column ``cluster``.
+    k
+        Number of clusters of the model (of which a slide may show a few).
+    block
+        Side in pixels of the files and tasks.
+    names
+        Of the clusters, for the viewer; None: numbers.
+
+    Returns
+    -------
+    list of int
+        Cells of each cluster, as in the properties of the label image.
+    """
+    from daskcell import images
+
+    lookup = _lookup(str(table_path))
+    counts = np.bincount(lookup[1:], minlength=k + 1)[1:].tolist()
+    palette = colors(k)
+    images.create_labels(
+        zarr_path,
+        name,
+        block=block,
+        dtype=np.uint8 if k < 255 else np.uint16,
+        colors={i + 1: palette[i].tolist() for i in range(k)},
+        properties=[
+            {"label-value": i + 1, "name": names[i] if names else f"cluster {i}", "count": counts[i]}
+            for i in range(k)
+        ],
+    )
+    grid = Grid.regular(images.image_info(zarr_path).shape[1:], block)
+    window = workers.window()
+    for index in grid:
+        window.submit(
+            index, _cluster_labels_task, str(zarr_path), str(table_path), labels, name, k, grid.core(index)
+        )
+    for _ in window:
+        pass
+    images.build_label_pyramid(zarr_path, name, workers)
+    return counts
+
+
+def _cluster_labels_task(zarr_path: str, table_path: str, labels: str, name: str, k: int, box: Box) -> None:
+    from daskcell import images
+
+    values = _lookup(table_path)[images.read_labels(zarr_path, labels, box)]
+    images.write_labels_block(zarr_path, name, box, values.astype(np.uint8 if k < 255 else np.uint16))
+
+
+def _lookup(table_path: str) -> np.ndarray:
+    return _read_lookup(table_path, os.stat(table_path).st_mtime_ns)
+
+
+@lru_cache(maxsize=2)
+def _read_lookup(table_path: str, _: int) -> np.ndarray:
+    import pyarrow.parquet as pq
+
+    try:
+        column = pq.read_table(table_path, columns=["cluster"])["cluster"]
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{table_path} has no column 'cluster'. Assign clusters first.") from error
+    return cluster_values(column.to_numpy())
+
+
+def write_overlay(
+    zarr_path: str | Path,
+    table_path: str | Path,
+    folder: str | Path,
+    name: str,
+    k: int,
+    workers: Workers,
+    *,
+    formats: Iterable[Literal["tif", "png"]] = ("tif", "png"),
+    side: int = 8192,
+    plan: Plan | None = None,
+    labels: str = "cells",
+    names: Sequence[str] | None = None,
+) -> list[Path]:
+    """Write ``<name>.tif`` and ``<name>.png``: cells coloured by cluster over the picture.
+
+    Parameters
+    ----------
+    zarr_path, table_path, labels, k, names
+        As in `write_cluster_labels`.
+    folder
+        Where to write; files appear whole or not at all.
+    side
+        Longest side in pixels: of a larger image the first level of its pyramid that is smaller.
+    plan
+        Preprocessing, so that the picture is the one that was segmented; steps that look at a pixel's
+        neighbours are left out of smaller levels.
+
+    Returns
+    -------
+    list of Path
+        The ``.tif`` is tiled and compressed, with the pixel size where it is known; the ``.png`` has a
+        legend.
+    """
+    formats = list(formats)
+    if not formats:
+        return []
+    window = workers.window()
+    files = [Path(folder, f"{name}.{ending}") for ending in formats]
+    window.submit(
+        "overlay", _overlay_task, str(zarr_path), str(table_path), files, k, side, plan, labels, names
+    )
+    for _ in window:
+        pass
+    return files
+
+
+def _overlay_task(
+    zarr_path: str,
+    table_path: str,
+    files: Sequence[Path],
+    k: int,
+    side: int,
+    plan: Plan | None,
+    labels: str,
+    names: Sequence[str] | None,
+) -> None:
+    from daskcell import images
+    from daskcell.features.crops import sample_boxes
+
+    info = images.image_info(zarr_path)
+    level = next((i for i, shape in enumerate(info.levels) if max(shape) <= side), len(info.levels) - 1)
+    shape = info.levels[level]
+    lookup, palette = _lookup(table_path), colors(k)
+    read = _reader(zarr_path, level, shape, plan)
+    boxes, step = sample_boxes(shape)
+    samples = [read(box)[:, ::step, ::step] for box in boxes]
+    low, high = stretch_limits(samples, samples[0].dtype)
+    outline = 1 if level or _typical_diameter(table_path) < 24 else 2
+    picture = np.empty((*shape, 3), np.uint8)
+    for y0 in range(0, shape[0], _STRIP):
+        strip = Box(y0, 0, min(y0 + _STRIP, shape[0]), shape[1])
+        grown = strip.grow(outline).clip(shape)
+        cells = images.read_labels(zarr_path, labels, grown, level)
+        painted = paint(as_rgb(read(grown), low, high), cells, lookup, palette, outline=outline)
+        picture[strip.slices] = painted[strip.within(grown)]
+    counts = np.bincount(lookup[1:], minlength=k + 1)[1:]
+    for path in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            if path.suffix == ".png":
+                _write_png(temporary, add_legend(picture, palette, counts, names))
+            else:
+                size = None if info.pixel_size is None else tuple(v * 2**level for v in info.pixel_size)
+                _write_tif(temporary, picture, size)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _reader(
+    zarr_path: str, level: int, shape: tuple[int, int], plan: Plan | None
+) -> Callable[[Box], np.ndarray]:
+    """Pixels ``(C, h, w)`` of a box of a level, preprocessed."""
+    from daskcell import images
+    from daskcell.preprocess import apply_block
+
+    if plan is None:
+        return lambda box: images.read_block(zarr_path, box, level)
+    if level:
+        steps = tuple(step for step in plan.steps if step.kind in _PIXELWISE)
+        plan = replace(plan, shape=shape, steps=steps)
+
+    def read(box: Box) -> np.ndarray:
+        grown = box.grow(plan.halo).clip(shape)
+        block = apply_block(images.read_block(zarr_path, grown, level), plan, grown)
+        return block[(slice(None), *box.within(grown))]
+
+    return read
+
+
+def _typical_diameter(table_path: str) -> float:
+    import pyarrow.parquet as pq
+
+    area = pq.read_table(table_path, columns=["area"])["area"].to_numpy()
+    area = area[area > 0]
+    return float(np.sqrt(np.median(area) * 4 / np.pi)) if len(area) else 0.0
+
+
+def _write_tif(path: Path, picture: np.ndarray, pixel_size: Any) -> None:
+    import tifffile
+
+    # Pixels per centimetre, (x, y): what a TIFF can say that every program reads.
+    known = pixel_size is not None
+    tifffile.imwrite(
+        path,
+        picture,
+        photometric="rgb",
+        tile=(256, 256),
+        compression="deflate",
+        predictor=True,
+        resolution=(1e4 / pixel_size[1], 1e4 / pixel_size[0]) if known else None,
+        resolutionunit="CENTIMETER" if known else None,
+    )
+
+
+def _write_png(path: Path, picture: np.ndarray) -> None:
+    from PIL import Image
+
+    Image.MAX_IMAGE_PIXELS = None
+    with open(path, "wb") as file:
+        Image.fromarray(picture).save(file, format="png")

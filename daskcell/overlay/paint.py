@@ -1,0 +1,197 @@
+"""Pictures of the cells coloured by cluster.
+
+    picture, stretched  ──>  tinted inside each cell by its cluster's colour  ──>  cells outlined in full
+    colour
+
+The tint keeps the picture's light and dark, so that a cell shows its texture and its type. `paint` is the
+pure function; over it `overlay` for arrays, and `write_overlay` and `write_cluster_labels` from disk to disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from daskcell.errors import InputError
+from daskcell.overlay.palette import colors
+
+if TYPE_CHECKING:
+    import dask.array as da
+
+    ArrayLike = np.ndarray | da.Array
+
+OPACITY = 0.5
+STRETCH = (0.5, 99.8)
+
+
+def overlay(
+    image: ArrayLike,
+    labels: ArrayLike,
+    clusters: ArrayLike,
+    *,
+    opacity: float = OPACITY,
+    outline: int = 1,
+    palette: np.ndarray | None = None,
+) -> ArrayLike:
+    """Cells coloured by cluster over the picture.
+
+    Parameters
+    ----------
+    image : (C, Y, X) or (Y, X) numpy or Dask array
+        Three channels are shown as they are in colour, one in grey, others in the colours of
+        `features.crops.three_channels`. Bytes of three channels are taken as they are; anything else is
+        stretched, each channel by itself, between percentiles of the whole image.
+    labels : (Y, X) numpy or Dask array of whole numbers
+    clusters : (n,) array of whole numbers
+        Cluster of label 1, 2, ..., as `ClusterModel.predict` gives it; -1: none, the cell is not coloured.
+    opacity : float
+        Of the tint, from 0 (outlines only) to 1.
+    outline : int
+        Width in pixels of the line inside each cell's border.
+    palette : (k, 3) uint8
+        Colours of the clusters; None: `colors`.
+
+    Returns
+    -------
+    (Y, X, 3) uint8
+        Dask if image or labels are, else numpy.
+
+    Raises
+    ------
+    InputError
+        The shapes do not fit, or there are labels beyond the last of `clusters`.
+    """
+    import dask.array as da
+
+    from daskcell.features.crops import sample_boxes
+
+    lazy = isinstance(image, da.Array) or isinstance(labels, da.Array)
+    picture, cells = da.asanyarray(image), da.asanyarray(labels)
+    picture = picture[None] if picture.ndim == 2 else picture
+    if cells.ndim != 2 or picture.ndim != 3 or picture.shape[1:] != cells.shape:
+        raise InputError(
+            f"image must be (C, Y, X) with the Y and X of the labels, but the shapes are {picture.shape} and "
+            f"{cells.shape}."
+        )
+    clusters = np.asarray(clusters)
+    if clusters.ndim != 1 or clusters.dtype.kind not in "iu":
+        raise InputError(
+            f"clusters must be one whole number per cell, not {clusters.dtype} {clusters.shape}."
+        )
+    lookup = cluster_values(clusters)
+    palette = colors(max(int(lookup.max(initial=0)), 1)) if palette is None else np.asarray(palette, np.uint8)
+    boxes, step = sample_boxes(cells.shape)
+    samples = [np.asarray(picture[(slice(None), *box.slices)][:, ::step, ::step]) for box in boxes]
+    low, high = stretch_limits(samples, picture.dtype)
+
+    def block(pixels: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        rgb = as_rgb(pixels, low, high)
+        painted = paint(rgb, numbers[0], lookup, palette, opacity=opacity, outline=outline)
+        inner = slice(outline, -outline or None)
+        return np.moveaxis(painted[inner, inner], -1, 0)
+
+    if min(min(sizes) for sizes in cells.chunks) < outline:
+        cells = cells.rechunk(512)  # a halo has to come from the next block alone
+    painted = da.map_overlap(
+        block,
+        picture.rechunk((-1, *cells.chunks)),
+        cells[None],
+        depth={0: 0, 1: outline, 2: outline},
+        boundary="nearest",
+        trim=False,
+        align_arrays=False,
+        dtype=np.uint8,
+        chunks=((3,), *cells.chunks),
+        meta=np.zeros((0, 0, 0), np.uint8),
+    )
+    result = da.moveaxis(painted, 0, -1)
+    return result if lazy else result.compute()
+
+
+def cluster_values(clusters: np.ndarray) -> np.ndarray:
+    """What stands in the label image of clusters for label 0, 1, ...: cluster + 1, or 0 for none."""
+    return np.concatenate([[0], np.maximum(np.asarray(clusters, np.int64), -1) + 1])
+
+
+def paint(
+    picture: np.ndarray,
+    labels: np.ndarray,
+    lookup: np.ndarray,
+    palette: np.ndarray,
+    *,
+    opacity: float = OPACITY,
+    outline: int = 1,
+) -> np.ndarray:
+    """Colour the cells of one block.
+
+    Parameters
+    ----------
+    picture : (h, w, 3) float
+        From 0 to 1.
+    labels : (h, w) array of whole numbers
+        With `outline` pixels more around the part that is wanted: a cell's border is where its neighbour
+        differs.
+    lookup : (n + 1,) array
+        Cluster + 1 of every label; 0: not coloured.
+    palette : (k, 3) uint8
+
+    Returns
+    -------
+    (h, w, 3) uint8
+    """
+    if labels.size and int(labels.max()) >= len(lookup):
+        raise InputError(
+            f"There is a cell {int(labels.max())}, but clusters of {len(lookup) - 1} cells only. "
+            "Give one cluster per label."
+        )
+    value = lookup[labels]
+    table = np.concatenate([np.zeros((1, 3), np.uint8), palette]).astype(np.float32) / 255
+    color = table[value]
+    light = (picture.max(axis=-1) + picture @ np.array([0.299, 0.587, 0.114], np.float32)) / 2
+    light = light[..., None]
+    # Inside cells, colour means the type: the picture keeps half of its own, so that stains can still be told
+    # apart. Dark texture stays dark, but never so dark that the type's colour is lost.
+    tinted = (1 - opacity) * (picture + light) / 2 + opacity * color * (0.4 + 0.6 * light)
+    out = np.where((value > 0)[..., None], tinted, picture)
+    edge = borders(labels, outline) & (value > 0)
+    out[edge] = color[edge]
+    return np.round(np.clip(out, 0, 1) * 255).astype(np.uint8)
+
+
+def borders(labels: np.ndarray, width: int) -> np.ndarray:
+    """Pixels less than `width` steps from a pixel of another label (steps to the sides and corners in
+    turn)."""
+    edge = np.zeros(labels.shape, bool)
+    for step in range(1, width + 1):
+        for axis in (0, 1):
+            near, far = [slice(None)] * 2, [slice(None)] * 2
+            near[axis], far[axis] = slice(None, -step), slice(step, None)
+            differs = labels[tuple(near)] != labels[tuple(far)]
+            edge[tuple(near)] |= differs
+            edge[tuple(far)] |= differs
+    return edge
+
+
+def as_rgb(block: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Channels ``(C, h, w)`` as a picture ``(h, w, 3)`` from 0 to 1; `low` and `high` (C,) become 0 and 1."""
+    from daskcell.features.crops import three_channels
+
+    low, high = (np.asarray(values, np.float32)[:, None, None] for values in (low, high))
+    scaled = np.clip((block.astype(np.float32) - low) / np.maximum(high - low, np.float32(1e-12)), 0, 1)
+    scaled = np.nan_to_num(scaled)
+    if len(scaled) > 7:
+        scaled = scaled.mean(axis=0, keepdims=True)
+    return np.moveaxis(three_channels(scaled), 0, -1)
+
+
+def stretch_limits(samples: Sequence[np.ndarray], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Values of each channel that become 0 and 1, from samples ``(C, h, w)``."""
+    count = len(samples[0]) if samples else 1
+    if dtype == np.uint8 and count == 3:
+        return np.zeros(3), np.full(3, 255.0)
+    values = np.concatenate([sample.reshape(count, -1) for sample in samples] or [np.zeros((1, 1))], axis=1)
+    values = np.where(np.isfinite(values), values, 0).astype(np.float64)
+    low, high = np.percentile(values, STRETCH, axis=1)
+    return low, np.where(high > low, high, low + 1)
