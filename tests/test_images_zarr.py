@@ -121,6 +121,9 @@ def test_files_hold_less_pixels_of_more_channels() -> None:
     assert store.shard_shape(3, (40, 40), "uint8") == (3, 512, 512)
     channels, height, width = store.shard_shape(40, (100_000, 80_000), "uint16")
     assert channels * height * width * 2 <= store.SHARD_BYTES
+    channels, height, width = store.shard_shape(3, (100_000, 80_000), "uint8", strips=True)
+    assert channels * height * 80_000 <= store.SHARD_BYTES
+    assert width == 4096
     assert height % store.CHUNK == width % store.CHUNK == 0
 
 
@@ -222,10 +225,53 @@ def test_fingerprint_goes_by_pixels_not_by_file(tmp_path: Path, monkeypatch: pyt
     pixels = RNG.integers(0, 255, (2, 100, 150), np.uint8)
     plain = images.convert_slide(source_of(tmp_path, pixels, "a"), tmp_path / "a.zarr")
     packed = source_of(tmp_path, pixels, "b", compression="zlib", tile=(32, 32))
+    monkeypatch.setattr(store, "SHARD", 96)
     assert images.convert_slide(packed, tmp_path / "b.zarr")["fingerprint"] == plain["fingerprint"]
     pixels[1, 99, 149] ^= 1
     other = images.convert_slide(source_of(tmp_path, pixels, "c"), tmp_path / "c.zarr")
     assert other["fingerprint"] != plain["fingerprint"]
+
+
+def test_a_strip_is_decoded_once_for_a_whole_row_of_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_files(monkeypatch)
+    pixels = RNG.integers(0, 255, (1, 130, 400), np.uint8)
+    source = source_of(tmp_path, pixels, rowsperstrip=5, compression="zlib")
+    reads: list[Box] = []
+
+    class Counting:
+        def __init__(self) -> None:
+            self.inner = source.open()
+
+        def read(self, level: int, box: Box):
+            reads.append(box)
+            return self.inner.read(level, box)
+
+    counting = Counting()
+    monkeypatch.setattr(conversion, "cached_reader", lambda *args: counting)
+    result = images.convert_slide(source, tmp_path / "a.zarr")
+    assert reads == [Box(0, 0, 64, 400), Box(64, 0, 128, 400), Box(128, 0, 130, 400)]
+    assert result["files"] == len(files_of_pixels(tmp_path / "a.zarr"))
+    np.testing.assert_array_equal(images.read_block(tmp_path / "a.zarr", Box(0, 0, 130, 400)), pixels)
+    reads.clear()
+    monkeypatch.setattr(store, "SHARD_BYTES", 130 * 64)  # lower files, and four side by side
+    wide = images.convert_slide(source, tmp_path / "b.zarr")
+    assert {box.shape for box in reads} == {(32, 256), (32, 144), (2, 256), (2, 144)}
+    assert wide["fingerprint"] == result["fingerprint"]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int8", "int16"])
+@pytest.mark.parametrize("side", [30, 1100])  # counted by numpy, and compiled
+def test_histograms_are_exact(dtype: str, side: int) -> None:
+    from daskcell.images.summary import describe
+
+    limits = np.iinfo(dtype)
+    pixels = RNG.integers(limits.min, limits.max, (1, side, side + 1), dtype, endpoint=True)
+    (histogram,) = describe(pixels, Box(0, 0, side, side + 1)).histograms
+    assert histogram is not None
+    for got, expected in zip(histogram, np.unique(pixels, return_counts=True), strict=True):
+        np.testing.assert_array_equal(got, expected)
 
 
 def read_ome_zarr_of_another_writer(tmp_path: Path, version: str) -> None:
@@ -291,7 +337,7 @@ def test_failure_in_the_middle_leaves_nothing_and_keeps_the_old(
     source = source_of(tmp_path, np.ones((1, 200, 200), np.uint8))
     target = tmp_path / "x.zarr"
     images.convert_slide(source, target)
-    write, calls = conversion._convert_shard, []
+    write, calls = conversion._convert_run, []
 
     def fails_at_the_third(*args):
         calls.append(args)
@@ -299,7 +345,7 @@ def test_failure_in_the_middle_leaves_nothing_and_keeps_the_old(
             raise OSError("disk full")
         return write(*args)
 
-    monkeypatch.setattr(conversion, "_convert_shard", fails_at_the_third)
+    monkeypatch.setattr(conversion, "_convert_run", fails_at_the_third)
     with pytest.raises(OSError, match="disk full"):
         images.convert_slide(source, tmp_path / "y.zarr")
     calls.clear()
@@ -313,13 +359,13 @@ KILLED = """
 import sys, time
 from daskcell import images
 from daskcell.images import conversion, store
-store.SHARD, write = 512, conversion._convert_shard
+store.SHARD, write = 512, conversion._convert_run
 def slowly(*args):
     result = write(*args)
     print("written", flush=True)
     time.sleep(0.2)
     return result
-conversion._convert_shard = slowly
+conversion._convert_run = slowly
 images.convert_slide(images.find_images(sys.argv[1])[0], sys.argv[2])
 """
 

@@ -6,17 +6,15 @@ reading. The image is written beside its target and renamed when whole: what has
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
-from numpy.typing import NDArray
 
 from daskcell.config import InputSettings
 from daskcell.errors import DaskcellError, ImageError
@@ -26,6 +24,7 @@ from daskcell.images.pyramid import level_shapes
 from daskcell.images.readers import Reader
 from daskcell.images.sandbox import open_safely
 from daskcell.images.sources import Source
+from daskcell.images.summary import Part, Summary, describe
 
 Task = tuple[Any, Callable[..., Any], tuple[Any, ...]]
 
@@ -66,6 +65,7 @@ def convert_slide(
     try:
         shape = reader.levels[0]
         count, dtype = len(reader.channels), reader.dtype
+        strips = reader.piece[1] >= shape[1] and reader.piece[0] < shape[0]
         header = metadata.Header(source.name, reader.channels, reader.pixel_size, reader.is_rgb)
     finally:
         reader.close()
@@ -76,17 +76,18 @@ def convert_slide(
         shapes = level_shapes(shape)
         group = store.new_group(partial)
         for level, (y, x) in enumerate(shapes):
-            shards = store.shard_shape(count, (y, x), dtype)
+            shards = store.shard_shape(count, (y, x), dtype, strips=strips and not level)
             store.create_level(group, level, (count, y, x), shards, (1, store.CHUNK, store.CHUNK), dtype)
-        files = 0
         summary = Summary(count)
         grid = _grid(group["0"])
+        files = len(grid)
+        runs = _runs(grid, count * dtype.itemsize) if strips else [(grid.core(i),) for i in grid]
         tasks: Iterable[Task] = (
-            (("convert", *i), _convert_shard, (source, identity, str(partial), grid.core(i))) for i in grid
+            (("convert", k), _convert_run, (source, identity, str(partial), run))
+            for k, run in enumerate(runs)
         )
-        for key, part in run_tasks(workers, tasks):
-            summary.add(key[1:], part)
-            files += 1
+        for _, part in run_tasks(workers, tasks):
+            summary.add(part)
         summary.check(source, header.channels)
         for level in range(1, len(shapes)):
             grid = _grid(group[str(level)])
@@ -96,8 +97,9 @@ def convert_slide(
             )
             for _ in run_tasks(workers, tasks):
                 files += 1
-        fingerprint = summary.fingerprint(header)
-        metadata.write(group, header, shapes, summary.windows(group, dtype), fingerprint)
+        fingerprint = summary.fingerprint(header.channels, dtype)
+        windows = summary.windows(lambda: np.asarray(store.level_of(group, -1)))
+        metadata.write(group, header, shapes, windows, fingerprint)
         _replace(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -125,82 +127,16 @@ def run_tasks(workers: Any, tasks: Iterable[Task]) -> Iterator[tuple[Any, Any]]:
     yield from window
 
 
-class Summary:
-    """What is learnt about the pixels while they are written, gathered from all blocks in any order."""
-
-    def __init__(self, channels: int) -> None:
-        self.histograms: list[dict[int, int] | None] = [{} for _ in range(channels)]
-        self.hashes: dict[tuple[int, ...], str] = {}
-        self.bad = [0] * channels
-
-    def add(self, key: tuple[int, ...], part: dict[str, Any]) -> None:
-        self.hashes[key] = part["hash"]
-        self.bad = [a + b for a, b in zip(self.bad, part["bad"], strict=True)]
-        for k, histogram in enumerate(part["histograms"]):
-            mine = self.histograms[k]
-            if histogram is None or mine is None:
-                self.histograms[k] = None
-                continue
-            for value, number in zip(*histogram, strict=True):
-                mine[int(value)] = mine.get(int(value), 0) + int(number)
-
-    def check(self, source: Source, channels: Sequence[str]) -> None:
-        """Refuse pixels that are no numbers: they would spread through filters, percentiles and features."""
-        for channel, bad in zip(channels, self.bad, strict=True):
-            if bad:
-                raise ImageError(
-                    f"{source.file_of(channel)} holds {bad} pixels that are not finite numbers (NaN or "
-                    "infinite); please replace them first."
-                )
-
-    def fingerprint(self, header: metadata.Header) -> str:
-        parts = [repr(header.channels), *(self.hashes[key] for key in sorted(self.hashes))]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-    def windows(self, group: zarr.Group, dtype: np.dtype) -> list[tuple[float, float, float, float]]:
-        """``(min, max, low, high)`` of each channel: extremes and the 0.1 and 99.9 percentiles.
-
-        Exact for integers of at most 16 bits, whose histograms are known; from the smallest level for others.
-        """
-        smallest: NDArray | None = None
-        if dtype.itemsize > 2:
-            smallest = np.asarray(store.level_of(group, -1))
-        windows = []
-        for k, histogram in enumerate(self.histograms):
-            if histogram is None or not histogram:
-                assert smallest is not None
-                values: NDArray = np.sort(smallest[k].ravel())
-                counts = np.ones(len(values), np.int64)
-            else:
-                values = np.array(sorted(histogram))
-                counts = np.array([histogram[int(v)] for v in values])
-            below = np.cumsum(counts) / counts.sum()
-            low, high = np.searchsorted(below, (0.001, 0.999)).clip(max=len(values) - 1)
-            windows.append((float(values[0]), float(values[-1]), float(values[low]), float(values[high])))
-        return windows
-
-
-def _convert_shard(source: Source, identity: str, path: str, box: Box) -> dict[str, Any]:
-    """Read one block, write it as one file, and describe it."""
-    pixels = cached_reader(source, identity).read(0, box)
+def _convert_run(source: Source, identity: str, path: str, boxes: tuple[Box, ...]) -> Part:
+    """Read a run of blocks that lie side by side at once, and write each as one file."""
     array = _array(path, store.stamp(os.path.join(path, "0")))
-    store.assert_aligned(box, array)
-    array[(slice(None), *box.slices)] = pixels
-    return {
-        "hash": hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=16).hexdigest(),
-        "bad": [int(c.size - np.isfinite(c).sum()) if c.dtype.kind == "f" else 0 for c in pixels],
-        "histograms": [_histogram(channel) for channel in pixels],
-    }
-
-
-def _histogram(channel: NDArray) -> tuple[NDArray, NDArray] | None:
-    """Values that occur and how often, for integers of at most 16 bits."""
-    if channel.dtype.kind not in "iu" or channel.dtype.itemsize > 2:
-        return None
-    low = int(np.iinfo(channel.dtype).min)
-    counts = np.bincount(channel.ravel().astype(np.int64) - low if low else channel.ravel())
-    values = np.flatnonzero(counts)
-    return values + low, counts[values]
+    for box in boxes:
+        store.assert_aligned(box, array)
+    run = Box(boxes[0].y0, boxes[0].x0, boxes[-1].y1, boxes[-1].x1)
+    pixels = cached_reader(source, identity).read(0, run)
+    for box in boxes:
+        array[(slice(None), *box.slices)] = pixels[(slice(None), *box.within(run))]
+    return describe(pixels, run)
 
 
 @lru_cache(maxsize=2)
@@ -212,6 +148,18 @@ def cached_reader(source: Source, identity: str) -> Reader:
 @lru_cache(maxsize=4)
 def _array(path: str, stamp: tuple[int, ...]) -> zarr.Array:
     return store.writable(path, 0)
+
+
+def _runs(grid: Grid, pixel_bytes: int) -> list[tuple[Box, ...]]:
+    """Blocks that one task reads together, so that a strip as wide as the picture is decoded once."""
+    down, across = grid.counts
+    height, width = grid.core((0, 0)).shape
+    most = max(1, store.SHARD_BYTES // (height * width * pixel_bytes))
+    return [
+        tuple(grid.core((i, j)) for j in range(first, min(first + most, across)))
+        for i in range(down)
+        for first in range(0, across, most)
+    ]
 
 
 def _grid(array: Any) -> Grid:

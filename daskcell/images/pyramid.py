@@ -38,15 +38,12 @@ def halve_mean(array: NDArray) -> NDArray:
     if y % 2 or x % 2:
         # Repeating the last row leaves the mean of the pixels that are there.
         array = np.pad(array, [(0, 0)] * (array.ndim - 2) + [(0, y % 2), (0, x % 2)], mode="edge")
-    if array.dtype.kind == "f":
-        wide = np.promote_types(array.dtype, np.float32)
-    elif array.dtype.itemsize <= 2:
-        wide = np.dtype(np.int32)
-    else:
-        wide = np.dtype(np.int64)
-    total = array[..., 0::2, 0::2].astype(wide)
-    for rows, columns in ((0, 1), (1, 0), (1, 1)):
-        total += array[..., rows::2, columns::2]
+    kind, size = array.dtype.kind, array.dtype.itemsize
+    # The sum of four needs two bits more: the next size of integers is enough, and the fastest.
+    wide = np.promote_types(array.dtype, np.float32) if kind == "f" else np.dtype(f"{kind}{min(2 * size, 8)}")
+    total = np.add(array[..., 0::2, 0::2], array[..., 0::2, 1::2], dtype=wide)
+    total += array[..., 1::2, 0::2]
+    total += array[..., 1::2, 1::2]
     if array.dtype.kind == "f":
         total *= wide.type(0.25)
     else:

@@ -54,12 +54,19 @@ class ImageInfo:
         return f"<ImageInfo {c} x {y} x {x} {self.dtype}, channels {', '.join(self.channels)}>"
 
 
-def shard_shape(channels: int, shape: tuple[int, int], dtype: Any) -> tuple[int, int, int]:
-    """Sides of one file ``(C, Y, X)``: as large as the image and `SHARD_BYTES` allow, in whole chunks."""
-    side = SHARD
-    while side > CHUNK and channels * side * side * np.dtype(dtype).itemsize > SHARD_BYTES:
-        side //= 2
-    y, x = (min(side, -(-length // CHUNK) * CHUNK) for length in shape)
+def shard_shape(
+    channels: int, shape: tuple[int, int], dtype: Any, *, strips: bool = False
+) -> tuple[int, int, int]:
+    """Sides of one file ``(C, Y, X)``: as large as the image and `SHARD_BYTES` allow, in whole chunks.
+
+    For a picture stored in `strips` as wide as itself, a row of files is bounded: it is read at once.
+    """
+    pixel = channels * np.dtype(dtype).itemsize
+    y, x = (min(SHARD, -(-length // CHUNK) * CHUNK) for length in shape)
+    while max(x, y) > CHUNK and pixel * y * x > SHARD_BYTES:
+        y, x = (max(CHUNK, side // 2 // CHUNK * CHUNK) for side in (y, x))
+    while strips and y > CHUNK and pixel * y * shape[1] > SHARD_BYTES:
+        y = max(CHUNK, y // 2 // CHUNK * CHUNK)
     return channels, y, x
 
 
