@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import ndimage
@@ -24,7 +24,7 @@ CHANNELS = ("red", "green", "blue", "cyan")
 
 @dataclass(frozen=True)
 class CellType:
-    """What the cells of one type have in common. Lengths in pixels; stains are ``(red, green, blue, cyan)``."""
+    """What the cells of one type have in common. Lengths in pixels, stains ``(red, green, blue, cyan)``."""
 
     name: str
     diameter: float
@@ -57,7 +57,8 @@ class CellType:
 _GRANULE = (0.18, 0.24, 0.0, 0.04)
 CELL_TYPES: tuple[CellType, ...] = (
     CellType("lymphocyte", 19, nucleus=0.80, elongation=1.08, dna=0.75, cytoplasm=(0.08, 0.22, 0.0, 0.02)),
-    CellType("monocyte", 33, nucleus=0.60, form="kidney", dna=0.5, cytoplasm=(0.10, 0.42, 0.0, 0.08), texture=0.2),
+    CellType("monocyte", 33, nucleus=0.60, form="kidney", dna=0.5, texture=0.2,
+             cytoplasm=(0.10, 0.42, 0.0, 0.08)),
     CellType("granulocyte_cyan", 27, nuclei=3, nucleus=0.36, form="lobes", spread=0.36, dna=0.7,
              cytoplasm=_GRANULE, granules=(0.0, 0.0, 0.0, 0.55), granularity=7.0),
     CellType("granulocyte_red", 27, nuclei=3, nucleus=0.36, form="lobes", spread=0.36, dna=0.7,
@@ -71,7 +72,8 @@ CELL_TYPES: tuple[CellType, ...] = (
     CellType("binucleate", 50, elongation=1.35, nuclei=2, nucleus=0.32, spread=0.42, dna=0.6,
              cytoplasm=(0.30, 0.20, 0.0, 0.14), texture=0.15),
     CellType("crescent", 26, outline="crescent", nuclei=0, cytoplasm=(0.55, 0.10, 0.0, 0.05), texture=0.06),
-    CellType("dividing", 31, elongation=1.05, nucleus=0.62, form="plate", dna=1.0, cytoplasm=(0.16, 0.34, 0.0, 0.12)),
+    CellType("dividing", 31, elongation=1.05, nucleus=0.62, form="plate", dna=1.0,
+             cytoplasm=(0.16, 0.34, 0.0, 0.12)),
 )  # fmt: skip
 """The 11 types; a cell's type is its place in this list."""
 
@@ -121,13 +123,20 @@ def synthesize_field(
     return _draw(shape, seed, cells, clumping, noise, types)[0]
 
 
-def synthesize_nuclei(shape: tuple[int, int], seed: int, **options) -> tuple[Field, np.ndarray]:
+def synthesize_nuclei(shape: tuple[int, int], seed: int, **options: Any) -> tuple[Field, np.ndarray]:
     """`synthesize_field` and, for each pixel of a nucleus, the label of its cell ``(Y, X)`` uint32."""
-    settings = {"cells": None, "clumping": 0.45, "noise": 1.0, "types": None} | options
+    settings: dict[str, Any] = {"cells": None, "clumping": 0.45, "noise": 1.0, "types": None} | options
     return _draw(shape, seed, **settings)
 
 
-def _draw(shape, seed, cells, clumping, noise, types) -> tuple[Field, np.ndarray]:
+def _draw(
+    shape: tuple[int, int],
+    seed: int,
+    cells: int | None,
+    clumping: float,
+    noise: float,
+    types: Sequence[int] | None,
+) -> tuple[Field, np.ndarray]:
     height, width = (int(side) for side in shape)
     if min(height, width) < 32:
         raise InputError(
@@ -211,7 +220,7 @@ class _Canvas:
             return y + distance * np.sin(angle), x + distance * np.cos(angle)
         return rng.uniform(0, self.shape[0]), rng.uniform(0, self.shape[1])
 
-    def _window(self, y: float, x: float, reach: int):
+    def _window(self, y: float, x: float, reach: int) -> tuple[Any, Any]:
         y0, x0 = round(y) - reach, round(x) - reach
         side = 2 * reach + 1
         top, left = max(0, -y0), max(0, -x0)
@@ -221,7 +230,17 @@ class _Canvas:
         window = slice(y0 + top, y0 + bottom), slice(x0 + left, x0 + right)
         return window, (slice(top, bottom), slice(left, right))
 
-    def _paint(self, spec, outline, radius, grid, depth, window, inner, mine) -> None:
+    def _paint(
+        self,
+        spec: CellType,
+        outline: _Outline,
+        radius: float,
+        grid: np.ndarray,
+        depth: np.ndarray,
+        window: Any,
+        inner: Any,
+        mine: np.ndarray,
+    ) -> None:
         rng = self.rng
         cover = 1 / (1 + np.exp(-np.clip(depth / 0.6, -30, 30)))
         dome = np.sqrt(np.clip(depth / (0.6 * radius), 0, 1))
@@ -249,11 +268,7 @@ class _Canvas:
         self.nuclei[window] |= mine & (nucleus[inner] > 0)
         if spec.granularity:
             ys, xs = np.nonzero(mine & (nucleus[inner] < 0) & (depth[inner] > 1))
-            pick = (
-                rng.integers(0, max(1, len(ys)), rng.poisson(spec.granularity * len(ys) / 100))
-                if len(ys)
-                else []
-            )
+            pick = rng.integers(0, max(1, len(ys)), rng.poisson(spec.granularity * len(ys) / 100))
             strength = brightness[1] * rng.gamma(6.0, 1 / 6.0, len(pick))
             for channel, ink in enumerate(spec.granules):
                 if ink and len(pick):

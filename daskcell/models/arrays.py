@@ -1,4 +1,4 @@
-"""Weights as plain arrays in an ``.npz`` file: no pickle, fingerprinted, half precision where that is harmless."""
+"""Weights as plain arrays in an ``.npz`` file: no pickle, fingerprinted, kernels in half precision."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def save_arrays(path: str | Path, weights: dict, kind: str, note: str = "") -> P
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     with open(part, "wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, allow_pickle=False, **arrays)
     os.replace(part, path)
     return path
 

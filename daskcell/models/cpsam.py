@@ -1,20 +1,25 @@
 """Real Cellpose-SAM weights into cellpose's own network, or a clear refusal.
 
-cellpose loads a checkpoint with ``strict=False`` and looks for one key only, so a file of another network loads
-silently and finds nothing. Here every name and shape must agree, and nothing is unpickled but tensors.
+cellpose loads a checkpoint with ``strict=False`` and looks for one key only, so a file of another network
+loads silently and finds nothing. Here every name and shape must agree, and nothing is unpickled but tensors.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from daskcell.errors import WeightsError
+
+if TYPE_CHECKING:
+    import torch
 
 # Records of the training set, not weights; files of some cellpose versions lack them.
 _OPTIONAL = {"diam_labels", "diam_mean"}
 
 
-def looks_like_cpsam(names) -> bool:
+def looks_like_cpsam(names: Iterable[str]) -> bool:
     """Whether names of tensors are those of a Cellpose 4 network with a SAM backbone."""
     bare = {name.removeprefix("module.") for name in names}
     return "W2" in bare and "encoder.patch_embed.proj.weight" in bare and "encoder.cls_token" not in bare
@@ -51,8 +56,8 @@ def read_checkpoint(path: str | Path) -> dict:
     return state
 
 
-def load_cpsam(path: str | Path, device: str = "cpu", dtype=None):
-    """Cellpose-SAM with the weights of a file, on `device`, in `dtype` (bfloat16, as cellpose runs it, if None).
+def load_cpsam(path: str | Path, device: str = "cpu", dtype: Any = None) -> torch.nn.Module:
+    """Cellpose-SAM with a file's weights, on `device`, in `dtype` (None: bfloat16, as cellpose runs it).
 
     Raises
     ------
@@ -64,7 +69,7 @@ def load_cpsam(path: str | Path, device: str = "cpu", dtype=None):
     state = {name.removeprefix("module."): value for name, value in read_checkpoint(path).items()}
     if "encoder.cls_token" in state:
         raise WeightsError(
-            f"{path} holds a Cellpose network with a DINO backbone, which daskcell cannot build. Please use cpsam_v2."
+            f"{path} holds a Cellpose network with a DINO backbone, which daskcell lacks. Use cpsam_v2."
         )
     net = _build()
     _compare(path, {k: tuple(v.shape) for k, v in net.state_dict().items()}, state)
@@ -78,10 +83,9 @@ def load_cpsam(path: str | Path, device: str = "cpu", dtype=None):
     return net.eval()
 
 
-def _build():
+def _build() -> Any:
     """Cellpose's network without memory for its weights, which come from the file."""
     import torch
-
     from cellpose.vit import CPSAM
 
     with torch.device("meta"):
@@ -95,8 +99,8 @@ def _compare(path: str | Path, expected: dict, state: dict) -> None:
         parts = [f"lacks {len(missing)} tensors such as '{missing[0]}'"] if missing else []
         parts += [f"has {len(unknown)} unknown ones such as '{unknown[0]}'"] if unknown else []
         raise WeightsError(
-            f"{path} is no Cellpose-SAM checkpoint: it {' and '.join(parts)}. Please check the file, or fetch it "
-            "with 'daskcell weights fetch cpsam_v2'."
+            f"{path} is no Cellpose-SAM checkpoint: it {' and '.join(parts)}. Please check the file, "
+            "or fetch it with 'daskcell weights fetch cpsam_v2'."
         )
     wrong = [k for k, shape in expected.items() if k in state and tuple(state[k].shape) != shape]
     if wrong:

@@ -1,12 +1,13 @@
 """The embedded encoder's network: a small ResNet whose feature maps are pooled over parts of the cell.
 
-**Input.** Crops ``(N, 3, H, W)`` float from 0 to 1, fitted to the cell, with neighbours and surroundings blanked
-out by the background's colour. The background is read from the crop's own border. Light above a dark
-background, or optical density relative to a bright one, is what the network sees (`signal_of`), so fluorescence and
-stained cells look alike. Made for 64 x 64 pixels; any size of at least 16 works.
+**Input.** Crops ``(N, 3, H, W)`` float from 0 to 1, fitted to the cell, with neighbours and surroundings
+blanked out by the background's colour. The background is read from the crop's own border. Light above a dark
+background, or optical density relative to a bright one, is what the network sees (`signal_of`), so
+fluorescence and stained cells look alike. Made for 64 x 64 pixels; any size of at least 16 works.
 
-**Pooling.** Mean and deviation over the cell, and the means over its stronger and its weaker part, of the maps of
-every stage. Region pooling gave most of what separates stained blood cells; a plain mean over the crop loses it.
+**Pooling.** Mean and deviation over the cell, and the means over its stronger and its weaker part, of the
+maps of every stage. Region pooling gave most of what separates stained blood cells; a plain mean over the
+crop loses it.
 """
 
 from __future__ import annotations
@@ -39,6 +40,11 @@ class TinyEncoder(nn.Module):
         inputs = (widths[0], *widths)
         self.blocks = nn.ModuleList(_Block(a, b) for a, b in zip(inputs, widths, strict=False))
         pooled = 4 * sum(widths)
+        self.centre: Tensor
+        self.scale: Tensor
+        self.axes: Tensor
+        # Normalisation of the input, as for other encoders: none.
+        self.mean = self.std = None
         self.register_buffer("centre", torch.zeros(pooled))
         self.register_buffer("scale", torch.ones(pooled))
         self.register_buffer("axes", torch.eye(pooled)[:dim].clone())
@@ -70,7 +76,7 @@ class TinyEncoder(nn.Module):
         regions = cell_regions(signal)
         parts = []
         for maps in self.stages(signal):
-            weights = F.adaptive_avg_pool2d(regions, maps.shape[-2:]).flatten(2)
+            weights = F.adaptive_avg_pool2d(regions, (maps.shape[-2], maps.shape[-1])).flatten(2)
             weights = weights / weights.sum(2, keepdim=True).clamp_min(1e-6)
             flat = maps.float().flatten(2)
             means = torch.einsum("nrp,ncp->nrc", weights, flat)
@@ -130,9 +136,9 @@ class _Block(nn.Module):
 def fit_projection(net: TinyEncoder, crops: np.ndarray, seed: int = 0, batch: int = 128) -> None:
     """Set the encoder's linear map from crops ``(n, 3, H, W)``, float 0..1 or uint8.
 
-    Pooled numbers are standardised and projected onto their first principal axes. These are then turned at random:
-    every output carries about the same variance, so standardising the outputs later does not blow up the weakest
-    axes (which would be whitening).
+    Pooled numbers are standardised and projected onto their first principal axes. These are then turned at
+    random: every output carries about the same variance, so standardising the outputs later does not blow up
+    the weakest axes (which would be whitening).
     """
     net.eval()
     pooled = torch.cat([net.pooled(as_input(crops[i : i + batch])) for i in range(0, len(crops), batch)])

@@ -1,4 +1,4 @@
-"""Crops of single cells to train the encoder: fitted to the cell, everything else in the background's colour."""
+"""Crops of single cells to train the encoder: one cell each, all else in the background's colour."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Training an encoder on crops of cells, without labels.
 
 Contrastive (InfoNCE; van den Oord et al., arXiv:1807.03748), but a cell's partner is not another view of
-itself: it is an altered view of one of its nearest neighbours by quick measurements (`crop_features`). Views of one
-cell teach what an augmentation changes; neighbours teach what may differ between cells of one type.
+itself: it is an altered view of one of its nearest neighbours by quick measurements (`crop_features`). Views
+of one cell teach what an augmentation changes; neighbours teach what may differ between cells of one type.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def train_encoder(
     Parameters
     ----------
     crops
-        ``(n, 3, H, W)`` uint8 or float 0..1, as the encoder wants them (`daskcell.models.encoder`), or one such
-        array for each data set (memory-mapped ones will do). A step compares cells of one data set only.
+        ``(n, 3, H, W)`` uint8 or float 0..1, as the encoder wants them (`daskcell.models.encoder`), or one
+        such array for each data set (memory-mapped ones will do). A step compares cells of one data set only.
     out
         Folder for ``encoder.npz`` (usable as ``encoder=``), ``checkpoint.pt`` and ``log.csv``.
 
@@ -100,6 +100,7 @@ def train_encoder(
 
     def export(student: nn.Module, note: str) -> Path:
         encoder = student.encoder
+        assert isinstance(encoder, TinyEncoder)
         fit_projection(encoder, sample, recipe.seed)
         return save_arrays(out / "encoder.npz", encoder.state_dict(), KIND, note)
 

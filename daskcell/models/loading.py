@@ -10,6 +10,7 @@ import hashlib
 import threading
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,8 +36,8 @@ def load_network(
     Parameters
     ----------
     name_or_path
-        ``tiny`` (embedded), ``cpsam_v2`` or ``cpsam`` (fetched before), or a file: weights of `train_segmenter`
-        (``.npz``) or a Cellpose-SAM checkpoint.
+        ``tiny`` (embedded), ``cpsam_v2`` or ``cpsam`` (fetched before), or a file: weights of
+        `train_segmenter` (``.npz``) or a Cellpose-SAM checkpoint.
     device
         ``cpu``, ``cuda`` or ``cuda:<n>``.
     dtype
@@ -46,8 +47,8 @@ def load_network(
     -------
     torch.nn.Module
         In evaluation mode, with ``device`` and ``dtype``; ``forward`` takes ``(N, 3, H, W)`` and returns
-        ``(N, 3, H, W)`` (flow y, flow x, cell probability) and a style ``(N, 256)``. Shared within the process:
-        do not train it.
+        ``(N, 3, H, W)`` (flow y, flow x, cell probability) and a style ``(N, 256)``. Shared within the
+        process: do not train it.
 
     Raises
     ------
@@ -65,9 +66,10 @@ def load_network(
 def load_encoder(name_or_path: str | Path = "tiny", device: str = "cpu") -> torch.nn.Module:
     """An encoder: ``forward`` takes crops ``(N, 3, H, W)`` float and returns ``(N, d)``.
 
-    `name_or_path` is ``tiny``, a file of weights made by `train_encoder`, or a torchvision name (outputs of its
-    last layer). ``tiny`` wants crops from 0 to 1, blanked with the background's colour; torchvision's want
-    ImageNet's mean and deviation taken off: attributes ``size``, ``mean`` and ``std`` (None for ``tiny``) say so.
+    `name_or_path` is ``tiny``, a file of weights made by `train_encoder`, or a torchvision name (outputs of
+    its last layer). ``tiny`` wants crops from 0 to 1, blanked with the background's colour; torchvision's
+    want ImageNet's mean and deviation taken off: attributes ``size``, ``mean`` and ``std`` (None for
+    ``tiny``) say so.
 
     Raises
     ------
@@ -101,7 +103,7 @@ def clear_networks() -> None:
         _cache.clear()
 
 
-def _cached(key: tuple, build) -> Any:
+def _cached(key: tuple, build: Callable[[], Any]) -> Any:
     with _lock:
         if key not in _cache:
             _cache[key] = build()
@@ -158,8 +160,8 @@ def _build_network(path: Path, device: str, dtype: Any) -> torch.nn.Module:
     names = read_checkpoint(path).keys()
     if not looks_like_cpsam(names) and not any("encoder.cls_token" in name for name in names):
         raise WeightsError(
-            f"{path} is neither a Cellpose-SAM checkpoint nor weights of daskcell's own (.npz); its first tensor is "
-            f"'{next(iter(names))}'."
+            f"{path} is neither a Cellpose-SAM checkpoint nor weights of daskcell's own (.npz); "
+            f"its first tensor is '{next(iter(names))}'."
         )
     return load_cpsam(path, device, dtype)
 
@@ -206,7 +208,6 @@ def _build_encoder(name: str, path: Path, device: str) -> torch.nn.Module:
         except KeyError as error:
             raise WeightsError(f"{path} does not hold a whole encoder: {error} is missing.") from error
         _fill(net, weights, path)
-        net.mean = net.std = None
         return net.to(device).eval().requires_grad_(False)
     return _build_torchvision(name, path, device)
 

@@ -1,8 +1,8 @@
 """Which weights there are, where they lie, and how they come onto this machine.
 
 Looking up never downloads: a study must not start by waiting for a gigabyte, nor W workers fetch it W times.
-`fetch_weights` is the only door to the network. It checks certificates (cellpose's own downloader switches that
-off) and hashes, and a file appears under its name only when it is whole.
+`fetch_weights` is the only door to the network. It checks certificates (cellpose's own downloader switches
+that off) and hashes, and a file appears under its name only when it is whole.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def cache_folder() -> Path:
 
 
 def torch_folder() -> Path:
-    """Where torchvision keeps its checkpoints; follows ``TORCH_HOME`` and ``XDG_CACHE_HOME`` as torch does."""
+    """Where torchvision keeps its checkpoints; follows ``TORCH_HOME`` and ``XDG_CACHE_HOME`` as torch
+    does."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("TORCH_HOME") or os.path.join(cache, "torch")
     return Path(home).expanduser() / "hub" / "checkpoints"
@@ -92,8 +93,9 @@ def find_network(name: str | Path) -> Path:
             if place.is_file():
                 return place
         raise WeightsError(
-            f"The weights of {text} are not on this machine (looked in {places[0].parent} and {places[1].parent}). "
-            f"Please run 'daskcell weights fetch {text}', or choose the model 'tiny', which needs no download."
+            f"The weights of {text} are not on this machine (looked in {places[0].parent} and "
+            f"{places[1].parent}). Please run 'daskcell weights fetch {text}', or choose the model "
+            "'tiny', which needs no download."
         )
     path = Path(text).expanduser()
     if path.is_file():
@@ -107,8 +109,8 @@ def find_network(name: str | Path) -> Path:
 def find_encoder(name: str | Path) -> Path:
     """File with the weights of an encoder: ``tiny``, a torchvision name such as ``resnet152``, or a path.
 
-    A torchvision name means ``IMAGENET1K_V1`` where that exists, the weights that ``pretrained=True`` stood for
-    when the method was published; ``resnet152@IMAGENET1K_V2`` asks for others.
+    A torchvision name means ``IMAGENET1K_V1`` where that exists, the weights that ``pretrained=True`` stood
+    for when the method was published; ``resnet152@IMAGENET1K_V2`` asks for others.
 
     Raises
     ------
@@ -163,8 +165,8 @@ def _releases(bare: str) -> dict[str, str]:
 
     if bare not in torchvision.models.list_models(module=torchvision.models):
         raise WeightsError(
-            f"There is no encoder '{bare}': it is neither 'tiny', a classification network of torchvision such as "
-            "'resnet152', nor a file."
+            f"There is no encoder '{bare}': it is neither 'tiny', a classification network of torchvision "
+            "such as 'resnet152', nor a file."
         )
     return {w.name: w.url for w in torchvision.models.get_model_weights(bare)}
 

@@ -79,7 +79,9 @@ def _range(channels: np.ndarray, mix: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return low.astype(np.float32), high.astype(np.float32)
 
 
-def _warp(sample: Sample, rng: np.random.Generator, side: int):
+def _warp(
+    sample: Sample, rng: np.random.Generator, side: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Rotate, flip, scale and cut; vectors turn with the picture."""
     height, width = sample.labels.shape
     if rng.random() < 0.5:

@@ -1,7 +1,7 @@
 """Pictures with truth, ready to train the segmenter: raw channels, flows, foreground, diameter.
 
-Covers reading folders of pictures and masks, drawing generated fields, and Cellpose's flows. What happens to a
-picture on its way into a batch is in `segmenter_augment`.
+Covers reading folders of pictures and masks, drawing generated fields, and Cellpose's flows. What happens to
+a picture on its way into a batch is in `segmenter_augment`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ PICTURES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
 class Sample:
     """One picture with its cells.
 
-    `kind` chooses the augmentation: ``grey`` (fluorescence or phase, one channel), ``colour`` (stained, three),
-    ``stains`` (one channel a stain; any number).
+    `kind` chooses the augmentation: ``grey`` (fluorescence or phase, one channel), ``colour`` (stained,
+    three), ``stains`` (one channel a stain; any number).
     """
 
     name: str
@@ -77,8 +77,8 @@ def _flows(labels: np.ndarray) -> np.ndarray:
 def read_folder(folder: str | Path, *, report: Callable[[str], None] = lambda line: None) -> list[Sample]:
     """Samples from ``folder/images`` and label images of the same names in ``folder/masks``.
 
-    A file's group, by which pictures are balanced, is its name up to the last underscore. One channel is taken
-    for fluorescence or phase contrast, three for a stained picture.
+    A file's group, by which pictures are balanced, is its name up to the last underscore. One channel is
+    taken for fluorescence or phase contrast, three for a stained picture.
 
     Raises
     ------
@@ -123,12 +123,16 @@ def _read(path: Path) -> np.ndarray:
         if path.suffix.lower() in (".tif", ".tiff"):
             import tifffile
 
-            return tifffile.imread(path)
-        from skimage.io import imread
+            pixels = tifffile.imread(path)
+        else:
+            from skimage.io import imread
 
-        return imread(path)
+            pixels = imread(path)
     except Exception as error:
         raise ImageError(f"Cannot read {path}: {error}. Please remove it or mend it.") from error
+    if not pixels.size:
+        raise ImageError(f"{path} holds no picture. Please remove it or mend it.")
+    return pixels
 
 
 def draw_samples(count: int, seed: int = 0, side: int = 512) -> Iterable[Sample]:

@@ -92,6 +92,7 @@ def score_table(net: torch.nn.Module, samples: Sequence[Sample]) -> str:
         first, second = (c[:, 0] / np.maximum(c.sum(1), 1) for c in (row["one pass"], row["two passes"]))
         cells = int(row["one pass"][0, 0] + row["one pass"][0, 2])
         lines.append(
-            f"{group:24s} {cells:6d}   {first[0]:.3f} / {first[1]:.3f}        {second[0]:.3f} / {second[1]:.3f}"
+            f"{group:24s} {cells:6d}   {first[0]:.3f} / {first[1]:.3f}        "
+            f"{second[0]:.3f} / {second[1]:.3f}"
         )
     return "\n".join(lines)

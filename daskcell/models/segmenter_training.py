@@ -28,6 +28,7 @@ class Recipe(Schedule):
     """Side of a tile in pixels."""
     generated: int = 40
     """Generated fields beside the pictures given."""
+    generated_side: int = 512
     generated_share: float = 0.28
     """Chance of a tile to come from them."""
     widths: tuple[int, ...] = (16, 32, 64, 128, 192)
@@ -80,7 +81,7 @@ def train_segmenter(
     samples = [s for folder in folders for s in read_folder(folder, report=report)]
     if recipe.generated:
         report(f"drawing {recipe.generated} fields")
-        samples += list(draw_samples(recipe.generated, recipe.seed))
+        samples += list(draw_samples(recipe.generated, recipe.seed, recipe.generated_side))
     if not samples:
         raise InputError("There is nothing to train on. Please give pictures, or ask for generated ones.")
     cumulative = np.cumsum(picture_weights(samples, recipe.generated_share))
@@ -115,7 +116,7 @@ def picture_weights(samples: Sequence[Sample], generated_share: float) -> np.nda
 
 
 def segmenter_loss(y: Tensor, truth: Tensor) -> Tensor:
-    """Cellpose's: half the squared error of the flows (5 x unit length) plus cross entropy of the foreground."""
+    """Cellpose's: half the squared error of flows (5 x unit length) plus cross entropy of the foreground."""
     flows = F.mse_loss(y[:, :2], 5 * truth[:, :2]) / 2
     return flows + F.binary_cross_entropy_with_logits(y[:, 2], truth[:, 2])
 

@@ -97,7 +97,8 @@ class Trainer:
         report: Callable[[str], None],
         check: Callable[[], None] = lambda: None,
     ) -> Trained:
-        """Train to the end: `loss_of` gives the loss of a step; `check` is called with every fifth checkpoint."""
+        """Train to the end: `loss_of` gives the loss of a step; `check` is called with every fifth
+        checkpoint."""
         saves, last, lined = 0, time.monotonic(), time.monotonic()
         while (left := self.left()) > 0:
             start = time.monotonic()
@@ -147,8 +148,8 @@ class Trainer:
         if found != wanted:
             changed = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
             raise WeightsError(
-                f"The checkpoint {self.checkpoint} belongs to a training with another {' and '.join(changed)}. "
-                "Please choose another folder, or remove it to start anew."
+                f"The checkpoint {self.checkpoint} belongs to a training with another "
+                f"{' and '.join(changed)}. Please choose another folder, or remove it to start anew."
             )
         self.net.load_state_dict(state["net"])
         self.mean.load_state_dict(state["mean"])
@@ -168,7 +169,8 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.net.parameters(), recipe.clip)
         self.optimizer.step()
         value = float(loss.detach())
-        self.loss = 0.99 * self.loss + 0.01 * value if np.isfinite(self.loss) else value
+        weight = max(0.01, 1 / (self.step + 1))
+        self.loss = (1 - weight) * self.loss + weight * value if self.step else value
         # A short memory at first: the average must not keep the random start.
         momentum = min(recipe.average, (1 + self.step) / (10 + self.step))
         with torch.no_grad():

@@ -6,6 +6,8 @@ that `cellpose.core.run_net` expects. Flows are Cellpose's (Stringer et al., Nat
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,7 +30,8 @@ class TinyUNet(nn.Module):
     -----
     `forward` takes ``(N, 3, H, W)`` with sides that are multiples of ``2 ** (len(widths) - 1)``, values
     normalised as Cellpose does (1st to 99th percentile of the whole image to 0..1), and returns
-    ``(N, 3, H, W)`` (flow y, flow x, cell probability; flows are 5 x unit length, as Cellpose's) and ``(N, 256)``.
+    ``(N, 3, H, W)`` (flow y, flow x, cell probability; flows are 5 x unit length, as Cellpose's) and
+    ``(N, 256)``.
     """
 
     def __init__(
@@ -41,9 +44,7 @@ class TinyUNet(nn.Module):
             nn.Sequential(_Residual(a, b), *(_Residual(b, b) for _ in range(count - 1)))
             for a, b, count in zip(widths, widths[1:], blocks, strict=False)
         )
-        self.rise = nn.ModuleList(
-            nn.Conv2d(b, a, 1, bias=False) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.rise = nn.ModuleList(nn.Conv2d(b, a, 1, bias=False) for a, b in pairwise(widths))
         self.up = nn.ModuleList([_conv(widths[0], widths[0]), *(_Residual(a, a) for a in widths[1:-1])])
         self.out = nn.Conv2d(widths[0], 3, 1)
         self.to(memory_format=torch.channels_last)

@@ -1,0 +1,133 @@
+"""Cellpose-SAM checkpoints: the right ones load, others are refused; on a small stand-in of the network."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from daskcell import models
+from daskcell.errors import WeightsError
+
+
+@pytest.fixture(autouse=True)
+def small_network(monkeypatch):
+    """cellpose's own class around a tiny vision transformer."""
+    import cellpose.vit
+    from segment_anything.modeling import ImageEncoderViT
+
+    def build(checkpoint):
+        encoder = ImageEncoderViT(
+            img_size=1024, patch_size=16, embed_dim=16, depth=2, num_heads=2, out_chans=8, qkv_bias=True,
+            norm_layer=partial(torch.nn.LayerNorm, eps=1e-6), use_rel_pos=True, window_size=14,
+            global_attn_indexes=(1,),
+        )  # fmt: skip
+        return SimpleNamespace(image_encoder=encoder)
+
+    monkeypatch.setattr(cellpose.vit, "sam_model_registry", {"vit_l": build})
+    models.clear_networks()
+    yield
+    models.clear_networks()
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    from cellpose.vit import CPSAM
+
+    torch.manual_seed(0)
+    net = CPSAM()
+    net.save_model(tmp_path / "cpsam_v2")
+    return tmp_path / "cpsam_v2", net
+
+
+def test_loaded_network_answers_as_cellposes_own(checkpoint):
+    path, original = checkpoint
+    net = models.load_network(path, dtype=torch.float32)
+    x = torch.rand(2, 3, 256, 256)
+    with torch.no_grad():
+        expected = original.eval()(x)[0]
+        found, style = net(x)
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert style.shape == (2, 256)
+    assert models.load_network(path, dtype=torch.float32) is net
+
+
+def test_runs_through_cellpose_in_bfloat16_by_default(checkpoint):
+    from cellpose.core import run_net
+
+    net = models.load_network(checkpoint[0])
+    assert net.dtype == torch.bfloat16
+    y, _ = run_net(net, np.random.default_rng(0).random((1, 300, 280, 3), np.float32), bsize=256)
+    assert y.shape == (1, 300, 280, 3)
+    assert np.isfinite(y).all()
+
+
+def test_found_by_name_in_cellposes_folder(checkpoint, monkeypatch):
+    monkeypatch.setenv("DASKCELL_WEIGHTS", str(checkpoint[0].parent / "nothing"))
+    monkeypatch.setenv("CELLPOSE_LOCAL_MODELS_PATH", str(checkpoint[0].parent))
+    assert models.load_network("cpsam_v2").dtype == torch.bfloat16
+
+
+def test_file_of_several_processes_loads(checkpoint, tmp_path):
+    _, original = checkpoint
+    torch.save({f"module.{k}": v for k, v in original.state_dict().items()}, tmp_path / "parallel")
+    net = models.load_network(tmp_path / "parallel", dtype=torch.float32)
+    assert torch.equal(net.out.bias, original.out.bias)
+
+
+def _change(state, how):
+    if how == "missing":
+        del state["encoder.blocks.1.attn.qkv.bias"]
+    elif how == "unknown":
+        state["encoder.extra"] = torch.zeros(3)
+    elif how == "shape":
+        state["out.bias"] = torch.zeros(5)
+    elif how == "dino":
+        state["encoder.cls_token"] = torch.zeros(1)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [("missing", "qkv.bias"), ("unknown", "encoder.extra"), ("shape", "out.bias"), ("dino", "DINO")],
+)
+def test_other_checkpoints_are_refused(checkpoint, tmp_path, how, words):
+    state = _change(dict(checkpoint[1].state_dict()), how)
+    torch.save(state, tmp_path / "wrong")
+    with pytest.raises(WeightsError, match=words) as error:
+        models.load_network(tmp_path / "wrong")
+    assert "\n" not in str(error.value)
+
+
+def test_cellpose_takes_the_checkpoint_we_refuse(checkpoint, tmp_path):
+    """The control: with cellpose's own loader a file that lacks weights goes unnoticed."""
+    state = _change(dict(checkpoint[1].state_dict()), "missing")
+    torch.save(state, tmp_path / "wrong")
+    type(checkpoint[1])().load_model(tmp_path / "wrong", device=torch.device("cpu"))
+
+
+def test_records_of_the_training_set_may_be_missing(checkpoint, tmp_path):
+    state = {k: v for k, v in checkpoint[1].state_dict().items() if not k.startswith("diam_")}
+    torch.save(state, tmp_path / "old")
+    assert float(models.load_network(tmp_path / "old", dtype=torch.float32).diam_mean) == 30
+
+
+class _Evil:
+    def __reduce__(self):
+        return (print, ("code ran while loading",))
+
+
+@pytest.mark.parametrize("content", ["list", "other tensors", "code", "bytes"])
+def test_files_of_something_else_are_refused(tmp_path, content, capsys):
+    path = tmp_path / "file.pt"
+    things = {"list": [1, 2], "other tensors": {"weight": torch.zeros(2)}, "code": {"W2": _Evil()}}
+    if content == "bytes":
+        path.write_bytes(b"\x00" * 100)
+    else:
+        torch.save(things[content], path)
+    with pytest.raises(WeightsError, match=r"file\.pt"):
+        models.load_network(path)
+    assert "code ran" not in capsys.readouterr().out
