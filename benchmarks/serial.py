@@ -58,7 +58,7 @@ def reconstruct(
     return total.astype(channels.dtype)
 
 
-def adjust_histogram(picture: np.ndarray, low: float = 1.0, high: float = 99.8) -> np.ndarray:
+def adjust_histogram(picture: np.ndarray, low: float = 0.2, high: float = 99.8) -> np.ndarray:
     """Stretch each channel between two percentiles of the whole picture."""
     from skimage.exposure import rescale_intensity
 

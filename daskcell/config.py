@@ -52,7 +52,7 @@ class HistogramSettings(Settings):
     """Histogram adjustment over the whole image, each channel by itself."""
 
     method: Literal["stretch", "equalize", "clahe", "match"] = "stretch"
-    low: Annotated[float, Field(ge=0, lt=100)] = 1.0
+    low: Annotated[float, Field(ge=0, lt=100)] = 0.2
     """Percentile that becomes 0 (stretch)."""
     high: Annotated[float, Field(gt=0, le=100)] = 99.8
     """Percentile that becomes the largest value (stretch)."""

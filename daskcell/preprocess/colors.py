@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from daskcell.errors import InputError
-from daskcell.preprocess.pixels import to_dtype
+from daskcell.preprocess.pixels import is_small, to_dtype
 
 # Light of a stain: full red, green, blue. CSS's "green" is half as bright (#008000), which would dim a
 # channel.
@@ -180,6 +180,14 @@ def _is_ratio(value: object) -> bool:
     return math.isfinite(number) and number >= 0
 
 
+def _sum_dtype(dtype: np.dtype, parts: list[tuple[np.ndarray, float]]) -> type[np.floating]:
+    """The type weighted sums are made in. Plain sums of small integers are exact in float32, and faster."""
+    if dtype.kind == "f":
+        return dtype.type
+    plain = is_small(dtype) and len(parts) < 256 and all(weight == 1 for _, weight in parts)
+    return np.float32 if plain else np.float64
+
+
 def mix(block: np.ndarray, weights: Sequence[Sequence[float]]) -> np.ndarray:
     """Weighted sums of channels: ``(C, h, w)`` to ``(3, h, w)`` of the same dtype.
 
@@ -187,12 +195,12 @@ def mix(block: np.ndarray, weights: Sequence[Sequence[float]]) -> np.ndarray:
     are summed in their own precision and not cut.
     """
     out = np.zeros((len(weights), *block.shape[1:]), block.dtype)
-    exact = np.float64 if block.dtype.kind in "ui" else block.dtype.type
     for target, row in zip(out, weights, strict=True):
         parts = [(channel, weight) for channel, weight in zip(block, row, strict=True) if weight]
         if len(parts) == 1 and parts[0][1] == 1:
             target[...] = parts[0][0]
         elif parts:
+            exact = _sum_dtype(block.dtype, parts)
             # One multiplication and one addition a pixel and channel, in channel order: no BLAS, whose order
             # of summation, and so last bit, depends on the size of the block.
             total = parts[0][0] * exact(parts[0][1])

@@ -17,10 +17,10 @@ from daskcell.config import HistogramSettings
 from daskcell.errors import InputError
 from daskcell.geometry import Box, Grid
 from daskcell.preprocess.colors import mixing_weights
-from daskcell.preprocess.pixels import float_dtype, to_dtype, working_dtype
+from daskcell.preprocess.pixels import float_dtype, working_dtype
 from daskcell.preprocess.plan import Plan, apply_steps, check_reference, count_block, start_pass
 from daskcell.preprocess.statistics import Equalizing, Pass, Referring, Stretching, first_pass, passes_needed
-from daskcell.preprocess.steps import TRUNCATE, Gaussian, Mix, Step
+from daskcell.preprocess.steps import TRUNCATE, Gaussian, Mix, Step, smooth
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -68,7 +68,7 @@ def reconstruct(
 def adjust_histogram(
     x: Any,
     method: Literal["stretch", "equalize", "clahe", "match"] = "stretch",
-    low: float = 1.0,
+    low: float = 0.2,
     high: float = 99.8,
     *,
     linked: bool = False,
@@ -141,7 +141,8 @@ def adjust_histogram(
     )
     step = _frozen_lazily(planes, state, passes)
     kind = float_dtype(dtype) if method in ("equalize", "clahe") else dtype
-    result = da.map_blocks(_apply_frozen, planes, step, dtype=kind, meta=np.empty((0, 0, 0), kind))
+    again = _read_again(planes, step)
+    result = da.map_blocks(_apply_frozen, again, step, dtype=kind, meta=np.empty((0, 0, 0), kind))
     return result[0] if np.ndim(x) == 2 else result
 
 
@@ -177,11 +178,13 @@ def gaussian(x: Any, sigma: float) -> da.Array:
     if not good:
         raise InputError(f"The sigma {sigma!r} of the Gaussian filter cannot be used: it must be above 0.")
     planes = _planes(x, allow_2d=True)
-    dtype = planes.dtype
-    exact = planes if dtype.kind == "f" else planes.astype(np.float64)
-    result = gaussian_filter(exact, (0, float(sigma), float(sigma)), truncate=TRUNCATE)
-    if dtype.kind != "f":
-        result = result.map_blocks(to_dtype, dtype, dtype=dtype)
+    sigma = float(sigma)
+    if planes.dtype.kind == "f":
+        result = gaussian_filter(planes, (0, sigma, sigma), truncate=TRUNCATE)
+    else:
+        # dask-image would filter integers as SciPy does, rounding down after each axis.
+        depth = (0, Gaussian(sigma).halo, Gaussian(sigma).halo)
+        result = planes.map_overlap(smooth, depth, "none", dtype=planes.dtype, meta=planes._meta, sigma=sigma)
     return result[0] if np.ndim(x) == 2 else result
 
 
@@ -274,9 +277,21 @@ def _frozen_lazily(x: da.Array, state: Any, passes: int) -> Any:
     """The step that `passes` passes over the image lead to, as one `dask.delayed`."""
     from dask.delayed import delayed
 
-    for _ in range(passes):
-        state = delayed(_finish, pure=True)(state, count_lazily(x, state))
+    for number in range(passes):
+        blocks = _read_again(x, state) if number else x
+        state = delayed(_finish, pure=True)(state, count_lazily(blocks, state))
     return state
+
+
+def _read_again(x: da.Array, after: Any) -> da.Array:
+    """The same pixels, computed anew once `after` is known.
+
+    With the blocks of one reading in the graph of the next too, Dask would keep the whole image in memory from
+    the one to the other.
+    """
+    from dask.graph_manipulation import bind
+
+    return bind(x, after, seed=f"again-{after.key}")
 
 
 def _merge(counting: Pass, parts: list[Any]) -> Any:
