@@ -20,7 +20,7 @@ from daskcell.disk import remove
 from daskcell.errors import ComputeError, ConfigError, DaskcellError, StudyError, WeightsError
 from daskcell.images.sources import Source
 from daskcell.keys import SLIDE_STAGES, identify, late_keys, slide_keys, unchanged
-from daskcell.study import Ledger, Study
+from daskcell.study import CLUSTERS, Ledger, Study
 
 LABELS = "cells"
 _NOT_THE_SLIDES_FAULT = (ComputeError, ConfigError, StudyError, WeightsError)
@@ -176,7 +176,10 @@ def _outputs(stage: str, ledger: Ledger, study: Study) -> list[Path]:
         return [image / "labels" / LABELS / "zarr.json"]
     if stage == "describe":
         return [study.table(slide), study.features(slide) / "zarr.json"]
-    if stage in ("paint", "export"):
+    if stage == "paint":
+        labels = image / "labels" / "clusters" / "zarr.json"
+        return [labels, *(study.out / name for name in ledger.result(stage).get("files", []))]
+    if stage == "export":
         return [study.out / name for name in ledger.result(stage).get("files", [])]
     return []
 
@@ -240,6 +243,7 @@ def _describe(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], w
         workers,
         block,
         scratch,
+        device=job.config.compute.device,
     )
     remove(scratch)
     return report
@@ -268,7 +272,24 @@ def _assign(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], wor
 
 
 def _paint(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], workers: Workers) -> Any:
-    return {"files": []}
+    from daskcell.overlay import write_cluster_labels, write_overlay
+
+    image, table = study.image(job.slide), study.table(job.slide)
+    k = study.ledger(CLUSTERS).result("cluster")["k"]
+    counts = write_cluster_labels(image, table, k, workers, job.config.compute.block)
+    output = job.config.output
+    files = write_overlay(
+        image,
+        table,
+        study.overlays,
+        job.slide,
+        k,
+        workers,
+        formats=output.overlays,
+        side=output.overlay_side,
+        plan=_plan(ledger),
+    )
+    return {"counts": counts, "files": [str(file.relative_to(study.out)) for file in files]}
 
 
 Stage = Callable[[Job, Study, Ledger, Mapping[str, str], Workers], Any]

@@ -73,6 +73,7 @@ def fakes(monkeypatch):
         return {
             "convert": study.image(job.slide) / "zarr.json",
             "segment": study.image(job.slide) / "labels" / "cells" / "zarr.json",
+            "paint": study.image(job.slide) / "labels" / "clusters" / "zarr.json",
             "describe": study.features(job.slide) / "zarr.json",
         }
 
