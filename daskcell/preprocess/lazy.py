@@ -286,8 +286,8 @@ def _frozen_lazily(x: da.Array, state: Any, passes: int) -> Any:
 def _read_again(x: da.Array, after: Any) -> da.Array:
     """The same pixels, computed anew once `after` is known.
 
-    With the blocks of one reading in the graph of the next too, Dask would keep the whole image in memory from
-    the one to the other.
+    With the blocks of one reading in the graph of the next too, Dask would keep the whole image in memory
+    from the one to the other.
     """
     from dask.graph_manipulation import bind
 
