@@ -1,1 +1,94 @@
-"""daskcell."""
+"""daskcell: from microscope images to every cell segmented, described and grouped by type.
+
+    import daskcell as dc
+
+    image = dc.open_image("slide.svs")                      # lazy (C, Y, X)
+    picture = dc.adjust_histogram(image.data)
+    labels = dc.segment(picture)                            # lazy (Y, X), the same cells for any chunks
+    cells = dc.measure(labels, picture)                     # a row a cell
+    features = dc.embed(picture, labels, encoder="tiny")
+    model = dc.fit_clusters(features, k=11)
+    colours = dc.overlay(picture, labels, model.predict(features))
+
+or all of it, disk to disk, for one slide or thousands: ``dc.run(inputs, out)``, on the command line ``daskcell run``.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from daskcell._version import __version__
+
+if TYPE_CHECKING:
+    from daskcell.clustering import ClusterModel, fit_clusters, load_clusters
+    from daskcell.config import Config, load_config
+    from daskcell.errors import DaskcellError
+    from daskcell.features import embed, measure
+    from daskcell.images import Image, convert, open_image
+    from daskcell.models import load_encoder, load_network
+    from daskcell.overlay import overlay
+    from daskcell.pipeline import open_study, run
+    from daskcell.preprocess import adjust_histogram, gaussian, reconstruct
+    from daskcell.segment import segment
+
+# Imported when asked for: networks and Dask take seconds, and `daskcell --help` needs neither.
+_WHERE = {
+    "ClusterModel": "clustering",
+    "Config": "config",
+    "DaskcellError": "errors",
+    "Image": "images",
+    "adjust_histogram": "preprocess",
+    "convert": "images",
+    "embed": "features",
+    "fit_clusters": "clustering",
+    "gaussian": "preprocess",
+    "load_clusters": "clustering",
+    "load_config": "config",
+    "load_encoder": "models",
+    "load_network": "models",
+    "measure": "features",
+    "open_image": "images",
+    "open_study": "pipeline",
+    "overlay": "overlay",
+    "reconstruct": "preprocess",
+    "run": "pipeline",
+    "segment": "segment",
+}
+
+__all__ = [
+    "ClusterModel",
+    "Config",
+    "DaskcellError",
+    "Image",
+    "__version__",
+    "adjust_histogram",
+    "convert",
+    "embed",
+    "fit_clusters",
+    "gaussian",
+    "load_clusters",
+    "load_config",
+    "load_encoder",
+    "load_network",
+    "measure",
+    "open_image",
+    "open_study",
+    "overlay",
+    "reconstruct",
+    "run",
+    "segment",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'daskcell' has no attribute {name!r}")
+    # `segment` and `overlay` are functions here and modules there: the function wins once it is asked for.
+    value = getattr(import_module(f"daskcell.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
