@@ -28,10 +28,10 @@ class TinyUNet(nn.Module):
 
     Notes
     -----
-    `forward` takes ``(N, 3, H, W)`` with sides that are multiples of ``2 ** (len(widths) - 1)``, values
-    normalised as Cellpose does (1st to 99th percentile of the whole image to 0..1), and returns
-    ``(N, 3, H, W)`` (flow y, flow x, cell probability; flows are 5 x unit length, as Cellpose's) and
-    ``(N, 256)``.
+    `forward` takes ``(N, 3, H, W)`` (one channel is repeated, as in training; for two, the third is empty)
+    with sides that are multiples of ``2 ** (len(widths) - 1)``, values normalised as Cellpose does (1st to
+    99th percentile of the whole image to 0..1), and returns ``(N, 3, H, W)`` (flow y, flow x, cell
+    probability; flows are 5 x unit length, as Cellpose's) and ``(N, 256)``.
     """
 
     def __init__(
@@ -60,6 +60,10 @@ class TinyUNet(nn.Module):
         return self.out.weight.dtype
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if x.shape[1] == 1:
+            x = x.expand(-1, 3, -1, -1)
+        elif x.shape[1] == 2:
+            x = F.pad(x, (0, 0, 0, 0, 0, 1))
         x = self.stem(x.contiguous(memory_format=torch.channels_last))
         skips = []
         for stage in self.down:
