@@ -1,0 +1,39 @@
+# make demo   install into .venv and run the main job on pictures with known truth
+# make test   lint, types and all tests;  make fast: without the slow ones
+# make bench  the benchmarks;  make format: rewrite the code in its style
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test fast lint bench format clean
+
+demo: $(INSTALLED)
+	$(BIN)/daskcell demo
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+fast: lint
+	$(BIN)/python -m pytest -q -m "not slow"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The marker is younger than the project file only if the installation went through.
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable ".[test,hpc,fast]"
+	touch $(INSTALLED)
+
+clean:
+	rm -rf .venv demo build dist
