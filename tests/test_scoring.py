@@ -15,6 +15,7 @@ from hypothesis.extra import numpy as hnp
 from daskcell.errors import InputError
 from daskcell.scoring import (
     Counts,
+    cellpose_method,
     match_cells,
     overlaps,
     score_clusters,
@@ -200,3 +201,18 @@ def test_clusters_are_compared_over_matched_cells_only():
     assert math.isnan(score_clusters(truth, [0] * 4, np.zeros_like(truth), []).ari)
     with pytest.raises(InputError, match="2 clusters"):
         score_clusters(truth, [0] * 4, found, [5, 7])
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_the_embedded_network_takes_pictures_of_fewer_channels(channels):
+    rng = np.random.default_rng(0)
+    picture = np.zeros((channels, 120, 130), np.uint8)
+    y, x = np.mgrid[:120, :130]
+    for cy, cx in itertools.product(range(20, 110, 30), range(20, 120, 30)):
+        picture[0, (y - cy) ** 2 + (x - cx) ** 2 < 90] = 200
+    picture[0] += rng.integers(0, 20, (120, 130), dtype=np.uint8)
+    full = np.repeat(picture, 3, axis=0) if channels == 1 else np.concatenate([picture, picture[:1] * 0])
+    method = cellpose_method("tiny", None)
+    labels = method(picture)
+    assert labels.max() > 5
+    np.testing.assert_array_equal(labels, method(full))
