@@ -35,7 +35,7 @@ class open:
         self.what = Path(path).read_text().split()[2:3]
         self.name, self.axes, self.levels, self.channels = "evil", "YX", ((8, 8),), ("grey",)
         self.pixel_size, self.dtype, self.is_rgb = None, np.dtype("uint8"), False
-        self.sizes, self.piece = {"t": 1, "z": 1}, (8, 8)
+        self.sizes, self.piece, self.files = {"t": 1, "z": 1}, (8, 8), (path,)
 
     def act(self, what):
         if what == ["crash"]:

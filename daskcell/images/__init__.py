@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from daskcell.images.conversion import convert_slide
     from daskcell.images.image import Image, convert, open_image
     from daskcell.images.labels import build_label_pyramid, create_labels, read_labels, write_labels_block
-    from daskcell.images.sources import Source, describe_sources, find_images
+    from daskcell.images.search import describe_sources, find_images
+    from daskcell.images.sources import Source
     from daskcell.images.split import split_channels
     from daskcell.images.store import ImageInfo, image_info, read_block
 
@@ -22,8 +23,8 @@ _WHERE = {
     "convert": "image",
     "convert_slide": "conversion",
     "create_labels": "labels",
-    "describe_sources": "sources",
-    "find_images": "sources",
+    "describe_sources": "search",
+    "find_images": "search",
     "image_info": "store",
     "open_image": "image",
     "read_block": "store",

@@ -59,17 +59,17 @@ def group_by_guess(files: Sequence[str]) -> list[Group]:
     ImageError
         If the files clearly are channels but some image lacks one, or has one twice.
     """
-    stems = {file: _GUID.sub("", _stem(file)) for file in files}
+    stems = {file: _GUID.sub("", stem(file)) for file in files}
     for kind, pattern in _KINDS:
-        found = {file: matches for file, stem in stems.items() if (matches := list(pattern.finditer(stem)))}
+        found = {file: matches for file, text in stems.items() if (matches := list(pattern.finditer(text)))}
         # A name may have several such words: try them from the last to the first.
         for position in range(max((len(m) for m in found.values()), default=0)):
             images: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
             words: dict[str, str] = {}
             for file, matches in found.items():
                 match = matches[max(len(matches) - 1 - position, 0)]
-                stem = stems[file]
-                key = f"{stem[: match.start()]}\0{stem[match.end() :]}"
+                text = stems[file]
+                key = f"{text[: match.start()]}\0{text[match.end() :]}"
                 word = match[0]
                 words.setdefault(_normal(word), word)
                 images[key][_normal(word)].append(file)
@@ -81,9 +81,9 @@ def group_by_guess(files: Sequence[str]) -> list[Group]:
                     grouped = {
                         k.replace("\0", ""): {words[w]: f for w, f in by.items()} for k, by in images.items()
                     }
-                rest = [Group(_stem(file), (file,)) for file in files if file not in found]
+                rest = [Group(stem(file), (file,)) for file in files if file not in found]
                 return [*_complete(grouped), *rest]
-    return [Group(_stem(file), (file,)) for file in files]
+    return [Group(stem(file), (file,)) for file in files]
 
 
 def group_by_pattern(files: Mapping[str, str], pattern: str) -> list[Group]:
@@ -102,7 +102,7 @@ def group_by_pattern(files: Mapping[str, str], pattern: str) -> list[Group]:
             continue
         groups = match.groupdict()
         channel = groups.pop("channel", None)
-        name = "_".join(groups.values()) or (PurePath(path).parent.name if channel else _stem(relative))
+        name = "_".join(groups.values()) or (PurePath(path).parent.name if channel else stem(relative))
         if channel is None:
             singles[name].append(path)
         else:
@@ -212,7 +212,7 @@ def _field_name(key: str) -> str:
     return "_".join(part for part in (before, after) if part)
 
 
-def _stem(file: str) -> str:
+def stem(file: str) -> str:
     name = PurePath(file).name
     for ending in (".ome.tiff", ".ome.tif", ".ome.zarr"):
         if name.lower().endswith(ending):

@@ -14,7 +14,8 @@ from daskcell.config import InputSettings
 from daskcell.errors import ImageError
 from daskcell.geometry import Box
 from daskcell.images.sandbox import open_safely
-from daskcell.images.sources import Source, find_images
+from daskcell.images.search import find_images
+from daskcell.images.sources import Source
 
 if TYPE_CHECKING:
     import dask.array as da

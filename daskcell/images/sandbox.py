@@ -62,6 +62,7 @@ class Header:
     is_rgb: bool
     sizes: dict[str, int]
     piece: tuple[int, int]
+    files: tuple[str, ...]
 
 
 class SandboxReader:
@@ -78,7 +79,7 @@ class SandboxReader:
             header.channels,
         )
         self.pixel_size, self.dtype, self.is_rgb = header.pixel_size, header.dtype, header.is_rgb
-        self.sizes, self.piece = header.sizes, header.piece
+        self.sizes, self.piece, self.files = header.sizes, header.piece, header.files
 
     def read(self, level: int, box: Box) -> NDArray:
         """Pixels ``(C, h, w)`` of `box`."""

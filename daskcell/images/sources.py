@@ -1,42 +1,18 @@
-"""From what a user names (files, folders, patterns) to images to be read: `find_images`."""
+"""One image to be read, as plain data that travels to a worker and is opened there."""
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from daskcell.config import InputSettings
-from daskcell.errors import DaskcellError, ImageError, InputError
+from daskcell.errors import ImageError, InputError
 from daskcell.geometry import Box
-from daskcell.images import channels as names
 from daskcell.images.readers import Reader, ZChoice, open_reader
-
-SUFFIXES = [
-    ".tif",
-    ".tiff",
-    ".btf",
-    ".tf8",
-    ".tf2",
-    ".stk",
-    ".lsm",
-    ".svs",
-    ".ndpi",
-    ".scn",
-    ".qptiff",
-    ".bif",
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".bmp",
-]  # what a folder is searched for
 
 
 @dataclass(frozen=True)
@@ -70,7 +46,7 @@ class Source:
         """The file that holds a channel."""
         if self.file_channels is None:
             return self.files[0]
-        return self.files[_find(channel, self.file_channels, self)]
+        return self.files[find_channel(channel, self.file_channels, self)]
 
     def identity(self) -> str:
         """Hash of what decides the pixels: the files (name, size, time of change) and how they are read."""
@@ -102,6 +78,7 @@ class SourceReader:
     def _join(self, source: Source) -> None:
         first = self.readers[0]
         self.axes, self.levels, self.piece, self.sizes = first.axes, first.levels, first.piece, first.sizes
+        self.files = tuple(sorted({file for reader in self.readers for file in reader.files}))
         self.is_rgb = first.is_rgb and source.file_channels is None
         self.pixel_size = source.pixel_size or first.pixel_size
         if source.file_channels is None:
@@ -130,7 +107,7 @@ class SourceReader:
             self.dtype = np.dtype(np.float64)
         self.order = list(range(len(self.channels)))
         if source.take is not None:
-            self.order = [_find(name, self.channels, source) for name in source.take]
+            self.order = [find_channel(name, self.channels, source) for name in source.take]
             self.channels = tuple(self.channels[i] for i in self.order)
             self.is_rgb = self.is_rgb and self.order == [0, 1, 2]
         self.per_file = source.file_channels is not None
@@ -151,137 +128,7 @@ class SourceReader:
             reader.close()
 
 
-def find_images(
-    inputs: str | Path | Sequence[str | Path], settings: InputSettings | None = None
-) -> list[Source]:
-    """All images among `inputs`: files, folders (searched to the bottom), patterns with ``*``, OME-Zarr.
-
-    Raises
-    ------
-    ImageError
-        If there is none, a name does not exist, or a channel is missing or there twice.
-    """
-    settings = settings or InputSettings()
-    groups: list[names.Group] = []
-    if isinstance(inputs, (str, Path)):
-        inputs = [inputs]
-    singles: dict[str, list[str]] = {}
-    for given in inputs:
-        text = os.fspath(given)
-        if os.path.isdir(text) and not _is_zarr(text):
-            groups += _in_folder(text, settings.pattern)
-        elif os.path.exists(text):
-            singles.setdefault(os.path.dirname(text), []).append(text)
-        elif glob.has_magic(text) and (
-            found := sorted(glob.glob(text, recursive=True), key=names.natural_key)
-        ):
-            for file in found:
-                if not os.path.isdir(file) or _is_zarr(file):
-                    singles.setdefault(os.path.dirname(file), []).append(file)
-        else:
-            raise ImageError(f"There is no file or folder {text}.")
-    for folder, files in singles.items():
-        files = list(dict.fromkeys(files))
-        if settings.pattern is not None:
-            groups += names.group_by_pattern(
-                {os.path.relpath(f, folder or "."): f for f in files}, settings.pattern
-            )
-        elif len(files) > 1:
-            groups += names.group_by_guess(files)
-        else:
-            groups.append(names.Group(names._stem(files[0]), (files[0],)))
-    if not groups:
-        raise ImageError(f"There is no picture in {', '.join(os.fspath(i) for i in inputs)}.")
-    size = settings.pixel_size
-    pixel_size = (size, size) if isinstance(size, (int, float)) else size
-    take = tuple(settings.channels) if settings.channels is not None else None
-    sources = []
-    for group in groups:
-        source = Source(group.name, group.files, group.channels, take, pixel_size)
-        if take and group.channels:
-            for name in take:
-                _find(name, group.channels, source)
-        sources += _planes(source, settings)
-    unique = names.unique_names(source.name for source in sources)
-    return [replace(source, name=name) for source, name in zip(sources, unique, strict=True)]
-
-
-def describe_sources(sources: Sequence[Source]) -> list[dict[str, str]]:
-    """Which file became what: a row for each file, with ``image``, ``channel`` and ``file``."""
-    rows = []
-    for source in sources:
-        for k, file in enumerate(source.files):
-            channel = source.file_channels[k] if source.file_channels else "(as in the file)"
-            if (
-                source.file_channels
-                and source.take
-                and channel.lower() not in [n.lower() for n in source.take]
-            ):
-                channel += " (left out)"
-            rows.append({"image": source.name, "channel": channel, "file": file})
-    return rows
-
-
-def _planes(source: Source, settings: InputSettings) -> list[Source]:
-    """One source for each time point and plane that the settings want."""
-    z: ZChoice = 0 if settings.z == "all" else settings.z
-    t = 0 if settings.t == "all" else settings.t
-    chosen = replace(source, t=t, z=z)
-    if settings.z != "all" and settings.t != "all":
-        return [chosen]
-    from daskcell.images.sandbox import open_safely
-
-    try:
-        reader = open_safely(Source(source.name, source.files[:1]))
-    except DaskcellError:
-        return [chosen]  # says so itself when it is converted, and does not stop the others
-    sizes = reader.sizes
-    reader.close()
-    times = range(sizes["t"]) if settings.t == "all" else [t]
-    planes: Sequence[ZChoice] = range(sizes["z"]) if settings.z == "all" else [z]
-    result = []
-    for time in times:
-        for plane in planes:
-            name = source.name + (f"_t{time:03d}" if len(times) > 1 else "")
-            name += f"_z{plane:03d}" if len(planes) > 1 else ""
-            result.append(replace(source, name=name, t=time, z=plane))
-    return result
-
-
-def _in_folder(folder: str, pattern: str | None) -> list[names.Group]:
-    """Images in a folder and below; channels are looked for in each folder by itself."""
-    by_folder: dict[str, list[str]] = {}
-    for parent, folders, files in os.walk(folder):
-        folders.sort(key=names.natural_key)
-        shown = [f for f in folders if not f.startswith(".")]
-        zarrs = [f for f in shown if _is_zarr(os.path.join(parent, f))]
-        folders[:] = [f for f in shown if f not in zarrs]
-        pictures = [f for f in files if not f.startswith(".") and f.lower().endswith(tuple(SUFFIXES))]
-        found = sorted([*pictures, *zarrs], key=names.natural_key)
-        if found:
-            by_folder[parent] = [os.path.join(parent, f) for f in found]
-    if pattern is not None:
-        relative = {
-            os.path.relpath(f, folder).replace(os.sep, "/"): f for files in by_folder.values() for f in files
-        }
-        return names.group_by_pattern(relative, pattern)
-    groups = []
-    for parent, files in by_folder.items():
-        below = os.path.relpath(parent, folder)
-        for group in names.group_by_guess(files):
-            name = group.name or os.path.basename(os.path.abspath(parent))
-            prefix = "" if below == "." else below.replace(os.sep, "_") + "_"
-            groups.append(replace(group, name=prefix + name))
-    return groups
-
-
-def _is_zarr(path: str) -> bool:
-    return os.path.isdir(path) and any(
-        os.path.exists(os.path.join(path, n)) for n in ("zarr.json", ".zgroup", ".zattrs")
-    )
-
-
-def _find(name: str, available: Sequence[str], source: Source) -> int:
+def find_channel(name: str, available: Sequence[str], source: Source) -> int:
     lower = [a.lower() for a in available]
     if name.lower() in lower:
         return lower.index(name.lower())

@@ -13,7 +13,8 @@ from daskcell.geometry import Box
 from daskcell.images.channels import safe_name, unique_names
 from daskcell.images.readers import Reader
 from daskcell.images.sandbox import open_safely
-from daskcell.images.sources import Source, find_images
+from daskcell.images.search import find_images
+from daskcell.images.sources import Source
 
 TILE = 512
 

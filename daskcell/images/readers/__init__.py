@@ -39,6 +39,8 @@ class Reader(Protocol):
     is_rgb: bool
     sizes: dict[str, int]
     """Number of time points and planes: ``{"t": 1, "z": 1}``."""
+    files: tuple[str, ...]
+    """All files that are read (real paths): several where one file names others."""
     piece: tuple[int, int]
     """Height and width of what the file can give at once (its tiles or strips): read in multiples of it."""
 
@@ -60,12 +62,12 @@ class Kind(Protocol):
 @cache
 def kinds() -> tuple[Any, ...]:
     """All kinds of files that can be read; those of other packages come first."""
-    from daskcell.images.readers import omezarr, picture, tiff
+    from daskcell.images.readers import array, omezarr, picture, tiff
 
     registered = []
     for point in entry_points(group="daskcell.readers"):
         registered.append(point.load())
-    return (*registered, omezarr, tiff, picture)
+    return (*registered, omezarr, array, tiff, picture)
 
 
 def open_reader(path: str | Path, *, t: int = 0, z: ZChoice = "max") -> Reader:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import json
 import os
 
 import numpy as np
@@ -10,13 +12,50 @@ from numpy.typing import NDArray
 from daskcell.errors import ImageError, InputError
 from daskcell.geometry import Box
 from daskcell.images.readers import ZChoice
-from daskcell.images.store import OmeZarr
+from daskcell.images.store import OmeZarr, ome_attributes
 
 
 def matches(path: str, head: bytes) -> bool:
+    return is_zarr(path) and not is_array(path)
+
+
+def is_zarr(path: str) -> bool:
+    """Whether `path` is a folder that Zarr wrote."""
     return os.path.isdir(path) and any(
-        os.path.isfile(os.path.join(path, name)) for name in ("zarr.json", ".zattrs", ".zgroup")
+        os.path.isfile(os.path.join(path, name)) for name in ("zarr.json", ".zattrs", ".zgroup", ".zarray")
     )
+
+
+def is_array(path: str) -> bool:
+    """Whether a Zarr folder is a plain array, without the metadata of an image."""
+    if os.path.isfile(os.path.join(path, ".zarray")):
+        return True
+    try:
+        with builtins.open(os.path.join(path, "zarr.json"), encoding="utf-8") as file:
+            return bool(json.load(file).get("node_type") == "array")
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def images_within(path: str) -> list[str]:
+    """Paths of the images inside a plate, or inside the output of bioformats2raw; none for a single image."""
+    import zarr
+
+    try:
+        group = zarr.open_group(path, mode="r")
+        ome = ome_attributes(group)
+        if "plate" in ome:
+            wells = [str(well["path"]) for well in ome["plate"]["wells"]]
+            found = []
+            for well in wells:
+                entry = ome_attributes(zarr.open_group(os.path.join(path, well), mode="r"))["well"]
+                found += [f"{well}/{field['path']}" for field in entry["images"]]
+            return found
+        if "bioformats2raw.layout" in ome and "multiscales" not in ome:
+            return sorted((name for name, _ in group.groups() if name.isdigit()), key=int)
+    except Exception:  # broken metadata are reported where the image is opened
+        return []
+    return []
 
 
 class OmeZarrReader:
@@ -41,6 +80,7 @@ class OmeZarrReader:
         first = self.image.arrays[0]
         shape = first.shards or first.chunks
         self.piece = (shape[-2], shape[-1])
+        self.files = (os.path.realpath(path),)
 
     def read(self, level: int, box: Box) -> NDArray:
         pixels: NDArray | None = None

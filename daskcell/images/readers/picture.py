@@ -42,6 +42,7 @@ class PictureReader:
         self.dtype = pixels.dtype
         self.sizes = {"t": 1, "z": 1}
         self.piece = self.levels[0]
+        self.files: tuple[str, ...] = ()
 
     def read(self, level: int, box: Box) -> NDArray:
         check_inside(box, self.levels[level], self.name)
@@ -76,4 +77,6 @@ def open(path: str, *, t: int = 0, z: ZChoice = "max") -> PictureReader:
             pixels = pixels[:1]
     else:
         pixels = pixels[None]
-    return PictureReader(np.ascontiguousarray(pixels), Path(os.fspath(path)).stem, pixels.shape[0] == 3, None)
+    reader = PictureReader(np.ascontiguousarray(pixels), Path(path).stem, pixels.shape[0] == 3, None)
+    reader.files = (os.path.realpath(path),)
+    return reader

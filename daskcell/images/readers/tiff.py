@@ -141,7 +141,8 @@ class TiffReader:
             self.channels = names
         piece = keyframe.chunks[:2]
         self.piece = (piece[1], piece[0]) if swapped else (piece[0], piece[1])
-        self.is_tiled = bool(keyframe.is_tiled)
+        paths = {page.parent.filehandle.path for page in series.pages if page is not None}
+        self.files = tuple(sorted(os.path.realpath(p) for p in paths))
         self._strips: OrderedDict[tuple[int, int, int], NDArray] = OrderedDict()
 
     def _main_series(self) -> Any:

@@ -1,0 +1,176 @@
+"""From what a user names (files, folders, patterns) to images to be read: `find_images`."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from daskcell.config import InputSettings
+from daskcell.errors import DaskcellError, ImageError
+from daskcell.images import channels as names
+from daskcell.images.readers import ZChoice
+from daskcell.images.readers.omezarr import images_within, is_zarr
+from daskcell.images.sandbox import open_safely
+from daskcell.images.sources import Source, find_channel
+
+SUFFIXES = tuple(
+    ".tif .tiff .btf .tf8 .tf2 .stk .lsm .svs .ndpi .scn .qptiff .bif .png .jpg .jpeg .jpe .bmp .npy".split()  # noqa: SIM905
+)
+"""Endings of the files that a folder is searched for."""
+
+
+def find_images(
+    inputs: str | Path | Sequence[str | Path], settings: InputSettings | None = None
+) -> list[Source]:
+    """All images among `inputs`: files, folders (searched to the bottom), patterns with ``*``, OME-Zarr.
+
+    Raises
+    ------
+    ImageError
+        If there is none, a name does not exist, or a channel is missing or there twice.
+    """
+    settings = settings or InputSettings()
+    groups: list[names.Group] = []
+    if isinstance(inputs, (str, Path)):
+        inputs = [inputs]
+    singles: dict[str, list[str]] = {}
+    for given in inputs:
+        text = os.fspath(given)
+        if os.path.isdir(text) and not is_zarr(text):
+            groups += _in_folder(text, settings.pattern)
+        elif os.path.exists(text):
+            singles.setdefault(os.path.dirname(text), []).append(text)
+        elif glob.has_magic(text) and (
+            found := sorted(glob.glob(text, recursive=True), key=names.natural_key)
+        ):
+            for file in found:
+                if not os.path.isdir(file) or is_zarr(file):
+                    singles.setdefault(os.path.dirname(file), []).append(file)
+        else:
+            raise ImageError(f"There is no file or folder {text}.")
+    for folder, files in singles.items():
+        files = list(dict.fromkeys(files))
+        if settings.pattern is not None:
+            named = {os.path.relpath(f, folder or "."): f for f in files}
+            groups += names.group_by_pattern(named, settings.pattern)
+        else:
+            groups += _grouped(files)
+    if not groups:
+        raise ImageError(f"There is no picture in {', '.join(os.fspath(i) for i in inputs)}.")
+    size = settings.pixel_size
+    pixel_size = (size, size) if isinstance(size, (int, float)) else size
+    take = tuple(settings.channels) if settings.channels is not None else None
+    sources = []
+    for group in groups:
+        source = Source(group.name, group.files, group.channels, take, pixel_size)
+        if take and group.channels:
+            for name in take:
+                find_channel(name, group.channels, source)
+        sources += _planes(source, settings)
+    unique = names.unique_names(source.name for source in sources)
+    return [replace(source, name=name) for source, name in zip(sources, unique, strict=True)]
+
+
+def describe_sources(sources: Sequence[Source]) -> list[dict[str, str]]:
+    """Which file became what: a row for each file, with ``image``, ``channel`` and ``file``."""
+    rows = []
+    for source in sources:
+        for k, file in enumerate(source.files):
+            channel = source.file_channels[k] if source.file_channels else "(as in the file)"
+            if (
+                source.file_channels
+                and source.take
+                and channel.lower() not in [n.lower() for n in source.take]
+            ):
+                channel += " (left out)"
+            rows.append({"image": source.name, "channel": channel, "file": file})
+    return rows
+
+
+def _planes(source: Source, settings: InputSettings) -> list[Source]:
+    """One source for each time point and plane that the settings want."""
+    z: ZChoice = 0 if settings.z == "all" else settings.z
+    t = 0 if settings.t == "all" else settings.t
+    chosen = replace(source, t=t, z=z)
+    if settings.z != "all" and settings.t != "all":
+        return [chosen]
+    try:
+        reader = open_safely(Source(source.name, source.files[:1]))
+    except DaskcellError:
+        return [chosen]  # says so itself when it is converted, and does not stop the others
+    sizes = reader.sizes
+    reader.close()
+    times = range(sizes["t"]) if settings.t == "all" else [t]
+    planes: Sequence[ZChoice] = range(sizes["z"]) if settings.z == "all" else [z]
+    result = []
+    for time in times:
+        for plane in planes:
+            name = source.name + (f"_t{time:03d}" if len(times) > 1 else "")
+            name += f"_z{plane:03d}" if len(planes) > 1 else ""
+            result.append(replace(source, name=name, t=time, z=plane))
+    return result
+
+
+def _in_folder(folder: str, pattern: str | None) -> list[names.Group]:
+    """Images in a folder and below; channels are looked for in each folder by itself."""
+    by_folder: dict[str, list[str]] = {}
+    for parent, folders, files in os.walk(folder):
+        folders.sort(key=names.natural_key)
+        shown = [f for f in folders if not f.startswith(".")]
+        zarrs = [f for f in shown if is_zarr(os.path.join(parent, f))]
+        folders[:] = [f for f in shown if f not in zarrs]
+        pictures = [f for f in files if not f.startswith(".") and f.lower().endswith(SUFFIXES)]
+        found = sorted([*pictures, *zarrs], key=names.natural_key)
+        if found:
+            by_folder[parent] = [os.path.join(parent, f) for f in found]
+    if pattern is not None:
+        relative = {
+            os.path.relpath(f, folder).replace(os.sep, "/"): f for files in by_folder.values() for f in files
+        }
+        return names.group_by_pattern(relative, pattern)
+    groups = []
+    for parent, files in by_folder.items():
+        below = os.path.relpath(parent, folder)
+        for group in _grouped(files):
+            name = group.name or os.path.basename(os.path.abspath(parent))
+            prefix = "" if below == "." else below.replace(os.sep, "_") + "_"
+            groups.append(replace(group, name=prefix + name))
+    return groups
+
+
+def _grouped(files: list[str]) -> list[names.Group]:
+    """Images among the files of one folder: what says itself what it holds first, the rest by the names."""
+    groups: list[names.Group] = []
+    rest = []
+    for file in files:
+        images = images_within(file) if is_zarr(file) else []
+        if images:
+            stem = names.stem(file)
+            groups += [
+                names.Group(f"{stem}_{inner.replace('/', '_')}", (f"{file}/{inner}",)) for inner in images
+            ]
+        else:
+            rest.append(file)
+    taken: set[str] = set()
+    for file in rest:
+        spans = _spans(file) if len(rest) > 1 and file not in taken else ()
+        if len(spans) > 1:
+            groups.append(names.Group(names.stem(file), (file,)))
+            taken.update(spans)
+    rest = [file for file in rest if os.path.realpath(file) not in taken]
+    return groups + names.group_by_guess(rest)
+
+
+def _spans(file: str) -> tuple[str, ...]:
+    """All files of a multi-file OME-TIFF; of anything else, or what cannot be read, nothing."""
+    if not file.lower().endswith((".ome.tif", ".ome.tiff")):
+        return ()
+    try:
+        reader = open_safely(Source("", (file,)))
+    except DaskcellError:
+        return ()
+    reader.close()
+    return reader.files
