@@ -157,6 +157,9 @@ class FeatureSettings(Settings):
 class ClusterSettings(Settings):
     k: Annotated[int, Field(ge=2, le=65534)] | Literal["auto"] = 11
     """Number of groups; auto: the one from 2 to 20 that is most compact and comes back most reliably."""
+    use: list[Literal["encoder", "measurements"]] = ["encoder"]
+    """What cells are compared by: the encoder's vectors, the table's measurements, or both at equal
+    weight."""
     engine: Literal["incremental", "parallel"] = "incremental"
     """One pass of mini-batches (dask-ml), or rounds over all cells until nothing moves."""
     standardise: bool = True

@@ -340,6 +340,71 @@ def test_groups_are_written_into_the_table(slides, tmp_path):
     assert list(pd.read_parquet(made[5][1]).columns) == ["label", "cluster", "distance"]
 
 
+@pytest.fixture
+def measured(tmp_path, small_blocks):
+    """Two slides of four groups: the encoder tells two apart, the measurements the other two."""
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 4, 1200)
+    vectors = rng.normal(0, 1, (1200, 16)).astype(np.float32)
+    vectors[:, :8] += 6 * (y // 2)[:, None]
+    made = []
+    for i, part in enumerate((slice(0, 500), slice(500, 1200))):
+        features, table = write_slide(tmp_path, f"measured {i}", vectors[part])
+        cells = pd.DataFrame({"label": np.arange(1, len(vectors[part]) + 1)})
+        cells["centroid-0"] = rng.uniform(0, 1e6, len(cells))
+        cells["area"] = (300 + 4000 * (y[part] % 2) + rng.normal(0, 300, len(cells))).astype(int)
+        cells["solidity"] = 0.9 - 0.2 * (y[part] % 2) + rng.normal(0, 0.02, len(cells))
+        cells["area_um2"] = cells["area"] * 0.25
+        cells.to_parquet(table, index=False, row_group_size=130)
+        made.append((features, table, y[part]))
+    return made
+
+
+@pytest.mark.parametrize("unit", [False, True])
+@pytest.mark.parametrize("components", [None, 4])
+def test_vectors_and_measurements_together_tell_what_neither_can(measured, unit, components, tmp_path):
+    scores = {}
+    for use in (["encoder"], ["measurements"], ["encoder", "measurements"]):
+        settings = ClusterSettings(k=4, use=use, components=components, unit_length=unit)
+        features, tables, truth = zip(*measured, strict=True)
+        model = fit_features(features, settings, table_paths=tables)
+        model.save(tmp_path / "model")
+        for pair in zip(features, tables, strict=True):
+            predict_slide(*pair, tmp_path / "model")
+        got = np.concatenate([pd.read_parquet(table)["cluster"] for table in tables])
+        scores["+".join(use)] = adjusted_rand_score(np.concatenate(truth), got)
+    assert scores["encoder"] < 0.75
+    assert scores["measurements"] < 0.75
+    assert scores["encoder+measurements"] > 0.97
+    assert model.info["measurements"] == ["area", "solidity"]
+
+
+def test_measurements_that_are_not_there_are_refused(measured, slides, tmp_path):
+    features, tables, _ = zip(*measured, strict=True)
+    both = ClusterSettings(k=4, use=["encoder", "measurements"])
+    with pytest.raises(InputError, match="cells tables are needed"):
+        fit_features(features, both)
+    with pytest.raises(InputError, match="have no measurements"):
+        fit_features([slides[0][0][0]], both, table_paths=[slides[0][0][1]])
+    model = fit_features(features, both, table_paths=tables)
+    other = pd.read_parquet(tables[0]).drop(columns="solidity")
+    other.to_parquet(tmp_path / "other.parquet")
+    with pytest.raises(InputError, match="do not have the same measurements"):
+        fit_features(features, both, table_paths=[tables[0], tmp_path / "other.parquet"])
+    with pytest.raises(InputError, match="goes by the measurements solidity"):
+        predict_slide(features[0], tmp_path / "other.parquet", model)
+
+
+def test_rows_of_a_table_are_read_across_its_row_groups(measured):
+    from daskcell.clustering.tables import read_columns
+
+    table = measured[1][1]
+    expected = pd.read_parquet(table)[["solidity", "area"]].to_numpy(np.float32)
+    for start, stop in ((0, 700), (100, 150), (129, 131), (690, 700), (5, 5)):
+        got = read_columns(str(table), ["solidity", "area"], start, stop)
+        np.testing.assert_array_equal(got, expected[start:stop])
+
+
 def test_a_table_that_does_not_fit_its_features_is_refused_and_kept(slides):
     made, _, _ = slides
     model = ClusterModel(*(np.zeros((2, 24)),) * 2, np.zeros(2), np.zeros((2, 3)), np.zeros(24), np.ones(24))

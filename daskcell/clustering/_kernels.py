@@ -27,8 +27,8 @@ def row_hashes(bits, seed):  # pragma: no cover (compiled)
 
 
 @njit(cache=True, nogil=True)
-def project(rows, mean, factor, axes, unit):  # pragma: no cover (compiled)
-    """``((rows - mean) * factor) @ axes``, each to length 1 if asked; ``(n, d)`` float32 to ``(n, c)``
+def project(rows, mean, factor, axes, unit, parts):  # pragma: no cover (compiled)
+    """``((rows - mean) * factor) @ axes``, each part to length 1 if asked; ``(n, d)`` float32 to ``(n, c)``
     float32."""
     n, d = rows.shape
     c = axes.shape[1]
@@ -40,33 +40,34 @@ def project(rows, mean, factor, axes, unit):  # pragma: no cover (compiled)
             value = (rows[i, j] - mean[j]) * factor[j]
             for m in range(c):
                 total[m] += value * axes[j, m]
-        _store(out, i, total, unit)
+        _store(out, i, total, unit, parts)
     return out
 
 
 @njit(cache=True, nogil=True)
-def scale(rows, mean, factor, unit):  # pragma: no cover (compiled)
-    """``(rows - mean) * factor``, each to length 1 if asked."""
+def scale(rows, mean, factor, unit, parts):  # pragma: no cover (compiled)
+    """``(rows - mean) * factor``, each part to length 1 if asked."""
     n, d = rows.shape
     out = np.empty((n, d), np.float32)
     total = np.empty(d, np.float64)
     for i in range(n):
         for j in range(d):
             total[j] = (rows[i, j] - mean[j]) * factor[j]
-        _store(out, i, total, unit)
+        _store(out, i, total, unit, parts)
     return out
 
 
 @njit(cache=True, nogil=True)
-def _store(out, i, values, unit):  # pragma: no cover (compiled)
-    length = 1.0
-    if unit:
-        squares = 0.0
-        for m in range(len(values)):
-            squares += values[m] * values[m]
-        length = np.sqrt(squares) if squares > 0 else 1.0
-    for m in range(len(values)):
-        out[i, m] = values[m] / length
+def _store(out, i, values, unit, parts):  # pragma: no cover (compiled)
+    for p in range(len(parts) - 1):
+        length = 1.0
+        if unit:
+            squares = 0.0
+            for m in range(parts[p], parts[p + 1]):
+                squares += values[m] * values[m]
+            length = np.sqrt(squares) if squares > 0 else 1.0
+        for m in range(parts[p], parts[p + 1]):
+            out[i, m] = values[m] / length
 
 
 @njit(cache=True, nogil=True)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -25,6 +26,14 @@ if TYPE_CHECKING:
 SAMPLE = 16384
 _STARTS = 10
 Engine = Literal["incremental", "parallel"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Features of one kind: how many, and whether each is brought to mean 0 and deviation 1."""
+
+    width: int
+    standardise: bool
 
 
 def fit_clusters(
@@ -119,8 +128,13 @@ def fit_blocks(
     reduce_block: Callable[..., tuple[Rows, int]],
     reduce_args: tuple[Any, ...] = (),
     workers: Workers | None = None,
+    kinds: Sequence[Kind] | None = None,
 ) -> ClusterModel:
-    """`fit_clusters` on blocks of rows; `reduce_block` puts the scaled and projected rows somewhere."""
+    """`fit_clusters` on blocks of rows; `reduce_block` puts the scaled and projected rows somewhere.
+
+    With several `kinds` of features side by side, each is scaled and projected by itself, and all count the
+    same.
+    """
     if k != "auto" and k < 1:
         raise InputError(f"k must be at least 1, not {k}.")
     size = SAMPLE if k == "auto" else max(SAMPLE, 20 * k)
@@ -134,7 +148,8 @@ def fit_blocks(
         )
     sample = gather(blocks, seen.sample, seed, workers)
     with _one_thread():
-        model = _prepare(sample, seen.mean, seen.deviation, standardise, components, unit_length)
+        kinds = kinds or [Kind(sample.shape[1], standardise)]
+        model = _prepare(sample, seen.mean, seen.deviation, kinds, components, unit_length)
         reduced_sample = model.transform(sample)
         if k == "auto":
             k, model.curve_ = choose_k(reduced_sample, seed)
@@ -166,27 +181,51 @@ def _prepare(
     sample: np.ndarray,
     mean: np.ndarray,
     deviation: np.ndarray,
-    standardise: bool,
+    kinds: Sequence[Kind],
     components: int | None,
     unit_length: bool,
 ) -> ClusterModel:
     """The model without centres."""
+    from scipy.linalg import block_diag
+
+    mean, scale, axes, start = mean.copy(), np.ones(len(mean)), [], 0
+    for kind in kinds:
+        part = slice(start, start + kind.width)
+        start += kind.width
+        if kind.standardise:
+            # A feature that is constant but for rounding says nothing: it must not be blown up to deviation
+            # 1.
+            scale[part] = np.where(deviation[part] > 1e-6 * np.abs(mean[part]), deviation[part], 1.0)
+        else:
+            mean[part] = 0.0
+        scaled = (sample[:, part] - mean[part]) / scale[part]
+        own = None
+        if components is not None and components < min(scaled.shape):
+            own, middle = _principal_axes(scaled, components)
+            mean[part] += middle * scale[part]
+            scaled = (scaled - middle) @ own.T
+        if len(kinds) > 1 and not unit_length:
+            size = float(np.sqrt((scaled**2).sum(axis=1).mean())) or 1.0
+            if own is None:
+                scale[part] *= size
+            else:
+                own = own / size
+        axes.append(own)
+    none = np.zeros((0, len(mean)))
+    model = ClusterModel(none, none, np.zeros(0, np.int64), none, mean, scale, unit_length=unit_length)
+    if any(own is not None for own in axes):
+        filled = [np.eye(k.width) if own is None else own for own, k in zip(axes, kinds, strict=True)]
+        model.components_ = block_diag(*filled)
+    widths = [k.width if own is None else len(own) for own, k in zip(axes, kinds, strict=True)]
+    model.parts_ = np.concatenate([[0], np.cumsum(widths)]).astype(np.int64)
+    return model
+
+
+def _principal_axes(scaled: np.ndarray, components: int) -> tuple[np.ndarray, np.ndarray]:
     from sklearn.decomposition import IncrementalPCA
 
-    d = sample.shape[1]
-    if standardise:
-        # A feature that is constant but for rounding says nothing: it must not be blown up to deviation 1.
-        scale = np.where(deviation > 1e-6 * np.abs(mean), deviation, 1.0)
-    else:
-        mean, scale = np.zeros(d), np.ones(d)
-    axes = None
-    if components is not None and components < min(d, len(sample)):
-        pca = IncrementalPCA(components, batch_size=max(2048, 5 * components))
-        pca.fit((sample - mean) / scale)
-        axes = pca.components_
-        mean = mean + pca.mean_ * scale
-    none = np.zeros((0, d))
-    return ClusterModel(none, none, np.zeros(0, np.int64), none, mean, scale, axes, unit_length)
+    pca = IncrementalPCA(components, batch_size=max(2048, 5 * components)).fit(scaled)
+    return pca.components_, pca.mean_
 
 
 def _start(sample: np.ndarray, k: int, seed: int) -> np.ndarray:
@@ -206,7 +245,7 @@ def _map_back(model: ClusterModel, sample: np.ndarray, labels: np.ndarray) -> np
     """Centres in the units of the features."""
     centers = model.reduced_centers_
     if not model.unit_length:
-        scaled = centers if model.components_ is None else centers @ model.components_
+        scaled = centers if model.components_ is None else centers @ np.linalg.pinv(model.components_).T
         return scaled * model.scale_ + model.mean_
     return np.array(
         [

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import dask.array as da
 
 FORMAT = 1
-_ARRAYS = ("mean_", "scale_", "components_", "reduced_centers_", "centers_", "counts_", "spread_")
+_ARRAYS = ("mean_", "scale_", "components_", "parts_", "reduced_centers_", "centers_", "counts_", "spread_")
 
 
 @dataclass
@@ -41,9 +41,12 @@ class ClusterModel:
     mean_, scale_ : (d,) float64
         Features are ``(f - mean_) / scale_`` before projection.
     components_ : (c, d) float64 or None
-        Principal axes of the scaled features.
+        Principal axes of the scaled features; with several kinds of features, of each kind by itself,
+        weighted.
     unit_length : bool
-        Vectors are scaled to length 1 after that.
+        Vectors are scaled to length 1 after that; with several kinds of features, the part of each kind.
+    parts_ : (kinds + 1,) int64
+        Where the part of each kind begins and ends among the c scaled and projected features.
     missing_ : int
         Cells left out of the fit, since a feature was missing or infinite.
     curve_ : list of dict
@@ -59,6 +62,7 @@ class ClusterModel:
     mean_: np.ndarray
     scale_: np.ndarray
     components_: np.ndarray | None = None
+    parts_: np.ndarray | None = None
     unit_length: bool = False
     inertia_: float = 0.0
     missing_: int = 0
@@ -78,10 +82,12 @@ class ClusterModel:
 
         rows = self._checked(features)
         factor = 1 / self.scale_
+        width = len(self.mean_) if self.components_ is None else len(self.components_)
+        parts = np.array([0, width]) if self.parts_ is None else self.parts_
         if self.components_ is None:
-            return _kernels.scale(rows, self.mean_, factor, self.unit_length)
+            return _kernels.scale(rows, self.mean_, factor, self.unit_length, parts)
         axes = np.ascontiguousarray(self.components_.T)
-        return _kernels.project(rows, self.mean_, factor, axes, self.unit_length)
+        return _kernels.project(rows, self.mean_, factor, axes, self.unit_length, parts)
 
     def predict(self, features: np.ndarray | da.Array) -> np.ndarray | da.Array:
         """Group of each cell: ``(n, d)`` to ``(n,)`` int32; -1 where a feature is missing or infinite."""

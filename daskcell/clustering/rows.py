@@ -72,7 +72,7 @@ def cut(array: Any) -> list[Rows]:
     return [ArrayRows(array, i, min(i + BLOCK, len(array))) for i in range(0, len(array), BLOCK)]
 
 
-def cut_file(path: str | Path) -> list[Rows]:
+def cut_file(path: str | Path) -> list[ZarrRows]:
     """Blocks of a Zarr array ``(n, d)``."""
     import zarr
 

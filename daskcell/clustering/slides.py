@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from daskcell.clustering.fit import fit_blocks, usable
+from daskcell.clustering.fit import Kind, fit_blocks, usable
 from daskcell.clustering.model import ClusterModel, load_clusters
-from daskcell.clustering.rows import BLOCK, FileRows, Rows, cut_file
+from daskcell.clustering.rows import BLOCK, FileRows, Rows
+from daskcell.clustering.tables import cut_slide, shared_columns
 from daskcell.config import ClusterSettings
 from daskcell.errors import InputError
 
@@ -43,6 +44,7 @@ def fit_features(
     settings: ClusterSettings | None = None,
     workers: Workers | None = None,
     scratch: str | Path | None = None,
+    table_paths: Sequence[str | Path] | None = None,
 ) -> ClusterModel:
     """Fit groups to the cells of many slides, streamed.
 
@@ -57,27 +59,41 @@ def fit_features(
         Folder, seen by all workers, for the scaled and projected rows; None: beside the features. Emptied
         afterwards.
 
+    table_paths : paths of cells tables, in the order of `feature_paths`
+        Needed where `settings.use` names the measurements.
+
     Raises
     ------
     InputError
         Slides whose features were made differently, or fewer cells than k.
     """
     settings = settings or ClusterSettings()
-    paths = sorted((Path(path) for path in feature_paths), key=lambda path: (path.name, str(path)))
-    if not paths:
+    if not feature_paths:
         raise InputError("There are no features to cluster: no slide has any yet.")
-    _, width, info = features_info(paths[0])
+    if "measurements" in settings.use and table_paths is None:
+        raise InputError("cluster.use names the measurements, so the cells tables are needed too.")
+    tables: list[str | Path | None] = list(table_paths) if table_paths else [None] * len(feature_paths)
+    pairs = list(zip(map(Path, feature_paths), tables, strict=True))
+    pairs.sort(key=lambda pair: (pair[0].name, str(pair[0])))
+    first = pairs[0][0]
+    _, width, info = features_info(first)
+    if "encoder" not in settings.use:
+        width = 0
+    columns = shared_columns([table for _, table in pairs if table]) if "measurements" in settings.use else []
     blocks: list[Rows] = []
-    for path in paths:
+    for path, table in pairs:
         n, other_width, other_info = features_info(path)
-        if n and (other_width, other_info) != (width, info):
+        if n and width and (other_width, other_info) != (width, info):
             raise InputError(
-                f"{path} was not made as {paths[0]} was ({other_width} features {other_info}, not {width} "
-                f"{info}). "
-                "Run the features of both again with the same settings."
+                f"{path} was not made as {first} was ({other_width} features {other_info}, not {width} "
+                f"{info}). Run the features of both again with the same settings."
             )
-        blocks += cut_file(path)
-    folder = Path(scratch) if scratch is not None else paths[0].parent
+        blocks += cut_slide(path, table, bool(width), columns)
+    kinds = [Kind(width, settings.standardise)] if width else []
+    if columns:
+        kinds.append(Kind(len(columns), True))  # they have units: the area would drown the rest
+        info = info | {"measurements": columns}
+    folder = Path(scratch) if scratch is not None else first.parent
     folder.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".clusters-", dir=folder))
     try:
@@ -93,6 +109,7 @@ def fit_features(
             reduce_block=_reduce_to_file,
             reduce_args=(str(folder),),
             workers=workers,
+            kinds=kinds,
         )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -124,13 +141,14 @@ def predict_slide(
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
-    import zarr
 
     if not isinstance(model, ClusterModel):
         model = load_clusters(model)
     n, width, info = features_info(features_path)
-    model.check(width, info)
-    features = zarr.open_array(str(features_path), mode="r")
+    columns = list(model.info.get("measurements", []))
+    with_encoder = len(model.mean_) > len(columns)
+    if with_encoder:
+        model.check(width + len(columns), info)
     table_path = Path(table_path)
     temporary = table_path.with_name(f".{table_path.name}.{uuid.uuid4().hex[:8]}.tmp")
     clusters, distances = [np.zeros(0, np.int32)], [np.zeros(0, np.float32)]
@@ -141,25 +159,32 @@ def predict_slide(
                     f"{table_path} has {table.metadata.num_rows} cells, but {features_path} has {n}. "
                     "Run the features of this slide again."
                 )
+            missing = sorted(set(columns) - set(table.schema_arrow.names))
+            if missing:
+                raise InputError(
+                    f"The model goes by the measurements {', '.join(missing[:4])}, which {table_path} "
+                    "does not have. Give the channels the names they had in the fit."
+                )
             kept = [
                 i for i, name in enumerate(table.schema_arrow.names) if name not in {"cluster", "distance"}
             ]
             schema = pa.schema([table.schema_arrow.field(i) for i in kept])
             schema = schema.append(pa.field("cluster", pa.int32())).append(pa.field("distance", pa.float32()))
+            for block in cut_slide(features_path, table_path, with_encoder, columns):
+                labels, far = model.assign(block.read())
+                clusters.append(labels)
+                distances.append(far)
+            every, far = np.concatenate(clusters), np.concatenate(distances)
             start = 0
             with pq.ParquetWriter(temporary, schema) as writer:
                 for batch in table.iter_batches(BLOCK, columns=schema.names[:-2]):
-                    rows = np.asarray(features[start : start + len(batch)])
+                    some = slice(start, start + len(batch))
                     start += len(batch)
-                    labels, far = model.assign(rows)
-                    columns = [*batch.columns, pa.array(labels), pa.array(far)]
-                    writer.write_table(pa.Table.from_arrays(columns, schema=schema))
-                    clusters.append(labels)
-                    distances.append(far)
+                    filled = [*batch.columns, pa.array(every[some]), pa.array(far[some])]
+                    writer.write_table(pa.Table.from_arrays(filled, schema=schema))
         os.replace(temporary, table_path)
     finally:
         temporary.unlink(missing_ok=True)
-    every, far = np.concatenate(clusters), np.concatenate(distances)
     return {
         "counts": np.bincount(every[every >= 0], minlength=model.k).tolist(),
         "unassigned": int((every < 0).sum()),

@@ -1,0 +1,90 @@
+"""Rows of a slide: vectors of the encoder, measurements of the cells table, or both side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from daskcell.clustering import rows as rows_module
+from daskcell.clustering.rows import Rows, ZarrRows
+from daskcell.errors import InputError
+
+_NOT_FEATURES = ("label", "centroid", "bbox", "orientation", "touches_edge", "cluster", "distance")
+
+
+@dataclass(frozen=True)
+class SlideRows:
+    """The same rows of both, or measurements alone."""
+
+    vectors: ZarrRows | None
+    table: str
+    columns: tuple[str, ...]
+    start: int
+    stop: int
+
+    def read(self) -> np.ndarray:
+        measured = read_columns(self.table, self.columns, self.start, self.stop)
+        return measured if self.vectors is None else np.concatenate([self.vectors.read(), measured], axis=1)
+
+
+def cut_slide(
+    features_path: str | Path, table_path: str | Path | None, with_encoder: bool, columns: Sequence[str]
+) -> list[Rows]:
+    """Blocks of one slide's rows."""
+    vectors: list[ZarrRows] = rows_module.cut_file(features_path)
+    if not columns:
+        return list(vectors)
+    return [
+        SlideRows(block if with_encoder else None, str(table_path), tuple(columns), block.start, block.stop)
+        for block in vectors
+    ]
+
+
+def shared_columns(table_paths: Sequence[str | Path]) -> list[str]:
+    """Measurements, in pixels, that say what a cell is like, and not where it lies.
+
+    Raises
+    ------
+    InputError
+        Tables with different columns, or without measurements.
+    """
+    import pyarrow.parquet as pq
+
+    found: list[str] | None = None
+    for path in table_paths:
+        names = [
+            name
+            for name in pq.read_schema(path).names
+            if not name.startswith(_NOT_FEATURES) and not name.endswith(("_um", "_um2"))
+        ]
+        if found is not None and names != found:
+            differing = sorted(set(names) ^ set(found))
+            raise InputError(
+                f"{path} and {table_paths[0]} do not have the same measurements "
+                f"({', '.join(differing[:4])}). "
+                "Give the channels the same names, or cluster by the encoder alone."
+            )
+        found = names
+    if not found or found == ["area"]:
+        raise InputError("The cells tables have no measurements. Switch features.measurements on.")
+    return found
+
+
+def read_columns(path: str, columns: Sequence[str], start: int, stop: int) -> np.ndarray:
+    """Rows ``start`` to ``stop`` of some columns as ``(m, columns)`` float32; reads the row groups they lie
+    in."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as table:
+        sizes = [table.metadata.row_group(i).num_rows for i in range(table.metadata.num_row_groups)]
+        ends = np.cumsum([0, *sizes])
+        groups = [i for i in range(len(sizes)) if ends[i] < stop and ends[i + 1] > start]
+        if not groups:
+            return np.zeros((0, len(columns)), np.float32)
+        values = table.read_row_groups(groups, columns=list(columns))
+        values = values.slice(start - ends[groups[0]], stop - start)
+        # Asked for by name: Parquet gives columns in the file's order.
+        return np.stack([values[name].to_numpy() for name in columns], axis=1).astype(np.float32)
