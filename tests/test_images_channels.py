@@ -287,3 +287,79 @@ def test_independent_pictures_stay_independent(data_dir: Path, folder: str, coun
     sources = find_images(data_dir / folder)
     assert len(sources) == count
     assert all(source.file_channels is None for source in sources)
+
+
+def write_multi_file_ome(folder: Path, names: list[str], channels: list[str]) -> None:
+    """One plane a file; each names all the others."""
+    uuids = [f"urn:uuid:00000000-0000-0000-0000-{k:012d}" for k in range(len(names))]
+    planes = "".join(
+        f'<TiffData FirstC="{k}" PlaneCount="1"><UUID FileName="{name}">{uuid}</UUID></TiffData>'
+        for k, (name, uuid) in enumerate(zip(names, uuids, strict=True))
+    )
+    channel = "".join(f'<Channel ID="Channel:0:{k}" Name="{name}"/>' for k, name in enumerate(channels))
+    schema = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
+    for k, (name, uuid) in enumerate(zip(names, uuids, strict=True)):
+        xml = (
+            f'<OME xmlns="{schema}" UUID="{uuid}"><Image ID="Image:0"><Pixels ID="Pixels:0" Type="uint8" '
+            f'DimensionOrder="XYCZT" SizeX="30" SizeY="20" SizeC="{len(names)}" SizeZ="1" SizeT="1">'
+            f"{channel}{planes}</Pixels></Image></OME>"
+        )
+        tifffile.imwrite(folder / name, np.full((20, 30), k + 1, np.uint8), description=xml, metadata=None)
+
+
+def test_files_that_name_each_other_are_one_image(tmp_path: Path) -> None:
+    write_multi_file_ome(tmp_path, ["s_c0.ome.tif", "s_c1.ome.tif"], ["DNA", "actin"])
+    make(tmp_path, "alone.ome.tif", "plain.tif")
+    sources = find_images(tmp_path)
+    assert sorted(source.name for source in sources) == ["alone", "plain", "s_c0"]
+    both = next(source for source in sources if source.name == "s_c0")
+    image = open_image(both)
+    assert image.channels == ("DNA", "actin")
+    assert image.data[:, 0, 0].compute().tolist() == [1, 2]
+
+
+def test_every_field_of_a_plate_is_an_image(tmp_path: Path) -> None:
+    import zarr
+    from ome_zarr.format import FormatV05
+    from ome_zarr.writer import write_image, write_plate_metadata, write_well_metadata
+
+    plate = zarr.open_group(tmp_path / "plate.zarr", mode="w")
+    write_plate_metadata(plate, ["A", "B"], ["1"], ["A/1", "B/1"], fmt=FormatV05())
+    for value, well in enumerate(("A/1", "B/1"), 1):
+        group = plate.require_group(well)
+        write_well_metadata(group, ["0", "1"], fmt=FormatV05())
+        for field in range(2):
+            pixels = np.full((1, 20, 30), 10 * value + field, np.uint8)
+            write_image(pixels, group.require_group(str(field)), axes="cyx", fmt=FormatV05(), scaler=None)
+    for inputs in (tmp_path, tmp_path / "plate.zarr"):
+        sources = find_images(inputs)
+        assert [source.name for source in sources] == [
+            "plate_A_1_0",
+            "plate_A_1_1",
+            "plate_B_1_0",
+            "plate_B_1_1",
+        ]
+        assert [int(open_image(source).data[0, 0, 0]) for source in sources] == [10, 11, 20, 21]
+
+
+def test_plain_arrays_are_pictures(tmp_path: Path) -> None:
+    import zarr
+
+    pixels = np.random.default_rng(0).integers(0, 4000, (2, 40, 50)).astype(np.uint16)
+    np.save(tmp_path / "a.npy", pixels)
+    zarr.save_array(tmp_path / "b.zarr", pixels)
+    np.save(tmp_path / "flat.npy", pixels[0].astype(">f4"))
+    np.save(tmp_path / "objects.npy", np.array([{}, None]), allow_pickle=True)
+    np.save(tmp_path / "line.npy", np.zeros(5))
+    np.save(tmp_path / "long.npy", np.zeros((4, 4), np.int64))
+    for name in ("a.npy", "b.zarr"):
+        image = open_image(tmp_path / name)
+        assert image.channels == ("channel 1", "channel 2")
+        np.testing.assert_array_equal(image.data.compute(), pixels)
+        np.testing.assert_array_equal(image.data[:, 3:9, 5:7].compute(), pixels[:, 3:9, 5:7])
+    flat = open_image(tmp_path / "flat.npy")
+    assert flat.dtype == np.float32
+    np.testing.assert_array_equal(flat.data.compute(), pixels[:1])
+    for name, reason in (("objects", "objects.npy"), ("line", r"\(5,\) is no picture"), ("long", "int64")):
+        with pytest.raises(ImageError, match=reason):
+            open_image(tmp_path / f"{name}.npy")

@@ -524,6 +524,18 @@ def test_lazy_image_reads_only_what_is_computed(tmp_path: Path, monkeypatch: pyt
     assert reads == [Box(2048, 0, 4096, 2048)]
 
 
+def test_blocks_follow_tiles_and_strips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = RNG.integers(0, 255, (1, 5000, 2300), np.uint8)
+    tiled = images.open_image(source_of(tmp_path, pixels, "t", tile=(240, 240)))
+    assert tiled.data.chunks == ((1,), (1920, 1920, 1160), (1920, 380))
+    strips = source_of(tmp_path, pixels, "s", rowsperstrip=16)
+    assert images.open_image(strips).data.chunks == ((1,), (2048, 2048, 904), (2300,))
+    monkeypatch.setattr("daskcell.images.image.BLOCK_BYTES", 2300 * 1000)
+    low = images.open_image(strips)
+    assert low.data.chunks == ((1,), (1000,) * 5, (2300,))
+    np.testing.assert_array_equal(low.data.compute(), pixels)
+
+
 def test_every_channel_as_its_own_picture(tmp_path: Path) -> None:
     pixels = RNG.integers(0, 4000, (2, 600, 530), np.uint16)
     metadata = {"PhysicalSizeX": 0.25, "PhysicalSizeY": 0.5, "Channel": {"Name": ["DNA", "é/actin"]}}

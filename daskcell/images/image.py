@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     import dask.array as da
 
 BLOCK = 2048
-"""Side in pixels of the blocks of a lazily read file."""
+"""Side in pixels of the blocks of a lazily read file, in whole tiles of it."""
+BLOCK_BYTES = 64 * 2**20
+"""Largest block of a file of strips."""
 
 
 @dataclass(frozen=True)
@@ -113,16 +115,14 @@ def _lazy(source: Source, reader: Any) -> Image:
 
     identity = source.identity()
     height, width = reader.levels[0]
-    step = [
-        min(length, max(-(-BLOCK // p) * p if p <= BLOCK else BLOCK, 1))
-        for length, p in zip((height, width), reader.piece, strict=True)
-    ]
-    if reader.piece[1] == width and reader.piece[0] < height:
-        step[1] = width  # strips: a block as wide as the picture decodes each once
+    count, size = len(reader.channels), reader.dtype.itemsize
+    rows, columns = (max(BLOCK // piece, 1) * piece if piece <= BLOCK else BLOCK for piece in reader.piece)
+    if reader.piece[1] >= width and reader.piece[0] < height:
+        # Strips: a block as wide as the picture decodes each of them once, and is lower for that.
+        columns = width
+        rows = max(min(rows, BLOCK_BYTES // (count * width * size)), 1)
     chunks = da.core.normalize_chunks(
-        ((len(reader.channels),), step[0], step[1]),
-        shape=(len(reader.channels), height, width),
-        dtype=reader.dtype,
+        (count, min(rows, height), min(columns, width)), shape=(count, height, width), dtype=reader.dtype
     )
     data = da.map_blocks(
         _read_chunk,
@@ -131,7 +131,7 @@ def _lazy(source: Source, reader: Any) -> Image:
         chunks=chunks,
         dtype=reader.dtype,
         meta=np.empty((0, 0, 0), reader.dtype),
-        name="image-" + tokenize(source, identity, step),
+        name="image-" + tokenize(source, identity, chunks),
     )
     path = source.files[0] if len(source.files) == 1 else os.path.dirname(source.files[0])
     return Image(data, reader.channels, reader.pixel_size, source.name, path, reader.is_rgb)
