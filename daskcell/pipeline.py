@@ -21,7 +21,8 @@ from daskcell.compute import Failed, Workers, start_workers
 from daskcell.config import Config, load_config, parse_config
 from daskcell.disk import remove
 from daskcell.errors import ComputeError, ConfigError, DaskcellError, ImageError, InputError, StudyError
-from daskcell.images.sources import Source, find_images
+from daskcell.images import find_images
+from daskcell.images.sources import Source
 from daskcell.keys import cluster_key, digest
 from daskcell.lock import Lock
 from daskcell.progress import Progress
