@@ -57,11 +57,14 @@ SEQUENCE = ("red", "green", "blue", "cyan", "magenta", "yellow")
 # The first pattern found in a channel's name decides. Words are matched as words: "red" is not in "infrared".
 _BY_NAME = (
     (r"cyan|cfp|ecfp|cerulean|c", "cyan"),
-    (r"magenta|cy5|cy5\.5|alexa ?6\d\d|draq5|far ?red|m", "magenta"),
+    (r"magenta|cy5|cy5\.5|(?:alexa(?: fluor)?|af) ?6\d\d|draq5|far ?red|m", "magenta"),
     (r"yellow|yfp|eyfp|venus|y", "yellow"),
     (r"blue|dapi|hoechst\d*|dna|nucle\w*|bfp|b", "blue"),
-    (r"green|gfp|egfp|fitc|alexa ?488|syto\d*|cy2|g", "green"),
-    (r"red|tritc|rhodamine|rfp|mcherry|cherry|tdtomato|texas ?red|alexa ?5\d\d|cy3|r", "red"),
+    (r"green|gfp|egfp|fitc|(?:alexa(?: fluor)?|af) ?488|syto\d*|cy2|g", "green"),
+    (
+        r"red|tritc|rhodamine|rfp|mcherry|cherry|tdtomato|texas ?red|(?:alexa(?: fluor)?|af) ?5\d\d|cy3|r",
+        "red",
+    ),
     (r"bright ?field|bf|phase|dic|trans\w*|tl", "white"),
 )
 

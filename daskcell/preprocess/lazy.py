@@ -25,13 +25,15 @@ from daskcell.preprocess.steps import TRUNCATE, Gaussian, Mix, Step, smooth
 if TYPE_CHECKING:
     import dask.array as da
 
+_COLORS = ("red", "green", "blue", "cyan")
+_RATIO = (1, 1, 1, 1)
 _FAN_IN = 16
 
 
 def reconstruct(
     channels: Any,
-    colors: Sequence[str] = ("red", "green", "blue", "cyan"),
-    ratio: Sequence[float] = (1, 1, 1, 1),
+    colors: Sequence[str] = _COLORS,
+    ratio: Sequence[float] = _RATIO,
 ) -> da.Array:
     """Rebuild the colour picture from one picture per stain, by adding their light.
 
@@ -57,9 +59,9 @@ def reconstruct(
     """
     x = _planes(channels)
     count = int(x.shape[0])
-    if colors is reconstruct.__defaults__[0]:  # type: ignore[index]
+    if colors is _COLORS:
         colors = colors[:count]
-    if ratio is reconstruct.__defaults__[1]:  # type: ignore[index]
+    if ratio is _RATIO:
         ratio = [1] * count
     step = Mix(mixing_weights(count, list(colors), list(ratio)))
     return _map(x, step)
@@ -179,12 +181,16 @@ def gaussian(x: Any, sigma: float) -> da.Array:
         raise InputError(f"The sigma {sigma!r} of the Gaussian filter cannot be used: it must be above 0.")
     planes = _planes(x, allow_2d=True)
     sigma = float(sigma)
-    if planes.dtype.kind == "f":
+    halo = Gaussian(sigma).halo
+    # Dask refuses an overlap wider than the array: such an axis stays in one piece and needs none.
+    short = {axis: -1 for axis in (1, 2) if planes.shape[axis] <= halo}
+    if planes.dtype.kind == "f" and not short:
         result = gaussian_filter(planes, (0, sigma, sigma), truncate=TRUNCATE)
     else:
         # dask-image would filter integers as SciPy does, rounding down after each axis.
-        depth = (0, Gaussian(sigma).halo, Gaussian(sigma).halo)
-        result = planes.map_overlap(smooth, depth, "none", dtype=planes.dtype, meta=planes._meta, sigma=sigma)
+        depth = {0: 0, 1: 0 if 1 in short else halo, 2: 0 if 2 in short else halo}
+        cut = planes.rechunk(short)
+        result = cut.map_overlap(smooth, depth, "none", dtype=planes.dtype, meta=planes._meta, sigma=sigma)
     return result[0] if np.ndim(x) == 2 else result
 
 

@@ -275,7 +275,9 @@ def _weights(
         colors = ["red", "green", "blue"] if is_rgb and count == 3 else auto_colors(names)
     else:
         colors = list(chosen.colors)
-    return mixing_weights(count, colors, chosen.ratio if chosen.ratio is not None else [1.0] * count)
+    weights = mixing_weights(count, colors, chosen.ratio if chosen.ratio is not None else [1.0] * count)
+    # Red, green and blue in this order are a colour picture already.
+    return None if np.array_equal(weights, np.eye(3)) else weights
 
 
 def start_pass(
