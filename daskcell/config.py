@@ -238,7 +238,8 @@ def load_config(path: str | Path) -> Config:
     except OSError as error:
         raise ConfigError(f"Cannot read the config {path}: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = f", line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{path} is not YAML{where}: {getattr(error, 'problem', None) or error}.") from None
     if values is None:
         values = {}

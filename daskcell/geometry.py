@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -62,7 +63,8 @@ class Box:
 class Grid:
     """A picture of `shape` ``(Y, X)`` cut into blocks by their edges along each axis.
 
-    `rows` and `columns` are increasing edges, from 0 to the side: uneven blocks (any Dask chunking) are allowed.
+    `rows` and `columns` are increasing edges, from 0 to the side: uneven blocks (any Dask chunking) are
+    allowed.
     """
 
     rows: tuple[int, ...]
@@ -71,7 +73,7 @@ class Grid:
     @classmethod
     def regular(cls, shape: tuple[int, int], block: int) -> Grid:
         """Blocks of ``block`` pixels a side; the last of a row or column may be smaller."""
-        return cls(*(tuple(range(0, side, block)) + (side,) if side else (0,) for side in shape))
+        return cls(*((*range(0, side, block), side) if side else (0,) for side in shape))
 
     @classmethod
     def from_chunks(cls, chunks: tuple[tuple[int, ...], tuple[int, ...]]) -> Grid:
@@ -98,9 +100,7 @@ class Grid:
     @property
     def chunks(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Block sizes as Dask writes them."""
-        return tuple(
-            tuple(b - a for a, b in zip(edges, edges[1:], strict=False)) for edges in (self.rows, self.columns)
-        )  # type: ignore[return-value]
+        return tuple(tuple(b - a for a, b in pairwise(edges)) for edges in (self.rows, self.columns))  # type: ignore[return-value]
 
     def __len__(self) -> int:
         return self.counts[0] * self.counts[1]
@@ -121,5 +121,7 @@ class Grid:
         if box.is_empty:
             return []
         rows = [i for i in range(self.counts[0]) if self.rows[i] < box.y1 and self.rows[i + 1] > box.y0]
-        columns = [j for j in range(self.counts[1]) if self.columns[j] < box.x1 and self.columns[j + 1] > box.x0]
+        columns = [
+            j for j in range(self.counts[1]) if self.columns[j] < box.x1 and self.columns[j + 1] > box.x0
+        ]
         return [(i, j) for i in rows for j in columns]

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 class BlobNetwork(nn.Module):
-    """Flows uphill on a blurred picture: Cellpose's inputs and outputs, fixed weights, any number of channels."""
+    """Flows uphill on a blurred picture: Cellpose's inputs and outputs, fixed weights, any channels."""
 
     def __init__(self, sigma: float = 4.0, level: float = 0.25):
         super().__init__()
@@ -43,7 +43,9 @@ class BlobNetwork(nn.Module):
         return y, torch.zeros(len(x), 256)
 
 
-def blobs(shape: tuple[int, int], seed: int = 0, radius: float = 8.0, density: float = 0.004, noise: float = 0.03):
+def blobs(
+    shape: tuple[int, int], seed: int = 0, radius: float = 8.0, density: float = 0.004, noise: float = 0.03
+):
     """Bright discs of varying size, many touching, on a noisy ground: ``(Y, X)`` float32."""
     rng = np.random.default_rng(seed)
     image = np.zeros(shape, np.float32)

@@ -30,7 +30,9 @@ def whole(serial, image, net, **options):
     """`CellposeModel.eval` on the whole array."""
     image = np.moveaxis(image, 0, -1) if image.ndim == 3 else image
     axis = -1 if image.ndim == 3 else None
-    return serial.cellpose_model(net).eval(image, channel_axis=axis, bsize=256, tile_overlap=0.1, **options)[0]
+    return serial.cellpose_model(net).eval(image, channel_axis=axis, bsize=256, tile_overlap=0.1, **options)[
+        0
+    ]
 
 
 def run(image, **options):

@@ -1,11 +1,11 @@
 """Pixels to cells: exact at every seam.
 
-    tiles, rescale, globals     the whole picture's coordinates and facts
-    network, dynamics           tiles through the network; pixels along the flows
-    methods                     Cellpose, watershed, or any function of a block
-    cells, flowcheck            ownership, checks, painting
-    lazy, engine                the two drivers: dask arrays, and OME-Zarr on disk
-    seams                       what the cutting did (it should be nothing)
+tiles, rescale, globals     the whole picture's coordinates and facts
+network, dynamics           tiles through the network; pixels along the flows
+methods                     Cellpose, watershed, or any function of a block
+cells, flowcheck            ownership, checks, painting
+lazy, engine                the two drivers: dask arrays, and OME-Zarr on disk
+seams                       what the cutting did (it should be nothing)
 """
 
 from daskcell.segment.lazy import segment

@@ -1,9 +1,9 @@
 """Cells of one block: which are its own, are they whole, do they pass, where are they painted.
 
-A block labels its core and a halo around it. It owns the cells whose anchor, their first pixel in reading order, lies
-in its core; its neighbours see the same cells with the same pixels, so every cell has exactly one owner and nothing
-is stitched. What makes that true is checked, not assumed: a cell that could look different if more were known makes
-the block ask for a larger halo.
+A block labels its core and a halo around it. It owns the cells whose anchor, their first pixel in reading
+order, lies in its core; its neighbours see the same cells with the same pixels, so every cell has exactly one
+owner and nothing is stitched. What makes that true is checked, not assumed: a cell that could look different
+if more were known makes the block ask for a larger halo.
 
     own_labels  -> Candidates    with the halo's labels, as later steps look at neighbours
     check_block -> Cells         only owned ones, after flow check, holes and size
@@ -38,9 +38,10 @@ class Thresholds:
 class Candidates:
     """Labels around one block, before the checks that need the whole picture.
 
-    `labels` ``(h, w)`` int32 and `flows` ``(2, h, w)`` float32 cover the box `held` ``(4,)``; `boxes` ``(n, 4)`` are
-    ``y0, x0, y1, x1`` of each label within it. `owned` and `mates` ``(n,)`` say which labels are the block's own and
-    which foreign ones may swallow pixels of those. `flows` is empty when there is no flow check to come.
+    `labels` ``(h, w)`` int32 and `flows` ``(2, h, w)`` float32 cover the box `held` ``(4,)``; `boxes` ``(n,
+    4)`` are ``y0, x0, y1, x1`` of each label within it. `owned` and `mates` ``(n,)`` say which labels are the
+    block's own and which foreign ones may swallow pixels of those. `flows` is empty when there is no flow
+    check to come.
     """
 
     held: np.ndarray
@@ -53,15 +54,15 @@ class Candidates:
     @property
     def extent(self) -> int:
         """Largest extent of an owned label, for the diffusion's global number of steps."""
-        return flowcheck.extent(self.labels, self.boxes, self.owned)
+        return flowcheck.extent(self.boxes, self.owned)
 
 
 @dataclass
 class Cells:
     """Finished cells of one block, in whole-picture coordinates.
 
-    `boxes` ``(n, 4)`` int64; `anchors` ``(n, 2)`` int64, first pixel of each; `bits` uint8, each box's mask flattened,
-    one after another, eight pixels a byte.
+    `boxes` ``(n, 4)`` int64; `anchors` ``(n, 2)`` int64, first pixel of each; `bits` uint8, each box's mask
+    flattened, one after another, eight pixels a byte.
     """
 
     boxes: np.ndarray
@@ -171,7 +172,9 @@ def choose_owned(
         empty = np.zeros((0, 4), np.int64)
         none = np.zeros(0, bool)
         crop = Box(core.y0, core.x0, core.y0, core.x0)
-        return Candidates(_array(crop), np.zeros((0, 0), np.int32), np.zeros((2, 0, 0), np.float32), empty, none, none)
+        return Candidates(
+            _array(crop), np.zeros((0, 0), np.int32), np.zeros((2, 0, 0), np.float32), empty, none, none
+        )
     low, high = boxes[near, :2].min(axis=0), boxes[near, 2:].max(axis=0)
     crop = Box(int(low[0]), int(low[1]), int(high[0]), int(high[1]))
     keep = np.concatenate([[0], np.cumsum(near) * near]).astype(np.int32)
@@ -215,7 +218,7 @@ def check_block(found: Candidates, steps: int, thresholds: Thresholds) -> Cells:
         first = int(mask.argmax())
         anchors[n] = box[0] + first // mask.shape[1] + y, box[1] + first % mask.shape[1] + x
     bits = np.packbits(np.concatenate(masks)) if masks else np.zeros(0, np.uint8)
-    return Cells(boxes + [y, x, y, x], anchors, bits)
+    return Cells(boxes + np.array([y, x, y, x]), anchors, bits)
 
 
 def paint(parts: list[tuple[Cells, np.ndarray]], box: Box) -> tuple[np.ndarray, int]:
@@ -236,7 +239,9 @@ def paint(parts: list[tuple[Cells, np.ndarray]], box: Box) -> tuple[np.ndarray, 
     conflicts = 0
     for cells, ids in parts:
         if len(cells):
-            conflicts += _paint(labels, box.y0, box.x0, cells.boxes, np.unpackbits(cells.bits), ids.astype(np.uint32))
+            conflicts += _paint(
+                labels, box.y0, box.x0, cells.boxes, np.unpackbits(cells.bits), ids.astype(np.uint32)
+            )
     return labels, conflicts
 
 
@@ -311,8 +316,8 @@ def _hole(part, label):  # pragma: no cover - compiled
                 top += 1
     while top > 0:
         top -= 1
-        y, x = np.int64(stack[top, 0]), np.int64(stack[top, 1])
-        for v, u in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
+        b, a = np.int64(stack[top, 0]), np.int64(stack[top, 1])
+        for v, u in ((b - 1, a), (b + 1, a), (b, a - 1), (b, a + 1)):
             if v >= 0 and v < rows and u >= 0 and u < columns and hole[v, u]:
                 hole[v, u] = False
                 stack[top, 0], stack[top, 1] = v, u

@@ -1,13 +1,15 @@
 """The cell diameter, estimated from a first pass of the network without one.
 
-Cellpose's networks work best on cells of 30 pixels. The first pass finds enough cells at the picture's own scale to
-tell how large they are; the second, on the rescaled picture, finds the rest. A small picture is looked at whole, a
-slide in windows at fixed places, so the estimate depends neither on blocks nor on workers.
+Cellpose's networks work best on cells of 30 pixels. The first pass finds enough cells at the picture's own
+scale to tell how large they are; the second, on the rescaled picture, finds the rest. A small picture is
+looked at whole, a slide in windows at fixed places, so the estimate depends neither on blocks nor on workers.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
+from itertools import pairwise
 
 import numpy as np
 
@@ -47,15 +49,21 @@ def estimate_diameter(method: CellposeMethod, read: Read, shape: tuple[int, int]
     for box, part in windows:
         frozen = method.freeze(samples, box.shape)
         whole = Box(0, 0, *box.shape)
-        look = method.look(frozen, lambda inner, part=part: part[(slice(None), *inner.slices)], {})
+        look = method.look(frozen, partial(_crop, part), {})
         found, _ = own_labels(whole, 0, box.shape, look, method.thresholds)
         cells = check_block(found, 2 * found.extent, method.thresholds)
-        first = np.cumsum([0, *((cells.boxes[:, 2] - cells.boxes[:, 0]) * (cells.boxes[:, 3] - cells.boxes[:, 1]))])
+        first = np.cumsum(
+            [0, *((cells.boxes[:, 2] - cells.boxes[:, 0]) * (cells.boxes[:, 3] - cells.boxes[:, 1]))]
+        )
         bits = np.unpackbits(cells.bits)
-        areas += [int(bits[a:b].sum()) for a, b in zip(first, first[1:], strict=False)]
+        areas += [int(bits[a:b].sum()) for a, b in pairwise(first)]
     if not areas:
         return None
     return max(SMALLEST, float(np.sqrt(np.median(areas) * 4 / np.pi)))
+
+
+def _crop(part: np.ndarray, box: Box) -> np.ndarray:
+    return part[(slice(None), *box.slices)]
 
 
 def sample_windows(shape: tuple[int, int]) -> list[Box]:
@@ -64,6 +72,7 @@ def sample_windows(shape: tuple[int, int]) -> list[Box]:
         return [Box(0, 0, *shape)]
     sides = [min(WINDOW, side) for side in shape]
     rows, columns = (
-        np.unique(np.linspace(0, side - size, LATTICE).astype(int)) for side, size in zip(shape, sides, strict=True)
+        np.unique(np.linspace(0, side - size, LATTICE).astype(int))
+        for side, size in zip(shape, sides, strict=True)
     )
     return [Box(int(y), int(x), int(y) + sides[0], int(x) + sides[1]) for y in rows for x in columns]

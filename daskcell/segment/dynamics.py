@@ -1,10 +1,11 @@
-"""Pixels follow the flows to their cell: Cellpose's dynamics on a part of a picture, with the whole picture's bits.
+"""Pixels follow the flows to their cell: Cellpose's dynamics on a part, with the whole picture's bits.
 
-The method is that of Stringer et al., "Cellpose: a generalist algorithm for cellular segmentation", Nature Methods
-18 (2021), as `cellpose.dynamics` 4.2 computes it. Positions are kept there as float32 fractions of the whole side and
-sampled with ``grid_sample(align_corners=False)``, which shifts them by up to half a pixel depending on the side; so
-a part must use the whole picture's sides and its own offset. The arithmetic below repeats that of torch operation by
-operation (its kernel multiplies and adds without rounding in between), so that every pixel ends on the same spot.
+The method is that of Stringer et al., "Cellpose: a generalist algorithm for cellular segmentation", Nature
+Methods 18 (2021), as `cellpose.dynamics` 4.2 computes it. Positions are kept there as float32 fractions of
+the whole side and sampled with ``grid_sample(align_corners=False)``, which shifts them by up to half a pixel
+depending on the side; so a part must use the whole picture's sides and its own offset. The arithmetic below
+repeats that of torch operation by operation (its kernel multiplies and adds without rounding in between), so
+that every pixel ends on the same spot.
 
 A part does not know what lies outside. A pixel that leaves it, or starts so close to its rim that pixels from
 outside could have joined its path, is `tainted`, and a caller who needs it must look at a larger part.
@@ -13,6 +14,7 @@ outside could have joined its path, is `tainted`, and a caller who needs it must
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numba import njit, types
@@ -21,14 +23,16 @@ from numba.extending import intrinsic
 from daskcell.geometry import Box
 
 REACH = 7
-"""Bins around a final position whose counts can change the label found there: 5 for a seed's growth, 2 for its peak."""
+"""Bins around a final position whose counts matter to the label there: 5 for a seed's growth, 2 its peak."""
 MIN_PEAK = 10
 """A seed has more final positions than this."""
 MIN_GROWTH = 2
 """A seed grows over neighbouring bins with more final positions than this."""
 
 
-def follow(flows: np.ndarray, held: Box, shape: tuple[int, int], foreground: np.ndarray, steps: int):
+def follow(
+    flows: np.ndarray, held: Box, shape: tuple[int, int], foreground: np.ndarray, steps: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Move every foreground pixel along the flows.
 
     Parameters
@@ -65,14 +69,16 @@ def follow(flows: np.ndarray, held: Box, shape: tuple[int, int], foreground: np.
     return start, end, tainted
 
 
-@intrinsic
-def _fma(context, a, b, c):
+def _fused_multiply_add(context: Any, a: Any, b: Any, c: Any) -> Any:
     """``a * b + c`` with one rounding, as the vector instruction of torch's kernel does."""
 
-    def generate(context, builder, signature, arguments):
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.fma(*arguments)
 
     return types.float32(types.float32, types.float32, types.float32), generate
+
+
+fma: Any = intrinsic(_fused_multiply_add)
 
 
 @njit(cache=True, nogil=True)
@@ -93,7 +99,7 @@ def _follow(step, top, left, height, width, start, steps, rim, end, tainted):  #
         x = np.float32(px + left) / span_x * two - one
         before_y, before_x = y, x
         for t in range(steps):
-            gy, gx = _fma(y + one, scale_y, -half), _fma(x + one, scale_x, -half)
+            gy, gx = fma(y + one, scale_y, -half), fma(x + one, scale_x, -half)
             fy, fx = np.float32(np.floor(gy)), np.float32(np.floor(gx))
             south, east = gy - fy, gx - fx
             north, west = one - south, one - east
@@ -101,8 +107,8 @@ def _follow(step, top, left, height, width, start, steps, rim, end, tainted):  #
             py, px = int(fy) - top, int(fx) - left
             if py >= 0 and py + 1 < rows and px >= 0 and px + 1 < columns:
                 a, b, c, d = step[py, px], step[py, px + 1], step[py + 1, px], step[py + 1, px + 1]
-                dy = _fma(d[0], se, _fma(c[0], sw, _fma(b[0], ne, a[0] * nw)))
-                dx = _fma(d[1], se, _fma(c[1], sw, _fma(b[1], ne, a[1] * nw)))
+                dy = fma(d[0], se, fma(c[0], sw, fma(b[0], ne, a[0] * nw)))
+                dx = fma(d[1], se, fma(c[1], sw, fma(b[1], ne, a[1] * nw)))
             else:
                 # Beyond the picture there is no flow; what lies in the picture must lie in the part.
                 dy = dx = zero
@@ -114,7 +120,7 @@ def _follow(step, top, left, height, width, start, steps, rim, end, tainted):  #
                         tainted[n] = 2
                         break
                     weight = (nw, ne, sw, se)[corner]
-                    dy, dx = _fma(step[v, u, 0], weight, dy), _fma(step[v, u, 1], weight, dx)
+                    dy, dx = fma(step[v, u, 0], weight, dy), fma(step[v, u, 1], weight, dx)
                 if tainted[n] == 2:
                     break
             next_y = min(max(y + dy, -one), one)
@@ -134,12 +140,14 @@ def _follow(step, top, left, height, width, start, steps, rim, end, tainted):  #
             tainted[n] = 2
 
 
-def gather(start: np.ndarray, end: np.ndarray, tainted: np.ndarray, size: tuple[int, int]):
+def gather(
+    start: np.ndarray, end: np.ndarray, tainted: np.ndarray, size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
     """Label the pixels by the peak of final positions they end at.
 
-    The rule of `cellpose.dynamics.get_masks_torch`: a seed is a bin with more than 10 pixels and the most of its
-    5 x 5 neighbourhood; it grows five times by one bin over bins with more than 2; where two seeds grow over the
-    same bin, the one with more pixels has it, and of equals the later in reading order.
+    The rule of `cellpose.dynamics.get_masks_torch`: a seed is a bin with more than 10 pixels and the most of
+    its 5 x 5 neighbourhood; it grows five times by one bin over bins with more than 2; where two seeds grow
+    over the same bin, the one with more pixels has it, and of equals the later in reading order.
 
     Parameters
     ----------

@@ -7,9 +7,9 @@
              largest mask of all blocks
                               └──> check(block) ── ids ──> paint(block) ──> labels/<name>
 
-Every task reads what it needs and writes one file under a temporary name, so a run that is killed goes on where it
-was: `scratch` belongs to one content key. Tiles are removed when the last block that needs them has been labelled,
-and no block runs far ahead, so neither memory nor scratch space grows with the slide.
+Every task reads what it needs and writes one file under a temporary name, so a run that is killed goes on
+where it was: `scratch` belongs to one content key. Tiles are removed when the last block that needs them has
+been labelled, and no block runs far ahead, so neither memory nor scratch space grows with the slide.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,20 @@ from daskcell.errors import InputError
 from daskcell.geometry import Box, Grid
 from daskcell.images import build_label_pyramid, create_labels, image_info, read_block, write_labels_block
 from daskcell.preprocess.plan import Plan, apply_block
-from daskcell.segment.cells import Thresholds, check_block, load_candidates, load_cells, own_labels, paint, save
+from daskcell.segment.cells import (
+    Thresholds,
+    check_block,
+    load_candidates,
+    load_cells,
+    own_labels,
+    paint,
+    save,
+)
 from daskcell.segment.diameter import estimate_diameter
 from daskcell.segment.globals import Globals
 from daskcell.segment.lazy import MAX_CELLS, network_source
 from daskcell.segment.methods import CellposeMethod, Method, Read
 from daskcell.segment.seams import SeamReport, count_changes
-from daskcell.segment.tiles import TileGrid
 from daskcell.segment.tissue import tiles_without, tissue_mask
 from daskcell.segment.watershed import WatershedMethod
 
@@ -83,7 +90,10 @@ class Job:
     def method(self) -> Method:
         settings = self.settings
         thresholds = Thresholds(
-            settings.cellprob_threshold, settings.flow_threshold, settings.min_size, settings.max_size_fraction
+            settings.cellprob_threshold,
+            settings.flow_threshold,
+            settings.min_size,
+            settings.max_size_fraction,
         )
         if settings.method == "watershed":
             return WatershedMethod(settings.watershed, thresholds)
@@ -128,7 +138,9 @@ def segment_slide(
     """
     channels = plan.out_channels if settings.channels is None else len(settings.channels)
     if settings.channels is not None and (not channels or max(settings.channels) >= plan.out_channels):
-        raise InputError(f"segment.channels={settings.channels} does not fit an image with {plan.out_channels} channels.")
+        raise InputError(
+            f"segment.channels={settings.channels} does not fit an image with {plan.out_channels} channels."
+        )
     if channels > 3:
         raise InputError(
             f"{path} has {channels} channels after preprocessing, and one to three can be segmented. "
@@ -352,7 +364,7 @@ def _number(job: Job, places: dict[Index, np.ndarray]) -> int:
     ids[np.argsort(together, kind="stable")] = np.arange(1, len(together) + 1, dtype=np.uint32)
     stops = np.cumsum([len(places[at]) for at in order])
     for at, part in zip(order, np.split(ids, stops[:-1]), strict=True):
-        _write(job.file("ids", at), lambda path, part=part: np.save(path, part))
+        _write(job.file("ids", at), partial(_save_array, part))
     return len(together)
 
 
@@ -375,6 +387,10 @@ def _paint(job: Job, at: Index, sources: list[Index]) -> SeamReport:
     report.conflicts = conflicts
     write_labels_block(job.path, job.name, core, labels[: core.shape[0], : core.shape[1]])
     return report
+
+
+def _save_array(array: np.ndarray, path: Path) -> None:
+    np.save(path, array)
 
 
 def _write(path: Path, write: Callable[[Path], None]) -> None:

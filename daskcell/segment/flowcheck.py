@@ -1,11 +1,12 @@
 """Cellpose's check of each mask: do its own flows agree with the network's?
 
-Heat is spread from each mask's centre inside the mask; its gradient is the flow that the mask would have; the mean
-squared difference to the network's flow is the mask's error (`cellpose.dynamics.remove_bad_flow_masks`).
+Heat is spread from each mask's centre inside the mask; its gradient is the flow that the mask would have; the
+mean squared difference to the network's flow is the mask's error (`cellpose.dynamics.remove_bad_flow_masks`).
 
-Cellpose spreads heat in all masks of the picture at once, for twice the largest extent of any of them: that number
-is one of the whole picture's and is handed in. At a border between two touching masks its gradient mixes the heat
-of both, so the heat of neighbours is made too. Each mask is spread in its own box, which stays in the cache.
+Cellpose spreads heat in all masks of the picture at once, for twice the largest extent of any of them: that
+number is one of the whole picture's and is handed in. At a border between two touching masks its gradient
+mixes the heat of both, so the heat of neighbours is made too. Each mask is spread in its own box, which stays
+in the cache.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ import numpy as np
 from numba import njit
 
 
-def extent(labels: np.ndarray, boxes: np.ndarray, wanted: np.ndarray) -> int:
+def extent(boxes: np.ndarray, wanted: np.ndarray) -> int:
     """Largest height + width + 2 of the `wanted` labels; half the steps of the diffusion."""
     sides = (boxes[:, 2] - boxes[:, 0]) + (boxes[:, 3] - boxes[:, 1]) + 2
     return int(sides[wanted].max(initial=0))
 
 
-def flow_errors(labels: np.ndarray, flows: np.ndarray, boxes: np.ndarray, wanted: np.ndarray, steps: int):
+def flow_errors(
+    labels: np.ndarray, flows: np.ndarray, boxes: np.ndarray, wanted: np.ndarray, steps: int
+) -> np.ndarray:
     """Flow error of the `wanted` labels.
 
     Parameters
@@ -42,7 +45,7 @@ def flow_errors(labels: np.ndarray, flows: np.ndarray, boxes: np.ndarray, wanted
     heat = np.zeros((labels.shape[0] + 2, labels.shape[1] + 2))
     near = wanted | touching(labels, wanted)
     _spread(labels, boxes, near, steps, heat)
-    return _errors(labels, flows, boxes, wanted, heat)
+    return np.asarray(_errors(labels, flows, boxes, wanted, heat))
 
 
 @njit(cache=True, nogil=True)

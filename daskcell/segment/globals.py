@@ -98,6 +98,8 @@ class Globals:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Globals:
-        bounds = tuple(None if pair is None else (float(pair[0]), float(pair[1])) for pair in values["bounds"])
+        bounds = tuple(
+            None if pair is None else (float(pair[0]), float(pair[1])) for pair in values["bounds"]
+        )
         shape = (values["shape"][0], values["shape"][1])
         return cls(shape, bounds, values["diameter"], frozenset(values["skipped"]))

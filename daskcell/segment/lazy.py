@@ -1,7 +1,7 @@
 """`segment`: lazy labels of a dask or numpy image.
 
-One task a block runs the network on the tiles it owns, one follows the flows, one checks the masks, one paints; in
-between stand three small reductions over the whole picture (percentiles, largest mask, ids).
+One task a block runs the network on the tiles it owns, one follows the flows, one checks the masks, one
+paints; in between stand three small reductions over the whole picture (percentiles, largest mask, ids).
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def segment(
     model : str or torch.nn.Module
         Network for Cellpose: a name, a file of weights, or a module as `cellpose.core.run_net` accepts it.
     diameter : float, "auto" or None
-        Expected cell diameter in pixels, to which the picture is rescaled; None: no rescaling; auto: estimated from
-        a first pass, which is computed at once.
+        Expected cell diameter in pixels, to which the picture is rescaled; None: no rescaling; auto:
+        estimated from a first pass, which is computed at once.
     cellprob_threshold, flow_threshold, min_size, max_size_fraction, niter, batch_size
         As in ``CellposeModel.eval``. `min_size` and `max_size_fraction` hold for all methods.
     block : int
@@ -74,10 +74,9 @@ def segment(
     InputError
         No or too many channels, NaN pixels (when computed), unknown method or option.
 
-    Notes
-    -----
-    Equal to ``CellposeModel.eval`` on the whole array with bsize 256 and tile_overlap 0.1 (Stringer et al., Nature
-    Methods 18, 2021; Pachitariu et al., "Cellpose-SAM", 2025), up to the order of network batches and ties.
+    Notes ----- Equal to ``CellposeModel.eval`` on the whole array with bsize 256 and tile_overlap 0.1
+    (Stringer et al., Nature Methods 18, 2021; Pachitariu et al., "Cellpose-SAM", 2025), up to the order of
+    network batches and ties.
     """
     import dask
     import dask.array as da
@@ -100,7 +99,9 @@ def segment(
     pixels = dask.delayed(source, name=f"image-{token}", traverse=False)
 
     def task(name: str, function: Callable[..., Any], index: Any, *args: Any) -> Any:
-        return dask.delayed(function, pure=False, traverse=False)(*args, dask_key_name=(f"{name}-{token}", *index))
+        return dask.delayed(function, pure=False, traverse=False)(
+            *args, dask_key_name=(f"{name}-{token}", *index)
+        )
 
     chunks = Grid.from_chunks(image.chunks[1:])
     parts = image.rechunk({0: -1}).to_delayed()[0]
@@ -127,7 +128,9 @@ def segment(
             near = [networks[other] for other in grid if wanted & set(tiles.owned(grid.core(other)))]
         else:
             local = part_of(held)
-        found[at] = task("labels", _labels, at, shared, frozen, grid.core(at), halo, shape, near, pixels, local)
+        found[at] = task(
+            "labels", _labels, at, shared, frozen, grid.core(at), halo, shape, near, pixels, local
+        )
     extents = [task("extent", _extent, at, found[at]) for at in grid]
     steps = task("steps", _steps, (), extents)
     for at in grid:
@@ -180,7 +183,9 @@ def as_image(image: Any, channels: list[int] | None = None, most: int = 3) -> An
         image = np.asarray(image)
         if image.dtype.kind not in "buif":
             raise InputError(f"Cannot segment pixels of type {image.dtype}. Please give integers or floats.")
-        image = da.from_array(image, chunks=(*image.shape[:-2], *(min(side, 2048) for side in image.shape[-2:])))
+        image = da.from_array(
+            image, chunks=(*image.shape[:-2], *(min(side, 2048) for side in image.shape[-2:]))
+        )
     if image.ndim == 2:
         image = image[None]
     if image.ndim != 3:
@@ -244,7 +249,9 @@ def _freeze(method: Method, observed: list[Any], shape: tuple[int, int]) -> Any:
     return method.freeze(observed, shape)
 
 
-def _network(method: CellposeMethod, frozen: Any, tiles: list[int], parts: list[tuple[Box, np.ndarray]]):
+def _network(
+    method: CellposeMethod, frozen: Any, tiles: list[int], parts: list[tuple[Box, np.ndarray]]
+) -> dict[int, np.ndarray]:
     return method.run(lambda box: _assemble(parts, box), frozen, tiles)
 
 
@@ -281,7 +288,9 @@ def _facts(grid: Grid, at: tuple[int, int], cells: Cells) -> tuple[np.ndarray, C
     return cells.anchors, None if (cells.reach & reach) == cells.reach else cells
 
 
-def _number(facts: list[tuple[tuple[int, int], tuple[np.ndarray, Cells | None]]], shape: tuple[int, int]):
+def _number(
+    facts: list[tuple[tuple[int, int], tuple[np.ndarray, Cells | None]]], shape: tuple[int, int]
+) -> tuple[dict[tuple[int, int], np.ndarray], dict[tuple[int, int], Cells]]:
     """Ids of every block's cells, in reading order over the whole picture; and the far-reaching cells."""
     places = [anchors[:, 0] * shape[1] + anchors[:, 1] for _, (anchors, _) in facts]
     together = np.concatenate(places)
@@ -289,7 +298,9 @@ def _number(facts: list[tuple[tuple[int, int], tuple[np.ndarray, Cells | None]]]
         raise InputError(f"{len(together)} cells are more than 32-bit labels can number.")
     ids = np.empty(len(together), np.uint32)
     ids[np.argsort(together, kind="stable")] = np.arange(1, len(together) + 1)
-    numbered = dict(zip([at for at, _ in facts], np.split(ids, np.cumsum([len(p) for p in places])[:-1]), strict=True))
+    numbered = dict(
+        zip([at for at, _ in facts], np.split(ids, np.cumsum([len(p) for p in places])[:-1]), strict=True)
+    )
     return numbered, {at: cells for at, (_, cells) in facts if cells is not None}
 
 
@@ -309,7 +320,9 @@ def _first(painted: tuple[np.ndarray, SeamReport]) -> np.ndarray:
     return painted[0]
 
 
-def _report(painted: tuple[np.ndarray, SeamReport], labelled: tuple[Candidates, SeamReport]) -> tuple[SeamReport, int]:
+def _report(
+    painted: tuple[np.ndarray, SeamReport], labelled: tuple[Candidates, SeamReport]
+) -> tuple[SeamReport, int]:
     return painted[1] + labelled[1], int(painted[0].max(initial=0))
 
 

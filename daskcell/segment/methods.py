@@ -4,8 +4,9 @@
     freeze(observations)    those facts, once, before any block is segmented
     look(frozen, read)      labels of any box, and where they depend on what lies outside it
 
-A method knows neither Dask nor files: `read` is handed in. Ownership, checks, ids and painting are the same for all
-(`daskcell.segment.cells`), so any function from a block to labels becomes a method without seams (`BlockMethod`).
+A method knows neither Dask nor files: `read` is handed in. Ownership, checks, ids and painting are the same
+for all (`daskcell.segment.cells`), so any function from a block to labels becomes a method without seams
+(`BlockMethod`).
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ class Method(Protocol):
     """What a driver needs of a way to find cells."""
 
     thresholds: Thresholds
-    halo: int
+
+    @property
+    def halo(self) -> int:
+        """Pixels around a block to look at first."""
 
     def observe(self, part: np.ndarray, box: Box, shape: tuple[int, int]) -> Any:
         """Contribution of the block `part` ``(C, h, w)`` that lies at `box`."""
@@ -92,7 +96,9 @@ class CellposeMethod:
 
         return at
 
-    def _label(self, output: np.ndarray, held: Box, frozen: Globals):
+    def _label(
+        self, output: np.ndarray, held: Box, frozen: Globals
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         foreground = output[CELLPROB] > self.thresholds.cellprob
         steps = self.steps or frozen.steps
         start, end, tainted = dynamics.follow(output[:2], held, frozen.shape, foreground, steps)
@@ -104,9 +110,9 @@ class CellposeMethod:
 class BlockMethod:
     """Any function from a block of pixels to labels, without seams.
 
-    The function sees a block and its halo; a cell is taken from the block that holds its first pixel, and from a
-    larger halo if it touches the rim of this one. The result equals the function on the whole picture as far as the
-    function itself looks no further than `halo` pixels around a cell.
+    The function sees a block and its halo; a cell is taken from the block that holds its first pixel, and
+    from a larger halo if it touches the rim of this one. The result equals the function on the whole picture
+    as far as the function itself looks no further than `halo` pixels around a cell.
 
     Attributes
     ----------
@@ -139,8 +145,8 @@ def refuse_unusable(part: np.ndarray, box: Box) -> None:
     if part.dtype.kind == "f" and not np.isfinite(part).all():
         count = int((~np.isfinite(part)).sum())
         raise InputError(
-            f"The image has {count} NaN or infinite pixels in rows {box.y0}-{box.y1}, columns {box.x0}-{box.x1}. "
-            "Please replace them first."
+            f"The image has {count} NaN or infinite pixels in rows {box.y0}-{box.y1}, "
+            f"columns {box.x0}-{box.x1}. Please replace them first."
         )
 
 

@@ -91,8 +91,8 @@ def run_network(network: Any, inputs: np.ndarray, batch_size: int) -> np.ndarray
 def blend(outputs: Mapping[int, np.ndarray], frozen: Globals, box: Box) -> np.ndarray:
     """Network output over `box` of the image: tapered tiles summed in the grid's order, then rescaled back.
 
-    The order of the sum is the grid's, not the blocks', so every block gets the same bits. It is the arithmetic
-    of `cellpose.transforms.average_tiles`: products in float64, sums in float32.
+    The order of the sum is the grid's, not the blocks', so every block gets the same bits. It is the
+    arithmetic of `cellpose.transforms.average_tiles`: products in float64, sums in float32.
 
     Parameters
     ----------

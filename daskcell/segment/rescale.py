@@ -1,7 +1,7 @@
 """Linear resizing of a part of a picture, with the pixels the whole picture would get.
 
-`cv2.resize` places its samples by the length of the array it is given; here they are placed by the length of the
-whole picture, whatever part of it is at hand.
+`cv2.resize` places its samples by the length of the array it is given; here they are placed by the length of
+the whole picture, whatever part of it is at hand.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def resize_part(
     return across[..., above, :] * (np.float32(1) - share) + across[..., below, :] * share
 
 
-def _samples(source: int, target: int, start: int, stop: int, offset: int):
+def _samples(
+    source: int, target: int, start: int, stop: int, offset: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Indices of the two neighbours of each sample and the weight of the second."""
     position = ((np.arange(start, stop) + 0.5) * (source / target) - 0.5).astype(np.float32)
     first = np.floor(position).astype(np.int64)

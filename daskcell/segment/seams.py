@@ -1,8 +1,8 @@
 """The seam report: did cutting the picture into blocks leave a trace?
 
 A cell that is cut at a block border, doubled or missing on one side shows as a change of label exactly there.
-Counted over all neighbouring pixels of which at least one belongs to a cell, such changes are as frequent across
-the border of two blocks as across the lines beside it if, and only if, the border did nothing.
+Counted over all neighbouring pixels of which at least one belongs to a cell, such changes are as frequent
+across the border of two blocks as across the lines beside it if, and only if, the border did nothing.
 """
 
 from __future__ import annotations

@@ -44,7 +44,8 @@ class TileGrid:
         scaled = (int(image[0] * factor), int(image[1] * factor))
         if 0 in scaled:
             raise InputError(
-                f"diameter={diameter:g} leaves no pixel of a picture of {image[0]} x {image[1]}. Please give a smaller one."
+                f"diameter={diameter:g} leaves no pixel of a picture of {image[0]} x {image[1]}. "
+                "Please give a smaller one."
             )
         return cls(image, scaled)
 
@@ -96,14 +97,18 @@ class TileGrid:
         """Tiles whose centre lies in `core` of the image: every tile has one owner on any block grid."""
         rows, columns = (
             np.flatnonzero((centres >= start) & (centres < stop))
-            for centres, start, stop in zip(self._centres, (core.y0, core.x0), (core.y1, core.x1), strict=True)
+            for centres, start, stop in zip(
+                self._centres, (core.y0, core.x0), (core.y1, core.x1), strict=True
+            )
         )
         return [int(i) * self.counts[1] + int(j) for i in rows for j in columns]
 
     @cached_property
     def _centres(self) -> tuple[np.ndarray, np.ndarray]:
         centres = []
-        for starts, (before, _), scaled, side in zip(self.starts, self.pads, self.scaled, self.image, strict=True):
+        for starts, (before, _), scaled, side in zip(
+            self.starts, self.pads, self.scaled, self.image, strict=True
+        ):
             middle = np.clip(starts - before + TILE // 2, 0, scaled - 1)
             centres.append(np.minimum(middle * side // scaled, side - 1))
         return centres[0], centres[1]

@@ -1,13 +1,14 @@
 """Watershed without seams: one threshold, basins by steepest ascent, and two cures for over-segmentation.
 
-Flooding from markers in the order of a queue, as the usual implementations do, lets far pixels decide ties. Here every
-pixel climbs the distance transform by itself, to the neighbour that is highest (of equals the first in reading order),
-until it stands on a peak; a peak with a higher one within `min_distance` in line of sight climbs on to that. So
-a label depends only on what lies along its climb, and a block can tell whether all of that was in sight.
+Flooding from markers in the order of a queue, as the usual implementations do, lets far pixels decide ties.
+Here every pixel climbs the distance transform by itself, to the neighbour that is highest (of equals the
+first in reading order), until it stands on a peak; a peak with a higher one within `min_distance` in line of
+sight climbs on to that. So a label depends only on what lies along its climb, and a block can tell whether
+all of that was in sight.
 
-Cures (the names are from the method's first report): morphological opening before; and joining similar sub-regions
-after, by single-linkage clustering of neighbouring basins whose shared border is nearly as high, and nearly as bright,
-as they are themselves.
+Cures (the names are from the method's first report): morphological opening before; and joining similar
+sub-regions after, by single-linkage clustering of neighbouring basins whose shared border is nearly as high,
+and nearly as bright, as they are themselves.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class WatershedMethod:
         return [gray(part)[-box.y0 % step[0] :: step[0], -box.x0 % step[1] :: step[1]].ravel()]
 
     def freeze(self, observed: list[list[np.ndarray]], shape: tuple[int, int]) -> WatershedGlobals:
-        """Range, polarity and Otsu's threshold of the whole picture (of Cellpose's sample, if it is large)."""
+        """Range, polarity and Otsu's threshold of the whole picture (of a strided sample, if it is large)."""
         from skimage.filters import threshold_otsu
 
         values = np.concatenate([samples[0] for samples in observed])
@@ -180,7 +181,7 @@ def _distance_to_outside(held: Box, shape: tuple[int, int]) -> np.ndarray:
 
 @njit(cache=True, nogil=True)
 def _climb(height, cells, doubtful, reach):  # pragma: no cover - compiled
-    """Index of the peak each cell pixel climbs to (-1: background), and whether a doubtful pixel had a say."""
+    """Index of the peak each cell pixel climbs to (-1: background); whether a doubtful pixel had a say."""
     rows, columns = height.shape
     up = np.full(rows * columns, -1, np.int64)
     taint = np.zeros(rows * columns, np.bool_)
@@ -233,7 +234,7 @@ def _climb(height, cells, doubtful, reach):  # pragma: no cover - compiled
 @njit(cache=True, nogil=True)
 def _in_sight(cells, y, x, v, u):  # pragma: no cover - compiled
     steps = max(abs(v - y), abs(u - x))
-    for n in range(1, steps):
+    for n in range(1, steps):  # noqa: SIM110 - numba has no all()
         if not cells[y + (v - y) * n // steps, x + (u - x) * n // steps]:
             return False
     return True
@@ -273,7 +274,9 @@ def _join(labels, height, bright, similarity):  # pragma: no cover - compiled
     parent = np.arange(count).astype(np.int32)
     for pair in saddle:
         a, b = pair
-        if saddle[pair] >= similarity * min(peak[a], peak[b]) and glow[pair] >= similarity * min(inner[a], inner[b]):
+        if saddle[pair] >= similarity * min(peak[a], peak[b]) and glow[pair] >= similarity * min(
+            inner[a], inner[b]
+        ):
             while parent[a] != a:
                 a = parent[a]
             while parent[b] != b:
