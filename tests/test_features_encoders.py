@@ -204,6 +204,18 @@ def test_replaced_weights_are_loaded_anew(weights_home):
     assert before.fingerprint != after.fingerprint
 
 
+def test_embed_runs_on_other_processes_when_there_is_a_client():
+    from distributed import Client
+
+    image, labels = field(3)
+    chunked = da.from_array(image, chunks=(3, 40, 40)), da.from_array(labels, chunks=40)
+    network = small_network()
+    expected = embed(image, labels, network, size=32), embed(image, labels, "tiny")
+    with Client(n_workers=1, threads_per_worker=1, dashboard_address=None):
+        np.testing.assert_array_equal(embed(*chunked, network, size=32), expected[0])
+        np.testing.assert_allclose(embed(*chunked, "tiny"), expected[1], atol=1e-4)
+
+
 def test_the_network_sees_full_batches_only():
     sizes = []
 

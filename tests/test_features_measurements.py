@@ -121,6 +121,14 @@ def test_a_missing_pixel_makes_brightness_missing_and_nothing_else():
     assert table["area"] == 16
 
 
+@pytest.mark.parametrize("dtype", ["bool", "uint8", ">u2", "int32", "float16", ">f4", "float64"])
+def test_any_number_type_is_measured(dtype):
+    image = np.arange(32).reshape(2, 4, 4).astype(dtype)
+    table = measure(np.ones((4, 4), ">i8"), image)
+    assert table["intensity_mean-1"][0] == pytest.approx(image[1].astype(float).mean())
+    assert table["intensity_max-1"][0] == image[1].astype(float).max()
+
+
 def test_bright_pictures_lose_no_digits():
     rng = np.random.default_rng(0)
     image = 1e9 + rng.random((1, 50, 50))

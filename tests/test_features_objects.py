@@ -121,6 +121,7 @@ def test_owner_of_an_anchor_on_the_edge_of_a_block_is_the_block_that_begins_ther
         (np.zeros((2, 2)), "whole numbers"),
         (np.zeros((1, 2, 2), int), r"\(Y, X\)"),
         (np.array([[-1, 0]]), "negative"),
+        (np.array([[2**32, 0]]), "32 bits"),
     ],
 )
 def test_what_is_no_label_image_is_refused(labels, words):

@@ -74,6 +74,12 @@ class Encoder:
     fingerprint: str = ""
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
     def __call__(self, crops: np.ndarray) -> np.ndarray:
         """Vectors ``(n, d)`` float32 of crops ``(n, 3, size, size)`` with values from 0 to 1."""
         parts = list(self.stream([crops]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,7 +17,7 @@ from daskcell.features.crops import (
     freeze_framing,
     sample_boxes,
 )
-from daskcell.features.encoders import Encoder, as_encoder
+from daskcell.features.encoders import Encoder, EncoderSpec, as_encoder, encoder_spec, load
 from daskcell.features.measurements import measure_block, measurement_columns, to_table
 from daskcell.features.objects import Reading, block_records, merge_records, plan_readings
 from daskcell.geometry import Grid
@@ -141,18 +142,28 @@ def embed(
     WeightsError
         The encoder's weights are not on this machine (before anything is computed).
     """
-    network = as_encoder(encoder, layer=layer, size=size, batch_size=batch_size, device=device)
+    network: EncoderSpec | Encoder
+    if isinstance(encoder, str | Path):  # a name travels better than a network, where tasks run elsewhere
+        network = encoder_spec(encoder, layer=layer, size=size, batch_size=batch_size, device=device)
+    else:
+        network = as_encoder(encoder, size=size, batch_size=batch_size, device=device)
     pixels, picture = _arrays(labels, image)
     assert picture is not None
     samples: list[Sample] = []
     boxes, step = sample_boxes(pixels.shape)
     samples = _compute([_task(_sample_task, pixels, picture, Reading(box, _NONE), step) for box in boxes])
     framing = freeze_framing(
-        samples, size=network.size, margin=margin, window=window, mask=mask, channels=channels, limits=limits
+        samples,
+        size=_loaded(network).size,
+        margin=margin,
+        window=window,
+        mask=mask,
+        channels=channels,
+        limits=limits,
     )
     records, plans = _plan(pixels, margin, window)
     n = int(records["label"].max()) if len(records) else 0
-    out = np.full((n, network.width), np.nan, np.float32)
+    out = np.full((n, _loaded(network).width), np.nan, np.float32)
     jobs = [_task(_embed_task, pixels, picture, reading, framing, network) for reading in plans]
     for reading, vectors in zip(plans, _compute(jobs), strict=True):
         out[reading.records["label"] - 1] = vectors
@@ -170,10 +181,15 @@ def _sample_task(labels: np.ndarray, image: np.ndarray, reading: Reading, step: 
 
 
 def _embed_task(
-    labels: np.ndarray, image: np.ndarray, reading: Reading, framing: Framing, network: Encoder
+    labels: np.ndarray, image: np.ndarray, reading: Reading, framing: Framing, network: EncoderSpec | Encoder
 ) -> np.ndarray:
-    crops = crop_batches(image, labels, reading.box, reading.records, framing, network.batch_size)
-    return np.concatenate(list(network.stream(crops)))
+    encoder = _loaded(network)
+    crops = crop_batches(image, labels, reading.box, reading.records, framing, encoder.batch_size)
+    return np.concatenate(list(encoder.stream(crops)))
+
+
+def _loaded(network: EncoderSpec | Encoder) -> Encoder:
+    return network if isinstance(network, Encoder) else load(network)
 
 
 _NONE = merge_records([])

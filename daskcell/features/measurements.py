@@ -108,8 +108,17 @@ def measure_block(
     out = np.stack([np.asarray(values[name], np.float64) for name in SHAPE_COLUMNS], axis=1)
     if image is None:
         return out
-    bright = k.intensity_sums(labels, np.ascontiguousarray(image), ids, boxes)
+    bright = k.intensity_sums(labels, np.ascontiguousarray(_plain(image)), ids, boxes)
     return np.concatenate([out, bright.reshape(len(ids), -1)], axis=1)
+
+
+def _plain(image: np.ndarray) -> np.ndarray:
+    """In a number type that compiled code takes."""
+    if image.dtype.kind == "b":
+        return image.view(np.uint8)
+    if image.dtype == np.float16:
+        return image.astype(np.float32)
+    return image.astype(image.dtype.newbyteorder("="), copy=False)
 
 
 def _orientation(sums: np.ndarray, n: np.ndarray) -> np.ndarray:

@@ -59,10 +59,12 @@ def block_records(labels: np.ndarray, origin: tuple[int, int] = (0, 0)) -> np.nd
         raise InputError(f"labels must have the axes (Y, X), but have the shape {labels.shape}.")
     if labels.dtype.kind not in "iu":
         raise InputError(f"labels must be whole numbers, but are {labels.dtype}.")
-    labels = np.ascontiguousarray(labels)
+    labels = np.ascontiguousarray(labels.astype(labels.dtype.newbyteorder("="), copy=False))
     values = fastremap.unique(labels)
     if values.size and values[0] < 0:
         raise InputError(f"labels must not be negative, but {values[0]} is among them.")
+    if values.size and values[-1] > np.iinfo(np.uint32).max:
+        raise InputError(f"labels go up to {values[-1]}, but must fit 32 bits. Number them anew, from 1.")
     values = values[values > 0]
     records = np.zeros(len(values), RECORD)
     if not len(values):
