@@ -35,7 +35,11 @@ def source_of(folder: Path, pixels: np.ndarray, name: str = "a", **options) -> i
 
 
 def files_of_pixels(path: Path) -> list[Path]:
-    return [file for file in path.rglob("*") if file.is_file() and file.name != "zarr.json"]
+    return [
+        file
+        for file in path.rglob("*")
+        if file.is_file() and file.name != "zarr.json" and "histograms" not in file.parts
+    ]
 
 
 def small_files(
@@ -272,6 +276,26 @@ def test_histograms_are_exact(dtype: str, side: int) -> None:
     assert histogram is not None
     for got, expected in zip(histogram, np.unique(pixels, return_counts=True), strict=True):
         np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16"])
+def test_histograms_of_all_pixels_are_kept_with_the_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    small_files(monkeypatch)
+    limits = np.iinfo(dtype)
+    pixels = RNG.integers(limits.min, limits.max, (2, 150, 201), dtype, endpoint=True)
+    images.convert_slide(source_of(tmp_path, pixels), tmp_path / "a.zarr")
+    histograms = images.read_histograms(tmp_path / "a.zarr")
+    assert histograms is not None
+    for histogram, channel in zip(histograms, pixels, strict=True):
+        for got, expected in zip(histogram, np.unique(channel, return_counts=True), strict=True):
+            np.testing.assert_array_equal(got, expected)
+
+
+def test_floats_have_no_histogram(tmp_path: Path) -> None:
+    images.convert_slide(source_of(tmp_path, RNG.random((1, 50, 60)).astype(np.float32)), tmp_path / "a.zarr")
+    assert images.read_histograms(tmp_path / "a.zarr") is None
 
 
 def read_ome_zarr_of_another_writer(tmp_path: Path, version: str) -> None:

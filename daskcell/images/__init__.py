@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from daskcell.images.search import describe_sources, find_images
     from daskcell.images.sources import Source
     from daskcell.images.split import split_channels
-    from daskcell.images.store import ImageInfo, image_info, read_block
+    from daskcell.images.store import ImageInfo, image_info, read_block, read_histograms
 
 # Imported when asked for: the process that opens files needs neither zarr nor dask.
 _WHERE = {
@@ -28,6 +28,7 @@ _WHERE = {
     "image_info": "store",
     "open_image": "image",
     "read_block": "store",
+    "read_histograms": "store",
     "read_labels": "labels",
     "split_channels": "split",
     "write_labels_block": "labels",
@@ -46,6 +47,7 @@ __all__ = [
     "image_info",
     "open_image",
     "read_block",
+    "read_histograms",
     "read_labels",
     "split_channels",
     "write_labels_block",

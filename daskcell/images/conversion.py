@@ -78,7 +78,7 @@ def convert_slide(
         for level, (y, x) in enumerate(shapes):
             shards = store.shard_shape(count, (y, x), dtype, strips=strips and not level)
             store.create_level(group, level, (count, y, x), shards, (1, store.CHUNK, store.CHUNK), dtype)
-        summary = Summary(count)
+        summary = Summary(count, dtype)
         grid = _grid(group["0"])
         files = len(grid)
         runs = _runs(grid, count * dtype.itemsize) if strips else [(grid.core(i),) for i in grid]
@@ -99,6 +99,8 @@ def convert_slide(
                 files += 1
         fingerprint = summary.fingerprint(header.channels, dtype)
         windows = summary.windows(lambda: np.asarray(store.level_of(group, -1)))
+        if summary.histograms is not None:
+            store.write_histograms(group, summary.histograms, summary.first)
         metadata.write(group, header, shapes, windows, fingerprint)
         _replace(partial, target)
     except BaseException:

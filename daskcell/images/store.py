@@ -28,6 +28,8 @@ CHUNK = 512
 """Side in pixels of the pieces a viewer reads."""
 SHARD = 4096
 """Largest side in pixels of a file."""
+HISTOGRAMS = "daskcell/histograms"
+"""Where in the group the number of pixels of each value is kept."""
 SHARD_BYTES = 256 * 2**20
 """Largest file before compression: with many channels, files have shorter sides."""
 
@@ -212,6 +214,30 @@ def image_info(path: str | Path) -> ImageInfo:
 def read_block(path: str | Path, box: Box, level: int = 0) -> NDArray:
     """Pixels ``(C, h, w)`` of `box` of an OME-Zarr image; the box must lie inside the level."""
     return opened(path).read(level, box)
+
+
+def write_histograms(group: zarr.Group, counts: NDArray, first: int) -> None:
+    """Keep the histograms ``(C, values)`` of level 0 with the image; column 0 counts the value `first`."""
+    array = group.create_array(
+        HISTOGRAMS, shape=counts.shape, chunks=(1, counts.shape[1]), dtype=counts.dtype, fill_value=0
+    )
+    array[:] = counts
+    array.attrs["first"] = first
+
+
+def read_histograms(path: str | Path) -> list[tuple[NDArray, NDArray]] | None:
+    """Values that occur in each channel and how often, made while converting, for all pixels of level 0.
+
+    None for floats and integers of more than 16 bits, and for images that daskcell did not write.
+    """
+    group = opened(path).group
+    try:
+        array = group[HISTOGRAMS]
+    except KeyError:
+        return None
+    assert isinstance(array, zarr.Array)
+    table, first = np.asarray(array[:]), int(array.attrs["first"])  # type: ignore[arg-type]
+    return [(np.flatnonzero(counts) + first, counts[np.flatnonzero(counts)]) for counts in table]
 
 
 def opened(path: str | Path) -> OmeZarr:

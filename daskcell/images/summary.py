@@ -45,23 +45,26 @@ def describe(pixels: NDArray, box: Box) -> Part:
 
 
 class Summary:
-    """What is learnt about the pixels while they are written, gathered from all blocks in any order."""
+    """What is learnt about the pixels while they are written, gathered from all pieces in any order."""
 
-    def __init__(self, channels: int) -> None:
-        self.histograms: list[dict[int, int] | None] = [{} for _ in range(channels)]
+    def __init__(self, channels: int, dtype: np.dtype) -> None:
         self.hashes: dict[tuple[int, int], bytes] = {}
         self.bad = [0] * channels
+        self.first = 0
+        """Value of the first column of the histograms."""
+        self.histograms: NDArray | None = None
+        """Number of pixels ``(C, values)`` of each value, for integers of at most 16 bits."""
+        if dtype.kind in "iu" and dtype.itemsize <= 2:
+            self.first = int(np.iinfo(dtype).min)
+            self.histograms = np.zeros((channels, 2 ** (8 * dtype.itemsize)), np.int64)
 
     def add(self, part: Part) -> None:
         self.hashes.update(part.hashes)
         self.bad = [a + b for a, b in zip(self.bad, part.bad, strict=True)]
         for k, histogram in enumerate(part.histograms):
-            mine = self.histograms[k]
-            if histogram is None or mine is None:
-                self.histograms[k] = None
-                continue
-            for value, number in zip(*histogram, strict=True):
-                mine[int(value)] = mine.get(int(value), 0) + int(number)
+            if histogram is not None and self.histograms is not None:
+                values, counts = histogram
+                self.histograms[k, values.astype(np.int64) - self.first] += counts
 
     def check(self, source: Source, channels: Sequence[str]) -> None:
         """Refuse pixels that are no numbers: they would spread through filters, percentiles and features."""
@@ -85,13 +88,14 @@ class Summary:
         Exact for integers of at most 16 bits, by their histograms; from the `smallest` level for others.
         """
         windows = []
-        for k, histogram in enumerate(self.histograms):
-            if histogram is None or not histogram:
+        for k in range(len(self.bad)):
+            if self.histograms is None:
                 values: NDArray = np.sort(smallest()[k].ravel())
                 counts = np.ones(len(values), np.int64)
             else:
-                values = np.array(sorted(histogram))
-                counts = np.array([histogram[int(v)] for v in values])
+                values = np.flatnonzero(self.histograms[k])
+                counts = self.histograms[k, values]
+                values = values + self.first
             below = np.cumsum(counts) / counts.sum()
             low, high = np.searchsorted(below, (0.001, 0.999)).clip(max=len(values) - 1)
             windows.append((float(values[0]), float(values[-1]), float(values[low]), float(values[high])))
