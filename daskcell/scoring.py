@@ -9,6 +9,8 @@ Methods 16 (2019) 1247-1253), and precision, recall and F1.
 from __future__ import annotations
 
 import csv
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -183,8 +185,8 @@ def score_table(
     ----------
     scores : pairs of a picture's category and its `score_pair`
     groups : name -> patterns
-        Further rows that pool categories, such as ``{"fluorescence": ["fluo*"]}``. A row ``all`` is always
-        last.
+        Further rows that pool categories, such as ``{"fluorescence": ["fluo*"]}``; None: categories that
+        begin with the same letters (``fluo256`` and ``fluo512``). A row ``all`` is always last.
 
     Returns
     -------
@@ -197,7 +199,8 @@ def score_table(
     members: dict[str, list[Mapping[float, Counts]]] = {}
     for category, counts in sorted(scores, key=lambda score: score[0]):
         members.setdefault(category, []).append(counts)
-    for name, patterns in (groups or {}).items():
+    groups = _families(members) if groups is None else groups
+    for name, patterns in groups.items():
         members[name] = [c for category, c in scores if any(fnmatchcase(category, p) for p in patterns)]
     if len(members) > 1:
         members["all"] = [counts for _, counts in scores]
@@ -211,6 +214,12 @@ def score_table(
                 row[f"{measure}_{100 * threshold:g}"] = getattr(pooled, measure)
         rows[category] = row
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("category")
+
+
+def _families(categories: Iterable[str]) -> dict[str, list[str]]:
+    """Patterns for categories that begin with the same letters, where there is more than one."""
+    heads = Counter(match.group() for name in categories if (match := re.match("[A-Za-z]+", name)))
+    return {f"{head}*": [f"{head}[!A-Za-z]*", head] for head, count in heads.items() if count > 1}
 
 
 def score_folder(

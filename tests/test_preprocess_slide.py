@@ -11,7 +11,7 @@ import daskcell.preprocess.plan
 from daskcell.compute import Workers
 from daskcell.config import GaussianSettings, HistogramSettings, PreprocessSettings
 from daskcell.errors import ConfigError, InputError
-from daskcell.images import convert
+from daskcell.images import convert, open_image
 from daskcell.preprocess import apply_block, freeze, freeze_slide, preprocess_slide_to_tiff
 
 
@@ -89,3 +89,40 @@ def test_nan_pixels_of_a_slide_are_refused(tmp_path):
     x[0, 3, 3] = np.nan
     with pytest.raises(InputError, match="NaN"):
         freeze(x)
+
+
+@pytest.mark.data
+def test_a_stain_stored_as_jpeg_in_colours_loses_its_noise(data_dir):
+    image = open_image(data_dir / "slide" / "test3-DAPI-2-(387).ndpi")
+    part = image.data[:, 1000:2000, 1000:2000].compute()
+    assert part[:2].any()
+    plan = freeze(part, None, image.channels, image.is_rgb)
+    got = apply_block(part, plan)
+    assert not got[:2].any()
+    assert got[2].max() == 255
+
+
+@pytest.mark.data
+def test_a_stained_slide_keeps_its_colours(data_dir):
+    image = open_image(data_dir / "slide" / "CMU-1-Small-Region.svs")
+    part = image.data[:, 500:1500, 500:1500].compute()
+    got = apply_block(part, freeze(part, None, image.channels, image.is_rgb)).astype(int)
+    lightest, darkest = part.max(axis=0), part.min(axis=0)
+    clear = (lightest.astype(int) - darkest > 30) & (got.max(axis=0) < 255) & (got.min(axis=0) > 0)
+    assert clear.mean() > 0.3
+    # The order of red, green and blue in a pixel is its hue.
+    assert (part.argmax(axis=0) == got.argmax(axis=0))[clear].mean() > 0.99
+    assert (part.argmin(axis=0) == got.argmin(axis=0))[clear].mean() > 0.99
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", ["human", "fly", "bbbc022"])
+def test_real_stains_use_the_whole_range(data_dir, name):
+    files = sorted((data_dir / "channels" / name).iterdir())
+    x = np.concatenate([np.asarray(open_image(file).data) for file in files])
+    got = apply_block(x, freeze(x))
+    white = np.iinfo(x.dtype).max
+    assert len(got) == 3
+    for plane in got:
+        assert 0.001 < (plane == white).mean() < 0.01
+        assert np.median(plane) < 0.1 * white

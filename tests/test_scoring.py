@@ -12,12 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from daskcell.config import PreprocessSettings
 from daskcell.errors import InputError
+from daskcell.geometry import Box
+from daskcell.images import convert, create_labels, write_labels_block
 from daskcell.scoring import (
     Counts,
     cellpose_method,
     match_cells,
     overlaps,
+    read_picture,
     score_clusters,
     score_folder,
     score_pair,
@@ -135,6 +139,39 @@ def pictures(tmp_path):
         tifffile.imwrite(tmp_path / "images" / f"{name}.tif", found.astype(np.uint8))
     (tmp_path / "index.csv").write_text("split,name,category\nv,one,fluo\nv,two,fluo\nv,three,stained\n")
     return tmp_path
+
+
+def test_categories_that_begin_alike_are_pooled():
+    names = ["fluo256", "fluo_misc", "fluorophore", "stained"]
+    scores = [(name, {0.5: Counts(i + 1, 1, 0)}) for i, name in enumerate(names)]
+    table = score_table(scores)
+    assert list(table.index) == [*names, "fluo*", "all"]
+    assert table.loc["fluo*", "true_cells"] == 1 + 2
+    assert list(score_table(scores, groups={}).index) == [*names, "all"]
+
+
+def test_labels_of_a_study_are_found_in_its_images(pictures):
+    for name in ("one", "two", "three"):
+        path = pictures / "study" / f"{name}.zarr"
+        convert(pictures / "images" / f"{name}.tif", path)
+        labels = tifffile.imread(pictures / "found" / f"{name}.tif")
+        create_labels(path, "cells", block=256, dtype=np.uint32)
+        write_labels_block(path, "cells", Box(0, 0, 200, 200), labels)
+    by_study = score_folder(pictures / "study", pictures / "truth")
+    assert by_study.equals(score_folder(pictures / "found", pictures / "truth"))
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_the_embedded_network_finds_real_nuclei(data_dir):
+    folder = data_dir / "dsb2018"
+    wanted = [f for f in (folder / "val" / "masks").iterdir() if f.stem.startswith("fluo520")]
+    counts = Counts()
+    for path in wanted:
+        image = read_picture(folder / "val" / "images" / f"{path.stem}.png")
+        labels = cellpose_method("tiny", None, preprocess=PreprocessSettings())(image)
+        counts += score_pair(tifffile.imread(path), labels)[0.5]
+    assert counts.ap > 0.8
 
 
 def test_a_folder_and_a_method_give_the_same_table(pictures):
