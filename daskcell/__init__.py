@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from daskcell.features import embed, measure
     from daskcell.images import Image, convert, open_image
     from daskcell.models import load_encoder, load_network
-    from daskcell.overlay import overlay
+    from daskcell.overlays import overlay
     from daskcell.pipeline import open_study, run
     from daskcell.preprocess import adjust_histogram, gaussian, reconstruct
-    from daskcell.segment import segment
+    from daskcell.segmentation import segment
 
 # Imported when asked for: networks and Dask take seconds, and `daskcell --help` needs neither.
 _WHERE = {
@@ -50,10 +50,10 @@ _WHERE = {
     "measure": "features",
     "open_image": "images",
     "open_study": "pipeline",
-    "overlay": "overlay",
+    "overlay": "overlays",
     "reconstruct": "preprocess",
     "run": "pipeline",
-    "segment": "segment",
+    "segment": "segmentation",
 }
 
 __all__ = [
@@ -84,7 +84,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'daskcell' has no attribute {name!r}")
-    # `segment` and `overlay` are functions here and modules there: the function wins once it is asked for.
     value = getattr(import_module(f"daskcell.{_WHERE[name]}"), name)
     globals()[name] = value
     return value

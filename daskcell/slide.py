@@ -206,7 +206,7 @@ def _plan(ledger: Ledger) -> Any:
 
 
 def _segment(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], workers: Workers) -> Any:
-    from daskcell.segment.engine import segment_slide
+    from daskcell.segmentation.engine import segment_slide
 
     settings, block = job.config.segment, job.config.compute.block
     scratch = study.scratch(job.slide, keys["segment"], block)
@@ -272,7 +272,7 @@ def _assign(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], wor
 
 
 def _paint(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], workers: Workers) -> Any:
-    from daskcell.overlay import write_cluster_labels, write_overlay
+    from daskcell.overlays import write_cluster_labels, write_overlay
 
     image, table = study.image(job.slide), study.table(job.slide)
     k = study.ledger(CLUSTERS).result("cluster")["k"]

@@ -137,6 +137,10 @@ class Study:
         """``(n, d)`` array, a row a cell, in the table's order."""
         return self.out / "features" / f"{slide}.zarr"
 
+    def flows(self, slide: str) -> Path:
+        """Network outputs kept for other thresholds (``segment.keep_flows``)."""
+        return self.out / "flows" / slide
+
     def scratch(self, slide: str, key: str, block: int) -> Path:
         """Room for what a stage keeps between its tasks; belongs to one content key and one block size."""
         return self.out / "scratch" / f"{slide}-{key[:16]}-{block}"

@@ -18,7 +18,7 @@ from daskcell.compute import Workers
 from daskcell.config import PreprocessSettings
 from daskcell.errors import InputError
 from daskcell.geometry import Grid
-from daskcell.overlay import (
+from daskcell.overlays import (
     CLUSTER_COLORS,
     add_legend,
     colors,
@@ -27,7 +27,7 @@ from daskcell.overlay import (
     write_cluster_labels,
     write_overlay,
 )
-from daskcell.overlay.paint import borders
+from daskcell.overlays.paint import borders
 from daskcell.preprocess import freeze_slide
 
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from daskcell.errors import InputError
-from daskcell.segment import segment
+from daskcell.segmentation import segment
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_without_ownership_blocks_cut_cells():
     assert same < 0.7 * true
 
     from daskcell.geometry import Box, Grid
-    from daskcell.segment.seams import SeamReport, count_changes
+    from daskcell.segmentation.seams import SeamReport, count_changes
 
     grid = Grid.regular((512, 512), 128)
 
@@ -199,7 +199,7 @@ def test_ids_run_in_reading_order_from_one():
 
 def test_a_ring_swallows_what_lies_in_it_whoever_owns_it():
     from daskcell.geometry import Box
-    from daskcell.segment.cells import Thresholds, check_block, choose_owned, paint
+    from daskcell.segmentation.cells import Thresholds, check_block, choose_owned, paint
 
     picture = np.zeros((60, 60), np.int32)
     picture[10:50, 10:50] = 1

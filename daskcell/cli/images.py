@@ -47,7 +47,7 @@ def segment(
     from daskcell.images import convert_slide
     from daskcell.pipeline import fingerprints
     from daskcell.preprocess import freeze_slide
-    from daskcell.segment.engine import segment_slide
+    from daskcell.segmentation.engine import segment_slide
 
     settings = read_settings(
         config,
@@ -138,7 +138,7 @@ def _method(settings: Any) -> Any:
     import numpy as np
 
     from daskcell.preprocess import apply_block, freeze
-    from daskcell.segment import segment
+    from daskcell.segmentation import segment
 
     chosen = settings.segment.model_dump(exclude={"watershed", "tissue_mask", "keep_flows"})
     if settings.segment.method == "watershed":

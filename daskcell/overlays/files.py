@@ -14,9 +14,9 @@ import numpy as np
 
 from daskcell.errors import InputError
 from daskcell.geometry import Box, Grid
-from daskcell.overlay.legend import add_legend
-from daskcell.overlay.paint import as_rgb, cluster_values, paint, stretch_limits
-from daskcell.overlay.palette import colors
+from daskcell.overlays.legend import add_legend
+from daskcell.overlays.paint import as_rgb, cluster_values, paint, stretch_limits
+from daskcell.overlays.palette import colors
 
 if TYPE_CHECKING:
     from daskcell.compute import Workers

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from daskcell.errors import InputError
-from daskcell.overlay.palette import colors
+from daskcell.overlays.palette import colors
 
 if TYPE_CHECKING:
     import dask.array as da

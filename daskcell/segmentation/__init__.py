@@ -8,7 +8,7 @@ lazy, engine                the two drivers: dask arrays, and OME-Zarr on disk
 seams                       what the cutting did (it should be nothing)
 """
 
-from daskcell.segment.lazy import segment
-from daskcell.segment.seams import SeamReport
+from daskcell.segmentation.lazy import segment
+from daskcell.segmentation.seams import SeamReport
 
 __all__ = ["SeamReport", "segment"]

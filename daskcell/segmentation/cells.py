@@ -21,7 +21,7 @@ import numpy as np
 from numba import njit
 
 from daskcell.geometry import Box
-from daskcell.segment import dynamics, flowcheck
+from daskcell.segmentation import dynamics, flowcheck
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from itertools import pairwise
 import numpy as np
 
 from daskcell.geometry import Box
-from daskcell.segment.cells import Thresholds, check_block, own_labels
-from daskcell.segment.methods import CellposeMethod, Read
+from daskcell.segmentation.cells import Thresholds, check_block, own_labels
+from daskcell.segmentation.methods import CellposeMethod, Read
 
 WHOLE_UP_TO = 2048 * 2048
 """Pixels up to which the first pass sees the whole picture."""

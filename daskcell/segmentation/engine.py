@@ -31,7 +31,7 @@ from daskcell.errors import InputError
 from daskcell.geometry import Box, Grid
 from daskcell.images import build_label_pyramid, create_labels, image_info, read_block, write_labels_block
 from daskcell.preprocess.plan import Plan, apply_block
-from daskcell.segment.cells import (
+from daskcell.segmentation.cells import (
     Thresholds,
     check_block,
     load_candidates,
@@ -40,13 +40,13 @@ from daskcell.segment.cells import (
     paint,
     save,
 )
-from daskcell.segment.diameter import estimate_diameter
-from daskcell.segment.globals import Globals
-from daskcell.segment.lazy import MAX_CELLS, network_source
-from daskcell.segment.methods import CellposeMethod, Method, Read
-from daskcell.segment.seams import SeamReport, count_changes
-from daskcell.segment.tissue import tiles_without, tissue_mask
-from daskcell.segment.watershed import WatershedMethod
+from daskcell.segmentation.diameter import estimate_diameter
+from daskcell.segmentation.globals import Globals
+from daskcell.segmentation.lazy import MAX_CELLS, network_source
+from daskcell.segmentation.methods import CellposeMethod, Method, Read
+from daskcell.segmentation.seams import SeamReport, count_changes
+from daskcell.segmentation.tissue import tiles_without, tissue_mask
+from daskcell.segmentation.watershed import WatershedMethod
 
 Index = tuple[int, int]
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from daskcell.errors import InputError
-from daskcell.segment.tiles import MEAN_DIAMETER, TileGrid
+from daskcell.segmentation.tiles import MEAN_DIAMETER, TileGrid
 
 EXACT_UP_TO = 224**3
 """Values of a channel up to which Cellpose takes percentiles of all of them; above, of a strided sample."""

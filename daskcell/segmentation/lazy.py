@@ -13,10 +13,10 @@ import numpy as np
 
 from daskcell.errors import InputError
 from daskcell.geometry import Box, Grid
-from daskcell.segment.cells import Candidates, Cells, Thresholds, check_block, own_labels, paint
-from daskcell.segment.methods import BlockMethod, CellposeMethod, Method
-from daskcell.segment.seams import SeamReport, count_changes
-from daskcell.segment.tiles import TileGrid
+from daskcell.segmentation.cells import Candidates, Cells, Thresholds, check_block, own_labels, paint
+from daskcell.segmentation.methods import BlockMethod, CellposeMethod, Method
+from daskcell.segmentation.seams import SeamReport, count_changes
+from daskcell.segmentation.tiles import TileGrid
 
 MAX_CELLS = 2**32 - 1
 
@@ -88,7 +88,7 @@ def segment(
     source = Source(image)
     if isinstance(way, CellposeMethod):
         if diameter == "auto":
-            from daskcell.segment.diameter import estimate_diameter
+            from daskcell.segmentation.diameter import estimate_diameter
 
             way.diameter = estimate_diameter(way, source, shape)
         TileGrid.lay(shape, way.diameter)  # refuses a diameter that leaves no pixel
@@ -211,7 +211,7 @@ def make_method(
 ) -> Any:  # fmt: skip
     """The method object for `segment`'s arguments."""
     if method == "watershed":
-        from daskcell.segment.watershed import WatershedMethod
+        from daskcell.segmentation.watershed import WatershedMethod
 
         return WatershedMethod.from_options(thresholds, options)
     if options:

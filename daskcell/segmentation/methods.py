@@ -5,7 +5,7 @@
     look(frozen, read)      labels of any box, and where they depend on what lies outside it
 
 A method knows neither Dask nor files: `read` is handed in. Ownership, checks, ids and painting are the same
-for all (`daskcell.segment.cells`), so any function from a block to labels becomes a method without seams
+for all (`daskcell.segmentation.cells`), so any function from a block to labels becomes a method without seams
 (`BlockMethod`).
 """
 
@@ -19,10 +19,10 @@ import numpy as np
 
 from daskcell.errors import InputError
 from daskcell.geometry import Box
-from daskcell.segment import dynamics
-from daskcell.segment.cells import Thresholds
-from daskcell.segment.globals import Globals, intensity_bounds, sampling_step
-from daskcell.segment.network import CELLPROB, blend, cut_tiles, needed_box, run_network
+from daskcell.segmentation import dynamics
+from daskcell.segmentation.cells import Thresholds
+from daskcell.segmentation.globals import Globals, intensity_bounds, sampling_step
+from daskcell.segmentation.network import CELLPROB, blend, cut_tiles, needed_box, run_network
 
 Read = Callable[[Box], np.ndarray]
 Look = Callable[[Box], tuple[np.ndarray, np.ndarray, np.ndarray | None]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from daskcell.geometry import Box
-from daskcell.segment.tiles import TileGrid
+from daskcell.segmentation.tiles import TileGrid
 
 MARGIN = 2
 """Pixels of the small level that tissue is widened by on every side."""

@@ -22,10 +22,10 @@ from numba import njit
 from daskcell.config import WatershedSettings
 from daskcell.errors import InputError
 from daskcell.geometry import Box
-from daskcell.segment import dynamics
-from daskcell.segment.cells import Thresholds
-from daskcell.segment.globals import sampling_step
-from daskcell.segment.methods import Look, Read, refuse_unusable
+from daskcell.segmentation import dynamics
+from daskcell.segmentation.cells import Thresholds
+from daskcell.segmentation.globals import sampling_step
+from daskcell.segmentation.methods import Look, Read, refuse_unusable
 
 
 @dataclass(frozen=True)

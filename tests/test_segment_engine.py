@@ -1,0 +1,191 @@
+"""Disk to disk gives what the lazy arrays give, goes on where it was, and does nothing twice."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from functools import wraps
+
+import numpy as np
+import pytest
+import tifffile
+from blobs import blobs
+
+import daskcell as dc
+from daskcell.compute import Window, Workers
+from daskcell.config import PreprocessSettings, SegmentSettings
+from daskcell.errors import InputError
+from daskcell.geometry import Box
+from daskcell.images import image_info, read_labels
+from daskcell.preprocess.plan import freeze_slide
+from daskcell.segmentation import engine
+
+PLAIN = PreprocessSettings(reconstruct=None, histogram=None)
+SETTINGS = SegmentSettings(diameter=None)
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return (np.clip(blobs((430, 620), 11, radius=11), 0, 1) * 200).astype(np.uint8)
+
+
+@pytest.fixture
+def slide(tmp_path, picture):
+    tifffile.imwrite(tmp_path / "picture.tif", picture)
+    dc.convert(tmp_path / "picture.tif", tmp_path / "picture.zarr")
+    return tmp_path / "picture.zarr"
+
+
+class CountingWindow(Window):
+    """Counts what is submitted; may stop after so many tasks, as a kill would."""
+
+    counts: Counter = Counter()
+    stop_after: int | None = None
+
+    def submit(self, key, function, *args, kind="cpu"):
+        type(self).counts[function.__name__] += 1
+        if self.stop_after is not None and sum(self.counts.values()) > self.stop_after:
+            raise KeyboardInterrupt
+        super().submit(key, function, *args, kind=kind)
+
+
+class CountingWorkers(Workers):
+    def window(self, limit=None, *, keep_going=False):
+        return CountingWindow(self, limit, keep_going=keep_going)
+
+
+@pytest.fixture
+def counts():
+    CountingWindow.counts, CountingWindow.stop_after = Counter(), None
+    return CountingWindow
+
+
+def segment(slide, tmp_path, settings=SETTINGS, block=256, workers=None, **options):
+    workers = workers or Workers()
+    plan = freeze_slide(slide, PLAIN, workers)
+    scratch = options.pop("scratch", tmp_path / f"scratch-{block}")
+    report = engine.segment_slide(slide, "cells", settings, plan, workers, block, scratch, **options)
+    return read_labels(slide, "cells", Box(0, 0, *image_info(slide).shape[1:])), report
+
+
+@pytest.mark.parametrize("diameter", [None, "auto", 20.0])
+def test_disk_to_disk_equals_the_lazy_labels_for_any_block(slide, tmp_path, picture, diameter):
+    expected = dc.segment(picture, model="tiny", diameter=diameter).compute()
+    assert expected.max() > 50
+    for block in (256, 400, 2048):
+        settings = SegmentSettings(diameter=diameter)
+        labels, report = segment(slide, tmp_path, settings, block)
+        np.testing.assert_array_equal(labels, expected)
+        assert report["cells"] == expected.max()
+        assert report["conflicts"] == 0
+
+
+def test_watershed_on_disk_equals_the_lazy_labels(slide, tmp_path, picture):
+    expected = dc.segment(picture, method="watershed").compute()
+    labels, report = segment(slide, tmp_path, SegmentSettings(method="watershed"))
+    np.testing.assert_array_equal(labels, expected)
+    assert report["tiles"] == 0 < report["cells"]
+
+
+def test_every_tile_is_computed_once_and_blocks_take_few_tasks(slide, tmp_path, counts):
+    _, report = segment(slide, tmp_path, workers=CountingWorkers())
+    blocks = report["blocks"]
+    assert blocks == 6
+    assert report["tiles"] == 3 * 4
+    assert report["repeated"] == 0
+    for task in ("_run_network", "_follow_block", "_check", "_paint"):
+        assert counts.counts[task] == blocks
+    assert not list((tmp_path / "scratch-256").rglob("tiles/*.npy")), "tiles are removed when used"
+
+
+@pytest.mark.parametrize("tasks", [3, 9, 12, 17, 23])
+def test_a_run_that_is_killed_goes_on_where_it_was(slide, tmp_path, counts, tasks):
+    expected, _ = segment(slide, tmp_path, scratch=tmp_path / "undisturbed")
+    shutil.rmtree(slide / "labels")
+    counts.stop_after = tasks
+    with pytest.raises(KeyboardInterrupt):
+        segment(slide, tmp_path, workers=CountingWorkers())
+    counts.stop_after, counts.counts = None, Counter()
+    labels, _ = segment(slide, tmp_path, workers=CountingWorkers())
+    np.testing.assert_array_equal(labels, expected)
+    assert counts.counts["_run_network"] < 6 or tasks < 9
+
+
+def test_thresholds_change_without_the_network(slide, tmp_path, counts):
+    flows = tmp_path / "flows"
+    segment(slide, tmp_path, workers=CountingWorkers(), flows=flows)
+    assert counts.counts["_run_network"] == 6
+    counts.counts = Counter()
+    changed = SegmentSettings(diameter=None, cellprob_threshold=1.0, flow_threshold=0.3, min_size=60)
+    labels, report = segment(
+        slide, tmp_path, changed, workers=CountingWorkers(), flows=flows, scratch=tmp_path / "other"
+    )
+    assert counts.counts["_run_network"] == 0
+    assert report["tiles"] == 0
+    fresh, _ = segment(slide, tmp_path, changed, scratch=tmp_path / "fresh")
+    np.testing.assert_array_equal(labels, fresh)
+    # Another block size or diameter needs other files, and gets them.
+    segment(slide, tmp_path, SegmentSettings(diameter=25), workers=CountingWorkers(), flows=flows,
+            scratch=tmp_path / "third")  # fmt: skip
+    assert counts.counts["_run_network"] == 6
+
+
+def test_glass_is_skipped_and_tissue_stays_the_same(tmp_path):
+    rng = np.random.default_rng(0)
+    picture = np.full((1200, 1300, 3), 240, np.float32)
+    cells = blobs((500, 500), 3, radius=10)
+    picture[:500, :500] -= np.stack([150 * cells, 180 * cells, 60 * cells], -1)
+    picture = np.clip(picture + rng.normal(0, 2, picture.shape), 0, 255).astype(np.uint8)
+    tifffile.imwrite(tmp_path / "slide.tif", picture, photometric="rgb")
+    dc.convert(tmp_path / "slide.tif", tmp_path / "slide.zarr")
+    everything, _ = segment(tmp_path / "slide.zarr", tmp_path, scratch=tmp_path / "a")
+    masked, report = segment(
+        tmp_path / "slide.zarr",
+        tmp_path,
+        SegmentSettings(diameter=None, tissue_mask=True),
+        scratch=tmp_path / "b",
+    )
+    assert everything[:480, :480].max() > 50
+    np.testing.assert_array_equal(masked[:450, :450] > 0, everything[:450, :450] > 0)
+    assert 0.4 < report["skipped_fraction"] < 0.9
+    assert report["tiles"] + report["skipped"] == 36 + 6
+
+
+def test_the_network_runs_on_gpu_workers_and_everything_else_on_cpu_workers(slide, tmp_path, monkeypatch):
+    from distributed import Client, SpecCluster, Worker, get_worker
+    from distributed.scheduler import Scheduler
+
+    places: dict[str, Counter] = {}
+    for name in ("_run_network", "_follow_block", "_check", "_paint"):
+        function = getattr(engine, name)
+
+        @wraps(function)  # by the same name, so that it is sent by reference
+        def noted(*args, _function=function):
+            places.setdefault(_function.__name__, Counter())[get_worker().name] += 1
+            return _function(*args)
+
+        monkeypatch.setattr(engine, name, noted)
+    spec = {
+        name: {"cls": Worker, "options": {"nthreads": 1, "resources": {label: 1}, "dashboard": False}}
+        for name, label in {"gpu": "GPU", "cpu-0": "CPU", "cpu-1": "CPU"}.items()
+    }
+    scheduler = {"cls": Scheduler, "options": {"dashboard": False, "port": 0, "host": "127.0.0.1"}}
+    with SpecCluster(spec, scheduler) as cluster, Client(cluster) as client:
+        labels, _ = segment(slide, tmp_path, workers=Workers(client))
+    np.testing.assert_array_equal(labels, segment(slide, tmp_path, scratch=tmp_path / "here")[0])
+    assert places["_run_network"].keys() == {"gpu"}
+    for name in ("_follow_block", "_check", "_paint"):
+        assert places[name].keys() <= {"cpu-0", "cpu-1"}
+        assert places[name].total() >= 6
+
+
+def test_too_many_channels_ask_which(tmp_path):
+    stack = np.stack([np.uint8(255 * np.clip(blobs((90, 80), seed), 0, 1)) for seed in range(5)])
+    tifffile.imwrite(tmp_path / "five.tif", stack, photometric="minisblack", metadata={"axes": "CYX"})
+    dc.convert(tmp_path / "five.tif", tmp_path / "five.zarr")
+    with pytest.raises(InputError, match="5 channels after preprocessing"):
+        segment(tmp_path / "five.zarr", tmp_path)
+    with pytest.raises(InputError, match="does not fit"):
+        segment(tmp_path / "five.zarr", tmp_path, SegmentSettings(channels=[7]))
+    labels, _ = segment(tmp_path / "five.zarr", tmp_path, SegmentSettings(channels=[3], diameter=None))
+    assert labels.shape == (90, 80)
