@@ -1,6 +1,7 @@
-"""Quick measurements of cell crops: which cells are neighbours when the encoder is trained.
+"""Quick measurements of cell crops: size, shape, stain, texture, arrangement.
 
-Only good enough to say "these two cells are alike"; the measurements users get are in `daskcell.features`.
+They are a part of the embedded encoder's output, and say which cells are neighbours when it is trained. The
+measurements users get, with names and units, are in `daskcell.features`.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from daskcell.models.encoder import as_input, cell_regions, signal_of
+from daskcell.models.crop_signal import as_input, cell_regions, signal_of
+
+MEASUREMENTS = 69
 
 
 @torch.no_grad()
 def describe_crops(crops: np.ndarray, batch: int = 256) -> np.ndarray:
-    """About 90 numbers a crop on size, shape, stain, texture and arrangement: ``(n, m)`` float32."""
-    parts = [_describe(signal_of(as_input(crops[i : i + batch]))) for i in range(0, len(crops), batch)]
+    """`measure_signal` of crops: ``(n, MEASUREMENTS)`` float32."""
+    parts = [measure_signal(signal_of(as_input(crops[i : i + batch]))) for i in range(0, len(crops), batch)]
     return torch.cat(parts).numpy()
 
 
@@ -37,7 +40,8 @@ def neighbours(features: np.ndarray, count: int, components: int = 24) -> np.nda
     return near
 
 
-def _describe(signal: Tensor) -> Tensor:
+def measure_signal(signal: Tensor) -> Tensor:
+    """``(N, 3, H, W)`` from `signal_of` to ``(N, MEASUREMENTS)``."""
     regions = cell_regions(signal)
     weights = regions.flatten(2)
     area = weights.sum(2).clamp_min(1)

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from daskcell.errors import InputError
 from daskcell.models.arrays import save_arrays
 from daskcell.models.crop_features import describe_crops, neighbours
-from daskcell.models.encoder import KIND, TinyEncoder, as_input, fit_projection, signal_of
+from daskcell.models.crop_signal import as_input, signal_of
+from daskcell.models.encoder import DIMENSIONS, KIND, TinyEncoder, fit_projection
 from daskcell.models.training import Schedule, Trained, Trainer
 
 
@@ -29,14 +30,17 @@ class EncoderRecipe(Schedule):
 
     minutes: float = 20.0
     rate: float = 1e-3
-    average: float = 0.99
-    batch: int = 96
+    average: float = 0.98
+    warmup: int = 30
+    batch: int = 64
     """Pairs of cells a step, all from one data set."""
-    neighbours: int = 6
+    neighbours: int = 4
     """Cells a partner is chosen from: low keeps fine differences, high blurs them."""
+    itself: float = 0.25
+    """Chance that a cell's partner is the cell itself."""
     temperature: float = 0.2
     widths: tuple[int, ...] = (32, 64, 112, 176)
-    dim: int = 192
+    dim: int = DIMENSIONS
 
 
 class _Student(nn.Module):
@@ -45,7 +49,7 @@ class _Student(nn.Module):
     def __init__(self, encoder: TinyEncoder):
         super().__init__()
         self.encoder = encoder
-        pooled = encoder.axes.shape[1]
+        pooled = len(encoder.maps.centre)
         self.head = nn.Sequential(
             nn.BatchNorm1d(pooled),
             nn.Linear(pooled, 256),
@@ -55,7 +59,7 @@ class _Student(nn.Module):
         )
 
     def forward(self, signal: Tensor) -> Tensor:
-        return F.normalize(self.head(self.encoder.pooled_signal(signal).float()), dim=1)
+        return F.normalize(self.head(self.encoder.pooled(signal).float()), dim=1)
 
 
 def train_encoder(
@@ -109,8 +113,8 @@ def train_encoder(
         return Trained(trainer.save(), trainer.step, trainer.loss)
     near = [neighbours(describe_crops(one), recipe.neighbours) for one in sets]
     report(f"{sum(map(len, sets))} cells of {len(sets)} data sets; from step {trainer.step}")
-    # A set is drawn by the square root of its size: large ones rule less.
-    share = np.sqrt([len(one) for one in sets])
+    # Large sets rule little more than small ones.
+    share = np.array([len(one) for one in sets]) ** 0.25
     share = share / share.sum()
 
     def loss_of(net: nn.Module, step: int) -> Tensor:
@@ -118,6 +122,7 @@ def train_encoder(
         which = int(rng.choice(len(sets), p=share))
         chosen = rng.choice(len(sets[which]), min(recipe.batch, len(sets[which])), replace=False)
         partners = near[which][chosen, rng.integers(0, near[which].shape[1], len(chosen))]
+        partners = np.where(rng.random(len(chosen)) < recipe.itself, chosen, partners)
         # Sorted reading: memory-mapped crops are read in order.
         pair = np.concatenate([chosen, partners])
         rows, back = np.unique(pair, return_inverse=True)

@@ -204,7 +204,7 @@ def _build_encoder(name: str, path: Path, device: str) -> torch.nn.Module:
         weights, _, _ = arrays.load_arrays(path, KIND)
         try:
             widths = tuple(len(weights[f"blocks.{i}.first.weight"]) for i in range(4))
-            net = TinyEncoder(widths, len(weights["axes"]))
+            net = TinyEncoder(widths, len(weights["turn"]))
         except KeyError as error:
             raise WeightsError(f"{path} does not hold a whole encoder: {error} is missing.") from error
         _fill(net, weights, path)
