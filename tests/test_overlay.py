@@ -110,6 +110,14 @@ def test_one_bright_speck_does_not_darken_the_picture():
     assert overlay(image, np.zeros((60, 60), int), np.zeros(0, int)).mean() > 80
 
 
+def test_a_dark_picture_is_made_bright_and_a_bright_one_left_alone():
+    dark = np.random.default_rng(0).integers(0, 40, (3, 60, 60)).astype(np.uint8)
+    assert overlay(dark, np.zeros((60, 60), int), np.zeros(0, int)).max() > 240
+    bright = dark + 200
+    shown = overlay(bright, np.zeros((60, 60), int), np.zeros(0, int))
+    np.testing.assert_array_equal(np.moveaxis(shown, -1, 0), bright)
+
+
 def test_missing_pixels_and_empty_pictures_are_black():
     image = np.full((1, 20, 20), np.nan)
     assert overlay(image, np.zeros((20, 20), int), np.zeros(0, int)).max() == 0
@@ -242,6 +250,19 @@ def test_a_large_image_is_shown_at_a_level_of_its_pyramid(slide, tmp_path):
     picture = tifffile.imread(file)
     assert picture.shape == (*images.image_info(path).levels[1], 3)
     assert picture.std() > 20
+
+
+def test_a_slide_without_cells_is_shown_as_it_is(slide, tmp_path):
+    image = np.full((1, 300, 300), 7, np.uint8)
+    image[0, 100:200] = 99
+    tifffile.imwrite(tmp_path / "e.tif", image[0])
+    images.convert(tmp_path / "e.tif", tmp_path / "e.zarr")
+    images.create_labels(tmp_path / "e.zarr", "cells", block=512, dtype=np.uint32)
+    path, table = tmp_path / "e.zarr", tmp_path / "e.parquet"
+    pd.read_parquet(slide[1]).iloc[:0].to_parquet(table)
+    assert write_cluster_labels(path, table, 3, Workers(), 512) == [0, 0, 0]
+    for file in write_overlay(path, table, tmp_path, "e", 3, Workers()):
+        assert np.unique(skimage.io.imread(file)[:300, :300]).tolist() == [0, 255]
 
 
 def test_a_table_without_clusters_is_refused(slide, tmp_path):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 OPACITY = 0.5
 STRETCH = (0.5, 99.8)
+_BRIGHT = 200  # of 255: a colour picture that reaches it is shown as it is
 
 
 def overlay(
@@ -41,8 +42,8 @@ def overlay(
     ----------
     image : (C, Y, X) or (Y, X) numpy or Dask array
         Three channels are shown as they are in colour, one in grey, others in the colours of
-        `features.crops.three_channels`. Bytes of three channels are taken as they are; anything else is
-        stretched, each channel by itself, between percentiles of the whole image.
+        `features.crops.three_channels`. Bytes of three channels that are bright somewhere are taken as they
+        are; anything else is stretched, each channel by itself, between percentiles of the whole image.
     labels : (Y, X) numpy or Dask array of whole numbers
     clusters : (n,) array of whole numbers
         Cluster of label 1, 2, ..., as `ClusterModel.predict` gives it; -1: none, the cell is not coloured.
@@ -189,9 +190,9 @@ def as_rgb(block: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
 def stretch_limits(samples: Sequence[np.ndarray], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     """Values of each channel that become 0 and 1, from samples ``(C, h, w)``."""
     count = len(samples[0]) if samples else 1
-    if dtype == np.uint8 and count == 3:
-        return np.zeros(3), np.full(3, 255.0)
     values = np.concatenate([sample.reshape(count, -1) for sample in samples] or [np.zeros((1, 1))], axis=1)
     values = np.where(np.isfinite(values), values, 0).astype(np.float64)
     low, high = np.percentile(values, STRETCH, axis=1)
+    if dtype == np.uint8 and count == 3 and high.max() >= _BRIGHT:
+        return np.zeros(3), np.full(3, 255.0)
     return low, np.where(high > low, high, low + 1)
