@@ -8,6 +8,7 @@ import tifffile
 from scipy import ndimage
 
 import daskcell.preprocess.plan
+from daskcell import images
 from daskcell.compute import Workers
 from daskcell.config import GaussianSettings, HistogramSettings, PreprocessSettings
 from daskcell.errors import ConfigError, InputError
@@ -37,6 +38,25 @@ def test_a_slide_gives_the_plan_of_the_whole(slide, method, workers, monkeypatch
     monkeypatch.setattr(daskcell.preprocess.plan, "_COUNT_BLOCK", 256)
     settings = PreprocessSettings(histogram=HistogramSettings(method=method))
     assert freeze_slide(path, settings, workers) == freeze(x, settings)
+
+
+@pytest.mark.parametrize("method", ["stretch", "equalize", "clahe"])
+def test_histograms_kept_with_the_image_save_reading_it(slide, method, monkeypatch):
+    path, x = slide
+    settings = PreprocessSettings(histogram=HistogramSettings(method=method))
+    read = []
+    count = daskcell.preprocess.plan._count_slide_block
+    monkeypatch.setattr(
+        daskcell.preprocess.plan,
+        "_count_slide_block",
+        lambda *a: read.append(type(a[2]).__name__) or count(*a),
+    )
+    kept = freeze_slide(path, settings)
+    passes = {"stretch": 2, "equalize": 2, "clahe": 3} if x.dtype == np.float32 else {"clahe": 2}
+    assert len(read) == passes.get(method, 0)
+    monkeypatch.setattr(images, "read_histograms", lambda path: None)
+    assert freeze_slide(path, settings) == kept
+    assert len(read) > passes.get(method, 0)
 
 
 def test_the_tif_is_the_preprocessed_picture(slide, tmp_path):
