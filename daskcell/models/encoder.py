@@ -6,8 +6,9 @@ background, or optical density relative to a bright one, is what the network see
 fluorescence and stained cells look alike. Made for 64 x 64 pixels; any size of at least 16 works.
 
 **Output.** Two blocks of equal weight: the feature maps of every stage, pooled over the cell (mean and
-deviation) and over its stronger and its weaker part (means); and quick measurements of size, shape, stain and texture.
-A plain mean over the crop loses most of what region pooling keeps, and either block alone groups cells worse.
+deviation) and over its stronger and its weaker part (means); and quick measurements of size, shape, stain
+and texture. A plain mean over the crop loses most of what region pooling keeps, and either block alone groups
+cells worse.
 """
 
 from __future__ import annotations
@@ -142,8 +143,8 @@ def fit_projection(net: TinyEncoder, crops: np.ndarray, seed: int = 0, batch: in
     """Set the encoder's linear map from crops ``(n, 3, H, W)``, float 0..1 or uint8.
 
     Each block is projected onto its first principal axes and brought to the same mean length. Then all is
-    turned at random: every output carries about the same variance, so standardising the outputs later does not blow
-    up the weakest axes (which would be whitening).
+    turned at random: every output carries about the same variance, so standardising the outputs later does
+    not blow up the weakest axes (which would be whitening).
     """
     net.eval()
     signals = [signal_of(as_input(crops[i : i + batch])) for i in range(0, len(crops), batch)]

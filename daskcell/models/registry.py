@@ -188,9 +188,16 @@ _KNOWN = {
 def list_weights() -> list[Weights]:
     """The weights daskcell knows by name, embedded ones first; nothing is downloaded or imported for it."""
     entries = [
-        Weights("tiny", "segments cells and nuclei", "daskcell's", EMBEDDED / "tiny.npz", True, ""),
         Weights(
-            "tiny", "encoder: cell crops to features", "daskcell's", EMBEDDED / "tiny_encoder.npz", True, ""
+            "tiny", "segments cells and nuclei", "BSD-3-Clause, as daskcell", EMBEDDED / "tiny.npz", True, ""
+        ),
+        Weights(
+            "tiny",
+            "encoder: cell crops to features",
+            "BSD-3-Clause, as daskcell",
+            EMBEDDED / "tiny_encoder.npz",
+            True,
+            "",
         ),
     ]
     for name, remote in _CELLPOSE_REMOTE.items():
