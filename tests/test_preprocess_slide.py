@@ -36,6 +36,7 @@ def slide(request, tmp_path_factory):
 def test_a_slide_gives_the_plan_of_the_whole(slide, method, workers, monkeypatch):
     path, x = slide
     monkeypatch.setattr(daskcell.preprocess.plan, "_COUNT_BLOCK", 256)
+    monkeypatch.setattr(images, "read_histograms", lambda path: None)
     settings = PreprocessSettings(histogram=HistogramSettings(method=method))
     assert freeze_slide(path, settings, workers) == freeze(x, settings)
 
@@ -47,9 +48,7 @@ def test_histograms_kept_with_the_image_save_reading_it(slide, method, monkeypat
     read = []
     count = daskcell.preprocess.plan._count_slide_block
     monkeypatch.setattr(
-        daskcell.preprocess.plan,
-        "_count_slide_block",
-        lambda *a: read.append(type(a[2]).__name__) or count(*a),
+        daskcell.preprocess.plan, "_count_slide_block", lambda *given: read.append(1) or count(*given)
     )
     kept = freeze_slide(path, settings)
     passes = {"stretch": 2, "equalize": 2, "clahe": 3} if x.dtype == np.float32 else {"clahe": 2}
