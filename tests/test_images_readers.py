@@ -100,7 +100,11 @@ def test_neighbouring_boxes_decode_a_strip_once(tmp_path: Path, monkeypatch: pyt
     assert decoded == [0, 1]
 
 
-def test_imagej_stack_maximum_or_one_plane(tmp_path: Path) -> None:
+@pytest.mark.parametrize("band", [1, 5000, 2**20])
+def test_imagej_stack_maximum_or_one_plane(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, band: int
+) -> None:
+    monkeypatch.setattr("daskcell.images.readers.tiff.BAND_BYTES", band)
     stack = RNG.integers(0, 4000, (2, 5, 3, 40, 50), np.uint16)  # TZCYX
     tifffile.imwrite(
         tmp_path / "a.tif",
@@ -152,10 +156,14 @@ def test_plain_pages_are_channels_and_many_are_planes(tmp_path: Path) -> None:
     check_reader(reader, pages.max(axis=0)[None])
 
 
+@pytest.mark.parametrize("band", [1, 2**20])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation_is_honoured(tmp_path: Path, orientation: int) -> None:
+def test_orientation_is_honoured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, orientation: int, band: int
+) -> None:
     from PIL import Image, ImageOps
 
+    monkeypatch.setattr("daskcell.images.readers.tiff.BAND_BYTES", band)
     pixels = RNG.integers(0, 255, (50, 70), np.uint8)
     tag = [(274, 3, 1, orientation, True)]
     tifffile.imwrite(tmp_path / "a.tif", pixels, tile=(16, 16), extratags=tag, resolution=(1e5, 2e5))

@@ -257,6 +257,7 @@ def _serve(pipe: Connection) -> None:
                 pipe.send((pixels.shape, pixels.dtype))
                 if place is None:
                     pipe.send_bytes(pixels.data.cast("B"))
+                del pixels  # or it would still be there while the next is read
         except DaskcellError as error:
             pipe.send(type(error)(str(error)))
         except MemoryError:

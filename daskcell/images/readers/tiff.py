@@ -13,10 +13,10 @@ nobody names are channels up to `PAGES_AS_CHANNELS` of them, and planes of a sta
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections import OrderedDict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,35 +27,17 @@ from numpy.typing import NDArray
 from daskcell.errors import ImageError, InputError
 from daskcell.geometry import Box
 from daskcell.images.readers import ZChoice, check_inside, guarded, tiffmeta
+from daskcell.images.readers.tiffcheck import Complaints, check_data, check_page
 
 PAGES_AS_CHANNELS = 8
 CACHE_BYTES = 64 * 2**20
 """Decoded strips kept, so that neighbouring boxes do not decode them again."""
 
+BAND_BYTES = 32 * 2**20
+"""Stored pixels of one page that are in memory at a time."""
+
 _WHITE_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR, _LAB = 0, 2, 3, 5, 6, 8
 _JPEG = {6, 7, 34892, 33007}
-
-
-class _Complaints(logging.Handler):
-    """What tifffile says on its logger while it goes on: some of it means that pages are lost."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.lost_pages = ""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        if "circular reference" in message or "invalid page offset" in message:
-            self.lost_pages = "a page points to itself or to no page"
-
-    def __enter__(self) -> _Complaints:
-        logger = logging.getLogger("tifffile")
-        logger.addHandler(self)
-        logger.propagate = False
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        logging.getLogger("tifffile").removeHandler(self)
 
 
 def matches(path: str, head: bytes) -> bool:
@@ -99,7 +81,7 @@ class TiffReader:
         )
         self.file = tifffile.TiffFile(path)
         try:
-            with _Complaints() as complaints:
+            with Complaints() as complaints:
                 self._open(t, z)
                 if not self.file.is_ndpi:  # whose last page points to vendor data
                     len(self.file.pages)  # makes tifffile go through all of them
@@ -117,7 +99,7 @@ class TiffReader:
         self.series = series
         self.axes = series.axes
         self.keyframe = keyframe = series.keyframe
-        self._check_page_kind(keyframe)
+        check_page(keyframe, self.path)
         self._lay_out(series)
         self._choose(t, z)
         self.orientation = int(keyframe.tags.valueof(274, 1) or 1)
@@ -132,7 +114,7 @@ class TiffReader:
         swapped = self.orientation >= 5
         self.levels = tuple((x, y) if swapped else (y, x) for y, x in self.stored_levels)
         for level in self.level_series:
-            self._check_data(level)
+            check_data(level, self.leading, self.path)
         self._set_colours()
         size = tiffmeta.pixel_size(self.file, keyframe)
         self.pixel_size = size[::-1] if size and swapped else size
@@ -152,24 +134,6 @@ class TiffReader:
         if not is_slide and not series[0].keyframe.is_reduced:
             return series[0]
         return max(series, key=lambda one: math.prod(_yx(one)))
-
-    def _check_page_kind(self, page: Any) -> None:
-        if page.dtype is None:
-            raise ImageError(
-                f"Cannot read {self.path}: pixels of {page.bitspersample} bits are not supported."
-            )
-        bits = page.tags.get(258)
-        if bits is not None and bits.count not in (1, page.samplesperpixel):
-            raise ImageError(
-                f"Cannot read {self.path}: it gives the bits of {bits.count} samples, but has "
-                f"{page.samplesperpixel}."
-            )
-        if min(page.imagelength, page.imagewidth) < 1 or 0 in page.shaped:
-            raise ImageError(f"Cannot read {self.path}: its picture has no pixels ({page.shape}).")
-        if page.imagedepth > 1:
-            raise ImageError(f"Cannot read {self.path}: volumes within one page are not supported.")
-        if page.dtype.kind not in "buif" or (page.dtype.kind in "iu" and page.dtype.itemsize > 4):
-            raise ImageError(f"Cannot read {self.path}: pixels of type {page.dtype} are not intensities.")
 
     def _lay_out(self, series: Any) -> None:
         """Which pages are which channel, plane and time point."""
@@ -215,57 +179,6 @@ class TiffReader:
         for axis, length in self.lengths.items():
             number = number * length + at[self.roles[axis]]
         return number
-
-    def _check_data(self, series: Any) -> None:
-        """Refuse a file whose data cannot all be there; nothing is decoded."""
-        expected = math.prod(series.shape[: self.leading])
-        key = series.keyframe
-        self._check_page_kind(key)
-        if series.dataoffset is not None:
-            size = math.prod(series.shape) * key.dtype.itemsize
-            if series.dataoffset + size > self.file.filehandle.size:
-                raise ImageError(f"Cannot read {self.path}: the file is truncated.")
-            self._check_segments(key)
-            return
-        if len(series.pages) != expected:
-            raise ImageError(
-                f"Cannot read {self.path}: it should hold {expected} pages by its metadata, but holds "
-                f"{len(series.pages)}."
-            )
-        total = math.prod(series.shape) * key.dtype.itemsize
-        if total > 2**31 and total > 20_000 * self.file.filehandle.size:
-            raise ImageError(
-                f"Cannot read {self.path}: it claims a picture of {total / 2**30:.0f} GiB in a file of "
-                f"{self.file.filehandle.size} bytes."
-            )
-        missing = sum(page is None for page in series.pages)
-        if missing:
-            raise ImageError(
-                f"Cannot read {self.path}: {missing} of {expected} pages are not there, or in a "
-                "file that is missing."
-            )
-        for page in series.pages:
-            self._check_segments(page)
-
-    def _check_segments(self, page: Any) -> None:
-        key = page.keyframe
-        segments = math.prod(key.chunked)
-        offsets, counts = page.dataoffsets, page.databytecounts
-        if len(offsets) < segments or len(counts) < segments:
-            raise ImageError(
-                f"Cannot read {self.path}: {segments - min(len(offsets), len(counts))} of {segments} "
-                "pieces are missing."
-            )
-        end = page.parent.filehandle.size
-        if not any(counts[:segments]):
-            raise ImageError(f"Cannot read {self.path}: a page holds no data at all.")
-        for offset, count in zip(offsets[:segments], counts[:segments], strict=True):
-            if offset == 0 and count == 0:
-                continue  # a legal empty tile: zeros
-            if count == 0 or offset == 0:
-                raise ImageError(f"Cannot read {self.path}: a piece of the picture is empty (0 bytes).")
-            if offset + count > end:
-                raise ImageError(f"Cannot read {self.path}: the file is truncated.")
 
     def _set_colours(self) -> None:
         page = self.keyframe
@@ -318,18 +231,31 @@ class TiffReader:
             y0, y1 = height - y1, height - y0
         if flip_x:
             x0, x1 = width - x1, width - x0
-        stored = Box(y0, x0, y1, x1)
         out = np.empty((self.count, *box.shape), self.dtype)
+        stored = out.swapaxes(1, 2) if swap else out  # the result, seen as the file stores it
+        stored = stored[:, :: -1 if flip_y else 1, :: -1 if flip_x else 1]
+        for top, bottom in self._bands(level, y0, y1, x1 - x0):
+            self._fill(stored[:, top - y0 : bottom - y0], level, Box(top, x0, bottom, x1))
+        return out
+
+    def _bands(self, level: int, y0: int, y1: int, width: int) -> list[tuple[int, int]]:
+        """Rows to read at a time: whole pieces, and few, so that planes on their way take little memory."""
+        piece = self.level_series[level].keyframe.chunks[0]
+        row = width * self.samples * max(self.stored_dtype.itemsize, self.dtype.itemsize)
+        step = max(BAND_BYTES // row // piece, 1) * piece
+        return list(pairwise([y0, *range((y0 // step + 1) * step, y1, step), y1]))
+
+    def _fill(self, out: NDArray, level: int, box: Box) -> None:
+        """Write the channels of a stored `box` into ``(C, h, w)``."""
         per_page = self.count // self.page_channels
         for channel in range(self.page_channels):
-            pixels: NDArray | None = None
+            target = out[channel * per_page : (channel + 1) * per_page]
             for z in self.planes:
-                plane = self._intensities(self._read_page(level, self._page_number(channel, z), stored))
-                pixels = plane if pixels is None else np.maximum(pixels, plane)
-            assert pixels is not None
-            pixels = pixels[:, :: -1 if flip_y else 1, :: -1 if flip_x else 1]
-            out[channel * per_page : (channel + 1) * per_page] = pixels.swapaxes(1, 2) if swap else pixels
-        return out
+                plane = self._intensities(self._read_page(level, self._page_number(channel, z), box))
+                if z == self.planes[0]:
+                    target[:] = plane
+                else:
+                    np.maximum(target, plane, out=target)
 
     def _intensities(self, pixels: NDArray) -> NDArray:
         """Stored samples ``(S, h, w)`` to channels."""
