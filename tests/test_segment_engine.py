@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from functools import wraps
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def slide(tmp_path, picture):
 class CountingWindow(Window):
     """Counts what is submitted; may stop after so many tasks, as a kill would."""
 
-    counts: Counter = Counter()
+    counts: ClassVar[Counter] = Counter()
     stop_after: int | None = None
 
     def submit(self, key, function, *args, kind="cpu"):
@@ -56,7 +57,8 @@ class CountingWorkers(Workers):
 
 @pytest.fixture
 def counts():
-    CountingWindow.counts, CountingWindow.stop_after = Counter(), None
+    CountingWindow.counts.clear()
+    CountingWindow.stop_after = None
     return CountingWindow
 
 
@@ -91,9 +93,10 @@ def test_every_tile_is_computed_once_and_blocks_take_few_tasks(slide, tmp_path, 
     _, report = segment(slide, tmp_path, workers=CountingWorkers())
     blocks = report["blocks"]
     assert blocks == 6
-    assert report["tiles"] == 3 * 4
+    assert report["tiles"] == 3 * 3
     assert report["repeated"] == 0
-    for task in ("_run_network", "_follow_block", "_check", "_paint"):
+    assert 0 < counts.counts["_run_network"] <= blocks  # a small block may hold no tile's centre
+    for task in ("_follow_block", "_check", "_paint"):
         assert counts.counts[task] == blocks
     assert not list((tmp_path / "scratch-256").rglob("tiles/*.npy")), "tiles are removed when used"
 
@@ -105,17 +108,18 @@ def test_a_run_that_is_killed_goes_on_where_it_was(slide, tmp_path, counts, task
     counts.stop_after = tasks
     with pytest.raises(KeyboardInterrupt):
         segment(slide, tmp_path, workers=CountingWorkers())
-    counts.stop_after, counts.counts = None, Counter()
+    counts.stop_after = None
+    counts.counts.clear()
     labels, _ = segment(slide, tmp_path, workers=CountingWorkers())
     np.testing.assert_array_equal(labels, expected)
-    assert counts.counts["_run_network"] < 6 or tasks < 9
+    assert counts.counts["_run_network"] < 4 or tasks < 9
 
 
 def test_thresholds_change_without_the_network(slide, tmp_path, counts):
     flows = tmp_path / "flows"
     segment(slide, tmp_path, workers=CountingWorkers(), flows=flows)
-    assert counts.counts["_run_network"] == 6
-    counts.counts = Counter()
+    assert counts.counts["_run_network"] > 0
+    counts.counts.clear()
     changed = SegmentSettings(diameter=None, cellprob_threshold=1.0, flow_threshold=0.3, min_size=60)
     labels, report = segment(
         slide, tmp_path, changed, workers=CountingWorkers(), flows=flows, scratch=tmp_path / "other"
@@ -127,7 +131,7 @@ def test_thresholds_change_without_the_network(slide, tmp_path, counts):
     # Another block size or diameter needs other files, and gets them.
     segment(slide, tmp_path, SegmentSettings(diameter=25), workers=CountingWorkers(), flows=flows,
             scratch=tmp_path / "third")  # fmt: skip
-    assert counts.counts["_run_network"] == 6
+    assert counts.counts["_run_network"] > 0
 
 
 def test_glass_is_skipped_and_tissue_stays_the_same(tmp_path):
@@ -155,6 +159,7 @@ def test_the_network_runs_on_gpu_workers_and_everything_else_on_cpu_workers(slid
     from distributed import Client, SpecCluster, Worker, get_worker
     from distributed.scheduler import Scheduler
 
+    expected, _ = segment(slide, tmp_path, scratch=tmp_path / "here")
     places: dict[str, Counter] = {}
     for name in ("_run_network", "_follow_block", "_check", "_paint"):
         function = getattr(engine, name)
@@ -172,7 +177,7 @@ def test_the_network_runs_on_gpu_workers_and_everything_else_on_cpu_workers(slid
     scheduler = {"cls": Scheduler, "options": {"dashboard": False, "port": 0, "host": "127.0.0.1"}}
     with SpecCluster(spec, scheduler) as cluster, Client(cluster) as client:
         labels, _ = segment(slide, tmp_path, workers=Workers(client))
-    np.testing.assert_array_equal(labels, segment(slide, tmp_path, scratch=tmp_path / "here")[0])
+    np.testing.assert_array_equal(labels, expected)
     assert places["_run_network"].keys() == {"gpu"}
     for name in ("_follow_block", "_check", "_paint"):
         assert places[name].keys() <= {"cpu-0", "cpu-1"}
