@@ -154,7 +154,7 @@ def paint(
     light = light[..., None]
     # Inside cells, colour means the type: the picture keeps half of its own, so that stains can still be told
     # apart. Dark texture stays dark, but never so dark that the type's colour is lost.
-    tinted = (1 - opacity) * (picture + light) / 2 + opacity * color * (0.4 + 0.6 * light)
+    tinted = (1 - opacity) * (picture + light) / 2 + opacity * color * (0.5 + 0.5 * light)
     out = np.where((value > 0)[..., None], tinted, picture)
     edge = borders(labels, outline) & (value > 0)
     out[edge] = color[edge]
