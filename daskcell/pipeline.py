@@ -165,7 +165,12 @@ class _Run:
         before = {name: self.study.ledger(name).failure for name in slides}
         missing = {name: missing_stages(self.job(name), self.study) for name in slides}
         if self.retry_failed:
-            missing = {name: stages if before[name] else [] for name, stages in missing.items()}
+            others = [name for name in slides if missing[name] and not before[name]]
+            if others:
+                raise InputError(
+                    f"{len(others)} slides ({others[0]} ...) were not set aside, but are not done under these "
+                    "settings either. Please run without --retry-failed."
+                )
         left = {name: [*stages, "assign", "paint"] for name, stages in missing.items() if stages}
         self.progress.begin({name: _weight(self.sources[name]) for name in slides}, left)
         for name in slides:
@@ -176,9 +181,13 @@ class _Run:
             workers = _LazyWorkers(client, self.config, stack, self.tick)
             try:
                 self.work([self.job(name) for name in slides if missing[name]], workers)
-                key = self.cluster(workers)
+                # Slides with nothing missing at the start need no second look.
+                late = [name for name in slides if missing[name]]
+                lost = {name for name in late if missing_stages(self.job(name), self.study)}
+                described = [name for name in slides if name not in lost]
+                key = self.cluster(described, workers)
                 if key is not None:
-                    jobs = [self.job(name, key) for name in slides if self.described(name)]
+                    jobs = [self.job(name, key) for name in described]
                     self.work([job for job in jobs if missing_stages(job, self.study)], workers)
             except DaskcellError as error:
                 error.after_start = workers.started  # type: ignore[attr-defined]
@@ -203,8 +212,9 @@ class _Run:
         if not jobs:
             return
         block = self.config.compute.block
-        limit = _BLOCKS_AT_ONCE * block * block
         team = workers.get()
+        # With fewer slides than workers, blocks are what keeps all of them busy.
+        limit = (_BLOCKS_AT_ONCE if len(jobs) >= 2 * team.count else 1) * block * block
         large = jobs
         if not team.labels:
             large = []
@@ -272,16 +282,11 @@ class _Run:
             for stage in job.stages:
                 self.progress.finished(outcome.slide, stage)
 
-    def described(self, slide: str) -> bool:
-        """Whether a slide's features are whole and of the present settings."""
-        return not missing_stages(self.job(slide), self.study)
-
     # ------------------------------------------------------------------ clusters
 
-    def cluster(self, workers: _LazyWorkers) -> str | None:
+    def cluster(self, described: list[str], workers: _LazyWorkers) -> str | None:
         """Fit the clusters of all described slides, unless they are; their key, None if there are none."""
         study, config = self.study, self.config
-        described = [name for name in sorted(self.sources) if self.described(name)]
         if not described:
             return None
         keys = {name: study.ledger(name).stages["describe"]["key"] for name in described}
@@ -289,10 +294,9 @@ class _Run:
         ledger = study.ledger(CLUSTERS)
         if ledger.is_done("cluster", key) and study.clusters.is_dir():
             return key
-        paths = [
-            study.features(name) for name in described if study.ledger(name).result("segment").get("cells")
-        ]
-        cells = sum(study.ledger(name).result("segment").get("cells", 0) for name in described)
+        counts = {name: study.ledger(name).result("segment").get("cells", 0) for name in described}
+        full = [name for name in described if counts[name]]
+        cells = sum(counts.values())
         needed = 2 if config.cluster.k == "auto" else config.cluster.k
         if cells < needed:
             found = (
@@ -306,7 +310,7 @@ class _Run:
         self.progress.working("cluster")
         ledger.begin("cluster")
         try:
-            result = fit(paths, study, config, workers.get())
+            result = fit(full, study, config, workers.get())
         except InputError as error:
             self.fail_all(str(error))
             return None
@@ -322,11 +326,17 @@ class _Run:
         self.study.write_failures([failure for failure in failures if failure] + self.general)
 
 
-def fit(paths: Sequence[Path], study: Study, config: Config, workers: Workers) -> dict[str, Any]:
-    """Fit the clusters over features `paths`, and save the model."""
+def fit(slides: Sequence[str], study: Study, config: Config, workers: Workers) -> dict[str, Any]:
+    """Fit the clusters over all cells of `slides`, and save the model."""
     from daskcell.clustering import fit_features
 
-    model = fit_features(list(paths), config.cluster, workers, study.out / "scratch")
+    model = fit_features(
+        [study.features(name) for name in slides],
+        config.cluster,
+        workers,
+        study.out / "scratch",
+        [study.table(name) for name in slides],
+    )
     model.save(study.clusters)
     return {"k": model.k, "counts": model.counts_.tolist()}
 

@@ -10,6 +10,8 @@ import threading
 import time
 from typing import Any, TextIO
 
+LATE = {"assign", "paint"}
+"""Stages that wait for all slides: a slide counts as done before them."""
 STAGE_SHARES = {
     "convert": 0.06,
     "freeze": 0.03,
@@ -46,7 +48,7 @@ class Progress:
             self._done = self._at_start = sum(
                 self._weights[s] * (1 - sum(STAGE_SHARES[stage] for stage in self._left[s])) for s in slides
             )
-            self.slides_done = sum(not left for left in self._left.values())
+            self.slides_done = sum(not left - LATE for left in self._left.values())
             self._started = time.monotonic()
         self.changed()
 
@@ -64,9 +66,10 @@ class Progress:
         with self._lock:
             left = self._left.get(slide, set())
             if stage in left:
+                early = bool(left - LATE)
                 left.discard(stage)
                 self._done += self._weights[slide] * STAGE_SHARES[stage]
-                self.slides_done += not left
+                self.slides_done += early and not left - LATE
             self.stage = stage
         self.changed()
 

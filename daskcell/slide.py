@@ -74,7 +74,7 @@ def missing_stages(job: Job, study: Study) -> list[str]:
     if not unchanged(job.source.files, ledger.files):
         return list(job.stages)
     keys = job.keys(ledger)
-    return [stage for stage in job.stages if not _is_done(stage, keys[stage], ledger, study, job.config)]
+    return [stage for stage in job.stages if not _is_done(stage, keys[stage], ledger, study)]
 
 
 def process_slide(
@@ -113,14 +113,15 @@ def process_slide(
             ledger.files = files
             ledger.save()
         keys = job.keys(ledger)
-        for stage in job.stages:
-            if _is_done(stage, keys[stage], ledger, study, job.config):
+        for number, stage in enumerate(job.stages):
+            if _is_done(stage, keys[stage], ledger, study):
                 continue
             start = time.perf_counter()
             ledger.begin(stage)
             result = STAGES[stage](job, study, ledger, keys, workers)
             seconds[stage] = time.perf_counter() - start
-            ledger.finish(stage, keys[stage], result, seconds[stage])
+            later = (s for s in job.stages[number + 1 :] if not _is_done(s, keys[s], ledger, study))
+            ledger.finish(stage, keys[stage], result, seconds[stage], then=next(later, None))
             if on_stage is not None:
                 on_stage(job.slide, stage, _outcome(job, ledger, seconds))
     except _NOT_THE_SLIDES_FAULT:
@@ -162,7 +163,7 @@ def _outcome(job: Job, ledger: Ledger, seconds: Mapping[str, float]) -> Outcome:
     return Outcome(job.slide, shape[1] * shape[2], cells, failure, dict(seconds))
 
 
-def _is_done(stage: str, key: str, ledger: Ledger, study: Study, config: Config) -> bool:
+def _is_done(stage: str, key: str, ledger: Ledger, study: Study) -> bool:
     return ledger.is_done(stage, key) and all(path.exists() for path in _outputs(stage, ledger, study))
 
 

@@ -145,10 +145,6 @@ class Study:
         """Room for what a stage keeps between its tasks; belongs to one content key and one block size."""
         return self.out / "scratch" / f"{slide}-{key[:16]}-{block}"
 
-    def flows(self, slide: str) -> Path:
-        """The network's outputs, where they are kept."""
-        return self.out / "flows" / slide
-
     @property
     def clusters(self) -> Path:
         """Folder of the fitted model."""
@@ -220,16 +216,22 @@ class Ledger:
     def begin(self, stage: str) -> None:
         """Forget `stage` and all that was made from it. Call before its output is touched."""
         doomed = {stage} | descendants(stage)
-        self.stages = {name: entry for name, entry in self.stages.items() if name not in doomed}
-        self.began = stage
-        self.save()
+        if doomed & set(self.stages) or self.began != stage:
+            self.stages = {name: entry for name, entry in self.stages.items() if name not in doomed}
+            self.began = stage
+            self.save()
 
     def finish(
-        self, stage: str, key: str, result: Mapping[str, Any] | None = None, seconds: float = 0.0
+        self,
+        stage: str,
+        key: str,
+        result: Mapping[str, Any] | None = None,
+        seconds: float = 0.0,
+        then: str | None = None,
     ) -> None:
-        """Enter `stage` as done. Call when its output is whole."""
+        """Enter `stage` as done. Call when its output is whole; `then` is the stage that begins at once."""
         self.stages[stage] = {"key": key, "result": dict(result or {}), "seconds": round(seconds, 3)}
-        self.began = None
+        self.began = then
         if self.failure is not None and self.failure["stage"] == stage:
             self.failure, self.tries = None, 0
         self.save()

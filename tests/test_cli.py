@@ -98,7 +98,7 @@ def fakes(monkeypatch):
         monkeypatch.setitem(slide.STAGES, name, make(name))
     monkeypatch.setattr(pipeline, "fingerprints", lambda config: {})
 
-    def fit(paths, study, config, workers):
+    def fit(slides, study, config, workers):
         study.clusters.mkdir()
         return {"k": config.cluster.k}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,7 @@ class Fakes:
         self._write(study.overlays / f"{job.slide}.tif")
         return {"files": [f"overlays/{job.slide}.tif"]}
 
-    def fit(self, paths, study, config, workers):
+    def fit(self, slides, study, config, workers):
         self.ran.append(("*", "cluster"))
         self._write(study.clusters / "centers.json")
         return {"k": 2}
@@ -171,6 +172,14 @@ def test_a_lost_output_is_made_again(fakes, folder, tmp_path):
     assert fakes.take() == [("one", "paint")]
 
 
+def test_with_a_lost_image_everything_made_from_it_is_made_again(fakes, folder, tmp_path):
+    run(folder, tmp_path / "out", INLINE)
+    fakes.take()
+    shutil.rmtree(tmp_path / "out" / "images" / "one.zarr")
+    run(folder, tmp_path / "out", INLINE)
+    assert fakes.take() == [("one", stage) for stage in [*EARLY, "assign", "paint"]]
+
+
 def test_a_bad_slide_is_set_aside_with_its_reason_and_the_rest_finish(fakes, folder, tmp_path):
     fakes.raises["two", "segment"] = ImageError("two.tif is broken.")
     fakes.raises["one", "describe"] = ZeroDivisionError("oops")
@@ -195,9 +204,11 @@ def test_only_failed_slides_are_retried_when_asked(fakes, folder, tmp_path):
     fakes.raises["two", "segment"] = ImageError("two.tif is broken.")
     run(folder, tmp_path / "out", INLINE)
     fakes.take()
-    study = run(folder, tmp_path / "out", INLINE | {"features": {"margin": 0.9}}, retry_failed=True)
-    assert {name for name, stage in fakes.take() if stage == "segment"} == {"two"}
+    study = run(folder, tmp_path / "out", INLINE, retry_failed=True)
+    assert fakes.take() == [("two", "segment")]
     assert study.failures[0]["tries"] == 2
+    with pytest.raises(InputError, match="without --retry-failed"):
+        run(folder, tmp_path / "out", INLINE | {"features": {"margin": 0.9}}, retry_failed=True)
 
 
 def test_a_file_that_is_no_picture_is_set_aside(fakes, folder, tmp_path):
