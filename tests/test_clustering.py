@@ -75,7 +75,8 @@ def test_inertia_is_within_one_percent_of_full_kmeans(engine, k, small_blocks):
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("chunks", [(100, 24), (997, 7), (6000, 24)])
-def test_no_bit_depends_on_the_chunks(engine, chunks, small_blocks):
+def test_no_bit_depends_on_the_chunks(engine, chunks, small_blocks, monkeypatch):
+    monkeypatch.setattr("daskcell.clustering.fit._SMALL", 0)  # streamed, as if it were large
     x = np.random.default_rng(0).gamma(2.0, size=(6000, 24)).astype(np.float32)
     options = {"engine": engine, "standardise": True, "components": 10}
     one = fit_clusters(x, 7, **options)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 SAMPLE = 16384
 _STARTS = 10
+_SMALL = 1 << 30
 Engine = Literal["incremental", "parallel"]
 
 
@@ -52,8 +53,8 @@ def fit_clusters(
     Parameters
     ----------
     features : (n, d) numpy or Dask array
-        A row a cell. A Dask array is read block by block, four times. Cells with a missing or infinite
-        feature are left out of the fit (counted in ``missing_``).
+        A row a cell. A Dask array above 1 GiB stays where it is, and is read block by block, four times.
+        Cells with a missing or infinite feature are left out of the fit (counted in ``missing_``).
     k : int or "auto"
         Number of groups; "auto": the one from 2 to 20 with the best silhouette and stability.
     engine : {"incremental", "parallel"}
@@ -91,6 +92,8 @@ def fit_clusters(
     if np.isnan(features.shape[0]):
         raise InputError("features must have a known number of rows. Call compute_chunk_sizes() first.")
 
+    if isinstance(features, da.Array) and features.nbytes <= _SMALL:
+        features = features.compute()
     return fit_blocks(
         cut(features),
         k,
