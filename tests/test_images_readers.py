@@ -11,7 +11,7 @@ import tifffile
 
 from daskcell.errors import ImageError, InputError
 from daskcell.geometry import Box
-from daskcell.images.readers import Reader, kinds, open_reader
+from daskcell.images.readers import Reader, kinds, open_reader, suffixes
 from daskcell.images.readers.tiff import TiffReader, is_ramp
 
 RNG = np.random.default_rng(0)
@@ -359,15 +359,36 @@ def test_readers_of_other_packages_come_first(monkeypatch: pytest.MonkeyPatch, t
     (dist / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
     (dist / "entry_points.txt").write_text("[daskcell.readers]\nother = other_reader\n")
     (tmp_path / "other_reader.py").write_text(
+        "SUFFIXES = ('.oth',)\n\n\n"
         "def matches(path, head):\n    return head.startswith(b'OTHER')\n\n\n"
         "def open(path, *, t=0, z='max'):\n    raise RuntimeError('opened by the other')\n"
     )
     (tmp_path / "a.oth").write_bytes(b"OTHER")
     monkeypatch.syspath_prepend(tmp_path)
-    kinds.cache_clear()
+    for cached in (kinds, suffixes):
+        cached.cache_clear()
     try:
+        assert ".oth" in suffixes()
         with pytest.raises(ImageError, match="opened by the other"):
             open_reader(tmp_path / "a.oth")
+    finally:
+        for cached in (kinds, suffixes):
+            cached.cache_clear()
+
+
+def test_a_reader_that_cannot_be_imported_does_not_hinder_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    dist = tmp_path / "broken-1.0.dist-info"
+    dist.mkdir()
+    (dist / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (dist / "entry_points.txt").write_text("[daskcell.readers]\nbroken = absent_module\n")
+    tifffile.imwrite(tmp_path / "a.tif", np.ones((8, 8), np.uint8))
+    monkeypatch.syspath_prepend(tmp_path)
+    kinds.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="'broken' .absent_module. cannot be used"):
+            assert whole(open_reader(tmp_path / "a.tif")).all()
     finally:
         kinds.cache_clear()
 

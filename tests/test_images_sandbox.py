@@ -68,8 +68,8 @@ def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (package / "evil-1.dist-info" / "entry_points.txt").write_text("[daskcell.readers]\nevil = evil_reader\n")
     (package / "evil_reader.py").write_text(EVIL)
     monkeypatch.setenv("PYTHONPATH", str(package))
-    monkeypatch.setattr(sandbox, "OPEN_SECONDS", 1.0)
-    monkeypatch.setattr(sandbox, "READ_SECONDS", 1.0)
+    monkeypatch.setattr(sandbox, "OPEN_SECONDS", 0.4)
+    monkeypatch.setattr(sandbox, "READ_SECONDS", 0.4)
     own = sandbox.Sandbox()
     monkeypatch.setattr(sandbox, "sandbox", lambda: own)
 

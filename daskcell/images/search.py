@@ -11,15 +11,10 @@ from pathlib import Path
 from daskcell.config import InputSettings
 from daskcell.errors import DaskcellError, ImageError
 from daskcell.images import channels as names
-from daskcell.images.readers import ZChoice
+from daskcell.images.readers import ZChoice, suffixes
 from daskcell.images.readers.omezarr import images_within, is_zarr
 from daskcell.images.sandbox import open_safely
 from daskcell.images.sources import Source, find_channel
-
-SUFFIXES = tuple(
-    ".tif .tiff .btf .tf8 .tf2 .stk .lsm .svs .ndpi .scn .qptiff .bif .png .jpg .jpeg .jpe .bmp .npy".split()  # noqa: SIM905
-)
-"""Endings of the files that a folder is searched for."""
 
 
 def find_images(
@@ -59,7 +54,13 @@ def find_images(
         else:
             groups += _grouped(files)
     if not groups:
-        raise ImageError(f"There is no picture in {', '.join(os.fspath(i) for i in inputs)}.")
+        raise ImageError(
+            f"There is no picture in {', '.join(os.fspath(i) for i in inputs)}; these kinds are looked for: "
+            f"{' '.join(sorted(suffixes()))}."
+        )
+    groups = list(
+        {(group.files, group.channels): group for group in groups}.values()
+    )  # named twice: read once
     size = settings.pixel_size
     pixel_size = (size, size) if isinstance(size, (int, float)) else size
     take = tuple(settings.channels) if settings.channels is not None else None
@@ -122,7 +123,7 @@ def _in_folder(folder: str, pattern: str | None) -> list[names.Group]:
         shown = [f for f in folders if not f.startswith(".")]
         zarrs = [f for f in shown if is_zarr(os.path.join(parent, f))]
         folders[:] = [f for f in shown if f not in zarrs]
-        pictures = [f for f in files if not f.startswith(".") and f.lower().endswith(SUFFIXES)]
+        pictures = [f for f in files if not f.startswith(".") and f.lower().endswith(suffixes())]
         found = sorted([*pictures, *zarrs], key=names.natural_key)
         if found:
             by_folder[parent] = [os.path.join(parent, f) for f in found]

@@ -2,12 +2,13 @@
 
 A reader is opened on the worker that reads and is never pickled. Which reader opens a file is decided by the
 file's content, in this order: readers registered by other packages under the entry point group
-``daskcell.readers`` (``matches(path, head) -> bool``, ``open(path, t=, z=) -> Reader``), then the ones here.
+``daskcell.readers`` (modules or objects like `Kind`), then the ones here.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from importlib.metadata import entry_points
@@ -54,6 +55,8 @@ class Reader(Protocol):
 class Kind(Protocol):
     """A kind of file; modules serve as kinds."""
 
+    SUFFIXES: tuple[str, ...]
+
     def matches(self, path: str, head: bytes) -> bool: ...
 
     def open(self, path: str, *, t: int = 0, z: ZChoice = "max") -> Reader: ...
@@ -66,8 +69,18 @@ def kinds() -> tuple[Any, ...]:
 
     registered = []
     for point in entry_points(group="daskcell.readers"):
-        registered.append(point.load())
+        try:
+            registered.append(point.load())
+        except Exception as error:  # of another package: what it would read is not read, all else is
+            message = f"The reader '{point.name}' ({point.value}) cannot be used: {error}."
+            warnings.warn(message, stacklevel=2)
     return (*registered, omezarr, array, tiff, picture)
+
+
+@cache
+def suffixes() -> tuple[str, ...]:
+    """Endings of the files that a folder is searched for; a file that is named is opened whatever its ending."""
+    return tuple(suffix for kind in kinds() for suffix in getattr(kind, "SUFFIXES", ()))
 
 
 def open_reader(path: str | Path, *, t: int = 0, z: ZChoice = "max") -> Reader:

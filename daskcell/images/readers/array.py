@@ -14,6 +14,8 @@ from daskcell.geometry import Box
 from daskcell.images.readers import ZChoice, check_inside
 from daskcell.images.readers.omezarr import is_array, is_zarr
 
+SUFFIXES = (".npy",)
+
 
 def matches(path: str, head: bytes) -> bool:
     return head.startswith(b"\x93NUMPY") or (is_zarr(path) and is_array(path))

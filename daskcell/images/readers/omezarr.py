@@ -14,6 +14,8 @@ from daskcell.geometry import Box
 from daskcell.images.readers import ZChoice
 from daskcell.images.store import OmeZarr, ome_attributes
 
+SUFFIXES: tuple[str, ...] = ()  # folders, found by what is in them
+
 
 def matches(path: str, head: bytes) -> bool:
     return is_zarr(path) and not is_array(path)

@@ -16,6 +16,7 @@ from daskcell.errors import ImageError
 from daskcell.geometry import Box
 from daskcell.images.readers import ZChoice, check_inside
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".bmp")
 LARGEST_BYTES = 2 * 2**30
 """Decoded pictures beyond this are refused: these formats can only be read whole."""
 

@@ -29,6 +29,20 @@ from daskcell.geometry import Box
 from daskcell.images.readers import ZChoice, check_inside, guarded, tiffmeta
 from daskcell.images.readers.tiffcheck import Complaints, check_data, check_page
 
+SUFFIXES = (
+    ".tif",
+    ".tiff",
+    ".btf",
+    ".tf8",
+    ".tf2",
+    ".stk",
+    ".lsm",
+    ".svs",
+    ".ndpi",
+    ".scn",
+    ".qptiff",
+    ".bif",
+)
 PAGES_AS_CHANNELS = 8
 CACHE_BYTES = 64 * 2**20
 """Decoded strips kept, so that neighbouring boxes do not decode them again."""
