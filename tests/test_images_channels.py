@@ -218,6 +218,15 @@ def test_preview_says_which_file_becomes_what(tmp_path: Path) -> None:
         ("s", "red (left out)", "s_red.tif"),
         ("s", "green", "s_green.tif"),
     ]
+    tifffile.imwrite(
+        tmp_path / "t.tif", np.zeros((2, 3, 9, 9), np.uint8), imagej=True, metadata={"axes": "ZCYX"}
+    )
+    (tmp_path / "u.tif").write_text("no picture")
+    rows = describe_sources(find_images([tmp_path / "t.tif", tmp_path / "u.tif"]))
+    assert [row["channel"] for row in rows] == [
+        "channel 1, channel 2, channel 3 (maximum of 2 planes)",
+        "(cannot be read)",
+    ]
 
 
 def test_inputs_may_be_files_globs_and_folders(tmp_path: Path) -> None:

@@ -76,19 +76,32 @@ def find_images(
 
 
 def describe_sources(sources: Sequence[Source]) -> list[dict[str, str]]:
-    """Which file became what: a row for each file, with ``image``, ``channel`` and ``file``."""
+    """Which file became what: a row for each file, with ``image``, ``channel`` and ``file``.
+
+    Files that hold all channels are opened to say which; one that cannot be read says so in place of a channel.
+    """
     rows = []
     for source in sources:
-        for k, file in enumerate(source.files):
-            channel = source.file_channels[k] if source.file_channels else "(as in the file)"
-            if (
-                source.file_channels
-                and source.take
-                and channel.lower() not in [n.lower() for n in source.take]
-            ):
-                channel += " (left out)"
-            rows.append({"image": source.name, "channel": channel, "file": file})
+        if source.file_channels is None:
+            rows.append({"image": source.name, "channel": _channels_inside(source), "file": source.files[0]})
+            continue
+        for channel, file in zip(source.file_channels, source.files, strict=True):
+            taken = source.take is None or channel.lower() in [name.lower() for name in source.take]
+            rows.append(
+                {"image": source.name, "channel": channel + ("" if taken else " (left out)"), "file": file}
+            )
     return rows
+
+
+def _channels_inside(source: Source) -> str:
+    try:
+        reader = open_safely(source)
+    except DaskcellError:
+        return "(cannot be read)"
+    reader.close()
+    planes = reader.sizes["z"]
+    note = f" (maximum of {planes} planes)" if source.z == "max" and planes > 1 else ""
+    return ", ".join(reader.channels) + note
 
 
 def _planes(source: Source, settings: InputSettings) -> list[Source]:

@@ -79,7 +79,7 @@ def kinds() -> tuple[Any, ...]:
 
 @cache
 def suffixes() -> tuple[str, ...]:
-    """Endings of the files that a folder is searched for; a file that is named is opened whatever its ending."""
+    """Endings of the files that a folder is searched for; a file that is named may have any."""
     return tuple(suffix for kind in kinds() for suffix in getattr(kind, "SUFFIXES", ()))
 
 
