@@ -113,7 +113,12 @@ def test_a_crash_in_conversion_leaves_nothing(evil, tmp_path: Path) -> None:
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_pixels_and_header_pass_through_unchanged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared", [True, False], ids=["shared memory", "pipe"])
+def test_pixels_and_header_pass_through_unchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    if not shared:
+        monkeypatch.delattr(os, "memfd_create", raising=False)
     pixels = np.random.default_rng(0).integers(0, 4000, (3, 700, 900), np.uint16)
     tifffile.imwrite(
         tmp_path / "a.ome.tif", pixels, tile=(64, 64), metadata={"axes": "CYX"}, photometric="minisblack"

@@ -289,9 +289,10 @@ def _limit_memory(more: int, base: int = 0) -> int:
     base = base or psutil.Process().memory_info().vms
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = base + MEMORY_BYTES + more
-    resource.setrlimit(
-        resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
-    )
+    with contextlib.suppress(ValueError, OSError):  # systems that name the limit but do not keep it
+        resource.setrlimit(
+            resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
+        )
     return base
 
 

@@ -78,7 +78,7 @@ def find_images(
 def describe_sources(sources: Sequence[Source]) -> list[dict[str, str]]:
     """Which file became what: a row for each file, with ``image``, ``channel`` and ``file``.
 
-    Files that hold all channels are opened to say which; one that cannot be read says so in place of a channel.
+    Files that hold all channels are opened to say which; one that cannot be read says so instead.
     """
     rows = []
     for source in sources:
