@@ -247,6 +247,15 @@ def test_inputs_may_be_files_globs_and_folders(tmp_path: Path) -> None:
         open_image(tmp_path)
 
 
+def test_files_are_found_again_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, "here/a.tif", "here/b_red.tif", "here/b_green.tif")
+    monkeypatch.chdir(tmp_path)
+    sources = find_images(["here", "here/a*.tif"])
+    monkeypatch.chdir("/")
+    assert [source.name for source in sources] == ["b", "a"]
+    assert all(open_image(source).shape[1:] == (20, 30) for source in sources)
+
+
 def test_time_points_become_images_of_their_own(tmp_path: Path) -> None:
     stack = np.arange(2 * 3, dtype=np.uint8).reshape(2, 3, 1, 1) * np.ones((20, 30), np.uint8)
     tifffile.imwrite(tmp_path / "a.tif", stack, imagej=True, metadata={"axes": "TZYX"})

@@ -107,6 +107,19 @@ def test_misbehaving_file_is_one_sentence_and_the_next_file_is_fine(
         sandbox.open_safely(bad).read(0, Box(0, 0, 4, 4))
 
 
+def test_an_interrupted_question_is_not_answered_with_the_next(evil, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, own = sandbox.open_safely(evil("fine", "fine")), sandbox.sandbox()
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(own, "_wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            good.read(0, Box(0, 0, 4, 4))
+    assert good.read(0, Box(0, 0, 2, 3)).shape == (1, 2, 3)
+
+
 def test_a_crash_in_conversion_leaves_nothing(evil, tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="crashed"):
         images.convert_slide(evil("fine", "crash"), tmp_path / "out" / "a.zarr")

@@ -57,7 +57,7 @@ def convert_slide(
     ImageError
         If the source cannot be read, or holds NaN or infinite pixels; nothing is left at `target` then.
     """
-    target = Path(target)
+    target = Path(target).absolute()  # workers may run elsewhere
     if target.exists() and not overwrite:
         raise ImageError(f"{target} exists already; please remove it or choose another name.")
     identity = source.identity()

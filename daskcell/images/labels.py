@@ -122,7 +122,7 @@ def build_label_pyramid(path: str | Path, name: str, workers: Any = None) -> Non
     """
     from daskcell.images.conversion import run_tasks
 
-    group = Path(path, "labels", name)
+    group = Path(path, "labels", name).absolute()  # workers may run elsewhere
     image = _opened_labels(path, name)
     for level in range(1, len(image.levels)):
         shards = image.arrays[level].shards

@@ -106,6 +106,7 @@ class Sandbox:
         self._child: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
         self._lock = threading.Lock()
+        self._owner = os.getpid()
 
     def ask(
         self, source: Source, identity: str, what: tuple[int, Box] | None, seconds: float, size: int = 0
@@ -131,6 +132,9 @@ class Sandbox:
                 code = self._child.wait()
                 self.stop()
                 raise ImageError(f"Cannot read {_files(source)}: {_cause(code)}.") from None
+            except BaseException:
+                self.stop()  # interrupted: an answer on its way must not become that of the next question
+                raise
         if isinstance(answer, BaseException):
             raise answer
         return answer
@@ -178,21 +182,20 @@ class Sandbox:
         """End the child; the next question starts a new one."""
         if self._pipe is not None:
             self._pipe.close()
-        if self._child is not None and self._child.poll() is None:
+        if self._child is not None and self._owner == os.getpid() and self._child.poll() is None:
             self._child.kill()
             self._child.wait()
         self._child = self._pipe = None
 
 
 _sandbox: Sandbox | None = None
-_owner = 0
 
 
 def sandbox() -> Sandbox:
     """The sandbox of this process; a fork does not share its parent's."""
-    global _sandbox, _owner
-    if _sandbox is None or _owner != os.getpid():
-        _sandbox, _owner = Sandbox(), os.getpid()
+    global _sandbox
+    if _sandbox is None or _sandbox._owner != os.getpid():
+        _sandbox = Sandbox()
         atexit.register(_sandbox.stop)
     return _sandbox
 

@@ -33,7 +33,7 @@ def find_images(
         inputs = [inputs]
     singles: dict[str, list[str]] = {}
     for given in inputs:
-        text = os.fspath(given)
+        text = os.path.abspath(given)  # workers may run elsewhere
         if os.path.isdir(text) and not is_zarr(text):
             groups += _in_folder(text, settings.pattern)
         elif os.path.exists(text):
