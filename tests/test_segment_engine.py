@@ -98,6 +98,8 @@ def test_every_tile_is_computed_once_and_blocks_take_few_tasks(slide, tmp_path, 
     assert 0 < counts.counts["_run_network"] <= blocks  # a small block may hold no tile's centre
     for task in ("_follow_block", "_check", "_paint"):
         assert counts.counts[task] == blocks
+    engine_tasks = {name: n for name, n in counts.counts.items() if name in vars(engine)}
+    assert sum(engine_tasks.values()) <= 4 * blocks + 2 + 1, "four a block, one a row of blocks, one a slide"
     assert not list((tmp_path / "scratch-256").rglob("tiles/*.npy")), "tiles are removed when used"
 
 

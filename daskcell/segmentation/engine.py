@@ -1,6 +1,6 @@
 """`segment_slide`: cells of an OME-Zarr image, block by block, from disk to disk.
 
-    observe ── freeze ──> globals.json
+    observe(row) ── freeze ──> globals.json
     network(block) ─┐                        tiles owned by the block           (GPU workers, where there are)
                     ├──> labels(block)       when all tiles around it are there (CPU workers)
     network(...)   ─┘         │
@@ -155,8 +155,8 @@ def segment_slide(
     (flows / "tiles").mkdir(parents=True, exist_ok=True)
 
     _freeze_globals(job, workers)
-    report = _label(job, workers, keep=flows.parent != scratch)
-    report += _check_and_paint(job, workers)
+    report, extent = _label(job, workers, keep=flows.parent != scratch)
+    report += _check_and_paint(job, workers, 2 * extent)
     frozen = read_globals(str(job.globals_file))
     result = report.to_json()
     if isinstance(frozen, Globals):
@@ -181,9 +181,9 @@ def _freeze_globals(job: Job, workers: Workers) -> None:
     if job.globals_file.exists():
         return
     window = workers.window()
-    for at in job.grid:
-        if not job.file("observed", at).exists():
-            window.submit(at, _observe, job, at)
+    for row in range(job.grid.counts[0]):
+        if not job.file("observed", (row, 0)).exists():
+            window.submit(row, _observe_row, job, row)
     for _ in window:
         pass
     window = workers.window()
@@ -192,17 +192,19 @@ def _freeze_globals(job: Job, workers: Workers) -> None:
         pass
 
 
-def _observe(job: Job, at: Index) -> None:
-    core = job.grid.core(at)
-    observed = job.method.observe(job.read(core), core, job.shape)
-    _write(job.file("observed", at), lambda path: np.savez(path, *observed))
+def _observe_row(job: Job, row: int) -> None:
+    """A row of blocks, one after another: what is kept of each is small, and so is the time."""
+    method, cores = job.method, [job.grid.core((row, j)) for j in range(job.grid.counts[1])]
+    observed = [method.observe(job.read(core), core, job.shape) for core in cores]
+    together = [np.concatenate(channel) for channel in zip(*observed, strict=True)]
+    _write(job.file("observed", (row, 0)), lambda path: np.savez(path, *together))
 
 
 def _freeze(job: Job) -> None:
     method = job.method
     observed = []
-    for at in job.grid:
-        with np.load(job.file("observed", at), allow_pickle=False) as arrays:
+    for row in range(job.grid.counts[0]):
+        with np.load(job.file("observed", (row, 0)), allow_pickle=False) as arrays:
             observed.append([arrays[name] for name in arrays.files])
     if isinstance(method, CellposeMethod):
         if job.settings.diameter == "auto":
@@ -225,8 +227,11 @@ def read_globals(path: str) -> Any:
 
 
 # -- network and labels --------------------------------------------------------------------------------
-def _label(job: Job, workers: Workers, *, keep: bool) -> SeamReport:
-    """Run networks and follow flows, each block as soon as the tiles around it are there."""
+def _label(job: Job, workers: Workers, *, keep: bool) -> tuple[SeamReport, int]:
+    """Run networks and follow flows, each block as soon as the tiles around it are there.
+
+    Returns the report and the largest extent of a cell, which the flow check of every block needs.
+    """
     grid, frozen = job.grid, read_globals(str(job.globals_file))
     halo = _halo(job, frozen)
     report = SeamReport(blocks=len(grid))
@@ -266,7 +271,12 @@ def _label(job: Job, workers: Workers, *, keep: bool) -> SeamReport:
             running["labels"] += 1
             window.submit(("labels", at), _follow_block, job, at, halo, sorted(needs.get(at, ())))
 
-    running = {"network": 0, "labels": 0}
+    running = {"network": 0, "labels": 0, "extent": 0}
+    for at in grid:
+        if at not in waiting:  # labelled before the run was killed
+            running["extent"] += 1
+            window.submit(("extent", at), _extent, job, at)
+    largest = 0
     start_labels([at for at, others in waiting.items() if not others])
     waiting = {at: others for at, others in waiting.items() if others}
     start_networks()
@@ -281,15 +291,19 @@ def _label(job: Job, workers: Workers, *, keep: bool) -> SeamReport:
                     del waiting[other]
                     ready.append(other)
             start_labels(ready)
+        elif kind == "extent":
+            largest = max(largest, result)
         else:
-            report += result
+            part, extent = result
+            report += part
+            largest = max(largest, extent)
             for other in needs.get(at, ()):
                 users[other] -= 1
                 if not users[other] and not keep:
                     remove(job.file("tiles", other))
         start_networks()
     report.tiles += report.repeated
-    return report
+    return report, largest
 
 
 def _halo(job: Job, frozen: Any) -> int:
@@ -309,7 +323,7 @@ def _run_network(job: Job, at: Index, tiles: list[int]) -> int:
     return len(tiles)
 
 
-def _follow_block(job: Job, at: Index, halo: int, sources: list[Index]) -> SeamReport:
+def _follow_block(job: Job, at: Index, halo: int, sources: list[Index]) -> tuple[SeamReport, int]:
     frozen, method, grid = read_globals(str(job.globals_file)), job.method, job.grid
     outputs: dict[int, np.ndarray] = {}
     for source in sources:
@@ -320,16 +334,12 @@ def _follow_block(job: Job, at: Index, halo: int, sources: list[Index]) -> SeamR
     look = method.look(frozen, read, outputs)
     found, doublings = own_labels(grid.core(at), halo, job.shape, look, method.thresholds)
     _write(job.file("labels", at), lambda path: save(path, found))
-    return SeamReport(redone=int(doublings > 0), repeated=len(outputs) - known)
+    return SeamReport(redone=int(doublings > 0), repeated=len(outputs) - known), found.extent
 
 
 # -- checks, ids, painting -----------------------------------------------------------------------------
-def _check_and_paint(job: Job, workers: Workers) -> SeamReport:
+def _check_and_paint(job: Job, workers: Workers, steps: int) -> SeamReport:
     grid = job.grid
-    window = workers.window()
-    for at in grid:
-        window.submit(at, _extent, job, at)
-    steps = 2 * max(extent for _, extent in window)
     window = workers.window()
     for at in grid:
         window.submit(at, _check, job, at, steps)
