@@ -85,7 +85,8 @@ def draw(out: Path, fields: int, size: int) -> None:
             )
     elif out.exists() and any(out.iterdir()):
         raise StudyError(f"{out} holds something else. Please choose a new or empty folder.")
-    write_json(mark, plan)
+    else:
+        write_json(mark, plan)
     for number, name in enumerate(names(fields)):
         types = out / "truth" / f"{name}.csv"  # written last: when it is there, all is
         if types.exists():

@@ -29,6 +29,7 @@ COMMANDS = [
     ["weights", "fetch"],
     ["train"],
     ["train", "segmenter"],
+    ["train", "encoder"],
 ]
 
 

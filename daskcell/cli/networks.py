@@ -53,3 +53,23 @@ def segmenter(
     recipe = Recipe(minutes=minutes, generated=generated, seed=seed)
     trained = train_segmenter(folders or [], out, recipe, validate=validate or [])
     print(f"{trained.path}: use it with --model {trained.path}")
+
+
+@train.command()
+def encoder(
+    studies: Annotated[list[Path], typer.Argument(help="Studies whose cells to learn from.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for encoder.npz and checkpoints.")] = Path(
+        "encoder"
+    ),
+    minutes: Annotated[float, typer.Option(min=0.0, help="Training time.")] = 20.0,
+    per_slide: Annotated[int, typer.Option(min=16, help="Most cells taken from a slide.")] = 4000,
+    seed: int = 0,
+) -> None:
+    """Train a small encoder on your own cells, without labels; the same command continues."""
+    from daskcell.models import EncoderRecipe, train_encoder
+    from daskcell.study import Study
+    from daskcell.training import study_crops
+
+    crops = [part for path in studies for part in study_crops(Study(path), per_slide)]
+    trained = train_encoder(crops, out, EncoderRecipe(minutes=minutes, seed=seed))
+    print(f"{trained.path}: use it with --encoder {trained.path}")
