@@ -258,7 +258,7 @@ def test_the_embedded_encoder_tells_round_from_long_cells_by_shape_alone():
         labels[y * 60 + 10 : y * 60 + 10 + h + i // 4, x * 60 + 10 : x * 60 + 10 + w] = i + 1
     image = np.where(labels > 0, 180, 10).astype(np.uint8)
     vectors = embed(image, labels, "tiny")
-    assert vectors.shape == (16, 192)
+    assert len(vectors) == 16
     distance = np.linalg.norm(vectors[:, None] - vectors[None], axis=2)
     same = np.arange(16)[:, None] % 2 == np.arange(16)[None] % 2
     assert distance[same & ~np.eye(16, dtype=bool)].max() < distance[~same].min()

@@ -15,9 +15,11 @@ from daskcell.errors import WeightsError
 from daskcell.features import embed, engine, measure
 from daskcell.features.engine import describe_slide
 from daskcell.geometry import Grid
+from daskcell.models import load_encoder
 from daskcell.preprocess import apply_block, freeze_slide
 
 SIDES = (900, 700)
+WIDTH = load_encoder("tiny").dim
 SETTINGS = PreprocessSettings.model_validate({"gaussian": {"sigma": 1.5}})
 
 
@@ -88,7 +90,7 @@ def test_equals_the_python_functions_on_the_whole_image(slide, described):
     pd.testing.assert_frame_equal(table[expected.columns], expected, check_exact=True)
     assert table["area_um2"].isna().all() == (info.pixel_size is None)
     np.testing.assert_array_equal(features, embed(apply_block(image, plan), labels, "tiny", batch_size=16))
-    assert report == {"cells": len(np.unique(labels)) - 1, "features": 192, "missing": report["missing"]}
+    assert report == {"cells": len(np.unique(labels)) - 1, "features": WIDTH, "missing": report["missing"]}
     assert report["missing"] >= 1
     assert np.isnan(features[6]).all()
     assert table.loc[6, "area"] == 0
@@ -163,9 +165,9 @@ def test_no_cell_gives_an_empty_table_with_the_same_columns(slide, described, tm
     path = make_slide(tmp_path, image[:, :300, :300], np.zeros((300, 300), np.uint32), "empty")
     (tmp_path / "out").mkdir()
     report, table, features = describe((path, None, None, freeze_slide(path, SETTINGS)), tmp_path / "out")
-    assert report == {"cells": 0, "features": 192, "missing": 0}
+    assert report == {"cells": 0, "features": WIDTH, "missing": 0}
     assert table.dtypes.to_dict() == described[1].dtypes.to_dict()
-    assert features.shape == (0, 192)
+    assert features.shape == (0, WIDTH)
 
 
 def test_measurements_can_be_left_out(slide, described, tmp_path):
