@@ -231,3 +231,40 @@ def test_memory_is_bounded_but_one_large_piece_is_read(tmp_path: Path) -> None:
     (source,) = images.find_images(tmp_path / "a.tif")
     reader = sandbox.open_safely(source)
     np.testing.assert_array_equal(reader.read(0, Box(11_000, 0, 11_500, 500))[0], pixels[11_000:11_500, :500])
+
+
+def test_any_damage_ends_in_pixels_or_in_one_sentence(tmp_path: Path) -> None:
+    """Bytes changed at random, most of them in the directory: never another exception, never a lost child."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 255, (70, 90), np.uint8)
+    originals = []
+    for k, options in enumerate(
+        (
+            {},
+            {"rowsperstrip": 8, "compression": "lzw"},
+            {"tile": (32, 32), "compression": "zlib", "bigtiff": True},
+        )
+    ):
+        tifffile.imwrite(tmp_path / f"{k}.tif", pixels, **options)
+        originals.append((tmp_path / f"{k}.tif").read_bytes())
+    refused = 0
+    reader = sandbox.open_safely(images.Source("good", (str(tmp_path / "0.tif"),)))
+    child = sandbox.sandbox()._child
+    for _ in range(400):
+        content = bytearray(originals[rng.integers(len(originals))])
+        for _ in range(rng.integers(1, 6)):
+            content[rng.integers(min(300, len(content)) if rng.random() < 0.7 else len(content))] = (
+                rng.integers(256)
+            )
+        path = tmp_path / "damaged.tif"
+        path.write_bytes(content[: rng.integers(1, len(content))] if rng.random() < 0.2 else content)
+        try:
+            reader = sandbox.open_safely(images.Source("damaged", (str(path),)))
+            height, width = (min(side, 200) for side in reader.levels[0])
+            got = reader.read(0, Box(0, 0, height, width))
+            assert got.shape == (len(reader.channels), height, width)
+        except ImageError as error:
+            refused += 1
+            assert "\n" not in str(error)  # noqa: PT017
+    assert 100 < refused < 400
+    assert sandbox.sandbox()._child is child
