@@ -189,7 +189,8 @@ def test_the_child_ends_with_its_parent(tmp_path: Path) -> None:
     child.wait(timeout=30)
 
 
-# Made to break one reader or another, but all pixels are there; one is a sound PNG with a wrong name.
+# Made to break other readers; here they decode to the full size (whether the fax pictures are right, nothing
+# in them says). One is a sound PNG with a wrong name.
 HARMLESS = {
     "ccitt-too-many-changes.tif", "g4-fillorder-test.tif", "lzw-buffer-overflow.tif",
     "lzw-colormap-iiobe.tif",
