@@ -210,6 +210,11 @@ def test_fetch_without_connection_says_so(monkeypatch):
         models.fetch_weights("net", report=lambda line: None)
 
 
+def test_unknown_weights_are_not_fetched():
+    with pytest.raises(WeightsError, match="no weights called 'nothing'"):
+        models.fetch_weights("nothing")
+
+
 def test_fetched_cellpose_weights_are_found(server, monkeypatch):
     address, folder = server
     (folder / "cpsam_v2").write_bytes(b"weights")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +16,10 @@ import tifffile
 
 from daskcell import pipeline, slide
 from daskcell.errors import ComputeError, ConfigError, ImageError, InputError, StudyError, WeightsError
+from daskcell.images import Source, find_images
 from daskcell.lock import Lock
 from daskcell.pipeline import open_study, run
-from daskcell.progress import Progress
+from daskcell.progress import STAGE_SHARES, Lines, Progress, clock
 
 INLINE = {"compute": {"kind": "inline"}, "cluster": {"k": 2}}
 
@@ -373,7 +377,77 @@ def test_progress_counts_cells_and_pixels_and_reaches_the_end(fakes, folder, tmp
     assert again.slides_done == 2
 
 
+def test_lines_come_at_intervals_even_when_nothing_was_finished():
+    stream = io.StringIO()
+    with Lines(0.05, stream) as progress:
+        progress.begin({"a": 3e6, "b": 1e6}, {"a": ["segment", "describe"], "b": []})
+        progress.counts("a", 2_000_000, 1234)
+        time.sleep(0.3)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) >= 3
+    assert "38%, 1/2 slides, 2.0 Mpx, 1,234 cells" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(3, "3 s"), (59.6, "1 min 00 s"), (190, "3 min 10 s"), (3720, "1 h 02 min")]
+)
+def test_times_are_told_in_words(seconds, text):
+    assert clock(seconds) == text
+
+
+def test_the_time_left_is_told_once_something_was_done(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("daskcell.progress.time.monotonic", lambda: now[0])
+    progress = Progress()
+    progress.begin({"a": 1.0, "b": 1.0}, {"a": list(STAGE_SHARES), "b": list(STAGE_SHARES)})
+    assert progress.seconds_left is None
+    now[0] += 10
+    for stage in STAGE_SHARES:
+        progress.finished("a", stage)
+    assert progress.seconds_left == pytest.approx(10)
+
+
 def test_ledgers_are_plain_json_without_pickles(fakes, folder, tmp_path):
     run(folder, tmp_path / "out", INLINE)
     for path in (tmp_path / "out" / "ledger").iterdir():
         assert set(json.loads(path.read_text())) == {"files", "stages", "began", "failure", "tries"}
+
+
+# ---------------------------------------------------------------------- on workers
+
+
+class Deadly(Source):
+    """A picture whose reading takes the process with it, as a broken decoder does."""
+
+    def open(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def paint_cells(folder, names):
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for name in names:
+        picture = generator.integers(0, 20, (120, 120), np.uint8)
+        picture[20:50, 20:50] = picture[70:100, 60:90] = 200
+        tifffile.imwrite(folder / f"{name}.tif", picture)
+
+
+@pytest.mark.slow
+def test_a_slide_that_kills_its_worker_is_set_aside_and_the_others_finish(tmp_path, monkeypatch):
+    """Also those that wait on the same worker, against which Dask counts its deaths."""
+    bad, good = [f"bad{i}" for i in range(3)], [f"good{i}" for i in range(5)]
+    paint_cells(tmp_path / "in", [*bad, *good])
+    sources = [
+        Deadly(source.name, source.files) if source.name in bad else source
+        for source in find_images(tmp_path / "in")
+    ]
+    monkeypatch.setattr(pipeline, "find_images", lambda *args: sources)
+    settings = {
+        "segment": {"method": "watershed"},
+        "cluster": {"k": 2},
+        "compute": {"workers": 1},
+    }
+    study = run(tmp_path / "in", tmp_path / "out", settings)
+    assert [(f["slide"], f["stage"]) for f in study.failures] == [(name, "convert") for name in bad]
+    assert "killed its worker" in study.failures[0]["error"]
+    assert [len(study.cells(name)) for name in good] == [2] * 5

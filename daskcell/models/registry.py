@@ -245,7 +245,15 @@ def fetch_weights(name: str, *, report: Callable[[str], None] = print) -> Path:
             remote, target = _CELLPOSE_REMOTE[name], cache_folder() / name
             report(f"{name}: {remote.licence}.")
             return _download(remote.url, target, remote.sha256 or _published_hash(remote.url), report)
-    _, _, url = torchvision_release(name)
+    try:
+        _, _, url = torchvision_release(name)
+    except WeightsError as error:
+        if "@" in name:
+            raise
+        raise WeightsError(
+            f"There are no weights called '{name}'. Please choose one of those 'daskcell weights' lists, or a "
+            "classification network of torchvision."
+        ) from error
     target = torch_folder() / url.rsplit("/", 1)[1]
     if target.is_file():
         return target
