@@ -132,22 +132,31 @@ class Progress:
 
 
 class Lines(Progress):
-    """One line per interval, for log files."""
+    """One line per interval, for log files; also when nothing was finished in it."""
 
     def __init__(self, interval: float = 30.0, stream: TextIO | None = None):
         super().__init__()
         self.interval, self.stream = interval, stream or sys.stderr
-        self._next = time.monotonic() + interval
-
-    def changed(self) -> None:
-        with self._lock:
-            if time.monotonic() < self._next:
-                return
-            self._next = time.monotonic() + self.interval
-        self.say(f"{time.strftime('%H:%M:%S')} {self.line}")
+        self._end = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def say(self, text: str) -> None:
         print(text, file=self.stream, flush=True)
+
+    def __enter__(self) -> Progress:
+        self._thread = threading.Thread(target=self._tell, name="progress", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._end.set()
+        if self._thread is not None:
+            self._thread.join(timeout=5)
+
+    def _tell(self) -> None:
+        while not self._end.wait(self.interval):
+            if self.slides:
+                self.say(f"{time.strftime('%H:%M:%S')} {self.line}")
 
 
 class Bars(Progress):

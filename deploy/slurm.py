@@ -103,9 +103,9 @@ def main(arguments: list[str] | None = None) -> int:
         for script in scripts:
             submit(script, args.gpu_jobs)
         cluster.adapt(minimum_jobs=1, maximum_jobs=args.jobs)
-        with Client(cluster) as client:
+        with Client(cluster) as client, Lines(30) as progress:
             try:
-                study = pipeline.run(args.inputs, args.out, args.config, client, progress=Lines(30))
+                study = pipeline.run(args.inputs, args.out, args.config, client, progress=progress)
             except DaskcellError as error:
                 print(f"daskcell: {error}", file=sys.stderr)
                 return 2
