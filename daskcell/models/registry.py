@@ -251,8 +251,8 @@ def fetch_weights(name: str, *, report: Callable[[str], None] = print) -> Path:
         if "@" in name:
             raise
         raise WeightsError(
-            f"There are no weights called '{name}'. Please choose one of those 'daskcell weights' lists, or a "
-            "classification network of torchvision."
+            f"There are no weights called '{name}'. Please choose one that 'daskcell weights' lists, or "
+            "a classification network of torchvision."
         ) from error
     target = torch_folder() / url.rsplit("/", 1)[1]
     if target.is_file():
