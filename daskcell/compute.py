@@ -18,6 +18,7 @@ import logging
 import multiprocessing
 import os
 import sys
+import threading
 import time
 import uuid
 from collections import deque
@@ -45,6 +46,7 @@ _IN_FLIGHT_PER_WORKER = 4
 _RECOUNT_SECONDS = 5.0
 _CONNECT_SECONDS = 20.0
 _WORKER_WAIT_SECONDS = 60.0
+_REPLACE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -338,14 +340,38 @@ def _local_client(settings: ComputeSettings) -> Iterator[Client]:
                 "script of your own, please call daskcell under `if __name__ == '__main__':`, since each "
                 "worker imports the script."
             ) from error
+        ended = threading.Event()
+        watch = threading.Thread(target=_replace_dead, args=(cluster, ended), name="workers", daemon=True)
+        watch.start()
         try:
             client.register_plugin(ThreadLimit(settings.threads))
             yield client
         finally:
+            ended.set()
+            watch.join(timeout=10)
             with contextlib.suppress(Exception):
                 client.close(timeout=5)
             with contextlib.suppress(Exception):
                 cluster.close(timeout=20)
+
+
+def _replace_dead(cluster: Any, ended: threading.Event) -> None:
+    """Start a new worker in place of one whose nanny gave up.
+
+    A nanny restarts a process that dies, but closes itself when the process dies while it starts, as one does
+    that is handed a deadly task at once. With its last worker gone, a run would wait for ever.
+    """
+
+    async def correct() -> None:
+        dead = [name for name, nanny in cluster.workers.items() if nanny.status.name in ("closed", "failed")]
+        for name in dead:
+            del cluster.workers[name]
+        if dead:
+            await cluster._correct_state()
+
+    while not ended.wait(_REPLACE_SECONDS):
+        with contextlib.suppress(Exception):
+            cluster.sync(correct)
 
 
 def _local_spec(

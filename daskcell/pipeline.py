@@ -168,8 +168,8 @@ class _Run:
             others = [name for name in slides if missing[name] and not before[name]]
             if others:
                 raise InputError(
-                    f"{len(others)} slides ({others[0]} ...) were not set aside, but are not done under these "
-                    "settings either. Please run without --retry-failed."
+                    f"{len(others)} slides ({others[0]} ...) were not set aside, but are not done under "
+                    "these settings either. Please run without --retry-failed."
                 )
         left = {name: [*stages, "assign", "paint"] for name, stages in missing.items() if stages}
         self.progress.begin({name: _weight(self.sources[name]) for name in slides}, left)
@@ -208,39 +208,57 @@ class _Run:
     # ------------------------------------------------------------------ slides
 
     def work(self, jobs: list[Job], workers: _LazyWorkers) -> None:
-        """Process `jobs`, small ones as tasks, large ones from here."""
+        """Process `jobs`, small ones as tasks, large ones from here.
+
+        When a worker dies, Dask counts that against every task it held. So a slide that was lost with its
+        worker is only suspected, and is set aside if it is lost again while it runs alone.
+        """
         if not jobs:
             return
-        block = self.config.compute.block
         team = workers.get()
         # With fewer slides than workers, blocks are what keeps all of them busy.
-        limit = (_BLOCKS_AT_ONCE if len(jobs) >= 2 * team.count else 1) * block * block
+        blocks = _BLOCKS_AT_ONCE if len(jobs) >= 2 * team.count else 1
+        for suspect, _ in self.round(jobs, team, blocks):
+            for job, error in self.round([suspect], team, blocks):
+                self.set_aside(job, error)
+
+    def round(self, jobs: list[Job], team: Workers, blocks: int) -> list[tuple[Job, BaseException]]:
+        """Process `jobs` once; returns those that were lost with a worker, and why."""
+        lost: list[tuple[Job, BaseException]] = []
         large = jobs
         if not team.labels:
             large = []
+            limit = blocks * self.config.compute.block**2
             window = team.window(keep_going=True)
+            by_name = {job.slide: job for job in jobs}
             for job in jobs:
                 window.submit(job.slide, process_here, job, limit)
-            by_name = {job.slide: job for job in jobs}
             for slide, outcome in window:
+                job = by_name[slide]
                 if isinstance(outcome, Failed):
-                    outcome = self.lost(by_name[slide], outcome.error, team)
-                if outcome.too_large:
-                    large.append(by_name[slide])
+                    lost.append((job, self.worker_death(outcome.error, team)))
+                elif outcome.too_large:
+                    large.append(job)
                 else:
-                    self.account(by_name[slide], outcome)
+                    self.account(job, outcome)
         at_once = _LARGE_SLIDES_AT_ONCE if not team.labels else min(16, 2 * team.count)
-        for job, outcome in self.drive(large, team, 1 if team.client is None else at_once):
-            self.account(job, outcome)
+        for job, result in self.drive(large, team, 1 if team.client is None else at_once):
+            if isinstance(result, BaseException):
+                lost.append((job, self.worker_death(result, team)))
+            else:
+                self.account(job, result)
+        return lost
 
-    def drive(self, jobs: Iterable[Job], team: Workers, at_once: int) -> Iterator[tuple[Job, Outcome]]:
+    def drive(
+        self, jobs: Iterable[Job], team: Workers, at_once: int
+    ) -> Iterator[tuple[Job, Outcome | ComputeError]]:
         """Process slides block by block, some at the same time."""
 
-        def one(job: Job) -> Outcome:
+        def one(job: Job) -> Outcome | ComputeError:
             try:
                 return process_slide(job, team, on_stage=self.on_stage)
             except ComputeError as error:
-                return self.lost(job, error, team)
+                return error
 
         if at_once == 1:
             for job in jobs:
@@ -260,14 +278,17 @@ class _Run:
                 self.stop.set()  # the other threads end with their next finished task
                 raise
 
-    def lost(self, job: Job, error: BaseException, team: Workers) -> Outcome:
-        """A slide that ended with an exception: set aside if its worker died of it, else the run's end."""
+    def worker_death(self, error: BaseException, team: Workers) -> BaseException:
+        """The error of a task that was lost with its worker; any other is the end of the run."""
         if not isinstance(error, ComputeError) or not team.alive or self.stop.is_set() or self.lock.lost:
             raise error
+        return error
+
+    def set_aside(self, job: Job, error: BaseException) -> None:
         ledger = self.study.ledger(job.slide)
-        stage = (missing_stages(job, self.study) or list(job.stages))[0]
+        stage = ledger.began or (missing_stages(job, self.study) or list(job.stages))[0]
         ledger.fail(stage, sentence(error), trace(error))
-        return Outcome(job.slide, failure=ledger.failure)
+        self.account(job, Outcome(job.slide, failure=ledger.failure))
 
     def on_stage(self, slide: str, stage: str, outcome: Outcome) -> None:
         self.progress.counts(slide, outcome.pixels, outcome.cells)
