@@ -20,8 +20,11 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
+from daskcell.errors import InputError
 from daskcell.geometry import Box
 from daskcell.segmentation import dynamics, flowcheck
+
+MAX_CELLS = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -219,6 +222,33 @@ def check_block(found: Candidates, steps: int, thresholds: Thresholds) -> Cells:
         anchors[n] = box[0] + first // mask.shape[1] + y, box[1] + first % mask.shape[1] + x
     bits = np.packbits(np.concatenate(masks)) if masks else np.zeros(0, np.uint8)
     return Cells(boxes + np.array([y, x, y, x]), anchors, bits)
+
+
+def number(places: list[np.ndarray]) -> list[np.ndarray]:
+    """Ids 1..N in reading order over the whole picture.
+
+    Parameters
+    ----------
+    places : list of (n,) int
+        For each block, the anchors of its cells as pixel numbers ``y * X + x``.
+
+    Returns
+    -------
+    list of (n,) uint32, in the same order
+
+    Raises
+    ------
+    InputError
+        If there are more cells than 32 bits can number.
+    """
+    together = np.concatenate(places)
+    if len(together) > MAX_CELLS:
+        raise InputError(
+            f"{len(together)} cells are more than 32-bit labels can number. Please cut the slide."
+        )
+    ids = np.empty(len(together), np.uint32)
+    ids[np.argsort(together, kind="stable")] = np.arange(1, len(together) + 1, dtype=np.uint32)
+    return np.split(ids, np.cumsum([len(part) for part in places])[:-1])
 
 
 def paint(parts: list[tuple[Cells, np.ndarray]], box: Box) -> tuple[np.ndarray, int]:

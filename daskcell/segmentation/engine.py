@@ -36,15 +36,14 @@ from daskcell.segmentation.cells import (
     check_block,
     load_candidates,
     load_cells,
+    number,
     own_labels,
-    paint,
     save,
 )
 from daskcell.segmentation.diameter import estimate_diameter
 from daskcell.segmentation.globals import Globals
-from daskcell.segmentation.lazy import MAX_CELLS, network_source
-from daskcell.segmentation.methods import CellposeMethod, Method, Read
-from daskcell.segmentation.seams import SeamReport, count_changes
+from daskcell.segmentation.methods import CellposeMethod, Method, Read, network_source
+from daskcell.segmentation.seams import SeamReport, paint_core
 from daskcell.segmentation.tissue import tiles_without, tissue_mask
 from daskcell.segmentation.watershed import WatershedMethod
 
@@ -365,17 +364,11 @@ def _check_and_paint(job: Job, workers: Workers, steps: int) -> SeamReport:
 
 
 def _number(job: Job, places: dict[Index, np.ndarray]) -> int:
-    """Write every block's ids: 1..N in reading order over the whole picture."""
+    """Write every block's ids; returns the number of cells."""
     order = list(job.grid)
-    together = np.concatenate([places[at] for at in order])
-    if len(together) > MAX_CELLS:
-        raise InputError(f"{len(together)} cells are more than 32-bit labels can number.")
-    ids = np.empty(len(together), np.uint32)
-    ids[np.argsort(together, kind="stable")] = np.arange(1, len(together) + 1, dtype=np.uint32)
-    stops = np.cumsum([len(places[at]) for at in order])
-    for at, part in zip(order, np.split(ids, stops[:-1]), strict=True):
-        _write(job.file("ids", at), partial(_save_array, part))
-    return len(together)
+    for at, ids in zip(order, number([places[at] for at in order]), strict=True):
+        _write(job.file("ids", at), partial(_save_array, ids))
+    return sum(len(part) for part in places.values())
 
 
 def _extent(job: Job, at: Index) -> int:
@@ -390,12 +383,9 @@ def _check(job: Job, at: Index, steps: int) -> tuple[np.ndarray, Box]:
 
 def _paint(job: Job, at: Index, sources: list[Index]) -> SeamReport:
     core = job.grid.core(at)
-    held = Box(core.y0, core.x0, core.y1 + 1, core.x1 + 1).clip(job.shape)
     parts = [(load_cells(job.file("cells", source)), np.load(job.file("ids", source))) for source in sources]
-    labels, conflicts = paint(parts, held)
-    report = count_changes(labels, held, core)
-    report.conflicts = conflicts
-    write_labels_block(job.path, job.name, core, labels[: core.shape[0], : core.shape[1]])
+    labels, report = paint_core(parts, core, job.shape)
+    write_labels_block(job.path, job.name, core, labels)
     return report
 
 

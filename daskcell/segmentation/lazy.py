@@ -7,18 +7,17 @@ paints; in between stand three small reductions over the whole picture (percenti
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from daskcell.errors import InputError
 from daskcell.geometry import Box, Grid
-from daskcell.segmentation.cells import Candidates, Cells, Thresholds, check_block, own_labels, paint
-from daskcell.segmentation.methods import BlockMethod, CellposeMethod, Method
-from daskcell.segmentation.seams import SeamReport, count_changes
+from daskcell.segmentation.cells import Candidates, Cells, Thresholds, check_block, number, own_labels
+from daskcell.segmentation.methods import BlockMethod, CellposeMethod, Method, network_source
+from daskcell.segmentation.seams import SeamReport, paint_core
 from daskcell.segmentation.tiles import TileGrid
-
-MAX_CELLS = 2**32 - 1
 
 
 def segment(
@@ -80,6 +79,8 @@ def segment(
     """
     import dask
     import dask.array as da
+    from dask.delayed import Delayed
+    from dask.highlevelgraph import HighLevelGraph
 
     image = as_image(image, channels)
     shape = image.shape[1:]
@@ -94,67 +95,81 @@ def segment(
         TileGrid.lay(shape, way.diameter)  # refuses a diameter that leaves no pixel
     grid = Grid.regular(shape, block)
     halo = way.halo if halo is None else halo
-    token = dask.base.tokenize(image.name, block, halo, object())
-    shared = dask.delayed(way, name=f"method-{token}", traverse=False)
-    pixels = dask.delayed(source, name=f"image-{token}", traverse=False)
-
-    def task(name: str, function: Callable[..., Any], index: Any, *args: Any) -> Any:
-        return dask.delayed(function, pure=False, traverse=False)(
-            *args, dask_key_name=(f"{name}-{token}", *index)
-        )
-
+    graph = _Graph(dask.base.tokenize(image.name, block, halo, object()))
+    # One value each in the graph: a worker gets the network and the image's own graph once.
+    shared = graph.add("method", (), way)
+    pixels = graph.add("image", (), Source(image))
+    image = image.rechunk({0: -1})
     chunks = Grid.from_chunks(image.chunks[1:])
-    parts = image.rechunk({0: -1}).to_delayed()[0]
 
-    def part_of(box: Box) -> list[tuple[Box, Any]]:
-        return [(chunks.core(at), parts[at]) for at in chunks.touching(box)]
+    def chunks_of(box: Box) -> tuple[list[Box], list[Any]]:
+        touching = chunks.touching(box)
+        return [chunks.core(at) for at in touching], [(image.name, 0, *at) for at in touching]
 
-    seen = [task("observe", _observe, at, shared, parts[at], chunks.core(at), shape) for at in chunks]
-    frozen = task("globals", _freeze, (), shared, seen, shape)
-    networks: dict[tuple[int, int], Any] = {}
+    seen = [
+        graph.add(
+            "observe", at, partial(_observe, box=chunks.core(at), shape=shape), shared, (image.name, 0, *at)
+        )
+        for at in chunks
+    ]
+    frozen = graph.add("globals", (), partial(_freeze, shape=shape), shared, seen)
     tiles = TileGrid.lay(shape, way.diameter) if isinstance(way, CellposeMethod) else None
+    owner: dict[int, tuple[int, int]] = {}
+    networks: dict[tuple[int, int], Any] = {}
     if tiles is not None:
         for at in grid:
             owned = tiles.owned(grid.core(at))
-            box = _around([tiles.to_image(tiles.box(tile)) for tile in owned])
-            networks[at] = task("network", _network, at, shared, frozen, owned, part_of(box))
+            owner.update(dict.fromkeys(owned, at))
+            boxes, parts = chunks_of(_around([tiles.to_image(tiles.box(tile)) for tile in owned]))
+            run = partial(_network, tiles=owned, boxes=boxes)
+            networks[at] = graph.add("network", at, run, shared, frozen, parts)
 
-    found, checked, facts = {}, {}, {}
+    found = {}
     for at in grid:
-        held = grid.core(at).grow(halo).clip(shape)
-        near, local = [], []
+        core = grid.core(at)
+        held = core.grow(halo).clip(shape)
+        near: list[Any] = []
+        boxes, parts = [], []
         if tiles is not None:
-            wanted = set(tiles.touching(tiles.to_scaled(held)))
-            near = [networks[other] for other in grid if wanted & set(tiles.owned(grid.core(other)))]
+            owners = {owner[tile] for tile in tiles.touching(tiles.to_scaled(held))}
+            near = [networks[other] for other in sorted(owners)]
         else:
-            local = part_of(held)
-        found[at] = task(
-            "labels", _labels, at, shared, frozen, grid.core(at), halo, shape, near, pixels, local
-        )
-    extents = [task("extent", _extent, at, found[at]) for at in grid]
-    steps = task("steps", _steps, (), extents)
+            boxes, parts = chunks_of(held)
+        follow = partial(_labels, core=core, halo=halo, shape=shape, boxes=boxes)
+        found[at] = graph.add("labels", at, follow, shared, frozen, near, pixels, parts)
+    steps = graph.add("steps", (), _steps, [graph.add("extent", at, _extent, found[at]) for at in grid])
+    checked = {at: graph.add("check", at, _check, shared, steps, found[at]) for at in grid}
+    facts = [graph.add("facts", at, partial(_facts, grid=grid, at=at), checked[at]) for at in grid]
+    numbered = graph.add("ids", (), partial(_number, order=list(grid), shape=shape), facts)
+    reports = []
     for at in grid:
-        checked[at] = task("check", _check, at, shared, steps, found[at])
-        facts[at] = task("facts", _facts, at, grid, at, checked[at])
-    numbered = task("ids", _number, (), [(at, facts[at]) for at in grid], shape)
+        near = _neighbours(grid, at)
+        paint = partial(_paint, core=grid.core(at), shape=shape, near=near)
+        painted = graph.add("paint", at, paint, [checked[other] for other in near], numbered)
+        graph.add("cells", at, _first, painted)
+        reports.append(graph.add("report", at, _report, painted, found[at]))
+    seams = graph.add("seams", (), partial(_sum_reports, blocks=len(grid), tiles=len(owner)), reports)
 
-    rows = []
-    for i in range(grid.counts[0]):
-        row = []
-        for j in range(grid.counts[1]):
-            core = grid.core((i, j))
-            near = [(other, checked[other]) for other in _neighbours(grid, (i, j))]
-            painted = task("paint", _paint, (i, j), core, shape, near, numbered)
-            facts[i, j] = painted, found[i, j]
-            label = task("block", _first, (i, j), painted)
-            row.append(da.from_delayed(label, core.shape, np.uint32))
-        rows.append(row)
-    labels = da.block(rows)
-    if not return_report:
-        return labels
-    count = sum(len(tiles.owned(grid.core(at))) for at in grid) if tiles is not None else 0
-    reports = [task("report", _report, at, *facts[at]) for at in grid]
-    return labels, task("seams", _sum_reports, (), reports, len(grid), count)
+    layers = HighLevelGraph.from_collections(graph.name("cells"), graph.tasks, dependencies=[image])
+    labels = da.Array(layers, graph.name("cells"), grid.chunks, dtype=np.uint32)
+    return (labels, Delayed(seams, layers, layer=graph.name("cells"))) if return_report else labels
+
+
+class _Graph:
+    """Tasks by key; one layer for all of them, so that its size grows with the blocks and no faster."""
+
+    def __init__(self, token: str):
+        self.token = token
+        self.tasks: dict[Any, Any] = {}
+
+    def name(self, kind: str) -> str:
+        return f"{kind}-{self.token}"
+
+    def add(self, kind: str, at: tuple[int, ...], function: Any, *arguments: Any) -> Any:
+        """A task of `function` on other tasks' keys (or lists of keys); a value if there are none."""
+        key = (self.name(kind), *at) if at else self.name(kind)
+        self.tasks[key] = (function, *arguments) if arguments else function
+        return key
 
 
 class Source:
@@ -229,42 +244,38 @@ def make_method(
     return CellposeMethod(network_source(model, device), thresholds, size, batch_size, niter)
 
 
-def network_source(model: Any, device: str) -> Any:
-    """A module as it is; a name or file as a function that loads it once per process."""
-    if not isinstance(model, str):
-        return model
-    from functools import partial
-
-    from daskcell.models import load_network
-
-    load_network(model, device)  # refused here, not on a worker, if it is missing
-    return partial(load_network, model, device)
-
-
-def _observe(method: Method, part: np.ndarray, box: Box, shape: tuple[int, int]) -> Any:
+def _observe(method: Method, part: np.ndarray, *, box: Box, shape: tuple[int, int]) -> Any:
     return method.observe(part, box, shape)
 
 
-def _freeze(method: Method, observed: list[Any], shape: tuple[int, int]) -> Any:
+def _freeze(method: Method, observed: list[Any], *, shape: tuple[int, int]) -> Any:
     return method.freeze(observed, shape)
 
 
 def _network(
-    method: CellposeMethod, frozen: Any, tiles: list[int], parts: list[tuple[Box, np.ndarray]]
+    method: CellposeMethod, frozen: Any, parts: list[np.ndarray], *, tiles: list[int], boxes: list[Box]
 ) -> dict[int, np.ndarray]:
-    return method.run(lambda box: _assemble(parts, box), frozen, tiles)
+    return method.run(partial(_assemble, boxes, parts), frozen, tiles)
 
 
 def _labels(
-    method: Method, frozen: Any, core: Box, halo: int, shape: tuple[int, int],
-    networks: list[dict[int, np.ndarray]], source: Source, parts: list[tuple[Box, np.ndarray]],
-) -> tuple[Candidates, SeamReport]:  # fmt: skip
+    method: Method,
+    frozen: Any,
+    networks: list[dict[int, np.ndarray]],
+    source: Source,
+    parts: list[np.ndarray],
+    *,
+    core: Box,
+    halo: int,
+    shape: tuple[int, int],
+    boxes: list[Box],
+) -> tuple[Candidates, SeamReport]:
     outputs = {tile: output for network in networks for tile, output in network.items()}
     known = len(outputs)
     expected = core.grow(halo).clip(shape)
 
     def read(box: Box) -> np.ndarray:
-        return _assemble(parts, box) if parts and box == expected else source(box)
+        return _assemble(boxes, parts, box) if parts and box == expected else source(box)
 
     found, doublings = own_labels(core, halo, shape, method.look(frozen, read, outputs), method.thresholds)
     return found, SeamReport(redone=int(doublings > 0), repeated=len(outputs) - known)
@@ -282,38 +293,27 @@ def _check(method: Method, steps: int, labelled: tuple[Candidates, SeamReport]) 
     return check_block(labelled[0], steps, method.thresholds)
 
 
-def _facts(grid: Grid, at: tuple[int, int], cells: Cells) -> tuple[np.ndarray, Cells | None]:
+def _facts(cells: Cells, *, grid: Grid, at: tuple[int, int]) -> tuple[np.ndarray, Cells | None]:
     """Anchors; and all cells if one reaches beyond the neighbouring blocks."""
     reach = _around([grid.core(other) for other in _neighbours(grid, at)])
     return cells.anchors, None if (cells.reach & reach) == cells.reach else cells
 
 
 def _number(
-    facts: list[tuple[tuple[int, int], tuple[np.ndarray, Cells | None]]], shape: tuple[int, int]
+    facts: list[tuple[np.ndarray, Cells | None]], *, order: list[tuple[int, int]], shape: tuple[int, int]
 ) -> tuple[dict[tuple[int, int], np.ndarray], dict[tuple[int, int], Cells]]:
-    """Ids of every block's cells, in reading order over the whole picture; and the far-reaching cells."""
-    places = [anchors[:, 0] * shape[1] + anchors[:, 1] for _, (anchors, _) in facts]
-    together = np.concatenate(places)
-    if len(together) > MAX_CELLS:
-        raise InputError(f"{len(together)} cells are more than 32-bit labels can number.")
-    ids = np.empty(len(together), np.uint32)
-    ids[np.argsort(together, kind="stable")] = np.arange(1, len(together) + 1)
-    numbered = dict(
-        zip([at for at, _ in facts], np.split(ids, np.cumsum([len(p) for p in places])[:-1]), strict=True)
-    )
-    return numbered, {at: cells for at, (_, cells) in facts if cells is not None}
+    """Ids of every block's cells; and the far-reaching cells."""
+    ids = number([anchors[:, 0] * shape[1] + anchors[:, 1] for anchors, _ in facts])
+    far = {at: cells for at, (_, cells) in zip(order, facts, strict=True) if cells is not None}
+    return dict(zip(order, ids, strict=True)), far
 
 
 def _paint(
-    core: Box, shape: tuple[int, int], near: list[tuple[tuple[int, int], Cells]], numbered: Any
+    cells: list[Cells], numbered: Any, *, core: Box, shape: tuple[int, int], near: list[tuple[int, int]]
 ) -> tuple[np.ndarray, SeamReport]:
     ids, far = numbered
-    cells = far | dict(near)
-    held = Box(core.y0, core.x0, core.y1 + 1, core.x1 + 1).clip(shape)
-    labels, conflicts = paint([(cells[at], ids[at]) for at in sorted(cells)], held)
-    report = count_changes(labels, held, core)
-    report.conflicts = conflicts
-    return labels[: core.shape[0], : core.shape[1]], report
+    reaching = far | dict(zip(near, cells, strict=True))
+    return paint_core([(reaching[at], ids[at]) for at in sorted(reaching)], core, shape)
 
 
 def _first(painted: tuple[np.ndarray, SeamReport]) -> np.ndarray:
@@ -326,7 +326,7 @@ def _report(
     return painted[1] + labelled[1], int(painted[0].max(initial=0))
 
 
-def _sum_reports(reports: list[tuple[SeamReport, int]], blocks: int, tiles: int) -> SeamReport:
+def _sum_reports(reports: list[tuple[SeamReport, int]], *, blocks: int, tiles: int) -> SeamReport:
     total = SeamReport(blocks=blocks, tiles=tiles)
     for report, _ in reports:
         total += report
@@ -353,11 +353,11 @@ def _around(boxes: list[Box]) -> Box:
     )  # fmt: skip
 
 
-def _assemble(parts: list[tuple[Box, np.ndarray]], box: Box) -> np.ndarray:
+def _assemble(boxes: list[Box], parts: list[np.ndarray], box: Box) -> np.ndarray:
     """Pixels of `box` from the chunks that hold them."""
-    first = np.asarray(parts[0][1])
+    first = np.asarray(parts[0])
     out = np.empty((first.shape[0], *box.shape), first.dtype)
-    for held, part in parts:
+    for held, part in zip(boxes, parts, strict=True):
         shared = held & box
         if not shared.is_empty:
             out[(slice(None), *shared.within(box))] = np.asarray(part)[(slice(None), *shared.within(held))]

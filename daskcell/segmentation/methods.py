@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -136,6 +137,16 @@ class BlockMethod:
             return labels, touches_rim(labels, held, frozen), None
 
         return at
+
+
+def network_source(model: Any, device: str) -> Any:
+    """A module as it is; a name or file as a function that loads it once per process."""
+    if not isinstance(model, str):
+        return model
+    from daskcell.models import load_network
+
+    load_network(model, device)  # refused here, not on a worker, if it is missing
+    return partial(load_network, model, device)
 
 
 def refuse_unusable(part: np.ndarray, box: Box) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from daskcell.geometry import Box
+from daskcell.segmentation.cells import Cells, paint
 
 NEAR = 8
 """Lines beside a seam that it is compared with."""
@@ -60,6 +61,17 @@ class SeamReport:
     def to_json(self) -> dict[str, Any]:
         rates = {"seam_rate": self.seam_rate, "near_rate": self.near_rate, "cut_rate": self.cut_rate}
         return asdict(self) | {name: None if np.isnan(rate) else rate for name, rate in rates.items()}
+
+
+def paint_core(
+    parts: list[tuple[Cells, np.ndarray]], core: Box, shape: tuple[int, int]
+) -> tuple[np.ndarray, SeamReport]:
+    """Labels ``(h, w)`` uint32 of a block from the cells and ids reaching into it; what its seams show."""
+    held = Box(core.y0, core.x0, core.y1 + 1, core.x1 + 1).clip(shape)
+    labels, conflicts = paint(parts, held)
+    report = count_changes(labels, held, core)
+    report.conflicts = conflicts
+    return labels[: core.shape[0], : core.shape[1]], report
 
 
 def count_changes(labels: np.ndarray, held: Box, core: Box) -> SeamReport:
