@@ -10,7 +10,7 @@
     model = dc.fit_clusters(features, k=11)
     colours = dc.overlay(picture, labels, model.predict(features))
 
-or all of it, disk to disk, for one slide or thousands: ``dc.run(inputs, out)``, on the command line ``daskcell run``.
+or all of it, disk to disk, for one slide or thousands: ``dc.run(inputs, out)``, or ``daskcell run``.
 """
 
 from __future__ import annotations
