@@ -145,3 +145,22 @@ def test_real_stains_use_the_whole_range(data_dir, name):
     for plane in got:
         assert 0.001 < (plane == white).mean() < 0.01
         assert np.median(plane) < 0.1 * white
+
+
+def test_a_rare_stain_keeps_its_cells_and_loses_its_noise():
+    rng = np.random.default_rng(3)
+    stains = rng.poisson(10, (3, 300, 300)).astype(np.uint8)
+    stains[0, 50:120, 50:200] += 90
+    stains[2, :, 100:200] += 60
+    stains[1, 10:30, 20:40] = 200  # 400 of 90 000 pixels
+    plan = freeze(stains, PreprocessSettings(), ["d0", "d1", "d2"])
+    out = apply_block(stains, plan)
+    assert (out[1, 10:30, 20:40] > 200).all()
+    out[1, 10:30, 20:40] = 0
+    assert np.percentile(out[1], 99) == 0, "what the network takes its percentiles of"
+    again = type(plan).from_json(plan.to_json())
+    np.testing.assert_array_equal(apply_block(stains, again)[0], out[0])
+    # Where all stains are rare, the picture is merely empty for the most part, and nothing is cut.
+    few = np.where(stains > 150, stains, stains // 3)
+    few[:] = few[1]
+    assert [step.kind for step in freeze(few, PreprocessSettings(), list("abc")).steps] == ["stretch"]

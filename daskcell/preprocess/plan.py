@@ -33,16 +33,18 @@ from daskcell.preprocess.statistics import (
     Stretching,
     first_pass,
 )
-from daskcell.preprocess.steps import Curve, Gaussian, Mix, Step, Stretch
+from daskcell.preprocess.steps import Curve, Floor, Gaussian, Mix, Step, Stretch
 
 if TYPE_CHECKING:
     from daskcell.compute import Workers
 
-_KINDS: dict[str, Any] = {step.kind: step for step in (Mix, Stretch, Curve, Clahe, Gaussian)}
+_KINDS: dict[str, Any] = {step.kind: step for step in (Floor, Mix, Stretch, Curve, Clahe, Gaussian)}
 _COUNT_BLOCK = 2048
 _SIGNAL_PERCENTILE = 99.8
 _DEAD = 0.05
 """A channel of a colour picture whose bright pixels reach less of the brightest channel's holds no signal."""
+_SPARSE = 0.1
+"""A stain is rare if its 99th percentile is not this far towards its 99.9th."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,6 +220,8 @@ def _freeze(
         raise InputError(f"The image has no pixels (shape {shape}).")
     count = shape[0]
     steps: list[Step] = []
+    if settings.reconstruct is not None and count > 1 and not is_rgb and working_dtype(dtype).kind == "u":
+        steps = _without_noise(survey, working_dtype(dtype))
     weights = _weights(settings, count, channels, is_rgb)
     if weights is not None:
         steps.append(Mix(weights))
@@ -244,6 +248,24 @@ def _freeze(
     if settings.gaussian is not None:
         steps.append(Gaussian(settings.gaussian.sigma))
     return Plan((int(shape[1]), int(shape[2])), int(shape[0]), np.dtype(dtype), tuple(steps))
+
+
+def _without_noise(survey: Survey, dtype: np.dtype) -> list[Step]:
+    """A step that keeps of a rare stain only what is stained, if there is one beside others.
+
+    Of a marker that few cells carry, the 99th percentile is still background, and whatever adjusts contrast
+    between percentiles later, such as Cellpose, would make a full channel of its noise.
+    """
+    if not is_small(dtype):
+        return []
+    counting = ExactCounts(Referring(), dtype)
+    counts = survey(counting, ())
+    usual = np.array(counting.limits(counts, Stretching(1.0, 99.0)))
+    rare = np.array(counting.limits(counts, Stretching(1.0, 99.9)))
+    sparse = usual[:, 1] - usual[:, 0] < _SPARSE * (rare[:, 1] - rare[:, 0])
+    if sparse.all() or not sparse.any():
+        return []
+    return [Floor(tuple(int(high) if few else 0 for high, few in zip(usual[:, 1], sparse, strict=True)))]
 
 
 def _without_dead_channels(survey: Survey, dtype: np.dtype) -> tuple[list[Step], np.ndarray]:

@@ -56,6 +56,25 @@ class _Pointwise:
 
 
 @dataclass(frozen=True)
+class Floor(_Pointwise):
+    """Each channel less a grey level of its own; what lies below becomes 0. For integers."""
+
+    kind: ClassVar[str] = "floor"
+    lows: tuple[int, ...]
+
+    def apply(self, block: np.ndarray, box: Box) -> np.ndarray:
+        lows = np.array(self.lows, block.dtype)[:, None, None]
+        return np.asarray(np.maximum(block, lows) - lows)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"lows": list(self.lows)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Floor:
+        return cls(tuple(values["lows"]))
+
+
+@dataclass(frozen=True)
 class Mix(_Pointwise):
     """Colour picture from channels: three rows of one weight a channel."""
 
