@@ -163,4 +163,4 @@ def test_a_rare_stain_keeps_its_cells_and_loses_its_noise():
     # Where all stains are rare, the picture is merely empty for the most part, and nothing is cut.
     few = np.where(stains > 150, stains, stains // 3)
     few[:] = few[1]
-    assert [step.kind for step in freeze(few, PreprocessSettings(), list("abc")).steps] == ["stretch"]
+    assert "floor" not in [step.kind for step in freeze(few, PreprocessSettings(), list("abc")).steps]
