@@ -70,13 +70,16 @@ def test_missing_resnet_names_the_command():
         models.load_encoder("resnet152")
 
 
-def test_other_weights_of_the_same_network_are_offered_not_taken(tmp_path):
+def test_a_bare_name_takes_what_is_at_hand_and_a_full_one_nothing_else(tmp_path):
     folder = tmp_path / "TORCH_HOME" / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     (folder / "resnet152-f82ba261.pth").write_bytes(b"x")
-    with pytest.raises(WeightsError, match="resnet152@IMAGENET1K_V2"):
-        models.find_encoder("resnet152")
-    assert models.find_encoder("resnet152@IMAGENET1K_V2").parent == folder
+    assert models.find_encoder("resnet152") == folder / "resnet152-f82ba261.pth"
+    assert models.find_encoder("resnet152@IMAGENET1K_V2") == folder / "resnet152-f82ba261.pth"
+    with pytest.raises(WeightsError, match="resnet152@IMAGENET1K_V2', which is here"):
+        models.find_encoder("resnet152@IMAGENET1K_V1")
+    (folder / "resnet152-394f9c45.pth").write_bytes(b"y")
+    assert models.find_encoder("resnet152") == folder / "resnet152-394f9c45.pth"
 
 
 def test_known_addresses_agree_with_torchvision():

@@ -109,8 +109,9 @@ def find_network(name: str | Path) -> Path:
 def find_encoder(name: str | Path) -> Path:
     """File with the weights of an encoder: ``tiny``, a torchvision name such as ``resnet152``, or a path.
 
-    A torchvision name means ``IMAGENET1K_V1`` where that exists, the weights that ``pretrained=True`` stood
-    for when the method was published; ``resnet152@IMAGENET1K_V2`` asks for others.
+    A torchvision name means ``IMAGENET1K_V1`` where that is at hand, the weights that ``pretrained=True``
+    stood for when the method was published, and else what is at hand of that network;
+    ``resnet152@IMAGENET1K_V2`` means that and nothing else. The fingerprint tells them apart.
 
     Raises
     ------
@@ -125,16 +126,20 @@ def find_encoder(name: str | Path) -> Path:
         if path.is_file():
             return path
         raise WeightsError(f"There is no encoder file {path}. Please check the path.")
-    bare, release, url = torchvision_release(text)
-    place = torch_folder() / url.rsplit("/", 1)[1]
-    if place.is_file():
-        return place
-    others = [
-        f"{bare}@{other}" for other, link in _releases(bare).items()
-        if other != release and (torch_folder() / link.rsplit("/", 1)[1]).is_file()
-    ]  # fmt: skip
+    bare, release, _ = torchvision_release(text)
+    present = {
+        other: place
+        for other, link in _releases(bare).items()
+        if (place := torch_folder() / link.rsplit("/", 1)[1]).is_file()
+    }
+    if release in present:
+        return present[release]
+    if present and "@" not in text:
+        return next(iter(present.values()))
     instead = (
-        f"ask for '{others[0]}', which is here" if others else "choose the encoder 'tiny', which needs none"
+        f"ask for '{bare}@{next(iter(present))}', which is here"
+        if present
+        else "choose the encoder 'tiny', which needs none"
     )
     raise WeightsError(
         f"The weights of {bare} ({release}) are not in {torch_folder()}. Please run "
