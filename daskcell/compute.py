@@ -320,6 +320,8 @@ def _local_client(settings: ComputeSettings) -> Iterator[Client]:
         # Set in the parent before the process starts: libraries read these once, when they load.
         "distributed.nanny.pre-spawn-environ": {"DASK_LOGGING__DISTRIBUTED": "critical"},
         "distributed.worker.daemon": False,
+        # A process that starts again imports torch first, which takes long on a busy machine.
+        "distributed.deploy.lost-worker-timeout": "2 minutes",
     }
     with _quiet_logs(), dask.config.set(quiet):
         cluster = None
@@ -366,7 +368,8 @@ def _replace_dead(cluster: Any, ended: threading.Event) -> None:
         dead = [name for name, nanny in cluster.workers.items() if nanny.status.name in ("closed", "failed")]
         for name in dead:
             del cluster.workers[name]
-        if dead:
+        # The cluster itself drops a worker whose process is slow to come back.
+        if set(cluster.worker_spec) - set(cluster.workers):
             await cluster._correct_state()
 
     while not ended.wait(_REPLACE_SECONDS):
