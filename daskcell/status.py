@@ -94,11 +94,13 @@ def table(found: dict[str, Any], limit: int | None = None) -> str:
 
 
 def seams(result: dict[str, Any]) -> str:
-    """The seam report in a few words: ``0 conflicts, 0 redone``; the first should always be 0."""
-    if not result:
-        return "-"
-    inner = result.get("seams", result)
-    parts = [f"{inner[name]} {name}" for name in ("conflicts", "redone") if name in inner]
+    """The seam report in a few words: ``cut 0.0 %, 0 conflicts, 0 redone``; the first two should read 0.
+
+    Cut is how much more often labels change across the seams than beside them, up to chance.
+    """
+    parts = [f"{result[name]} {name}" for name in ("conflicts", "redone") if name in result]
+    if result.get("cut_rate") is not None:
+        parts.insert(0, f"cut {100 * max(0.0, result['cut_rate']):.1f} %")
     return ", ".join(parts) or "-"
 
 

@@ -260,6 +260,28 @@ def test_what_cannot_be_segmented_is_refused_with_the_value(image, options, says
         segment(image, **{"model": BlobNetwork()} | options)
 
 
+def test_a_picture_that_could_overflow_the_labels_is_refused_before_any_work():
+    image = da.zeros((80_000, 100_000), chunks=20_000, dtype=np.uint8)
+    segment(image, model=BlobNetwork(), block=20_000)
+    with pytest.raises(InputError, match="raise min_size to 2 or more"):
+        segment(image, model=BlobNetwork(), min_size=1)
+
+
+def test_threads_of_the_network_change_at_most_one_cell_in_a_thousand():
+    import torch
+
+    image, net, threads = blobs((700, 800), 12), BlobNetwork(), torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            results.append(run(image, model=net, block=300)[0])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert_same_cells(other, results[0])
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_pixels_that_are_no_numbers_are_refused(value):
     image = blobs((100, 100), 1)

@@ -224,6 +224,17 @@ def check_block(found: Candidates, steps: int, thresholds: Thresholds) -> Cells:
     return Cells(boxes + np.array([y, x, y, x]), anchors, bits)
 
 
+def refuse_too_many(shape: tuple[int, int], min_size: int) -> None:
+    """Raise `InputError` if a picture of `shape` ``(Y, X)`` could hold more cells than labels can number."""
+    most = shape[0] * shape[1] // max(1, min_size)
+    if most > MAX_CELLS:
+        raise InputError(
+            f"A picture of {shape[0]} x {shape[1]} pixels could hold {most} cells of {min_size} pixels, more "
+            "than 32-bit labels can number. "
+            f"Please raise min_size to {shape[0] * shape[1] // MAX_CELLS + 1} or more."
+        )
+
+
 def number(places: list[np.ndarray]) -> list[np.ndarray]:
     """Ids 1..N in reading order over the whole picture.
 

@@ -38,6 +38,7 @@ from daskcell.segmentation.cells import (
     load_cells,
     number,
     own_labels,
+    refuse_too_many,
     save,
 )
 from daskcell.segmentation.diameter import estimate_diameter
@@ -145,6 +146,7 @@ def segment_slide(
             f"{path} has {channels} channels after preprocessing, and one to three can be segmented. "
             "Please choose with segment.channels, or leave preprocess.reconstruct on."
         )
+    refuse_too_many(plan.shape, settings.min_size)
     key = _flows_key(settings, plan, block)
     scratch = Path(scratch)
     flows = scratch / "flows" if flows is None else Path(flows) / key

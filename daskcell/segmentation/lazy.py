@@ -14,7 +14,15 @@ import numpy as np
 
 from daskcell.errors import InputError
 from daskcell.geometry import Box, Grid
-from daskcell.segmentation.cells import Candidates, Cells, Thresholds, check_block, number, own_labels
+from daskcell.segmentation.cells import (
+    Candidates,
+    Cells,
+    Thresholds,
+    check_block,
+    number,
+    own_labels,
+    refuse_too_many,
+)
 from daskcell.segmentation.methods import BlockMethod, CellposeMethod, Method, network_source
 from daskcell.segmentation.seams import SeamReport, paint_core
 from daskcell.segmentation.tiles import TileGrid
@@ -84,6 +92,7 @@ def segment(
 
     image = as_image(image, channels)
     shape = image.shape[1:]
+    refuse_too_many(shape, min_size)
     thresholds = Thresholds(cellprob_threshold, flow_threshold, min_size, max_size_fraction)
     way = make_method(method, model, thresholds, diameter, niter, batch_size, device, halo, options)
     source = Source(image)
