@@ -2,8 +2,8 @@
 
 The file is linked into place, which holds on shared file systems too, and touched while its owner lives. A
 lock is stale when its owner is a process of this host that has gone, or when nobody touched it for
-`STALE_SECONDS`. A stale lock is broken by renaming it and looking at what was renamed: of two who break the
-same lock, one finds the other's new lock in its hands, and puts it back.
+`STALE_SECONDS`. A stale lock is broken under a guard (a folder, which only one can make) and only if it is
+still the one that was found stale: of two who break the same lock, the later finds another's and is refused.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Lock:
 
     def __enter__(self) -> Lock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        for _ in range(5):
+        for _ in range(100):
             if self._create():
                 self._thread = threading.Thread(target=self._beat, name="study lock", daemon=True)
                 self._thread.start()
@@ -124,21 +124,24 @@ class Lock:
             probe.unlink(missing_ok=True)
 
     def _break(self, holder: dict[str, Any] | None) -> None:
+        """Remove the lock of `holder`, one breaker at a time: nobody else removes what is not his own."""
         if holder is None:
             return
-        aside = self.path.with_name(f".lock-{self.token}-broken")
+        guard = self.path.with_name(".lock-breaking")
         try:
-            os.rename(self.path, aside)
-        except FileNotFoundError:
+            guard.mkdir()
+        except FileExistsError:
+            with contextlib.suppress(OSError):
+                if self._now() - guard.stat().st_mtime > STALE_SECONDS:  # its maker died in these few lines
+                    guard.rmdir()
+            time.sleep(0.05)
             return
         try:
-            taken = json.loads(aside.read_text())
-        except (OSError, ValueError):
-            taken = {}
-        if taken != holder:
+            if self._read() == holder:
+                self.path.unlink(missing_ok=True)
+        finally:
             with contextlib.suppress(OSError):
-                os.link(aside, self.path)
-        aside.unlink(missing_ok=True)
+                guard.rmdir()
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_SECONDS):
