@@ -225,7 +225,7 @@ def test_an_unknown_place_to_work_is_refused(kind):
 
 
 def test_a_scheduler_that_does_not_answer_is_refused(monkeypatch):
-    monkeypatch.setattr("daskcell.compute._CONNECT_SECONDS", 1.0)
+    monkeypatch.setattr("daskcell.compute.start._CONNECT_SECONDS", 1.0)
     with (
         pytest.raises(ComputeError, match="No Dask scheduler answers"),
         start_workers(ComputeSettings(kind="tcp://127.0.0.1:9")),

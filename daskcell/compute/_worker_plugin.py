@@ -6,7 +6,7 @@ from typing import Any
 
 from distributed import WorkerPlugin
 
-from daskcell.compute import limit_threads
+from daskcell.compute.threads import limit_threads
 
 
 class ThreadLimit(WorkerPlugin):

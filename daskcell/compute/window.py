@@ -1,0 +1,193 @@
+"""Tasks: on which workers they run, how many at a time, and what comes back, in order of completion."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Generator, Hashable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from daskcell.errors import ComputeError
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+Kind = Literal["cpu", "network"]
+LABELS: dict[str, str] = {"network": "GPU", "cpu": "CPU"}
+_IN_FLIGHT_PER_WORKER = 4
+_RECOUNT_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What a window yields in place of a result when it keeps going: the task's exception."""
+
+    error: BaseException
+
+
+class Workers:
+    """A Dask client, or this process when `client` is None.
+
+    Parameters
+    ----------
+    client
+        A connected, synchronous `distributed.Client`.
+    on_task
+        Called in the driving thread after every finished task (for progress and heartbeats).
+    """
+
+    def __init__(self, client: Client | None = None, *, on_task: Callable[[], None] | None = None):
+        self.client = client
+        self.on_task = on_task
+        self._counted: tuple[float, int, frozenset[str]] = (float("-inf"), 1, frozenset())
+
+    def __repr__(self) -> str:
+        where = "this process" if self.client is None else self.client.scheduler_info(n_workers=0)["address"]
+        return f"Workers({self.count} in {where})"
+
+    @property
+    def count(self) -> int:
+        """Tasks that can run at the same time: worker threads of the cluster, 1 in this process."""
+        return self._look()[0]
+
+    @property
+    def labels(self) -> frozenset[str]:
+        """Resources that some worker declares, such as ``{"GPU", "CPU"}``."""
+        return self._look()[1]
+
+    @property
+    def alive(self) -> bool:
+        """Whether the scheduler still answers (always True in this process)."""
+        return self.client is None or self.client.status == "running"
+
+    def window(self, limit: int | None = None, *, keep_going: bool = False) -> Window:
+        """A new window with at most `limit` tasks in flight (None: four per worker).
+
+        With `keep_going` a task's exception is yielded as `Failed` and the other tasks go on.
+        """
+        return Window(self, limit, keep_going=keep_going)
+
+    def watched(self, on_task: Callable[[], None]) -> Workers:
+        """The same workers, with another callback."""
+        return Workers(self.client, on_task=on_task)
+
+    def _look(self) -> tuple[int, frozenset[str]]:
+        if self.client is None:
+            return 1, frozenset()
+        seen, count, labels = self._counted
+        if time.monotonic() - seen > _RECOUNT_SECONDS:  # workers come and go on an adaptive cluster
+            workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
+            count = max(1, sum(worker["nthreads"] for worker in workers))
+            # A label once seen stays: with all GPU workers gone for a while, network tasks wait for the next.
+            labels |= {label for worker in workers for label in worker.get("resources") or {}}
+            self._counted = time.monotonic(), count, labels
+        return count, labels
+
+
+class Window:
+    """Runs tasks, at most so many in flight, and yields ``(key, result)`` as they complete.
+
+    More tasks may be submitted while iterating. A task whose worker dies runs again elsewhere, up to Dask's
+    ``distributed.scheduler.allowed-failures`` (3) times; so tasks must be safe to repeat. Iterating raises a
+    task's exception, with its key as a note, after cancelling the others; see `Workers.window` to go on.
+    """
+
+    def __init__(self, workers: Workers, limit: int | None = None, *, keep_going: bool = False):
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit must be at least 1, not {limit}")
+        self._workers = workers
+        self._limit = limit
+        self._keep_going = keep_going
+        self._queue: deque[tuple[Hashable, Callable[..., Any], tuple[Any, ...], Kind]] = deque()
+
+    def submit(self, key: Hashable, function: Callable[..., Any], *args: Any, kind: Kind = "cpu") -> None:
+        """Queue ``function(*args)``; it starts once somebody iterates."""
+        if kind not in LABELS:
+            raise ValueError(f"kind must be one of {sorted(LABELS)}, not {kind!r}")
+        self._queue.append((key, function, args, kind))
+
+    def __len__(self) -> int:
+        """Tasks that were submitted and have not started."""
+        return len(self._queue)
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        run = self._run_here() if self._workers.client is None else self._run_on(self._workers.client)
+        try:
+            for key, result in run:
+                if self._workers.on_task is not None:
+                    self._workers.on_task()
+                if isinstance(result, Failed) and not self._keep_going:
+                    result.error.add_note(f"(in task {key!r})")
+                    raise result.error
+                yield key, result
+        finally:
+            run.close()
+            self._queue.clear()
+
+    def _run_here(self) -> Generator[tuple[Any, Any], None, None]:
+        while self._queue:
+            key, function, args, _ = self._queue.popleft()
+            try:
+                result: Any = function(*args)
+            except Exception as error:
+                result = Failed(error)
+            yield key, result
+
+    def _run_on(self, client: Client) -> Generator[tuple[Any, Any], None, None]:
+        from distributed import as_completed
+
+        done = as_completed(loop=client.loop, with_results=True, raise_errors=False)
+        running: dict[Any, Hashable] = {}
+        run = uuid.uuid4().hex[:12]
+        numbers = itertools.count()
+        try:
+            while True:
+                limit = self._limit or _IN_FLIGHT_PER_WORKER * self._workers.count
+                while self._queue and len(running) < limit:
+                    key, function, args, kind = self._queue.popleft()
+                    label = LABELS[kind]
+                    name = getattr(function, "__name__", "task")
+                    future = client.submit(
+                        function,
+                        *args,
+                        key=f"{name}-{run}-{next(numbers)}",
+                        pure=False,
+                        resources={label: 1} if label in self._workers.labels else None,
+                    )
+                    running[future] = key
+                    done.add(future)
+                if not running:
+                    return
+                future, result = next(done)
+                key = running.pop(future)
+                if future.status != "finished":
+                    result = Failed(_explain(future, result, client))
+                # The scheduler may forget the task at once: a collection's results never pile up there.
+                future.release()
+                yield key, result
+        finally:
+            if running:
+                with contextlib.suppress(Exception):  # the scheduler may be what failed
+                    client.cancel(list(running), force=True)
+
+
+def _explain(future: Any, outcome: Any, client: Client) -> BaseException:
+    """The exception of a future that did not finish; deaths of workers and schedulers in words."""
+    from distributed.scheduler import KilledWorker
+
+    if future.status == "error":
+        error = outcome[1] if isinstance(outcome, tuple) else outcome
+        if isinstance(error, KilledWorker):
+            limit = f"compute.memory or compute.block (the last one was {error.last_worker.address})"
+            return ComputeError(
+                "A task killed its worker several times, most often for want of memory. Please change "
+                + limit
+                + "."
+            )
+        return error
+    state = "its connection to the scheduler is lost" if client.status != "running" else str(outcome)
+    return ComputeError(f"A task was cancelled: {state}. The same command continues the study.")
