@@ -1,42 +1,28 @@
-"""Many slides: refuse early, work through a window, set bad ones aside, continue where a run stopped.
-
-    check -> each slide: convert, freeze, segment, describe -> clusters of all -> each slide: assign, paint
-
-A slide of at most two blocks is one task on one worker; a larger one is driven from here, block by block,
-over all workers. Where workers are labelled (GPUs), every slide is driven from here: only network work goes
-to them.
-"""
+"""A run from outside: refuse early what cannot work, then hand the slides to `collection`."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from daskcell.compute import Failed, Workers, start_workers
+from daskcell.collection import Run
 from daskcell.config import Config, load_config, parse_config
 from daskcell.disk import remove
-from daskcell.errors import ComputeError, ConfigError, DaskcellError, ImageError, InputError, StudyError
+from daskcell.errors import ConfigError, DaskcellError, ImageError, InputError, StudyError
 from daskcell.images import find_images
 from daskcell.images.sources import Source
-from daskcell.keys import cluster_key, digest
+from daskcell.keys import digest
 from daskcell.lock import Lock
 from daskcell.progress import Progress
-from daskcell.slide import Job, Outcome, missing_stages, process_here, process_slide, sentence, trace
-from daskcell.study import CLUSTERS, Study, check_folder, sweep
+from daskcell.study import Study, check_folder, sweep
 
 if TYPE_CHECKING:
     from distributed import Client
 
 Inputs = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
-_BLOCKS_AT_ONCE = 2
-"""A slide of so many blocks or fewer is one task."""
-_LARGE_SLIDES_AT_ONCE = 2
-"""So that one slide's serial steps do not leave the workers idle."""
 
 
 def run(
@@ -86,7 +72,7 @@ def run(
         study = Study.create(out, given, settings)
         study.update(slides=sorted(source.name for source in sources), weights=weights)
         sweep(out)
-        _Run(study, sources, settings, weights, lock, progress, retry_failed).go(client)
+        Run(study, sources, settings, weights, lock, progress, retry_failed).go(client)
     return Study(out)
 
 
@@ -136,260 +122,6 @@ def reference_digest(path: str) -> str:
         ) from None
 
 
-class _Run:
-    """One call of `run`, while it lasts."""
-
-    def __init__(
-        self,
-        study: Study,
-        sources: Sequence[Source],
-        config: Config,
-        weights: Mapping[str, str],
-        lock: Lock,
-        progress: Progress,
-        retry_failed: bool,
-    ):
-        self.study, self.config, self.lock, self.progress = study, config, lock, progress
-        self.sources = {source.name: source for source in sources}
-        self.weights = dict(weights)
-        self.retry_failed = retry_failed
-        self.stop = threading.Event()
-        self.general: list[dict[str, Any]] = []
-        """Failures that are no slide's."""
-
-    def job(self, slide: str, cluster: str | None = None) -> Job:
-        return Job(str(self.study.out), self.sources[slide], self.config, self.weights, cluster)
-
-    def go(self, client: Client | None) -> None:
-        slides = sorted(self.sources)
-        before = {name: self.study.ledger(name).failure for name in slides}
-        missing = {name: missing_stages(self.job(name), self.study) for name in slides}
-        if self.retry_failed:
-            others = [name for name in slides if missing[name] and not before[name]]
-            if others:
-                raise InputError(
-                    f"{len(others)} slides ({others[0]} ...) were not set aside, but are not done under "
-                    "these settings either. Please run without --retry-failed."
-                )
-        left = {name: [*stages, "assign", "paint"] for name, stages in missing.items() if stages}
-        self.progress.begin({name: _weight(self.sources[name]) for name in slides}, left)
-        for name in slides:
-            ledger = self.study.ledger(name)
-            shape = ledger.result("convert").get("shape") or (0, 0, 0)
-            self.progress.counts(name, shape[1] * shape[2], ledger.result("segment").get("cells", 0))
-        with contextlib.ExitStack() as stack:
-            workers = _LazyWorkers(client, self.config, stack, self.tick)
-            try:
-                self.work([self.job(name) for name in slides if missing[name]], workers)
-                # Slides with nothing missing at the start need no second look.
-                late = [name for name in slides if missing[name]]
-                lost = {name for name in late if missing_stages(self.job(name), self.study)}
-                described = [name for name in slides if name not in lost]
-                key = self.cluster(described, workers)
-                if key is not None:
-                    jobs = [self.job(name, key) for name in described]
-                    self.work([job for job in jobs if missing_stages(job, self.study)], workers)
-            except DaskcellError as error:
-                error.after_start = workers.started  # type: ignore[attr-defined]
-                raise
-            finally:
-                self.stop.set()
-                if workers.started:
-                    self.write_failures()
-        self.write_failures()
-        remove(self.study.out / "scratch")
-
-    def tick(self) -> None:
-        """After every task: stop if we must."""
-        self.lock.check()
-        if self.stop.is_set():
-            raise ComputeError("The run was stopped; the same command continues it.")
-
-    # ------------------------------------------------------------------ slides
-
-    def work(self, jobs: list[Job], workers: _LazyWorkers) -> None:
-        """Process `jobs`, small ones as tasks, large ones from here.
-
-        When a worker dies, Dask counts that against every task it held. So a slide that was lost with its
-        worker is only suspected, and is set aside if it is lost again while it runs alone.
-        """
-        if not jobs:
-            return
-        team = workers.get()
-        # With fewer slides than workers, blocks are what keeps all of them busy.
-        blocks = _BLOCKS_AT_ONCE if len(jobs) >= 2 * team.count else 1
-        for suspect, _ in self.round(jobs, team, blocks):
-            for job, error in self.round([suspect], team, blocks):
-                self.set_aside(job, error)
-
-    def round(self, jobs: list[Job], team: Workers, blocks: int) -> list[tuple[Job, BaseException]]:
-        """Process `jobs` once; returns those that were lost with a worker, and why."""
-        lost: list[tuple[Job, BaseException]] = []
-        large = jobs
-        if not team.labels:
-            large = []
-            limit = blocks * self.config.compute.block**2
-            window = team.window(keep_going=True)
-            by_name = {job.slide: job for job in jobs}
-            for job in jobs:
-                window.submit(job.slide, process_here, job, limit)
-            for slide, outcome in window:
-                job = by_name[slide]
-                if isinstance(outcome, Failed):
-                    lost.append((job, self.worker_death(outcome.error, team)))
-                elif outcome.too_large:
-                    large.append(job)
-                else:
-                    self.account(job, outcome)
-        at_once = _LARGE_SLIDES_AT_ONCE if not team.labels else min(16, 2 * team.count)
-        for job, result in self.drive(large, team, 1 if team.client is None else at_once):
-            if isinstance(result, BaseException):
-                lost.append((job, self.worker_death(result, team)))
-            else:
-                self.account(job, result)
-        return lost
-
-    def drive(
-        self, jobs: Iterable[Job], team: Workers, at_once: int
-    ) -> Iterator[tuple[Job, Outcome | ComputeError]]:
-        """Process slides block by block, some at the same time."""
-
-        def one(job: Job) -> Outcome | ComputeError:
-            try:
-                return process_slide(job, team, on_stage=self.on_stage)
-            except ComputeError as error:
-                return error
-
-        if at_once == 1:
-            for job in jobs:
-                yield job, one(job)
-            return
-        waiting = iter(jobs)
-        with ThreadPoolExecutor(at_once, thread_name_prefix="slide") as pool:
-            running = {pool.submit(one, job): job for job in _take(waiting, at_once)}
-            try:
-                while running:
-                    done, _ = wait(running, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        job = running.pop(future)
-                        yield job, future.result()
-                        running |= {pool.submit(one, job): job for job in _take(waiting, 1)}
-            except BaseException:
-                self.stop.set()  # the other threads end with their next finished task
-                raise
-
-    def worker_death(self, error: BaseException, team: Workers) -> BaseException:
-        """The error of a task that was lost with its worker; any other is the end of the run."""
-        if not isinstance(error, ComputeError) or not team.alive or self.stop.is_set() or self.lock.lost:
-            raise error
-        return error
-
-    def set_aside(self, job: Job, error: BaseException) -> None:
-        ledger = self.study.ledger(job.slide)
-        stage = ledger.began or (missing_stages(job, self.study) or list(job.stages))[0]
-        ledger.fail(stage, sentence(error), trace(error))
-        self.account(job, Outcome(job.slide, failure=ledger.failure))
-
-    def on_stage(self, slide: str, stage: str, outcome: Outcome) -> None:
-        self.progress.counts(slide, outcome.pixels, outcome.cells)
-        self.progress.finished(slide, stage)
-
-    def account(self, job: Job, outcome: Outcome) -> None:
-        """Tell how a slide ended."""
-        self.progress.counts(outcome.slide, outcome.pixels, outcome.cells)
-        if outcome.failure is not None:
-            self.progress.set_aside(outcome.slide, outcome.failure["error"])
-        else:
-            for stage in job.stages:
-                self.progress.finished(outcome.slide, stage)
-
-    # ------------------------------------------------------------------ clusters
-
-    def cluster(self, described: list[str], workers: _LazyWorkers) -> str | None:
-        """Fit the clusters of all described slides, unless they are; their key, None if there are none."""
-        study, config = self.study, self.config
-        if not described:
-            return None
-        keys = {name: study.ledger(name).stages["describe"]["key"] for name in described}
-        key = cluster_key(config, keys)
-        ledger = study.ledger(CLUSTERS)
-        if ledger.is_done("cluster", key) and study.clusters.is_dir():
-            return key
-        counts = {name: study.ledger(name).result("segment").get("cells", 0) for name in described}
-        full = [name for name in described if counts[name]]
-        cells = sum(counts.values())
-        needed = 2 if config.cluster.k == "auto" else config.cluster.k
-        if cells < needed:
-            found = (
-                f"{cells} cell{'s were' if cells != 1 else ' was'} found" if cells else "no cell was found"
-            )
-            self.fail_all(
-                f"The cells could not be grouped, since {found} in all and cluster.k is {config.cluster.k}. "
-                "Please set cluster.k lower, or look at the segmentation; everything before is kept."
-            )
-            return None
-        self.progress.working("cluster")
-        ledger.begin("cluster")
-        try:
-            result = fit(full, study, config, workers.get())
-        except InputError as error:
-            self.fail_all(str(error))
-            return None
-        ledger.finish("cluster", key, result)
-        return key
-
-    def fail_all(self, text: str) -> None:
-        self.general.append({"slide": None, "stage": "cluster", "error": text, "tries": 1})
-        self.progress.say(text)
-
-    def write_failures(self) -> None:
-        failures = [self.study.ledger(name).failure for name in sorted(self.sources)]
-        self.study.write_failures([failure for failure in failures if failure] + self.general)
-
-
-def fit(slides: Sequence[str], study: Study, config: Config, workers: Workers) -> dict[str, Any]:
-    """Fit the clusters over all cells of `slides`, and save the model."""
-    from daskcell.clustering import fit_features
-
-    model = fit_features(
-        [study.features(name) for name in slides],
-        config.cluster,
-        workers,
-        study.out / "scratch",
-        [study.table(name) for name in slides],
-    )
-    model.save(study.clusters)
-    return {"k": model.k, "counts": model.counts_.tolist()}
-
-
-class _LazyWorkers:
-    """Workers that are started when they are first needed: continuing a finished study needs none."""
-
-    def __init__(
-        self,
-        client: Client | None,
-        config: Config,
-        stack: contextlib.ExitStack,
-        on_task: Callable[[], None],
-    ):
-        self._client, self._config, self._stack, self._on_task = client, config, stack, on_task
-        self._workers: Workers | None = None
-
-    @property
-    def started(self) -> bool:
-        """Whether any work was begun."""
-        return self._workers is not None
-
-    def get(self) -> Workers:
-        if self._workers is None:
-            if self._client is not None:
-                self._workers = Workers(self._client, on_task=self._on_task)
-            else:
-                started = self._stack.enter_context(start_workers(self._config.compute))
-                self._workers = started.watched(self._on_task)
-        return self._workers
-
-
 def _check_readable(sources: Sequence[Source]) -> None:
     """Refuse what cannot be read at all before any work; one bad file among many is set aside later."""
     unreadable = [file for source in sources for file in source.files if not os.access(file, os.R_OK)]
@@ -412,18 +144,6 @@ def _nothing_left_behind(out: Path, *, new: bool) -> Iterator[None]:
             if not existed and out.is_dir() and not any(out.iterdir()):
                 out.rmdir()
         raise
-
-
-def _weight(source: Source) -> float:
-    total = 0.0
-    for file in source.files:
-        with contextlib.suppress(OSError):
-            total += os.path.getsize(file)
-    return total
-
-
-def _take(jobs: Iterator[Job], count: int) -> list[Job]:
-    return [job for _, job in zip(range(count), jobs, strict=False)]
 
 
 __all__ = ["Study", "StudyError", "as_config", "fingerprints", "open_study", "run"]

@@ -1,7 +1,7 @@
 """One slide, stage by stage: what is done already is left, what is not is done, a failure is written down.
 
 The same function drives a small slide as one task on a worker (`workers` in its own process) and a large one
-block by block over all workers. Knows no other slides; `pipeline` does.
+block by block over all workers. Knows no other slides; `collection` does.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from daskcell import pipeline, slide
+from daskcell import collection, pipeline, slide
 from daskcell.errors import ImageError
 from daskcell.study import Study
 
@@ -103,7 +103,7 @@ def fakes(monkeypatch):
         study.clusters.mkdir()
         return {"k": config.cluster.k}
 
-    monkeypatch.setattr(pipeline, "fit", fit)
+    monkeypatch.setattr(collection, "fit", fit)
     return bad
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from daskcell import pipeline, slide
+from daskcell import collection, pipeline, slide
 from daskcell.errors import ComputeError, ConfigError, ImageError, InputError, StudyError, WeightsError
 from daskcell.images import Source, find_images
 from daskcell.lock import Lock
@@ -91,7 +91,7 @@ def fakes(monkeypatch):
     fakes = Fakes()
     for name in slide.STAGES:
         monkeypatch.setitem(slide.STAGES, name, fakes.stage(name))
-    monkeypatch.setattr(pipeline, "fit", fakes.fit)
+    monkeypatch.setattr(collection, "fit", fakes.fit)
     monkeypatch.setattr(pipeline, "fingerprints", lambda config: {"segment": "a", "describe": "b"})
     return fakes
 
@@ -126,7 +126,7 @@ def test_the_same_run_again_does_nothing_and_starts_no_worker(fakes, folder, tmp
     run(folder, tmp_path / "out", INLINE)
     before = (tmp_path / "out" / "study.json").read_bytes()
     fakes.take()
-    monkeypatch.setattr(pipeline, "start_workers", None)
+    monkeypatch.setattr(collection, "start_workers", None)
     run(folder, tmp_path / "out", INLINE)
     assert fakes.take() == []
     assert (tmp_path / "out" / "study.json").read_bytes() == before
