@@ -15,14 +15,17 @@ THREAD_VARIABLES = (
     "NUMEXPR_NUM_THREADS",
     "NUMBA_NUM_THREADS",
 )
+# Numba looks its variable up again at every compilation and refuses another value than it began with; our
+# compiled functions run in one thread anyway.
+_CHANGED_HERE = THREAD_VARIABLES[:-1]
 
 
 @contextlib.contextmanager
 def threads_limited(threads: int) -> Iterator[None]:
-    """This process's BLAS, OpenMP, numba and torch held to `threads` threads, and put back on leaving."""
+    """This process's BLAS, OpenMP and torch held to `threads` threads, and put back on leaving."""
     from threadpoolctl import threadpool_limits
 
-    variables = {name: os.environ.get(name) for name in THREAD_VARIABLES}
+    variables = {name: os.environ.get(name) for name in _CHANGED_HERE}
     torch = sys.modules.get("torch")
     torch_before = torch.get_num_threads() if torch else None
     with threadpool_limits(limits=threads):
@@ -43,11 +46,7 @@ def limit_threads(threads: int) -> None:
     """Hold this process's numerical libraries to `threads` threads, those that load later too."""
     from threadpoolctl import threadpool_limits
 
-    os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))
+    os.environ.update(dict.fromkeys(_CHANGED_HERE, str(threads)))
     threadpool_limits(limits=threads)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)
-    if "numba" in sys.modules:
-        numba = sys.modules["numba"]
-        with contextlib.suppress(ValueError):  # numba refuses more threads than it started with
-            numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
