@@ -76,7 +76,7 @@ def test_a_study_runs_through_jobqueue(tmp_path):
     (tmp_path / "c.yaml").write_text("segment: {method: watershed}\ncluster: {k: 2}\n")
     command = [sys.executable, SLURM, tmp_path / "in", "-o", tmp_path / "out", "-c", tmp_path / "c.yaml"]
     command += ["--kind", "local", "--jobs", "1", "--cores", "2", "--memory", "6GB", "--interface", "lo"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "1 slides" in done.stdout
     assert len(tifffile.imread(tmp_path / "in" / "a.tif")) == 200
