@@ -1,10 +1,9 @@
 """Segmentation: speed and cells against `CellposeModel.eval` on the whole picture, same network, in one run.
 
-    python benchmarks/segmentation.py [--side 2048] [--workers 2] [--block 1024] [--peers]
+    python benchmarks/segmentation.py [--side 2048] [--workers 2] [--block 1024]
 
 Prints as JSON: seconds and ratios of the whole way and of all that follows the network, the bound that the
-network's own time sets, overhead, cells and how many of them are the same pixel by pixel. ``--peers`` adds
-`cellpose.contrib.distributed_segmentation.distributed_eval` on the same workers.
+network's own time sets, overhead, cells and how many of them are the same pixel by pixel.
 """
 
 from __future__ import annotations
@@ -124,39 +123,6 @@ def network_seconds(picture: np.ndarray, tiles: int) -> float:
         return (time.perf_counter() - start) / 32 * tiles
 
 
-def run_peer(picture: np.ndarray, folder: Path, workers: int, block: int) -> dict[str, Any]:
-    """Cellpose's own distributed mode around the same network."""
-    import zarr
-    from cellpose.contrib import distributed_segmentation as peer
-
-    import daskcell.models
-
-    class Model:
-        """What the peer builds in every block."""
-
-        def __init__(self, **_: Any):
-            self.model = serial.cellpose_model(daskcell.models.load_network("tiny"))
-
-        def eval(self, image: np.ndarray, **options: Any) -> Any:
-            return self.model.eval(image, **options)
-
-    peer.models.CellposeModel = Model
-    store = zarr.create_array(
-        folder / "picture.zarr", shape=picture.shape, chunks=(256, 256), dtype=picture.dtype
-    )
-    store[:] = picture
-    start = time.perf_counter()
-    labels, _ = peer.distributed_eval(
-        input_zarr=store,
-        blocksize=(block, block),
-        write_path=str(folder / "peer.zarr"),
-        model_kwargs={},
-        eval_kwargs={"diameter": 30, "bsize": 256},
-        cluster_kwargs={"n_workers": workers, "ncpus": 1, "memory_limit": "8GB", "threads_per_worker": 1},
-    )
-    return {"seconds": time.perf_counter() - start, "labels": np.asarray(labels[:]).astype(np.int64)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -164,7 +130,6 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=2048)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--block", type=int, default=1024)
-    parser.add_argument("--peers", action="store_true")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     from daskcell.images import convert
@@ -197,16 +162,6 @@ def main() -> None:
             "bound_by_the_network": whole["seconds"] / network,
             "seams": ours["report"],
         }
-        if options.peers:
-            other = run_peer(picture, folder, options.workers, options.block)
-            identical, close = same_cells(other["labels"], whole["labels"])
-            figures["distributed_eval"] = {
-                "seconds": other["seconds"],
-                "cells": int((np.bincount(other["labels"].ravel())[1:] > 0).sum()),
-                "identical": identical,
-                "iou_0.95": close,
-                "daskcell_faster": other["seconds"] / ours["seconds"],
-            }
     print(json.dumps(figures, indent=None if options.json else 1))
 
 
