@@ -3,7 +3,7 @@
     python benchmarks/segmentation.py [--side 2048] [--workers 2] [--block 1024]
 
 Prints as JSON: seconds and ratios of the whole way and of all that follows the network, the bound that the
-network's own time sets, overhead, cells and how many of them are the same pixel by pixel.
+network's own time sets, cells and how many of them are the same pixel by pixel.
 """
 
 from __future__ import annotations
