@@ -19,7 +19,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("inputs", nargs="+")
     parser.add_argument("-o", "--out", required=True)
     parser.add_argument("-c", "--config", help="settings of daskcell (YAML)")
-    parser.add_argument("--jobs", type=int, default=4, help="CPU jobs")
+    parser.add_argument("--jobs", type=int, default=4, help="most CPU jobs at a time")
     parser.add_argument("--cores", type=int, default=8, help="cores of a CPU job: so many worker processes")
     parser.add_argument("--memory", default="32GB", help="memory of a CPU job")
     parser.add_argument("--gpu-jobs", type=int, default=0, help="GPU jobs, one GPU each")
@@ -102,8 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         for script in scripts:
             submit(script, args.gpu_jobs)
-        # Not adapt(): it takes workers whose tasks ask for resources for idle (dask-jobqueue#230).
-        cluster.scale(jobs=args.jobs)
+        cluster.adapt(minimum_jobs=1, maximum_jobs=args.jobs)
         with Client(cluster) as client, Lines(30) as progress:
             try:
                 study = pipeline.run(args.inputs, args.out, args.config, client, progress=progress)

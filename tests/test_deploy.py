@@ -76,7 +76,7 @@ def test_a_study_runs_through_jobqueue(tmp_path):
     tifffile.imwrite(tmp_path / "in" / "a.tif", picture)
     (tmp_path / "c.yaml").write_text("segment: {method: watershed}\ncluster: {k: 2}\n")
     command = [sys.executable, SLURM, tmp_path / "in", "-o", tmp_path / "out", "-c", tmp_path / "c.yaml"]
-    command += ["--kind", "local", "--jobs", "1", "--cores", "2", "--memory", "6GB", "--interface", "lo"]
+    command += ["--kind", "local", "--jobs", "1", "--cores", "2", "--memory", "2GB", "--interface", "lo"]
     # Dask's nannies leave variables for their children in the environment of whoever started them before.
     clean = {
         name: value for name, value in os.environ.items() if "DASK" not in name and "HASHSEED" not in name

@@ -87,10 +87,6 @@ def _local_client(settings: ComputeSettings) -> Iterator[Client]:
         # Set in the parent before the process starts: libraries read these once, when they load.
         "distributed.nanny.pre-spawn-environ": {"DASK_LOGGING__DISTRIBUTED": "critical"},
         "distributed.worker.daemon": False,
-        # A worker above 80 % of its memory would wait for it to fall, which the libraries alone may hold for
-        # ever. It goes on; above 95 % it is started again, and the task that did it is given up after a few
-        # tries.
-        "distributed.worker.memory.pause": False,
         # A process that starts again imports torch first, which takes long on a busy machine.
         "distributed.deploy.lost-worker-timeout": "2 minutes",
     }
