@@ -125,8 +125,9 @@ class SegmentSettings(Settings):
     """Cells larger than this share of the whole image are dropped."""
     niter: Annotated[int, Field(ge=1)] | None = None
     """Steps along the flows; None: as Cellpose chooses."""
-    batch_size: Annotated[int, Field(ge=1)] = 8
-    """Tiles per network call. Fixed and padded: results depend on it in the last bit."""
+    batch_size: Annotated[int, Field(ge=1)] | None = None
+    """Tiles per network call, fixed and padded, as results may depend on it in the last bit; None: 8 on a
+    GPU, 1 on a CPU, where larger ones only leave the cache."""
     tissue_mask: bool = False
     """Skip tiles of bare glass (bright-field slides)."""
     keep_flows: bool = False

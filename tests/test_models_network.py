@@ -9,7 +9,7 @@ import torch
 from daskcell import models
 from daskcell.models.segmenter_data import make_sample, read_folder
 from daskcell.models.segmenter_scores import counts, find_cells, median_diameter, picture_of, score
-from daskcell.models.unet import TinyUNet
+from daskcell.models.unet import TinyUNet, fold_batch_norms
 from daskcell.synthetic import synthesize_field
 
 
@@ -110,3 +110,18 @@ def test_finds_nuclei_in_real_pictures(tiny, data_dir):
     assert pooled["fluo", "one pass"] > 0.80, pooled
     assert pooled["fluo", "two passes"] > 0.83, pooled
     assert pooled["purple", "two passes"] > 0.60, pooled
+
+
+def test_batch_normalisation_folded_into_the_convolutions_is_the_same_network():
+    torch.manual_seed(0)
+    net = TinyUNet((8, 12, 16), (1, 1)).eval()
+    for part in net.modules():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            part.running_mean.normal_(), part.running_var.uniform_(0.5, 2)
+            torch.nn.init.normal_(part.weight), torch.nn.init.normal_(part.bias)
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        before = net(x)[0]
+        after = fold_batch_norms(net)(x)[0]
+    assert not any(isinstance(part, torch.nn.BatchNorm2d) for part in net.modules())
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)

@@ -148,13 +148,14 @@ def _build_network(path: Path, device: str, dtype: Any) -> torch.nn.Module:
     import torch
 
     if path.suffix == ".npz":
-        from daskcell.models.unet import KIND, TinyUNet
+        from daskcell.models.unet import KIND, TinyUNet, fold_batch_norms
 
         weights, _, _ = arrays.load_arrays(path, KIND)
         widths, blocks = _unet_sizes(weights, path)
         net = TinyUNet(widths, blocks)
         _fill(net, weights, path)
-        return net.to(device=device, dtype=dtype or torch.float32).eval().requires_grad_(False)
+        net = fold_batch_norms(net)
+        return net.to(device=device, dtype=dtype or torch.float32).requires_grad_(False)
     from daskcell.models.cpsam import load_cpsam, looks_like_cpsam, read_checkpoint
 
     names = read_checkpoint(path).keys()

@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn import functional as F
 
 KIND = "daskcell-tiny-segmenter-1"
@@ -72,6 +73,20 @@ class TinyUNet(nn.Module):
         for rise, up, skip in zip(reversed(self.rise), reversed(self.up), reversed(skips), strict=True):
             x = up(skip + F.interpolate(rise(x), scale_factor=2, mode="nearest"))
         return self.out(x), x.new_zeros((len(x), STYLE))
+
+
+def fold_batch_norms(net: nn.Module) -> nn.Module:
+    """Put every batch normalisation into the convolution before it: the same function in less time.
+
+    For inference only, in place; returns `net`.
+    """
+    for part in net.eval().modules():
+        if not isinstance(part, nn.Sequential):
+            continue
+        for index, (first, second) in enumerate(pairwise(part)):
+            if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
+                part[index], part[index + 1] = fuse_conv_bn_eval(first, second), nn.Identity()
+    return net
 
 
 def _conv(inputs: int, outputs: int) -> nn.Sequential:

@@ -40,7 +40,7 @@ def segment(
     min_size: int = 15,
     max_size_fraction: float = 0.4,
     niter: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     device: str = "cpu",
     block: int = 1024,
     halo: int | None = None,
@@ -230,7 +230,7 @@ def as_image(image: Any, channels: list[int] | None = None, most: int = 3) -> An
 
 
 def make_method(
-    method: Any, model: Any, thresholds: Thresholds, diameter: Any, niter: int | None, batch_size: int,
+    method: Any, model: Any, thresholds: Thresholds, diameter: Any, niter: int | None, batch_size: int | None,
     device: str, halo: int | None, options: dict[str, Any],
 ) -> Any:  # fmt: skip
     """The method object for `segment`'s arguments."""

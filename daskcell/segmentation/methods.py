@@ -61,7 +61,7 @@ class CellposeMethod:
     network: Any
     thresholds: Thresholds = field(default_factory=Thresholds)
     diameter: float | None = None
-    batch_size: int = 8
+    batch_size: int | None = None
     steps: int | None = None
 
     @property

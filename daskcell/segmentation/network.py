@@ -57,7 +57,7 @@ def cut_tiles(part: np.ndarray, held: Box, frozen: Globals, tiles: list[int]) ->
     return out
 
 
-def run_network(network: Any, inputs: np.ndarray, batch_size: int) -> np.ndarray:
+def run_network(network: Any, inputs: np.ndarray, batch_size: int | None = None) -> np.ndarray:
     """Every tile through the network, once, in batches of one fixed shape.
 
     Convolutions may choose another algorithm, and with it other last bits, for another batch size: the last
@@ -68,12 +68,17 @@ def run_network(network: Any, inputs: np.ndarray, batch_size: int) -> np.ndarray
     network : torch.nn.Module
         With ``.device`` and ``.dtype``; returns flows and cell probability ``(N, 3, 256, 256)`` first.
     inputs : (N, C, 256, 256) float32
+    batch_size
+        None: 8 on a GPU; 1 on a CPU, where the activations of one tile stay in the cache.
 
     Returns
     -------
     (N, 3, 256, 256) float32
     """
     import torch
+
+    if batch_size is None:
+        batch_size = 1 if torch.device(network.device).type == "cpu" else 8
 
     outputs = np.empty((len(inputs), 3, *inputs.shape[2:]), np.float32)
     network.eval()
