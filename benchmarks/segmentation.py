@@ -95,7 +95,7 @@ def run_engine(zarr: Path, workers: Workers, block: int, scratch: Path, name: st
     """`segment_slide`, the engine of `daskcell run`."""
     from daskcell.geometry import Box
     from daskcell.images import image_info, read_labels
-    from daskcell.preprocess.plan import freeze_slide
+    from daskcell.preprocess import freeze_slide
     from daskcell.segmentation.engine import segment_slide
 
     plan = freeze_slide(zarr, PreprocessSettings(reconstruct=None, histogram=None), workers)

@@ -18,7 +18,7 @@ from daskcell.config import PreprocessSettings, SegmentSettings
 from daskcell.errors import InputError
 from daskcell.geometry import Box
 from daskcell.images import image_info, read_labels
-from daskcell.preprocess.plan import freeze_slide
+from daskcell.preprocess import freeze_slide
 from daskcell.segmentation import engine
 
 PLAIN = PreprocessSettings(reconstruct=None, histogram=None)
@@ -96,10 +96,10 @@ def test_every_tile_is_computed_once_and_blocks_take_few_tasks(slide, tmp_path, 
     assert report["tiles"] == 3 * 3
     assert report["repeated"] == 0
     assert 0 < counts.counts["_run_network"] <= blocks  # a small block may hold no tile's centre
-    for task in ("_follow_block", "_check", "_paint"):
+    for task in ("_follow_block", "_paint"):
         assert counts.counts[task] == blocks
-    engine_tasks = {name: n for name, n in counts.counts.items() if name in vars(engine)}
-    assert sum(engine_tasks.values()) <= 4 * blocks + 2 + 1, "four a block, one a row of blocks, one a slide"
+    assert 0 < counts.counts["_check"] < blocks, "some checks a task"
+    assert counts.counts.total() <= 4 * blocks, counts.counts
     assert not list((tmp_path / "scratch-256").rglob("tiles/*.npy")), "tiles are removed when used"
 
 

@@ -17,8 +17,9 @@ from daskcell.config import HistogramSettings
 from daskcell.errors import InputError
 from daskcell.geometry import Box, Grid
 from daskcell.preprocess.colors import mixing_weights
+from daskcell.preprocess.freezing import check_reference, count_block, start_pass
 from daskcell.preprocess.pixels import float_dtype, working_dtype
-from daskcell.preprocess.plan import Plan, apply_steps, check_reference, count_block, start_pass
+from daskcell.preprocess.plan import Plan, apply_steps
 from daskcell.preprocess.statistics import Equalizing, Pass, Referring, Stretching, first_pass, passes_needed
 from daskcell.preprocess.steps import TRUNCATE, Gaussian, Mix, Step, smooth
 
