@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tlz import partition_all
 
 from daskcell.compute import Workers
 from daskcell.config import SegmentSettings
@@ -49,6 +50,7 @@ from daskcell.segmentation.tissue import tiles_without, tissue_mask
 from daskcell.segmentation.watershed import WatershedMethod
 
 Index = tuple[int, int]
+_CHECKS_A_TASK = 4
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,10 @@ def _label(job: Job, workers: Workers, *, keep: bool) -> tuple[SeamReport, int]:
     wanted = set().union(*(needs.get(at, set()) for at in to_label)) if to_label else set()
     missing = {at for at in wanted if not job.file("tiles", at).exists()}
     waiting = {at: needs.get(at, set()) & missing for at in to_label}
-    users = {at: sum(at in needs.get(other, ()) for other in to_label) for at in wanted}
+    users: dict[Index, set[Index]] = {at: set() for at in wanted}
+    for at in to_label:
+        for other in needs.get(at, ()):
+            users[other].add(at)
 
     window = workers.window()
     networks = iter([at for at in grid if at in missing])
@@ -279,19 +284,14 @@ def _label(job: Job, workers: Workers, *, keep: bool) -> tuple[SeamReport, int]:
             window.submit(("extent", at), _extent, job, at)
     largest = 0
     start_labels([at for at, others in waiting.items() if not others])
-    waiting = {at: others for at, others in waiting.items() if others}
     start_networks()
     for (kind, at), result in window:
         running[kind] -= 1
         if kind == "network":
             report.tiles += result
-            ready = []
-            for other in [other for other, others in waiting.items() if at in others]:
+            for other in users[at]:
                 waiting[other].discard(at)
-                if not waiting[other]:
-                    del waiting[other]
-                    ready.append(other)
-            start_labels(ready)
+            start_labels(sorted(other for other in users[at] if not waiting[other]))
         elif kind == "extent":
             largest = max(largest, result)
         else:
@@ -299,7 +299,7 @@ def _label(job: Job, workers: Workers, *, keep: bool) -> tuple[SeamReport, int]:
             report += part
             largest = max(largest, extent)
             for other in needs.get(at, ()):
-                users[other] -= 1
+                users[other].discard(at)
                 if not users[other] and not keep:
                     remove(job.file("tiles", other))
         start_networks()
@@ -319,8 +319,7 @@ def _run_network(job: Job, at: Index, tiles: list[int]) -> int:
     method = job.method
     assert isinstance(method, CellposeMethod)
     outputs = method.run(job.read, frozen, tiles)
-    stack = np.stack([outputs[tile] for tile in tiles]) if tiles else np.zeros((0, 3, 1, 1), np.float32)
-    _write(job.file("tiles", at), lambda path: np.save(path, stack))
+    _write(job.file("tiles", at), lambda path: np.save(path, outputs))
     return len(tiles)
 
 
@@ -342,22 +341,26 @@ def _follow_block(job: Job, at: Index, halo: int, sources: list[Index]) -> tuple
 def _check_and_paint(job: Job, workers: Workers, steps: int) -> SeamReport:
     grid = job.grid
     window = workers.window()
-    for at in grid:
-        window.submit(at, _check, job, at, steps)
+    # A check is short: some at a time, so that tasks have a length worth sending.
+    for group in partition_all(min(_CHECKS_A_TASK, max(1, len(grid) // workers.count)), grid):
+        window.submit(group, _check, job, group, steps)
     places: dict[Index, np.ndarray] = {}
     reaches: dict[Index, Box] = {}
-    for at, (anchors, reach) in window:
-        places[at], reaches[at] = anchors, reach
+    for group, checked in window:
+        for at, (anchors, reach) in zip(group, checked, strict=True):
+            places[at], reaches[at] = anchors, reach
     total = _number(job, places)
     del places
 
     create_labels(job.path, job.name, block=job.block, dtype=np.uint32)
     window = workers.window()
+    order = list(grid)
+    y0, x0, y1, x1 = np.array([[box.y0, box.x0, box.y1, box.x1] for box in map(reaches.get, order)]).T
     for at in grid:
+        # One pixel more than the core: the seam report looks across its lower and right border.
         core = grid.core(at)
-        held = Box(core.y0, core.x0, core.y1 + 1, core.x1 + 1)
-        sources = [other for other in grid if not (reaches[other] & held).is_empty]
-        window.submit(at, _paint, job, at, sources)
+        near = (y0 <= core.y1) & (y1 > core.y0) & (x0 <= core.x1) & (x1 > core.x0)
+        window.submit(at, _paint, job, at, [order[n] for n in np.flatnonzero(near)])
     report = SeamReport(cells=total)
     for _, part in window:
         report += part
@@ -377,10 +380,13 @@ def _extent(job: Job, at: Index) -> int:
     return load_candidates(job.file("labels", at)).extent
 
 
-def _check(job: Job, at: Index, steps: int) -> tuple[np.ndarray, Box]:
-    cells = check_block(load_candidates(job.file("labels", at)), steps, job.method.thresholds)
-    _write(job.file("cells", at), lambda path: save(path, cells))
-    return cells.anchors[:, 0] * job.shape[1] + cells.anchors[:, 1], cells.reach
+def _check(job: Job, group: tuple[Index, ...], steps: int) -> list[tuple[np.ndarray, Box]]:
+    found, thresholds = [], job.method.thresholds
+    for at in group:
+        cells = check_block(load_candidates(job.file("labels", at)), steps, thresholds)
+        _write(job.file("cells", at), partial(save, arrays=cells))
+        found.append((cells.anchors[:, 0] * job.shape[1] + cells.anchors[:, 1], cells.reach))
+    return found
 
 
 def _paint(job: Job, at: Index, sources: list[Index]) -> SeamReport:

@@ -264,7 +264,7 @@ def _freeze(method: Method, observed: list[Any], *, shape: tuple[int, int]) -> A
 def _network(
     method: CellposeMethod, frozen: Any, parts: list[np.ndarray], *, tiles: list[int], boxes: list[Box]
 ) -> dict[int, np.ndarray]:
-    return method.run(partial(_assemble, boxes, parts), frozen, tiles)
+    return dict(zip(tiles, method.run(partial(_assemble, boxes, parts), frozen, tiles), strict=True))
 
 
 def _labels(

@@ -24,6 +24,7 @@ from daskcell.segmentation import dynamics
 from daskcell.segmentation.cells import Thresholds
 from daskcell.segmentation.globals import Globals, intensity_bounds, sampling_step
 from daskcell.segmentation.network import CELLPROB, blend, cut_tiles, needed_box, run_network
+from daskcell.segmentation.tiles import TILE
 
 Read = Callable[[Box], np.ndarray]
 Look = Callable[[Box], tuple[np.ndarray, np.ndarray, np.ndarray | None]]
@@ -79,20 +80,20 @@ class CellposeMethod:
         bounds = tuple(intensity_bounds(np.concatenate(samples)) for samples in channels)
         return Globals(shape, bounds, self.diameter)
 
-    def run(self, read: Read, frozen: Globals, tiles: list[int]) -> dict[int, np.ndarray]:
-        """Network outputs of `tiles`, each ``(3, 256, 256)`` float32."""
+    def run(self, read: Read, frozen: Globals, tiles: list[int]) -> np.ndarray:
+        """Network outputs of `tiles`, ``(len(tiles), 3, 256, 256)`` float32."""
         held = needed_box(frozen, tiles)
         if held is None:
-            return {}
+            return np.zeros((0, 3, TILE, TILE), np.float32)
         network = self.network if hasattr(self.network, "forward") else self.network()
         inputs = cut_tiles(read(held), held, frozen, tiles)
-        return dict(zip(tiles, run_network(network, inputs, self.batch_size), strict=True))
+        return run_network(network, inputs, self.batch_size)
 
     def look(self, frozen: Globals, read: Read, outputs: dict[int, np.ndarray]) -> Look:
         def at(held: Box) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
             tiles = frozen.tiles.touching(frozen.tiles.to_scaled(held))
             missing = [tile for tile in tiles if tile not in outputs and tile not in frozen.skipped]
-            outputs.update(self.run(read, frozen, missing))
+            outputs.update(zip(missing, self.run(read, frozen, missing), strict=True))
             return self._label(blend(outputs, frozen, held), held, frozen)
 
         return at

@@ -1,0 +1,150 @@
+"""Segmentation of pictures of growing size: what the engine costs beside its science, and what a worker holds.
+
+    python benchmarks/segmentation_scale.py [--sides 4096 8192 24576] [--workers 2] [--block 2048]
+
+Prints as JSON, for each side: seconds; seconds of network and dynamics in all workers, by clocks inside them;
+`overhead`, wall time over those seconds per worker (1: nothing but science); tiles through the network and
+tiles of the grid; tasks per block; and the largest resident memory of a worker process. Every side gets fresh
+worker processes, warmed by a small picture, since a process never gives its high-water mark back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+from distributed import WorkerPlugin
+from segmentation import mosaic
+
+from daskcell.compute import Workers, start_workers
+from daskcell.config import ComputeSettings, PreprocessSettings, SegmentSettings
+
+
+class Clocks(WorkerPlugin):
+    """In a worker: seconds of the network, and of dynamics, which are paths, seeds, ownership and checks.
+
+    Reading, cutting tiles and blending them are the engine's.
+    """
+
+    name = "clocks"
+
+    def setup(self, worker: Any) -> None:
+        from daskcell.segmentation import cells, engine, methods
+
+        self.seconds = Counter[str]()
+        self.clock(methods, "run_network", "network")
+        self.clock(methods.CellposeMethod, "_label", "dynamics")
+        self.clock(cells, "choose_owned", "dynamics")
+        self.clock(engine, "check_block", "dynamics")
+
+    def clock(self, place: Any, name: str, kind: str) -> None:
+        """Let ``place.name`` add up the seconds it takes."""
+        function = getattr(place, name)
+
+        def timed(*args: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **options)
+            finally:
+                self.seconds[kind] += time.perf_counter() - start
+
+        setattr(place, name, timed)
+
+
+def read_clocks(dask_worker: Any) -> tuple[dict[str, float], float]:
+    """In a worker: seconds so far, and the most memory it ever held, in MB."""
+    seconds = dict(dask_worker.plugins["clocks"].seconds)
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def write_picture(path: Path, side: int) -> None:
+    """The mosaic again and again, as a tiled TIFF."""
+    tile = mosaic(4096)
+    repeats = math.ceil(side / 4096)
+
+    def parts() -> Any:
+        for y in range(0, side, 512):
+            row = np.tile(tile[y % 4096 : y % 4096 + min(512, side - y)], (1, repeats))[:, :side]
+            for x in range(0, side, 512):
+                part = row[:, x : x + 512]
+                yield np.pad(part, [(0, 512 - part.shape[0]), (0, 512 - part.shape[1])])
+
+    tifffile.imwrite(path, parts(), shape=(side, side), dtype=np.uint8, tile=(512, 512), bigtiff=True)
+
+
+def segment(zarr: Path, workers: Workers, block: int, scratch: Path) -> dict[str, Any]:
+    from daskcell.preprocess import freeze_slide
+    from daskcell.segmentation.engine import segment_slide
+
+    plan = freeze_slide(zarr, PreprocessSettings(reconstruct=None, histogram=None), workers)
+    return segment_slide(zarr, "cells", SegmentSettings(diameter=None), plan, workers, block, scratch)
+
+
+def measure(side: int, count: int, block: int, folder: Path) -> dict[str, Any]:
+    from daskcell.images import convert
+    from daskcell.segmentation.tiles import TileGrid
+
+    for name, size in (("warm", 512), ("picture", side)):
+        write_picture(folder / f"{name}.tif", size)
+        convert(folder / f"{name}.tif", folder / f"{name}.zarr")
+    tasks = Counter[str]()
+    with start_workers(ComputeSettings(workers=count)) as workers:
+        assert workers.client is not None
+        segment(folder / "warm.zarr", workers, block, folder / "warm")
+        workers.client.register_plugin(Clocks())
+        start = time.perf_counter()
+        report = segment(
+            folder / "picture.zarr",
+            workers.watched(lambda: tasks.update(all=1)),
+            block,
+            folder / "scratch",
+        )
+        wall = time.perf_counter() - start
+        clocks = workers.client.run(read_clocks).values()
+    science = Counter[str]()
+    for seconds, _ in clocks:
+        science.update(seconds)
+    blocks = report["blocks"]
+    return {
+        "side": side,
+        "cells": report["cells"],
+        "seconds": wall,
+        "network": science["network"],
+        "dynamics": science["dynamics"],
+        "overhead": wall / (science.total() / count),
+        "tiles": report["tiles"],
+        "tiles_of_the_grid": len(TileGrid.lay((side, side))),
+        "blocks": blocks,
+        "tasks_per_block": tasks["all"] / blocks,
+        "worker_megabytes": max(memory for _, memory in clocks),
+        "redone": report["redone"],
+        "conflicts": report["conflicts"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sides", type=int, nargs="+", default=[4096, 8192])
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--block", type=int, default=2048)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    for side in options.sides:
+        with tempfile.TemporaryDirectory() as folder:
+            figures = measure(side, options.workers, options.block, Path(folder))
+        print(json.dumps(figures, indent=None if options.json else 1), flush=True)
+
+
+if __name__ == "__main__":
+    main()
