@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,7 +110,11 @@ def _histogram(channel: NDArray) -> tuple[NDArray, NDArray] | None:
     if unsigned.size < 2**20:  # not worth compiling
         counts = np.bincount(unsigned)
     else:
-        counts = _counter()(unsigned, np.zeros((4, 2**bits), np.int64)).sum(axis=0)
+        from daskcell.images._kernels import count_values
+
+        tables = np.zeros((4, 2**bits), np.int64)
+        count_values(unsigned, tables)
+        counts = tables.sum(axis=0)
     values = np.flatnonzero(counts)
     counts = counts[values]
     if channel.dtype.kind == "i":
@@ -119,23 +122,3 @@ def _histogram(channel: NDArray) -> tuple[NDArray, NDArray] | None:
         order = np.argsort(values)
         values, counts = values[order], counts[order]
     return values, counts
-
-
-@cache
-def _counter() -> Callable[[NDArray, NDArray], NDArray]:
-    """Compiled counting: seven times as fast as `np.bincount`, which makes 64-bit integers of pixels."""
-    import numba
-
-    @numba.njit(nogil=True)
-    def count(values, counts):  # four tables: equal neighbours would wait for each other at one
-        whole = len(values) // 4 * 4
-        for i in range(0, whole, 4):
-            counts[0, values[i]] += 1
-            counts[1, values[i + 1]] += 1
-            counts[2, values[i + 2]] += 1
-            counts[3, values[i + 3]] += 1
-        for i in range(whole, len(values)):
-            counts[0, values[i]] += 1
-        return counts
-
-    return count
