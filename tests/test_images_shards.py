@@ -1,0 +1,126 @@
+"""Files that are put together here are read by zarr as if zarr had written them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numcodecs import Blosc
+from zarr.codecs import BloscCodec, ZstdCodec
+
+from daskcell.errors import InputError
+from daskcell.geometry import Box, Grid
+from daskcell.images import shards
+
+RNG = np.random.default_rng(3)
+CODECS = {
+    "zstd": ZstdCodec(level=1),
+    "lz4": BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"),
+    "blosc": BloscCodec(cname="zstd", clevel=1, shuffle="shuffle"),
+}
+
+
+def new_array(store, shape, shard=(2, 32, 32), chunk=(1, 16, 16), codec="zstd", dtype="uint16", **options):
+    return zarr.create_array(
+        store, shape=shape, shards=shard, chunks=chunk, dtype=dtype, compressors=CODECS[codec],
+        fill_value=0, **options,
+    )  # fmt: skip
+
+
+def write_all(array, pixels, look=None) -> int:
+    files = (array.shards or array.chunks)[-2:]
+    if array.shards is None:
+        files = tuple(2 * side for side in files)  # several files at a time
+    edges = [(*range(0, n, step), n) for n, step in zip(pixels.shape[-2:], files, strict=True)]
+    grid = Grid(*edges)
+    return sum(shards.write_box(array, grid.core(i), pixels[(..., *grid.core(i).slices)], look) for i in grid)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 100), st.integers(1, 100)),
+    codec=st.sampled_from(sorted(CODECS)),
+    dtype=st.sampled_from(["uint8", "int16", "uint32", "float32"]),
+    empty=st.booleans(),
+)
+def test_zarr_reads_what_is_written_and_every_file_is_there(shape, codec, dtype, empty) -> None:
+    store = zarr.storage.MemoryStore()
+    array = new_array(store, shape, (shape[0], 32, 48), codec=codec, dtype=dtype)
+    pixels = np.zeros(shape, dtype) if empty else (RNG.random(shape) * 200).astype(dtype)
+    files = write_all(array, pixels)
+    np.testing.assert_array_equal(array[:], pixels)
+    grid = -(-shape[1] // 32) * -(-shape[2] // 48)
+    assert files == grid == len([key for key in store._store_dict if "zarr.json" not in key])
+
+
+def test_chunks_are_the_bytes_that_zarr_writes() -> None:
+    pixels = RNG.integers(0, 9, (2, 64, 64), np.uint16)
+    ours, theirs = zarr.storage.MemoryStore(), zarr.storage.MemoryStore()
+    write_all(new_array(ours, pixels.shape), pixels)
+    new_array(theirs, pixels.shape)[:] = pixels
+    for key in (f"c/0/{i}/{j}" for i in range(2) for j in range(2)):
+        assert chunks_of(ours, key) == chunks_of(theirs, key)
+
+
+def chunks_of(store, key: str, count: int = 8) -> list[bytes]:
+    """Chunks by the file's index, in whatever order they lie in the file."""
+    content = store._store_dict[key].to_bytes()
+    index = np.frombuffer(content[-4 - 16 * count : -4], "<u8").reshape(count, 2)
+    return [content[int(offset) : int(offset + length)] for offset, length in index]
+
+
+def test_a_damaged_index_is_noticed() -> None:
+    store = zarr.storage.MemoryStore()
+    array = new_array(store, (2, 32, 32))
+    write_all(array, RNG.integers(0, 9, array.shape, np.uint16))
+    content = bytearray(store._store_dict["c/0/0/0"].to_bytes())
+    content[-30] ^= 1
+    store._store_dict["c/0/0/0"] = zarr.core.buffer.default_buffer_prototype().buffer.from_bytes(content)
+    with pytest.raises(ValueError, match="checksum"):
+        array[:]
+
+
+def test_labels_of_two_axes_and_arrays_without_shards() -> None:
+    labels = RNG.integers(0, 2**32, (70, 50), np.uint32)
+    array = new_array({}, labels.shape, (32, 32), (16, 16), "blosc", "uint32")
+    write_all(array, labels)
+    np.testing.assert_array_equal(array[:], labels)
+    for compressor in (Blosc("lz4", 5, Blosc.BITSHUFFLE), Blosc("zstd", 1, Blosc.SHUFFLE)):
+        store = zarr.storage.MemoryStore()
+        old = zarr.create_array(
+            store, name="0", shape=labels.shape, chunks=(16, 16), dtype="uint32", compressors=compressor,
+            zarr_format=2, chunk_key_encoding={"name": "v2", "separator": "/"},
+        )  # fmt: skip
+        assert write_all(old, labels) == 5 * 4
+        np.testing.assert_array_equal(old[:], labels)
+        assert "0/4/3" in store._store_dict
+
+
+def test_every_chunk_is_looked_at_once_whatever_the_files() -> None:
+    pixels = RNG.integers(0, 9, (2, 70, 50), np.uint16)
+    seen = []
+    for shard in ((2, 32, 32), (2, 64, 16), (2, 80, 64)):
+        chunks: dict[tuple[int, ...], bytes] = {}
+
+        def look(position, chunk, chunks=chunks) -> None:
+            assert position not in chunks
+            chunks[position] = chunk.tobytes()
+
+        write_all(new_array({}, pixels.shape, shard), pixels, look)
+        seen.append(chunks)
+    assert seen[0] == seen[1] == seen[2]
+    assert len(seen[0]) == 2 * 5 * 4
+    np.testing.assert_array_equal(
+        np.frombuffer(seen[0][1, 4, 3], np.uint16).reshape(16, 16)[:6, :2], pixels[1, 64:, 48:]
+    )
+
+
+def test_boxes_that_cut_a_file_are_refused(tmp_path: Path) -> None:
+    array = new_array({}, (2, 70, 50))
+    for box in (Box(0, 0, 16, 32), Box(8, 0, 32, 32), Box(0, 0, 32, 40)):
+        with pytest.raises(InputError, match="two tasks would write one file"):
+            shards.write_box(array, box, np.zeros((2, *box.shape), np.uint16))
