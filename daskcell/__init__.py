@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from daskcell.images import Image, convert, open_image
     from daskcell.models import load_encoder, load_network
     from daskcell.overlays import overlay
-    from daskcell.pipeline import open_study, run
+    from daskcell.pipeline import assign, open_study, run
     from daskcell.preprocess import adjust_histogram, gaussian, reconstruct
     from daskcell.segmentation import segment
 
@@ -39,6 +39,7 @@ _WHERE = {
     "DaskcellError": "errors",
     "Image": "images",
     "adjust_histogram": "preprocess",
+    "assign": "pipeline",
     "convert": "images",
     "embed": "features",
     "fit_clusters": "clustering",
@@ -63,6 +64,7 @@ __all__ = [
     "Image",
     "__version__",
     "adjust_histogram",
+    "assign",
     "convert",
     "embed",
     "fit_clusters",

@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
+from daskcell.checksums import damaged, sums
 from daskcell.compute import Failed, Workers, start_workers
 from daskcell.config import Config
-from daskcell.disk import remove
+from daskcell.disk import remove, write_atomic
 from daskcell.errors import ComputeError, DaskcellError, InputError
 from daskcell.images.sources import Source
 from daskcell.keys import cluster_key
@@ -26,10 +27,12 @@ from daskcell.lock import Lock
 from daskcell.progress import Progress
 from daskcell.slide import Job, Outcome, missing_stages, process_here, process_slide, sentence, trace
 from daskcell.study import CLUSTERS, Study
+from daskcell.transfer import Given, origin, set_named_aside
 
 if TYPE_CHECKING:
     from distributed import Client
 
+NAMES = "names.json"
 _BLOCKS_AT_ONCE = 2
 """A slide of so many blocks or fewer is one task."""
 _LARGE_SLIDES_AT_ONCE = 2
@@ -48,17 +51,24 @@ class Run:
         lock: Lock,
         progress: Progress,
         retry_failed: bool,
+        given: Given | None = None,
+        verify: bool = False,
     ):
         self.study, self.config, self.lock, self.progress = study, config, lock, progress
         self.sources = {source.name: source for source in sources}
         self.weights = dict(weights)
         self.retry_failed = retry_failed
+        self.given = given
+        self.verify = verify
+        self.looked: set[str] = set()
+        """Slides whose checksums were compared in this run."""
         self.stop = threading.Event()
         self.general: list[dict[str, Any]] = []
         """Failures that are no slide's."""
 
     def job(self, slide: str, cluster: str | None = None) -> Job:
-        return Job(str(self.study.out), self.sources[slide], self.config, self.weights, cluster)
+        verify = slide not in self.looked
+        return Job(str(self.study.out), self.sources[slide], self.config, self.weights, cluster, verify)
 
     def go(self, client: Client | None) -> None:
         slides = sorted(self.sources)
@@ -78,15 +88,17 @@ class Run:
             shape = ledger.result("convert").get("shape") or (0, 0, 0)
             self.progress.counts(name, shape[1] * shape[2], ledger.result("segment").get("cells", 0))
         with contextlib.ExitStack() as stack:
-            workers = _LazyWorkers(client, self.config, stack, self.tick)
+            workers = LazyWorkers(client, self.config, stack, self.tick)
             try:
-                self.work([self.job(name) for name in slides if missing[name]], workers)
+                self.work([self.job(name) for name in slides if missing[name] or self.verify], workers)
+                if not self.is_grouped(slides):  # the fit would take damaged features for good ones
+                    self.work([self.job(name) for name in slides if name not in self.looked], workers)
                 # Slides with nothing missing at the start need no second look.
-                late = [name for name in slides if missing[name]]
+                late = [name for name in slides if missing[name] or name in self.looked]
                 lost = {name for name in late if missing_stages(self.job(name), self.study)}
                 described = [name for name in slides if name not in lost]
-                key = self.cluster(described, workers)
-                if key is not None:
+                if self.cluster(described, workers) is not None:
+                    key = self.study.grouping
                     jobs = [self.job(name, key) for name in described]
                     self.work([job for job in jobs if missing_stages(job, self.study)], workers)
             except DaskcellError as error:
@@ -107,7 +119,7 @@ class Run:
 
     # ------------------------------------------------------------------ slides
 
-    def work(self, jobs: list[Job], workers: _LazyWorkers) -> None:
+    def work(self, jobs: list[Job], workers: LazyWorkers) -> None:
         """Process `jobs`, small ones as tasks, large ones from here.
 
         When a worker dies, Dask counts that against every task it held. So a slide that was lost with its
@@ -118,6 +130,7 @@ class Run:
         team = workers.get()
         # With fewer slides than workers, blocks are what keeps all of them busy.
         blocks = _BLOCKS_AT_ONCE if len(jobs) >= 2 * team.count else 1
+        self.looked.update(job.slide for job in jobs)
         for suspect, _ in self.round(jobs, team, blocks):
             for job, error in self.round([suspect], team, blocks):
                 self.set_aside(job, error)
@@ -197,6 +210,8 @@ class Run:
     def account(self, job: Job, outcome: Outcome) -> None:
         """Tell how a slide ended."""
         self.progress.counts(outcome.slide, outcome.pixels, outcome.cells)
+        for note in outcome.notes:
+            self.progress.say(note)
         if outcome.failure is not None:
             self.progress.set_aside(outcome.slide, outcome.failure["error"])
         else:
@@ -205,11 +220,30 @@ class Run:
 
     # ------------------------------------------------------------------ clusters
 
-    def cluster(self, described: list[str], workers: _LazyWorkers) -> str | None:
+    def is_grouped(self, slides: list[str]) -> bool:
+        """Whether the groups of all slides are there, whole, and need no fit."""
+        ledger = self.study.ledger(CLUSTERS)
+        entry = ledger.entry("cluster")
+        team = Workers() if self.verify else None
+        files = damaged(self.study.out, entry.get("files", {}), team) if entry else []
+        if files:
+            self.progress.say(f"{files[0]} is damaged or missing; the groups are fitted again.")
+            ledger.lose("cluster")
+        if entry is None or files:
+            return False
+        if self.given is not None:
+            return entry["key"] == self.given.key
+        described = [self.study.ledger(name).entry("describe") for name in slides]
+        keys = {name: found["key"] for name, found in zip(slides, described, strict=True) if found}
+        return entry["key"] == cluster_key(self.config, keys)
+
+    def cluster(self, described: list[str], workers: LazyWorkers) -> str | None:
         """Fit the clusters of all described slides, unless they are; their key, None if there are none."""
         study, config = self.study, self.config
         if not described:
             return None
+        if self.given is not None:
+            return self.given.take(study, self.progress)
         keys = {name: study.ledger(name).stages["describe"]["key"] for name in described}
         key = cluster_key(config, keys)
         ledger = study.ledger(CLUSTERS)
@@ -229,14 +263,26 @@ class Run:
             )
             return None
         self.progress.working("cluster")
+        names = b""
+        if ledger.held.get("cluster", {}).get("key") == key and (study.clusters / NAMES).exists():
+            names = (study.clusters / NAMES).read_bytes()  # the damaged groups come back as they were
+            remove(study.clusters)
         ledger.begin("cluster")
+        set_named_aside(study, self.progress)
         try:
             result = fit(full, study, config, workers.get())
         except InputError as error:
             self.fail_all(str(error))
             return None
-        ledger.finish("cluster", key, result)
+        if names:
+            write_atomic(study.clusters / NAMES, names)
+        ledger.finish("cluster", key, result, files=self.model_files())
         return key
+
+    def model_files(self) -> dict[str, Any]:
+        """Checksums of the fitted groups; not of their names, which people change."""
+        folder = self.study.clusters
+        return sums(self.study.out, (path for path in folder.iterdir() if path.name != NAMES), Workers())
 
     def fail_all(self, text: str) -> None:
         self.general.append({"slide": None, "stage": "cluster", "error": text, "tries": 1})
@@ -258,11 +304,12 @@ def fit(slides: Sequence[str], study: Study, config: Config, workers: Workers) -
         study.out / "scratch",
         [study.table(name) for name in slides],
     )
+    model.origin = origin(config, study.record.get("weights", {}))
     model.save(study.clusters)
     return {"k": model.k, "counts": model.counts_.tolist()}
 
 
-class _LazyWorkers:
+class LazyWorkers:
     """Workers that are started when they are first needed: continuing a finished study needs none."""
 
     def __init__(

@@ -42,3 +42,7 @@ class StudyError(DaskcellError):
 
 class ComputeError(DaskcellError):
     """The machine asked for is not there."""
+
+
+class DriftWarning(UserWarning):
+    """New cells lie far from those a model was fitted on: what their groups mean is in doubt."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 from daskcell.collection import Run
 from daskcell.config import Config, load_config, parse_config
 from daskcell.disk import remove
-from daskcell.errors import ConfigError, DaskcellError, ImageError, InputError, StudyError
+from daskcell.errors import ConfigError, DaskcellError, DriftWarning, ImageError, InputError, StudyError
 from daskcell.images import find_images
 from daskcell.images.sources import Source
 from daskcell.keys import digest
 from daskcell.lock import Lock
 from daskcell.progress import Progress
+from daskcell.scoring.truth import read_truth, score_study
+from daskcell.status import drift_sentences
 from daskcell.study import Study, check_folder, sweep
+from daskcell.transfer import Given
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -33,6 +37,7 @@ def run(
     *,
     progress: Progress | None = None,
     retry_failed: bool = False,
+    truth: str | os.PathLike[str] | None = None,
 ) -> Study:
     """Segment, describe and group every cell of every image among `inputs` into the folder `out`.
 
@@ -51,6 +56,9 @@ def run(
         Who is told how far it is; None: nobody.
     retry_failed
         Work on the slides that were set aside only.
+    truth
+        CSV file of cells with known types, to compare the groups with; see `scoring.read_truth`. The result
+        is in the study's ``scores.json``.
 
     Raises
     ------
@@ -58,22 +66,98 @@ def run(
         Refused before any work (settings, inputs, weights, output folder, machine), or something concerns
         all slides, such as a full disk; the same call continues once it is mended.
     """
-    settings = as_config(config)
+    return _go(inputs, out, as_config(config), client, None, progress, retry_failed, truth)
+
+
+def assign(
+    inputs: Inputs,
+    out: str | os.PathLike[str],
+    *,
+    model: str | os.PathLike[str],
+    config: Config | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    client: Client | None = None,
+    progress: Progress | None = None,
+    retry_failed: bool = False,
+    truth: str | os.PathLike[str] | None = None,
+) -> Study:
+    """Give the cells of new images the groups of a model that was fitted before.
+
+    Cells are found and described as those of the model were. The study holds a copy of the model, and is
+    continued by the same call. How far the new cells lie from the model's is in the study (`drift`), and told
+    by a `DriftWarning` where they are unlike.
+
+    Parameters
+    ----------
+    inputs, out, client, progress, retry_failed, truth
+        As for `run`.
+    model
+        A study with groups, or the folder of a saved model.
+    config
+        Settings of input, output and compute, as for `run`; those of the model cannot be changed.
+
+    Raises
+    ------
+    DaskcellError
+        As for `run`; or settings, an encoder or a network other than the model's.
+    """
+    given = Given.load(model)
+    settings = given.settings(as_config(config))
+    given.check(settings, fingerprints(settings))
+    study = _go(inputs, out, settings, client, given, progress, retry_failed, truth)
+    for sentence in (given.outdated(), *drift_sentences(study)):
+        if sentence:
+            warnings.warn(sentence, DriftWarning, stacklevel=2)
+    return study
+
+
+def _go(
+    inputs: Inputs,
+    out: str | os.PathLike[str],
+    settings: Config,
+    client: Client | None,
+    model: Given | None,
+    progress: Progress | None,
+    retry_failed: bool,
+    truth: str | os.PathLike[str] | None,
+) -> Study:
     given = [os.fspath(path) for path in ([inputs] if isinstance(inputs, (str, os.PathLike)) else inputs)]
     if not given:
         raise InputError("There is no input: please name files, folders or patterns.")
     out = Path(out)
     known = check_folder(out, given)
+    _check_kind(out, known, model)
     sources = find_images(given, settings.input)
     _check_readable(sources)
+    if truth is not None:
+        read_truth(truth, [source.name for source in sources])  # before hours of work, not after
     weights = fingerprints(settings)
     progress = progress or Progress()
     with _nothing_left_behind(out, new=known is None), Lock(out) as lock:
         study = Study.create(out, given, settings)
         study.update(slides=sorted(source.name for source in sources), weights=weights)
+        if model is not None:
+            study.update(model=os.path.abspath(model.folder))
         sweep(out)
-        Run(study, sources, settings, weights, lock, progress, retry_failed).go(client)
+        Run(study, sources, settings, weights, lock, progress, retry_failed, model).go(client)
+        if truth is not None and study.grouping is not None:
+            score_study(study, truth)
     return Study(out)
+
+
+def _check_kind(out: Path, known: Mapping[str, Any] | None, model: Given | None) -> None:
+    """A study has groups of its own or those of a given model: neither way replaces the other's unasked."""
+    if known is None:
+        return
+    if model is None and "model" in known:
+        raise StudyError(
+            f"{out} holds cells assigned to the groups of {known['model']}. Please continue it with "
+            "'assign', or choose another output folder."
+        )
+    if model is not None and "model" not in known and known["slides"]:
+        raise StudyError(
+            f"{out} is a study with groups of its own. Please continue it with 'run', or choose another "
+            "output folder."
+        )
 
 
 def open_study(out: str | os.PathLike[str]) -> Study:
@@ -146,4 +230,4 @@ def _nothing_left_behind(out: Path, *, new: bool) -> Iterator[None]:
         raise
 
 
-__all__ = ["Study", "StudyError", "as_config", "fingerprints", "open_study", "run"]
+__all__ = ["Study", "StudyError", "as_config", "assign", "fingerprints", "open_study", "run"]

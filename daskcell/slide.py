@@ -10,16 +10,17 @@ import errno
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from daskcell.checksums import damaged, sums
 from daskcell.compute import Workers
 from daskcell.config import Config
 from daskcell.disk import remove
 from daskcell.errors import ComputeError, ConfigError, DaskcellError, StudyError, WeightsError
 from daskcell.images.sources import Source
-from daskcell.keys import SLIDE_STAGES, identify, late_keys, slide_keys, unchanged
+from daskcell.keys import SLIDE_STAGES, UPSTREAM, descendants, identify, late_keys, slide_keys, unchanged
 from daskcell.study import CLUSTERS, Ledger, Study
 
 LABELS = "cells"
@@ -36,7 +37,10 @@ class Job:
     config: Config
     weights: Mapping[str, str]
     cluster_key: str | None = None
-    """Content key of the fitted clusters, for the stages that follow them."""
+    """Content key of the groups (`Study.grouping`), for the stages that follow them. These read nothing of
+    the input, which may have gone since."""
+    verify: bool = False
+    """Compare checksums of what is done; without, names and sizes."""
 
     @property
     def slide(self) -> str:
@@ -64,6 +68,8 @@ class Outcome:
     failure: dict[str, Any] | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Of the stages that were done now."""
+    notes: tuple[str, ...] = ()
+    """What was found damaged, in sentences."""
     too_large: bool = False
     """Not begun: the slide is larger than `limit` pixels."""
 
@@ -71,10 +77,24 @@ class Outcome:
 def missing_stages(job: Job, study: Study) -> list[str]:
     """Stages of `job` that are still to do, told by small files alone; all of them if the input changed."""
     ledger = study.ledger(job.slide)
-    if not unchanged(job.source.files, ledger.files):
+    if job.cluster_key is None and not unchanged(job.source.files, ledger.files):
         return list(job.stages)
     keys = job.keys(ledger)
-    return [stage for stage in job.stages if not _is_done(stage, keys[stage], ledger, study)]
+    found = {stage for stage in job.stages if not ledger.is_done(stage, keys[stage])}
+    for stage in damage(ledger, study):
+        found |= {stage} | descendants(stage)
+    return [stage for stage in job.stages if stage in found]
+
+
+def damage(ledger: Ledger, study: Study, workers: Workers | None = None) -> dict[str, list[str]]:
+    """Files that are not as they were left, by the first stage that writes them; with `workers`, checksums
+    are compared, else names and sizes."""
+    found: dict[str, list[str]] = {}
+    for entry in ledger.stages.values():
+        for file in damaged(study.out, entry.get("files", {}), workers):
+            first = next(s for s in UPSTREAM if file in ledger.stages.get(s, {}).get("files", {}))
+            found.setdefault(first, []).append(file)
+    return found
 
 
 def process_slide(
@@ -104,24 +124,29 @@ def process_slide(
     ledger = study.ledger(job.slide)
     workers = workers or Workers()
     seconds: dict[str, float] = {}
+    notes: list[str] = []
     stage = job.stages[0]
     try:
         if limit is not None and _pixels(job, ledger) > limit:
             return Outcome(job.slide, too_large=True)
-        files = identify(job.source.files, ledger.files)
-        if files != ledger.files:
-            ledger.files = files
-            ledger.save()
+        if job.cluster_key is None:
+            files = identify(job.source.files, ledger.files)
+            if files != ledger.files:
+                ledger.files = files
+                ledger.save()
+        notes = _take_out_damaged(ledger, study, workers if job.verify else None)
         keys = job.keys(ledger)
         for number, stage in enumerate(job.stages):
-            if _is_done(stage, keys[stage], ledger, study):
+            if ledger.is_done(stage, keys[stage]):
                 continue
             start = time.perf_counter()
-            ledger.begin(stage)
+            rewrites = [str(file.relative_to(study.out)) for file in _rewritten(stage, study, job.slide)]
+            ledger.begin(stage, rewrites)
             result = STAGES[stage](job, study, ledger, keys, workers)
+            files = sums(study.out, _outputs(stage, result, study, job.slide), workers)
             seconds[stage] = time.perf_counter() - start
-            later = (s for s in job.stages[number + 1 :] if not _is_done(s, keys[s], ledger, study))
-            ledger.finish(stage, keys[stage], result, seconds[stage], then=next(later, None))
+            later = (s for s in job.stages[number + 1 :] if not ledger.is_done(s, keys[s]))
+            ledger.finish(stage, keys[stage], result, seconds[stage], next(later, None), files)
             if on_stage is not None:
                 on_stage(job.slide, stage, _outcome(job, ledger, seconds))
     except _NOT_THE_SLIDES_FAULT:
@@ -132,7 +157,7 @@ def process_slide(
                 f"{job.out} cannot be written to ({error.strerror}). Please make room."
             ) from error
         ledger.fail(stage, sentence(error), trace(error))
-    return _outcome(job, ledger, seconds)
+    return replace(_outcome(job, ledger, seconds), notes=tuple(notes))
 
 
 def sentence(error: BaseException) -> str:
@@ -149,7 +174,8 @@ def trace(error: BaseException) -> str:
 def _pixels(job: Job, ledger: Ledger) -> int:
     """Pixels of one channel, from the ledger where the slide was opened before."""
     shape = ledger.result("convert").get("shape")
-    if shape is None or not unchanged(job.source.files, ledger.files):
+    known = job.cluster_key is not None or unchanged(job.source.files, ledger.files)
+    if shape is None or not known:
         reader = job.source.open()
         shape = (0, *reader.levels[0])
         reader.close()
@@ -163,26 +189,40 @@ def _outcome(job: Job, ledger: Ledger, seconds: Mapping[str, float]) -> Outcome:
     return Outcome(job.slide, shape[1] * shape[2], cells, failure, dict(seconds))
 
 
-def _is_done(stage: str, key: str, ledger: Ledger, study: Study) -> bool:
-    return ledger.is_done(stage, key) and all(path.exists() for path in _outputs(stage, ledger, study))
+def _take_out_damaged(ledger: Ledger, study: Study, workers: Workers | None) -> list[str]:
+    """Take stages whose files are damaged out of the ledger, and the files away; returns what to tell."""
+    notes = []
+    for stage, files in damage(ledger, study, workers).items():
+        ledger.lose(stage)
+        remove(*(study.out / file for file in files))
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        notes.append(f"{ledger.slide}: {files[0]}{more} is damaged or missing; {stage} is done again.")
+    return notes
 
 
-def _outputs(stage: str, ledger: Ledger, study: Study) -> list[Path]:
-    """Files without which a stage that is entered as done has lost its output."""
-    slide = ledger.slide
+def _outputs(stage: str, result: Mapping[str, Any], study: Study, slide: str) -> list[Path]:
+    """Files and folders that `stage` has written."""
     image = study.image(slide)
     if stage == "convert":
-        return [image / "zarr.json"]
+        # Not the labels below it, which later stages write (and a repair keeps).
+        return [path for path in image.iterdir() if path.name != "labels"] if image.is_dir() else []
     if stage == "segment":
-        return [image / "labels" / LABELS / "zarr.json"]
+        return [image / "labels" / LABELS, *_rewritten("paint", study, slide), study.flows(slide)]
     if stage == "describe":
-        return [study.table(slide), study.features(slide) / "zarr.json"]
+        return [study.table(slide), study.features(slide)]
+    if stage == "assign":
+        return [study.table(slide)]
+    files = [study.out / name for name in result.get("files", [])]
     if stage == "paint":
-        labels = image / "labels" / "clusters" / "zarr.json"
-        return [labels, *(study.out / name for name in ledger.result(stage).get("files", []))]
-    if stage == "export":
-        return [study.out / name for name in ledger.result(stage).get("files", [])]
-    return []
+        return [image / "labels" / "clusters", *_rewritten("paint", study, slide), *files]
+    return files
+
+
+def _rewritten(stage: str, study: Study, slide: str) -> list[Path]:
+    """Files of earlier stages that `stage` adds something to."""
+    if stage == "assign":
+        return [study.table(slide)]
+    return [study.image(slide) / "labels" / "zarr.json"] if stage == "paint" else []
 
 
 # ---------------------------------------------------------------------- the stages
@@ -191,7 +231,17 @@ def _outputs(stage: str, ledger: Ledger, study: Study) -> list[Path]:
 def _convert(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], workers: Workers) -> Any:
     from daskcell.images import convert_slide
 
-    return convert_slide(job.source, study.image(job.slide), workers, job.config.input, overwrite=True)
+    image = study.image(job.slide)
+    labels, kept = image / "labels", study.scratch(job.slide, "labels", 0)
+    if ledger.held and labels.is_dir():
+        # The picture was damaged, not they: they stay if it becomes the same again.
+        remove(kept)
+        kept.parent.mkdir(exist_ok=True)
+        labels.rename(kept)
+    report = convert_slide(job.source, image, workers, job.config.input, overwrite=True)
+    if kept.is_dir():
+        kept.rename(labels)
+    return report
 
 
 def _freeze(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], workers: Workers) -> Any:
@@ -273,11 +323,13 @@ def _assign(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], wor
 
 
 def _paint(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], workers: Workers) -> Any:
+    from daskcell.clustering.naming import Naming
     from daskcell.overlays import write_cluster_labels, write_overlay
 
     image, table = study.image(job.slide), study.table(job.slide)
     k = study.ledger(CLUSTERS).result("cluster")["k"]
-    counts = write_cluster_labels(image, table, k, workers, job.config.compute.block)
+    names = Naming.load(study.clusters).titles(k)
+    counts = write_cluster_labels(image, table, k, workers, job.config.compute.block, names=names)
     output = job.config.output
     files = write_overlay(
         image,
@@ -289,6 +341,7 @@ def _paint(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], work
         formats=output.overlays,
         side=output.overlay_side,
         plan=_plan(ledger),
+        names=names,
     )
     return {"counts": counts, "files": [str(file.relative_to(study.out)) for file in files]}
 

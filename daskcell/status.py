@@ -8,6 +8,9 @@ from daskcell.keys import UPSTREAM, late_keys, slide_keys
 from daskcell.lock import holder
 from daskcell.study import CLUSTERS, Ledger, Study
 
+FAR = 0.05
+"""Share of cells beyond the 99th percentile of the fit above which a slide counts as unlike it."""
+_FAR_CELLS = 5
 _MARKS = {"done": "done", "failed": "FAILED", "running": "running", "old": "old", "": "-"}
 
 
@@ -19,7 +22,7 @@ def report(study: Study) -> dict[str, Any]:
     config, weights = study.config, study.record.get("weights", {})
     owner = holder(study.out)
     general = study.ledger(CLUSTERS)
-    cluster = (general.entry("cluster") or {}).get("key")
+    cluster = study.grouping
     rows = []
     for slide in study.slides:
         ledger = study.ledger(slide)
@@ -41,10 +44,39 @@ def report(study: Study) -> dict[str, Any]:
         "study": str(study.out),
         "running": owner,
         "slides": rows,
+        "model": study.record.get("model"),
+        "drift": drift(study),
+        "warnings": drift_sentences(study),
+        "scores": study.scores,
         "clusters": general.result("cluster").get("k"),
         "failures": study.failures,
         "totals": counts(study),
     }
+
+
+def drift(study: Study) -> dict[str, dict[str, Any]]:
+    """By slide: how far its cells lie from those of the model they were assigned to."""
+    if "model" not in study.record:
+        return {}
+    found = {slide: study.ledger(slide).result("assign").get("drift") for slide in study.slides}
+    return {slide: values for slide, values in found.items() if values}
+
+
+def drift_sentences(study: Study) -> list[str]:
+    """One for each slide whose cells are unlike those of the model: how many lie far, and in which group."""
+    return [
+        f"{slide}: {100 * values['far']:.0f} % of {values['cells']:,} cells lie farther from their group's "
+        f"centre than 99 % of the model's cells do (1 % is expected){_worst(study, slide, values)}."
+        for slide, values in drift(study).items()
+        if values["far"] > FAR and values["far"] * values["cells"] >= _FAR_CELLS
+    ]
+
+
+def _worst(study: Study, slide: str, values: dict[str, Any]) -> str:
+    shares = values["far_by_cluster"]
+    group = max(range(len(shares)), key=lambda i: shares[i] or 0.0)
+    name = study.ledger(slide).result("assign").get("names", {}).get(str(group))
+    return f", most in group {group}{f' ({name})' if name else ''}: {100 * shares[group]:.0f} %"
 
 
 def counts(study: Study) -> dict[str, int]:
@@ -86,6 +118,20 @@ def table(found: dict[str, Any], limit: int | None = None) -> str:
     if found["running"]:
         owner = found["running"]
         lines.append(f"a run is at work (process {owner.get('pid')} on {owner.get('host')})")
+    scores = found["scores"]
+    if scores and scores["ari"] is not None:
+        lines.append(
+            f"groups against {scores['truth']}: ARI {scores['ari']:.3f}, NMI {scores['nmi']:.3f} "
+            f"({scores['matched']:,} of {scores['cells']:,} cells)"
+        )
+    if found["drift"]:
+        cells = sum(values["cells"] for values in found["drift"].values())
+        far = sum(values["cells"] * values["far"] for values in found["drift"].values())
+        lines.append(
+            f"assigned to the model {found['model']}: {100 * far / max(cells, 1):.1f} % of the cells lie far "
+            "(1 % is expected)"
+        )
+        lines += found["warnings"]
     for failure in found["failures"]:
         lines.append(
             f"set aside: {failure['slide'] or 'all slides'} ({failure['stage']}): {failure['error']}"
@@ -120,4 +166,4 @@ def _pixels(ledger: Ledger) -> int | None:
     return shape[1] * shape[2] if shape else None
 
 
-__all__ = ["counts", "report", "seams", "table"]
+__all__ = ["counts", "drift", "drift_sentences", "report", "seams", "table"]

@@ -5,8 +5,9 @@
       images/<slide>.zarr        picture, labels/cells, labels/clusters
       tables/cells/<slide>.parquet
       features/<slide>.zarr
-      clusters/                  the fitted model
+      clusters/                  the fitted model, and names.json: names of groups
       overlays/  preprocessed/  channels/
+      scores.json                the groups against known types, where a truth was given
       failures.jsonl             slides that were set aside, with the reason
       ledger/<slide>.json        content key and result of every finished stage
 
@@ -19,6 +20,7 @@ Knows no images, no networks and no Dask.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -28,7 +30,7 @@ from typing import Any
 from daskcell.config import Config
 from daskcell.disk import remove, write_atomic, write_json
 from daskcell.errors import ConfigError, StudyError
-from daskcell.keys import descendants
+from daskcell.keys import UPSTREAM, descendants
 
 FORMAT = 1
 CLUSTERS = ".clusters"
@@ -119,6 +121,25 @@ class Study:
         else:
             path.unlink(missing_ok=True)
 
+    @property
+    def grouping(self) -> str | None:
+        """Content key of the groups as they are shown, with names and joins; None before the fit."""
+        entry = self.ledger(CLUSTERS).entry("cluster")
+        if entry is None:
+            return None
+        names = self.clusters / "names.json"
+        said = names.read_bytes() if names.exists() else b""
+        return hashlib.sha256(entry["key"].encode() + said).hexdigest() if said else entry["key"]
+
+    @property
+    def scores(self) -> dict[str, Any] | None:
+        """How the present groups agree with known types (`scoring.score_study`); None if nobody compared."""
+        try:
+            found = json.loads((self.out / "scores.json").read_bytes())
+        except (FileNotFoundError, ValueError):
+            return None
+        return found if found.get("grouping") == self.grouping else None
+
     def ledger(self, slide: str) -> Ledger:
         """What is done for `slide`."""
         return Ledger(self.out / "ledger" / f"{slide}.json", slide)
@@ -185,7 +206,11 @@ class Study:
 class Ledger:
     """Finished stages of one slide, in one small file that is replaced whole.
 
-    ``entry(stage)`` is ``{"key": content key, "result": what the stage returned, "seconds": ...}``.
+    ``entry(stage)`` is ``{"key": content key, "result": what the stage returned, "seconds": ..., "files": see
+    `daskcell.checksums`}``.
+
+    A stage whose files were damaged is taken out by `lose`, and so is all that was made from it; but that is
+    held, and comes back when the stage gives the very files again.
     """
 
     def __init__(self, path: Path, slide: str):
@@ -197,10 +222,11 @@ class Ledger:
             self.failure: dict[str, Any] | None = values.get("failure")
             self.tries: int = values.get("tries", 0)
             self.began: str | None = values.get("began")
+            self.held: dict[str, dict[str, Any]] = values.get("held", {})
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             # A ledger that cannot be read says nothing is done: work is repeated, never a result invented.
             self.files, self.stages, self.failure, self.tries = [], {}, None, 0
-            self.began = None
+            self.began, self.held = None, {}
 
     def entry(self, stage: str) -> dict[str, Any] | None:
         return self.stages.get(stage)
@@ -213,11 +239,22 @@ class Ledger:
         entry = self.stages.get(stage)
         return entry is not None and entry["key"] == key
 
-    def begin(self, stage: str) -> None:
-        """Forget `stage` and all that was made from it. Call before its output is touched."""
+    def begin(self, stage: str, rewrites: Iterable[str] = ()) -> None:
+        """Forget `stage` and all that was made from it. Call before its output is touched.
+
+        `rewrites` are files of earlier stages that it writes again: those no longer vouch for them.
+        """
         doomed = {stage} | descendants(stage)
-        if doomed & set(self.stages) or self.began != stage:
-            self.stages = {name: entry for name, entry in self.stages.items() if name not in doomed}
+        changed = doomed & set(self.stages) or self.began != stage
+        self.stages = {name: entry for name, entry in self.stages.items() if name not in doomed}
+        if stage not in self.held:
+            self.held = {name: entry for name, entry in self.held.items() if name not in doomed}
+        for file in rewrites:
+            for entry in self.stages.values():
+                if entry.get("files", {}).get(file) is not None:
+                    entry["files"][file] = None
+                    changed = True
+        if changed:
             self.began = stage
             self.save()
 
@@ -228,13 +265,47 @@ class Ledger:
         result: Mapping[str, Any] | None = None,
         seconds: float = 0.0,
         then: str | None = None,
+        files: Mapping[str, Any] | None = None,
     ) -> None:
-        """Enter `stage` as done. Call when its output is whole; `then` is the stage that begins at once."""
-        self.stages[stage] = {"key": key, "result": dict(result or {}), "seconds": round(seconds, 3)}
-        self.began = then
+        """Enter `stage` as done. Call when its output, of which `files` are the checksums, is whole; `then`
+        is the stage that begins at once."""
+        entry = {"key": key, "result": dict(result or {}), "seconds": round(seconds, 3)}
+        entry["files"] = dict(files or {})
+        self.stages[stage] = entry
+        self._take_back(stage)
+        self.began = None if then in self.stages else then
         if self.failure is not None and self.failure["stage"] == stage:
             self.failure, self.tries = None, 0
         self.save()
+
+    def lose(self, stage: str) -> None:
+        """Take out `stage`, whose files were damaged, and hold what was made from it."""
+        for name in {stage} | descendants(stage):
+            if name in self.stages:
+                self.held[name] = self.stages.pop(name) | {"lost": False}
+        if stage in self.held:
+            self.held[stage]["lost"] = True
+        self.save()
+
+    def _take_back(self, stage: str) -> None:
+        """`stage` is done anew: what is held of it comes back if its files are the same, or goes for good."""
+        before = self.held.pop(stage, None)
+        if before is None:
+            return
+        entry = self.stages[stage]
+        here = entry["files"]
+        same = before["key"] == entry["key"] and before.get("files", {}).keys() == here.keys()
+        same = same and all(was is None or was == here[file] for file, was in before["files"].items())
+        if not same:
+            self.held = {name: kept for name, kept in self.held.items() if name not in descendants(stage)}
+            return
+        for name, kept in list(self.held.items()):
+            if UPSTREAM[name] == stage and not kept["lost"]:
+                if kept.get("files", {}).keys() & here.keys():  # it wrote again what `stage` has now replaced
+                    kept["lost"] = True
+                else:
+                    self.stages[name] = {key: value for key, value in kept.items() if key != "lost"}
+                    self._take_back(name)
 
     def fail(self, stage: str, error: str, trace: str = "") -> None:
         """Enter why `stage` could not be done; `trace` is for errors that are no user's."""
@@ -253,6 +324,8 @@ class Ledger:
             "failure": self.failure,
             "tries": self.tries,
         }
+        if self.held:
+            values["held"] = self.held
         write_json(self.path, values)
 
 

@@ -18,6 +18,12 @@ from daskcell.study import Study
 
 COMMANDS = [
     ["run"],
+    ["assign"],
+    ["clusters"],
+    ["clusters", "show"],
+    ["clusters", "rename"],
+    ["clusters", "merge"],
+    ["clusters", "split"],
     ["demo"],
     ["status"],
     ["convert"],

@@ -332,13 +332,13 @@ def test_groups_are_written_into_the_table(slides, tmp_path):
         report = predict_slide(features, table, tmp_path / "model")
         predict_slide(features, table, model)  # again: columns are replaced, not doubled
         cells = pd.read_parquet(table)
-        assert list(cells.columns) == ["label", "cluster", "distance"]
+        assert list(cells.columns) == ["label", "cluster", "cluster_name", "distance"]
         np.testing.assert_array_equal(cells["cluster"], model.predict(x[y == i]))
         np.testing.assert_array_equal(cells["distance"], model.distance(x[y == i]))
         assert sum(report["counts"]) + report["unassigned"] == len(cells)
     report = predict_slide(*made[5], model)
     assert report["counts"] == [0] * 5
-    assert list(pd.read_parquet(made[5][1]).columns) == ["label", "cluster", "distance"]
+    assert list(pd.read_parquet(made[5][1]).columns) == ["label", "cluster", "cluster_name", "distance"]
 
 
 @pytest.fixture

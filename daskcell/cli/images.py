@@ -102,7 +102,13 @@ def channels(
 @app.command()
 def score(
     found: Annotated[Path, typer.Argument(help="A study, a folder of label images, or one of pictures.")],
-    truth: Annotated[Path, typer.Argument(help="Folder of true label images of the same names.")],
+    truth: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of true label images of the same names; for a study's groups a CSV of cells with "
+            "known types: slide; label, or y and x; type."
+        ),
+    ],
     segment: Annotated[
         bool, typer.Option("--segment", help="The first folder holds pictures: find their cells first.")
     ] = False,
@@ -115,7 +121,16 @@ def score(
     model: Annotated[str | None, typer.Option(help="tiny, cpsam_v2, or a file of weights.")] = None,
     diameter: Annotated[str | None, typer.Option(help="Cell diameter in pixels; auto: estimated.")] = None,
 ) -> None:
-    """Compare found cells with known ones: AP, precision, recall and F1 at IoU 0.5 and 0.75."""
+    """Compare found cells with known ones: AP, precision, recall and F1 at IoU 0.5 and 0.75.
+
+    Or a study's groups with known types: ARI, NMI, and how the types fall into the groups.
+    """
+    if truth.suffix.lower() == ".csv":
+        from daskcell.scoring.truth import score_study, tell
+        from daskcell.study import Study
+
+        print(tell(score_study(Study(found), truth)))
+        return
     from daskcell.compute import threads_limited
     from daskcell.scoring import score_folder
 

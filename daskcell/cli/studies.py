@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +20,9 @@ from daskcell.cli.app import (
     read_settings,
     word_or_number,
 )
+
+if TYPE_CHECKING:
+    from daskcell.progress import Progress
 
 
 @app.command()
@@ -42,6 +47,9 @@ def run(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Work only on slides that were set aside.")
     ] = False,
+    truth: Annotated[
+        Path | None, typer.Option(help="CSV of cells with known types: slide; label, or y and x; type.")
+    ] = None,
     quiet: Quiet = False,
     interval: Interval = 30.0,
 ) -> None:
@@ -64,21 +72,34 @@ def run(
             "compute.device": device,
         },
     )
-    study = run_and_tell(inputs, out, settings, quiet, interval, retry_failed)
+    study = run_and_tell(inputs, out, settings, quiet, interval, retry_failed, truth)
     if not quiet:
         print(ending(study))
     raise typer.Exit(3 if study.failures else 0)
 
 
 def run_and_tell(
-    inputs: list[str], out: Path, settings: Any, quiet: bool, interval: float, retry_failed: bool = False
+    inputs: list[str],
+    out: Path,
+    settings: Any,
+    quiet: bool,
+    interval: float,
+    retry_failed: bool = False,
+    truth: Path | None = None,
 ) -> Any:
-    """`pipeline.run` with progress on stderr; a signal ends it with a word about how to go on."""
+    """`pipeline.run` with progress on stderr."""
     from daskcell import pipeline
 
+    with told(quiet, interval) as progress:
+        return pipeline.run(inputs, out, settings, progress=progress, retry_failed=retry_failed, truth=truth)
+
+
+@contextlib.contextmanager
+def told(quiet: bool, interval: float) -> Iterator[Progress]:
+    """Progress on stderr; a signal ends it with a word about how to go on."""
     try:
         with make_progress(quiet, interval) as progress:
-            return pipeline.run(inputs, out, settings, progress=progress, retry_failed=retry_failed)
+            yield progress
     except (KeyboardInterrupt, SystemExit) as stopped:
         print("daskcell: stopped; the same command continues.", file=sys.stderr)
         if isinstance(stopped, SystemExit):
@@ -93,6 +114,10 @@ def ending(study: Any) -> str:
     total = counts(study)
     groups = f", {total['clusters']} groups" if total["clusters"] else ""
     lines = [f"{total['slides']} slides, {total['cells']:,} cells{groups}: {study.out}"]
+    if study.scores:
+        from daskcell.scoring.truth import tell
+
+        lines.append(tell(study.scores))
     if study.overlays.is_dir():
         lines.append(f"pictures: {study.overlays}")
     for failure in study.failures[:10]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from daskcell.clustering.naming import Naming
 from daskcell.errors import InputError
 
 if TYPE_CHECKING:
@@ -53,6 +54,12 @@ class ClusterModel:
         For ``k="auto"``: the scores of each k tried.
     info : dict
         What the features are (encoder, settings); `check` compares it.
+    origin : dict
+        How the cells of the fit were found and described: ``config``, ``weights`` (hashes), ``stages``
+        (versions of the code of each) and ``versions`` of packages; empty if the features were made
+        elsewhere.
+    naming : Naming
+        Names of groups, and groups that count as one.
     """
 
     centers_: np.ndarray
@@ -68,6 +75,8 @@ class ClusterModel:
     missing_: int = 0
     curve_: list[dict[str, float]] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)
+    naming: Naming = field(default_factory=Naming)
 
     def __repr__(self) -> str:
         return f"ClusterModel(k={self.k}, features={len(self.mean_)}, cells={int(self.counts_.sum())})"
@@ -90,8 +99,15 @@ class ClusterModel:
         return _kernels.project(rows, self.mean_, factor, axes, self.unit_length, parts)
 
     def predict(self, features: np.ndarray | da.Array) -> np.ndarray | da.Array:
-        """Group of each cell: ``(n, d)`` to ``(n,)`` int32; -1 where a feature is missing or infinite."""
-        return self._map(features, lambda rows: self.assign(rows)[0], np.int32)
+        """Group of each cell, ``(n, d)`` to ``(n,)`` int32; -1 where a feature is missing or infinite.
+
+        Of groups that were joined, the number of the first.
+        """
+        return self._map(features, lambda rows: self.shown(self.assign(rows)[0]), np.int32)
+
+    def shown(self, groups: np.ndarray) -> np.ndarray:
+        """Fitted groups (-1: none) by the numbers under which they are shown."""
+        return np.append(self.naming.shown(self.k), np.int32(-1))[groups]
 
     def distance(self, features: np.ndarray | da.Array) -> np.ndarray | da.Array:
         """Distance to the centre of the cell's group, ``(n,)`` float32, among the scaled and projected
@@ -99,7 +115,7 @@ class ClusterModel:
         return self._map(features, lambda rows: self.assign(rows)[1], np.float32)
 
     def assign(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Group and distance of each cell of a numpy array in one go."""
+        """Fitted group and distance to its centre of each cell of a numpy array, before any joining."""
         from daskcell.clustering import _kernels
 
         rows = self._checked(features)
@@ -110,20 +126,33 @@ class ClusterModel:
         distances[good] = np.sqrt(squares)
         return labels, distances
 
-    def drift(self, clusters: np.ndarray, distances: np.ndarray) -> dict[str, float]:
-        """How far new cells lie: share of them beyond the 99th percentile of the fit (0.01 is as
-        expected)."""
+    def drift(self, clusters: np.ndarray, distances: np.ndarray) -> dict[str, Any]:
+        """How far new cells lie, against the cells of the fit.
+
+        Parameters
+        ----------
+        clusters, distances
+            As `assign` gives them.
+
+        Returns
+        -------
+        dict
+            ``cells``; ``far``, the share of them beyond the 99th percentile of their group in the fit (0.01
+            is as expected); ``far_by_cluster``, the same for each group (None: no cell);
+            ``median_ratio`` of the distances to the median of their group in the fit.
+        """
         inside = clusters >= 0
-        if not inside.any():
-            return {"cells": 0, "far": 0.0, "median_ratio": 1.0}
-        far = distances[inside] > self.spread_[clusters[inside], 2]
-        typical = self.spread_[clusters[inside], 0]
+        groups, distances = clusters[inside], distances[inside]
+        cells = np.bincount(groups, minlength=self.k)
+        beyond = np.bincount(groups, distances > self.spread_[groups, 2], minlength=self.k)
+        ratios = distances / np.maximum(self.spread_[groups, 0], np.finfo(np.float32).tiny)
         return {
-            "cells": int(inside.sum()),
-            "far": float(far.mean()),
-            "median_ratio": float(
-                np.median(distances[inside] / np.maximum(typical, np.finfo(np.float32).tiny))
-            ),
+            "cells": len(groups),
+            "far": float(beyond.sum() / max(len(groups), 1)),
+            "far_by_cluster": [
+                round(float(b / n), 4) if n else None for b, n in zip(beyond, cells, strict=True)
+            ],
+            "median_ratio": float(np.median(ratios)) if len(groups) else 1.0,
         }
 
     def check(self, width: int, info: dict[str, Any] | None = None) -> None:
@@ -143,8 +172,8 @@ class ClusterModel:
                 )
 
     def save(self, path: str | Path) -> None:
-        """Write the model as a folder of ``arrays.npz`` and ``model.json``; it appears whole or not at
-        all."""
+        """Write the model as a folder of ``arrays.npz``, ``model.json`` and, if groups have names,
+        ``names.json``; it appears whole or not at all."""
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
         temporary.mkdir(parents=True)
@@ -160,8 +189,10 @@ class ClusterModel:
                 "missing": self.missing_,
                 "curve": self.curve_,
                 "info": self.info,
+                "origin": self.origin,
             }
             (temporary / "model.json").write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
+            self.naming.save(temporary)
             if path.is_dir():
                 old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
                 os.rename(path, old)
@@ -210,6 +241,8 @@ def load_clusters(path: str | Path) -> ClusterModel:
             missing_=values["missing"],
             curve_=values["curve"],
             info=values["info"],
+            origin=values.get("origin", {}),
+            naming=Naming.load(path),
         )
     except InputError:
         raise

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +13,8 @@ import numpy as np
 
 from daskcell.clustering.fit import Kind, fit_blocks, usable
 from daskcell.clustering.model import ClusterModel, load_clusters
-from daskcell.clustering.rows import BLOCK, FileRows, Rows
-from daskcell.clustering.tables import cut_slide, shared_columns
+from daskcell.clustering.rows import FileRows, Rows
+from daskcell.clustering.tables import check_table, cut_slide, replace_columns, shared_columns
 from daskcell.config import ClusterSettings
 from daskcell.errors import InputError
 
@@ -125,14 +124,17 @@ def _reduce_to_file(i: int, block: Rows, model: ClusterModel, folder: str) -> tu
 def predict_slide(
     features_path: str | Path, table_path: str | Path, model: ClusterModel | str | Path
 ) -> dict[str, Any]:
-    """Write every cell's ``cluster`` (int32, -1: none) and ``distance`` (float32) into a slide's table.
+    """Write every cell's group into a slide's table.
 
-    The table is replaced whole; one that was clustered before gets new values.
+    Columns ``cluster`` (int32; -1: none; joined groups go by the first of them), ``cluster_name`` (text) and
+    ``distance`` (float32, to the centre of the group of the fit). The table is replaced whole; one that was
+    clustered before gets new values.
 
     Returns
     -------
     dict
-        ``counts`` of each cluster, ``unassigned`` cells, and ``drift``: see `ClusterModel.drift`.
+        ``counts`` of each cluster, ``names`` of those that have one, ``unassigned`` cells, and ``drift``: see
+        `ClusterModel.drift`.
 
     Raises
     ------
@@ -140,7 +142,6 @@ def predict_slide(
         The model is of other features, or table and features have different numbers of cells.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     if not isinstance(model, ClusterModel):
         model = load_clusters(model)
@@ -149,44 +150,26 @@ def predict_slide(
     with_encoder = len(model.mean_) > len(columns)
     if with_encoder:
         model.check(width + len(columns), info)
-    table_path = Path(table_path)
-    temporary = table_path.with_name(f".{table_path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    clusters, distances = [np.zeros(0, np.int32)], [np.zeros(0, np.float32)]
-    try:
-        with pq.ParquetFile(table_path) as table:
-            if table.metadata.num_rows != n:
-                raise InputError(
-                    f"{table_path} has {table.metadata.num_rows} cells, but {features_path} has {n}. "
-                    "Run the features of this slide again."
-                )
-            missing = sorted(set(columns) - set(table.schema_arrow.names))
-            if missing:
-                raise InputError(
-                    f"The model goes by the measurements {', '.join(missing[:4])}, which {table_path} "
-                    "does not have. Give the channels the names they had in the fit."
-                )
-            kept = [
-                i for i, name in enumerate(table.schema_arrow.names) if name not in {"cluster", "distance"}
-            ]
-            schema = pa.schema([table.schema_arrow.field(i) for i in kept])
-            schema = schema.append(pa.field("cluster", pa.int32())).append(pa.field("distance", pa.float32()))
-            for block in cut_slide(features_path, table_path, with_encoder, columns):
-                labels, far = model.assign(block.read())
-                clusters.append(labels)
-                distances.append(far)
-            every, far = np.concatenate(clusters), np.concatenate(distances)
-            start = 0
-            with pq.ParquetWriter(temporary, schema) as writer:
-                for batch in table.iter_batches(BLOCK, columns=schema.names[:-2]):
-                    some = slice(start, start + len(batch))
-                    start += len(batch)
-                    filled = [*batch.columns, pa.array(every[some]), pa.array(far[some])]
-                    writer.write_table(pa.Table.from_arrays(filled, schema=schema))
-        os.replace(temporary, table_path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    check_table(table_path, n, features_path, columns)
+    groups, distances = [np.zeros(0, np.int32)], [np.zeros(0, np.float32)]
+    for block in cut_slide(features_path, table_path, with_encoder, columns):
+        labels, far = model.assign(block.read())
+        groups.append(labels)
+        distances.append(far)
+    fitted, far = np.concatenate(groups), np.concatenate(distances)
+    shown = model.shown(fitted)
+    titles = model.naming.titles(model.k)
+    values = {
+        "cluster": pa.array(shown),
+        "cluster_name": pa.DictionaryArray.from_arrays(
+            pa.array(shown, mask=shown < 0), pa.array([title or "" for title in titles])
+        ).cast(pa.string()),
+        "distance": pa.array(far),
+    }
+    replace_columns(table_path, values)
     return {
-        "counts": np.bincount(every[every >= 0], minlength=model.k).tolist(),
-        "unassigned": int((every < 0).sum()),
-        "drift": model.drift(every, far),
+        "counts": np.bincount(shown[shown >= 0], minlength=model.k).tolist(),
+        "names": {str(i): title for i, title in enumerate(titles) if i in model.naming.names and title},
+        "unassigned": int((fitted < 0).sum()),
+        "drift": model.drift(fitted, far),
     }

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -88,3 +91,45 @@ def read_columns(path: str, columns: Sequence[str], start: int, stop: int) -> np
         values = values.slice(start - ends[groups[0]], stop - start)
         # Asked for by name: Parquet gives columns in the file's order.
         return np.stack([values[name].to_numpy() for name in columns], axis=1).astype(np.float32)
+
+
+def check_table(table_path: str | Path, n: int, features_path: str | Path, columns: Sequence[str]) -> None:
+    """Raise `InputError` unless a cells table has `n` rows and the measurements `columns`."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(table_path) as table:
+        rows, names = table.metadata.num_rows, set(table.schema_arrow.names)
+    if rows != n:
+        raise InputError(
+            f"{table_path} has {rows} cells, but {features_path} has {n}. "
+            "Run the features of this slide again."
+        )
+    missing = sorted(set(columns) - names)
+    if missing:
+        raise InputError(
+            f"The model goes by the measurements {', '.join(missing[:4])}, which {table_path} "
+            "does not have. Give the channels the names they had in the fit."
+        )
+
+
+def replace_columns(table_path: str | Path, values: Mapping[str, Any]) -> None:
+    """Put columns (pyarrow arrays, a value a row) at the end of a Parquet table, in place of those of the
+    same names; streamed, and the table is replaced whole."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table_path = Path(table_path)
+    temporary = table_path.with_name(f".{table_path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with pq.ParquetFile(table_path) as table:
+            kept = [field for field in table.schema_arrow if field.name not in values]
+            schema = pa.schema([*kept, *(pa.field(name, array.type) for name, array in values.items())])
+            start = 0
+            with pq.ParquetWriter(temporary, schema) as writer:
+                for batch in table.iter_batches(rows_module.BLOCK, columns=[field.name for field in kept]):
+                    added = [array.slice(start, len(batch)) for array in values.values()]
+                    start += len(batch)
+                    writer.write_table(pa.Table.from_arrays([*batch.columns, *added], schema=schema))
+        os.replace(temporary, table_path)
+    finally:
+        temporary.unlink(missing_ok=True)

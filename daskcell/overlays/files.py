@@ -14,7 +14,7 @@ import numpy as np
 
 from daskcell.errors import InputError
 from daskcell.geometry import Box, Grid
-from daskcell.overlays.legend import add_legend
+from daskcell.overlays.legend import add_legend, titled
 from daskcell.overlays.paint import as_rgb, cluster_values, paint, stretch_limits
 from daskcell.overlays.palette import colors
 
@@ -35,7 +35,7 @@ def write_cluster_labels(
     *,
     labels: str = "cells",
     name: str = "clusters",
-    names: Sequence[str] | None = None,
+    names: Sequence[str | None] | None = None,
 ) -> list[int]:
     """Write the label image ``labels/<name>`` of clusters (value = cluster + 1), with its colours and
     pyramid.
@@ -51,7 +51,7 @@ def write_cluster_labels(
     block
         Side in pixels of the files and tasks.
     names
-        Of the clusters, for the viewer; None: numbers.
+        Of the clusters, for the viewer (None for one that is shown as another); None: numbers.
 
     Returns
     -------
@@ -63,16 +63,14 @@ def write_cluster_labels(
     lookup = _lookup(str(table_path))
     counts = np.bincount(lookup[1:], minlength=k + 1)[1:].tolist()
     palette = colors(k)
+    titles = titled(names, k)
     images.create_labels(
         zarr_path,
         name,
         block=block,
         dtype=np.uint8 if k < 255 else np.uint16,
-        colors={i + 1: palette[i].tolist() for i in range(k)},
-        properties=[
-            {"label-value": i + 1, "name": names[i] if names else f"cluster {i}", "count": counts[i]}
-            for i in range(k)
-        ],
+        colors={i + 1: palette[i].tolist() for i, _ in titles},
+        properties=[{"label-value": i + 1, "name": title, "count": counts[i]} for i, title in titles],
     )
     grid = Grid.regular(images.image_info(zarr_path).shape[1:], block)
     window = workers.window()
@@ -120,7 +118,7 @@ def write_overlay(
     side: int = 8192,
     plan: Plan | None = None,
     labels: str = "cells",
-    names: Sequence[str] | None = None,
+    names: Sequence[str | None] | None = None,
 ) -> list[Path]:
     """Write ``<name>.tif`` and ``<name>.png``: cells coloured by cluster over the picture.
 
@@ -163,7 +161,7 @@ def _overlay_task(
     side: int,
     plan: Plan | None,
     labels: str,
-    names: Sequence[str] | None,
+    names: Sequence[str | None] | None,
 ) -> None:
     from daskcell import images
     from daskcell.features.crops import sample_boxes

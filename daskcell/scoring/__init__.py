@@ -17,6 +17,7 @@ from daskcell.scoring.matching import (
 )
 from daskcell.scoring.methods import Method, cellpose_method, median_diameter
 from daskcell.scoring.tables import SUFFIXES, read_categories, read_picture, score_folder, score_table
+from daskcell.scoring.truth import read_truth, score_study
 
 __all__ = [
     "SUFFIXES",
@@ -31,8 +32,10 @@ __all__ = [
     "overlaps",
     "read_categories",
     "read_picture",
+    "read_truth",
     "score_clusters",
     "score_folder",
     "score_pair",
+    "score_study",
     "score_table",
 ]

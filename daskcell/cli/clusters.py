@@ -1,0 +1,143 @@
+"""Commands on groups: assign, clusters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from daskcell.cli.app import Changes, ConfigFile, Interval, Quiet, app, read_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from daskcell.clustering.naming import Naming
+
+clusters = typer.Typer(no_args_is_help=True, help="Show, name and join the groups of a study or model.")
+app.add_typer(clusters, name="clusters")
+
+Where = Annotated[Path, typer.Argument(help="A study, or the folder of a saved model.")]
+
+
+@app.command()
+def assign(
+    inputs: Annotated[list[str], typer.Argument(help="Files, folders, patterns with *, or OME-Zarr images.")],
+    model: Annotated[
+        Path, typer.Option("--model", help="A study with groups, or the folder of a saved model.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the study; continued if it is there.")],
+    config: ConfigFile = None,
+    changes: Changes = None,
+    truth: Annotated[
+        Path | None, typer.Option(help="CSV of cells with known types: slide; label, or y and x; type.")
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="Names of files with one channel each, as {field}_{channel}.tif.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes; one per core unless told.")] = None,
+    compute: Annotated[
+        str | None, typer.Option(help="local, inline, or the address of a Dask scheduler.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Work only on slides that were set aside.")
+    ] = False,
+    quiet: Quiet = False,
+    interval: Interval = 30.0,
+) -> None:
+    """Give the cells of new images the groups of an earlier study; the same command continues.
+
+    Cells are found and described as those of the model were. Exit codes as for run.
+    """
+    import sys
+    import warnings
+
+    from daskcell import pipeline
+    from daskcell.cli.studies import ending, told
+    from daskcell.errors import DriftWarning
+
+    settings = read_settings(
+        config,
+        changes,
+        {
+            "input.pattern": pattern,
+            "compute.workers": workers,
+            "compute.kind": compute,
+            "compute.device": device,
+        },
+    )
+    with warnings.catch_warnings(record=True) as caught, told(quiet, interval) as progress:
+        warnings.simplefilter("always", DriftWarning)
+        study = pipeline.assign(
+            inputs,
+            out,
+            model=model,
+            config=settings,
+            progress=progress,
+            retry_failed=retry_failed,
+            truth=truth,
+        )
+    for warning in caught:
+        if issubclass(warning.category, DriftWarning):
+            print(f"daskcell: {warning.message}", file=sys.stderr)
+    if not quiet:
+        print(ending(study))
+    raise typer.Exit(3 if study.failures else 0)
+
+
+@clusters.command()
+def show(where: Where) -> None:
+    """List groups with their names, cells, and the fitted groups that were merged into each."""
+    from daskcell.cli.images import _aligned
+    from daskcell.regroup import group_rows
+
+    rows = [["group", "name", "cells", "share", "merged from"]]
+    for row in group_rows(where):
+        parts = " + ".join(map(str, row["parts"])) if len(row["parts"]) > 1 else ""
+        rows.append(
+            [str(row["group"]), row["name"], f"{row['cells']:,}", f"{100 * row['share']:.1f} %", parts]
+        )
+    print(_aligned(rows))
+
+
+@clusters.command()
+def rename(
+    where: Where,
+    group: Annotated[str, typer.Argument(help="Number or present name.")],
+    name: Annotated[str, typer.Argument(help="New name; '' takes the name away.")],
+    quiet: Quiet = False,
+) -> None:
+    """Give a group a name, in the model, tables, labels and pictures."""
+    _change(where, lambda naming, k: naming.rename(group, name, k), quiet)
+
+
+@clusters.command()
+def merge(
+    where: Where,
+    groups: Annotated[list[str], typer.Argument(help="Numbers or names of the groups to join.")],
+    name: Annotated[str | None, typer.Option(help="Name of the joined group.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Let groups count as one, in the model, tables, labels and pictures; split takes it back."""
+    _change(where, lambda naming, k: naming.merge(groups, k, name), quiet)
+
+
+@clusters.command()
+def split(
+    where: Where,
+    group: Annotated[str, typer.Argument(help="A merged group, or one number that was merged into it.")],
+    quiet: Quiet = False,
+) -> None:
+    """Take a merge back: all of it, or one group out of it."""
+    _change(where, lambda naming, k: naming.split(group, k), quiet)
+
+
+def _change(where: Path, change: Callable[[Naming, int], Naming], quiet: bool) -> None:
+    from daskcell.cli.studies import told
+    from daskcell.regroup import change_groups
+
+    with told(quiet, 30.0) as progress:
+        change_groups(where, change, progress)
+    if not quiet:
+        show(where)
