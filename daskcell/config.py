@@ -187,17 +187,47 @@ class ComputeSettings(Settings):
     """Where the work runs; never changes a result."""
 
     kind: str = "local"
-    """``local`` (worker processes here), ``inline`` (this process), or the address of a Dask scheduler
+    """``local`` (worker processes here), ``gpu`` (the same, and one per GPU of this machine), ``inline``
+    (this process), ``slurm``, ``pbs``, ``lsf``, ``sge`` (jobs), or the address of a Dask scheduler
     (``tcp://host:port``)."""
     workers: Annotated[int, Field(ge=1)] | None = None
-    """Worker processes; None: one per core."""
+    """Worker processes on this machine; None: one per core."""
     threads: Annotated[int, Field(ge=1)] = 1
     """Threads of torch, BLAS and numba in each worker. Results depend on it in the last bit."""
     memory: str = "auto"
-    """Memory limit per worker."""
+    """Memory limit per worker on this machine."""
     block: Annotated[int, Field(ge=256, multiple_of=16)] = 2048
     """Side in pixels of the blocks the work is cut into."""
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where networks run; auto: ``cuda`` with kind ``gpu`` or `gpu_jobs`, else ``cpu``, whatever is there."""
+    wait: Positive | None = None
+    """Seconds until workers must be there; None: a minute, an hour for jobs."""
+    dashboard: str | None = None
+    """Where Dask's dashboard listens, such as ``8787`` (on 127.0.0.1) or ``0.0.0.0:8787``; it asks for no
+    password. None: no dashboard."""
+    jobs: JobSettings = JobSettings()
+    """Jobs of kind slurm, pbs, lsf or sge."""
+    gpu_jobs: JobSettings | None = None
+    """Jobs with one GPU each beside them; what is not said is as in `jobs`."""
+
+    @property
+    def network_device(self) -> str:
+        """``cpu`` or ``cuda``."""
+        if self.device != "auto":
+            return self.device
+        return "cuda" if self.kind == "gpu" or (self.kind in QUEUES and self.gpu_jobs) else "cpu"
+
+    @model_validator(mode="after")
+    def _check(self) -> ComputeSettings:
+        if self.kind == "gpu" and self.device == "cpu":
+            raise ValueError("kind 'gpu' needs device 'cuda' or 'auto'")
+        if self.kind in QUEUES and self.device == "cuda" and self.gpu_jobs is None:
+            raise ValueError(f"device 'cuda' on {self.kind} needs gpu_jobs, such as 'gpu_jobs: {{count: 1}}'")
+        return self
+
+
+QUEUES = ("slurm", "pbs", "lsf", "sge")
+"""Kinds of batch queues."""
 
 
 class Config(Settings):
@@ -218,6 +248,38 @@ class Config(Settings):
 
 
 def parse_config(values: dict[str, Any], source: str = "config") -> Config:
+class JobSettings(Settings):
+    """Jobs of a batch queue, under dask-jobqueue's names.
+
+    What is None here is as the site's Dask YAML says (``jobqueue: slurm: ...``).
+    """
+
+    count: Annotated[int, Field(ge=1)] = 1
+    """Jobs at a time; one that ends is asked for again."""
+    minimum: Annotated[int, Field(ge=1)] | None = None
+    """Jobs that are kept while there is little to do; None: all."""
+    cores: Annotated[int, Field(ge=1)] | None = None
+    """Cores of a job, shared by one worker per `compute.threads`; a GPU job has one worker."""
+    memory: str | None = None
+    """Memory of a job, such as ``64GB``, shared evenly by its workers."""
+    walltime: str | None = None
+    """As the queue writes it, such as ``04:00:00``; workers leave in good order before it ends."""
+    queue: str | None = None
+    """Queue, or partition."""
+    account: str | None = None
+    """Account, or project."""
+    interface: str | None = None
+    """Network that the nodes and this machine share, such as ``ib0``."""
+    log_directory: str | None = None
+    """Folder for what the jobs print; None: ``daskcell-jobs`` in the present folder."""
+    job_extra_directives: list[str] | None = None
+    """More options of the queue, such as ``--constraint=avx512``."""
+    job_script_prologue: list[str] | None = None
+    """Shell commands before a worker starts, such as ``module load cuda``."""
+    options: dict[str, Any] = {}
+    """Anything else dask-jobqueue's class takes, such as ``resource_spec`` or ``local_directory``."""
+
+
     """Settings from nested dictionaries.
 
     Raises

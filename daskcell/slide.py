@@ -270,7 +270,7 @@ def _segment(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], wo
         block,
         scratch,
         flows=study.flows(job.slide) if settings.keep_flows else None,
-        device=job.config.compute.device,
+        device=job.config.compute.network_device,
     )
     remove(scratch)
     return report
@@ -294,7 +294,7 @@ def _describe(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], w
         workers,
         block,
         scratch,
-        device=job.config.compute.device,
+        device=job.config.compute.network_device,
     )
     remove(scratch)
     return report

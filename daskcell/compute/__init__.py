@@ -1,4 +1,4 @@
-"""Where the work runs: this process, this machine's cores and GPUs, or a Dask scheduler somewhere.
+"""Where the work runs: this process, this machine's cores and GPUs, jobs of a queue, or a Dask scheduler.
 
 `start_workers` turns settings into `Workers`; a `Window` of it runs tasks, a bounded number at a time.
 Covers processes, threads, labels and windows. Knows nothing of images, studies or networks: a task is an
@@ -10,7 +10,8 @@ Resources are asked for at `submit`, which holds; `dask.annotate` is lost when a
 The scheduler does not queue tasks that ask for resources, so the window does.
 """
 
-from daskcell.compute.start import start_workers, visible_gpus
+from daskcell.compute.local import visible_gpus
+from daskcell.compute.start import start_workers
 from daskcell.compute.threads import THREAD_VARIABLES, limit_threads, threads_limited
 from daskcell.compute.window import LABELS, Failed, Kind, Window, Workers
 

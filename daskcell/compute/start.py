@@ -1,215 +1,230 @@
-"""Starting and ending workers: this process, processes of this machine, or those of a scheduler."""
+"""Starting and ending workers: this process, processes of this machine, jobs, or those of a scheduler."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import multiprocessing
-import os
-import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from daskcell.compute.threads import THREAD_VARIABLES, threads_limited
+from daskcell.compute.jobqueue import SUBMIT, job_cluster, job_specs
+from daskcell.compute.keeper import JobKeeper, Keeper
+from daskcell.compute.local import local_cluster, local_settings, visible_gpus
+from daskcell.compute.threads import threads_limited
 from daskcell.compute.window import Workers
-from daskcell.config import ComputeSettings
-from daskcell.errors import ComputeError
+from daskcell.config import QUEUES, ComputeSettings
+from daskcell.errors import ComputeError, ConfigError, DaskcellError
 
 if TYPE_CHECKING:
     from distributed import Client
 
 _CONNECT_SECONDS = 20.0
-_WORKER_WAIT_SECONDS = 60.0
-_REPLACE_SECONDS = 2.0
+_WAIT_SECONDS = 60.0
+_WAIT_SECONDS_JOBS = 3600.0
+_TELL_SECONDS = 30.0
 
 
 @contextlib.contextmanager
-def start_workers(settings: ComputeSettings | None = None) -> Iterator[Workers]:
+def start_workers(
+    settings: ComputeSettings | None = None, tell: Callable[[str], None] | None = None
+) -> Iterator[Workers]:
     """Workers as the settings ask, stopped on leaving.
 
-    ``local`` starts one single-task process per core (with ``device: cuda`` one per visible GPU besides),
-    ``inline`` uses this process, and an address connects to a running scheduler, whose workers stay.
+    ``local`` starts one single-task process per core, ``gpu`` one per visible GPU besides, ``inline`` uses
+    this process, ``slurm``, ``pbs``, ``lsf`` and ``sge`` submit jobs, and an address connects to a running
+    scheduler, whose workers stay.
+
+    Parameters
+    ----------
+    settings
+        None: the defaults.
+    tell
+        Called with a sentence now and then while jobs wait in the queue; None: nobody is told.
 
     Raises
     ------
     ComputeError
-        The machine asked for is not there: no GPU, no scheduler, no worker; or worker processes cannot start.
+        The machine asked for is not there: no GPU, no queue, no scheduler, no worker in time; or worker
+        processes cannot start.
+    ConfigError
+        The settings do not say enough to ask a queue for jobs.
     """
     settings = settings or ComputeSettings()
+    tell = tell or (lambda sentence: None)
     _refuse_while_spawning()
     if settings.kind == "inline":
         with threads_limited(settings.threads):
-            if settings.device == "cuda":
+            if settings.network_device == "cuda":
                 visible_gpus()
             yield Workers()
-    elif settings.kind == "local":
-        with _local_client(settings) as client:
-            yield Workers(client)
+    elif settings.kind in ("local", "gpu"):
+        with _local_workers(settings) as workers:
+            yield workers
+    elif settings.kind in QUEUES:
+        with _job_workers(settings, tell) as workers:
+            yield workers
     elif "://" in settings.kind or settings.kind.rpartition(":")[2].isdigit():
-        with _remote_client(settings) as client:
-            yield Workers(client)
+        with _remote_workers(settings) as workers:
+            yield workers
     else:
-        raise ComputeError(
-            f"compute.kind is {settings.kind!r}; please give 'local', 'inline' or the address of a Dask "
-            "scheduler, such as tcp://host:8786."
+        raise ConfigError(
+            f"compute.kind is {settings.kind!r}; please give local, gpu, inline, {', '.join(QUEUES)}, or the "
+            "address of a Dask scheduler, such as tcp://host:8786."
         )
-
-
-def visible_gpus() -> list[str]:
-    """Names for ``CUDA_VISIBLE_DEVICES`` of the GPUs this process may use; raises `ComputeError` for none."""
-    import torch
-
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not count:
-        raise ComputeError(
-            "compute.device is 'cuda', but no GPU is visible here. Please run where there is one, "
-            "or set compute.device to 'cpu'."
-        )
-    listed = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    return listed[:count] if len(listed) >= count else [str(number) for number in range(count)]
 
 
 @contextlib.contextmanager
-def _local_client(settings: ComputeSettings) -> Iterator[Client]:
-    import dask
-    from dask.system import CPU_COUNT
-    from distributed import Client, SpecCluster
-    from distributed.system import MEMORY_LIMIT
-
-    from daskcell.compute._worker_plugin import ThreadLimit
-
-    gpus = visible_gpus() if settings.device == "cuda" else []
-    count = settings.workers or max(1, CPU_COUNT // settings.threads)
-    memory = settings.memory
-    if memory == "auto":
-        memory = str(int(MEMORY_LIMIT * 0.95) // (count + len(gpus)))
-    quiet = {
-        # Set in the parent before the process starts: libraries read these once, when they load.
-        "distributed.nanny.pre-spawn-environ": {"DASK_LOGGING__DISTRIBUTED": "critical"},
-        "distributed.worker.daemon": False,
-        # A process that starts again imports torch first, which takes long on a busy machine.
-        "distributed.deploy.lost-worker-timeout": "2 minutes",
-    }
-    with _quiet_logs(), dask.config.set(quiet):
-        cluster = None
+def _local_workers(settings: ComputeSettings) -> Iterator[Workers]:
+    gpus = visible_gpus() if settings.network_device == "cuda" else []
+    with _quiet_logs(), local_settings(settings.threads), contextlib.ExitStack() as stack:
         try:
-            cluster = SpecCluster(
-                workers=_local_spec(settings, count, gpus, memory),
-                scheduler=_scheduler_spec(),
-                name=f"daskcell-{os.getpid()}",
-            )
-            client = Client(cluster, timeout="60s", set_as_default=False)
-            client.wait_for_workers(count + len(gpus), timeout=_WORKER_WAIT_SECONDS)
+            cluster = local_cluster(settings, gpus)
+            stack.callback(_close, cluster, timeout=20)
+            client = _client_of(cluster, stack)
+            client.wait_for_workers(len(cluster.worker_spec), timeout=settings.wait or _WAIT_SECONDS)
+        except ConfigError:
+            raise
         except Exception as error:
-            if cluster is not None:
-                with contextlib.suppress(Exception):
-                    cluster.close()
             raise ComputeError(
                 f"The worker processes did not start ({type(error).__name__}: {_first_line(error)}). In a "
                 "script of your own, please call daskcell under `if __name__ == '__main__':`, since each "
                 "worker imports the script."
             ) from error
-        ended = threading.Event()
-        watch = threading.Thread(target=_replace_dead, args=(cluster, ended), name="workers", daemon=True)
-        watch.start()
-        try:
-            client.register_plugin(ThreadLimit(settings.threads))
-            yield client
-        finally:
-            ended.set()
-            watch.join(timeout=10)
-            with contextlib.suppress(Exception):
-                client.close(timeout=5)
-            with contextlib.suppress(Exception):
-                cluster.close(timeout=20)
-
-
-def _replace_dead(cluster: Any, ended: threading.Event) -> None:
-    """Start a new worker in place of one whose nanny gave up.
-
-    A nanny restarts a process that dies, but closes itself when the process dies while it starts, as one does
-    that is handed a deadly task at once. With its last worker gone, a run would wait for ever.
-    """
-
-    async def correct() -> None:
-        dead = [name for name, nanny in cluster.workers.items() if nanny.status.name in ("closed", "failed")]
-        for name in dead:
-            del cluster.workers[name]
-        # The cluster itself drops a worker whose process is slow to come back.
-        if set(cluster.worker_spec) - set(cluster.workers):
-            await cluster._correct_state()
-
-    while not ended.wait(_REPLACE_SECONDS):
-        with contextlib.suppress(Exception):
-            cluster.sync(correct)
-
-
-def _local_spec(
-    settings: ComputeSettings, count: int, gpus: list[str], memory: str
-) -> dict[str, dict[str, Any]]:
-    """What `SpecCluster` starts: `count` CPU workers, and one worker per GPU."""
-    from distributed import Nanny
-
-    threads = dict.fromkeys(THREAD_VARIABLES, str(settings.threads))
-    common: dict[str, Any] = {
-        "host": "127.0.0.1",
-        "nthreads": 1,
-        "memory_limit": memory,
-        "dashboard": False,
-        "silence_logs": logging.CRITICAL,
-    }
-    spec: dict[str, dict[str, Any]] = {}
-    for number in range(count):
-        # Hidden from CPU workers, so that none takes GPU memory by accident.
-        env = threads | ({"CUDA_VISIBLE_DEVICES": ""} if gpus else {})
-        labels = {"resources": {"CPU": 1}} if gpus else {}
-        spec[f"cpu-{number}"] = {"cls": Nanny, "options": common | labels | {"env": env}}
-    for number, gpu in enumerate(gpus):
-        env = threads | {"CUDA_VISIBLE_DEVICES": gpu}
-        spec[f"gpu-{number}"] = {"cls": Nanny, "options": common | {"resources": {"GPU": 1}, "env": env}}
-    return spec
-
-
-def _scheduler_spec() -> dict[str, Any]:
-    from distributed import Scheduler
-
-    # No dashboard, which asks for no password: who wants one runs `dask scheduler` and gives its address.
-    options = {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": "127.0.0.1:0"}
-    return {"cls": Scheduler, "options": options}
+        stack.enter_context(Keeper(cluster))
+        labels = frozenset({"GPU", "CPU"}) if gpus else frozenset()
+        yield _ready(client, settings, labels)
 
 
 @contextlib.contextmanager
-def _remote_client(settings: ComputeSettings) -> Iterator[Client]:
+def _job_workers(settings: ComputeSettings, tell: Callable[[str], None]) -> Iterator[Workers]:
+    import dask
+    import distributed  # noqa: F401  (brings its defaults)
+
+    # A process that starts again imports torch first, which takes long on a busy machine.
+    patience = dask.config.set({"distributed.deploy.lost-worker-timeout": "2 minutes"})
+    with _quiet_logs(), patience, contextlib.ExitStack() as stack:
+        try:
+            cluster = job_cluster(settings)
+            stack.callback(_close, cluster, timeout=60)
+            specs = job_specs(settings, cluster)
+            kept = {"cpu": settings.jobs, "gpu": settings.gpu_jobs or settings.jobs}
+            fewest = {label: kept[label].minimum or kept[label].count for label in specs}
+            keeper = JobKeeper(cluster, settings.kind, specs, fewest, tell)
+            keeper.ask()
+        except DaskcellError:
+            raise
+        except (ValueError, RuntimeError, OSError) as error:
+            raise ComputeError(
+                f"{settings.kind} did not take the job: {_reason(error)}. Please check compute.jobs, and "
+                f"what {SUBMIT[settings.kind]} takes here."
+            ) from error
+        client = _client_of(cluster, stack)
+        stack.enter_context(keeper)
+        labels = frozenset({"GPU", "CPU"}) if settings.gpu_jobs else frozenset()
+        _wait_for_jobs(client, keeper, settings, labels, tell)
+        yield _ready(client, settings, labels, lambda: keeper.trouble)
+
+
+def _wait_for_jobs(
+    client: Client,
+    keeper: JobKeeper,
+    settings: ComputeSettings,
+    labels: frozenset[str],
+    tell: Callable[[str], None],
+) -> None:
+    """Until there is a worker of every kind that was asked for."""
+    logs = keeper.cluster.new_spec["options"].get("log_directory")
+    look = f"Please look at the queue, and at what the jobs printed in {logs}."
+    limit = settings.wait or _WAIT_SECONDS_JOBS
+    start = told = time.monotonic()
+    while True:
+        workers = client.scheduler_info(n_workers=-1)["workers"].values()
+        found = {label for worker in workers for label in worker.get("resources") or {}}
+        if labels <= found if labels else workers:
+            return
+        now = time.monotonic()
+        missing = f"{' and '.join(sorted(labels - found))} worker".strip()
+        if keeper.trouble:
+            raise ComputeError(f"{keeper.trouble} {look}")
+        if now - start > limit:
+            raise ComputeError(
+                f"There was no {missing} on {settings.kind} within {limit:.0f} s (compute.wait); jobs: "
+                f"{keeper.state}. {look}"
+            )
+        if now - told > _TELL_SECONDS:
+            told = now
+            tell(f"Waiting for a {missing} for {now - start:.0f} s; jobs: {keeper.state}.")
+        time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def _remote_workers(settings: ComputeSettings) -> Iterator[Workers]:
     from distributed import Client
 
-    from daskcell.compute._worker_plugin import ThreadLimit
-
-    with _quiet_logs():
+    limit = settings.wait or _WAIT_SECONDS
+    with _quiet_logs(), contextlib.ExitStack() as stack:
         try:
             client = Client(settings.kind, timeout=_CONNECT_SECONDS, set_as_default=False)
         except (OSError, ValueError, TimeoutError) as error:
             raise ComputeError(
-                f"No Dask scheduler answers at {settings.kind} ({_first_line(error)}). Please start one, or "
-                "set compute.kind to 'local'."
+                f"No Dask scheduler answers at {settings.kind} within {_CONNECT_SECONDS:.0f} s "
+                f"({_first_line(error)}). Please look whether it runs and whether this machine can "
+                "reach it, or set compute.kind to 'local'."
             ) from None
+        stack.callback(_close, client, timeout=5)
         try:
-            try:
-                client.wait_for_workers(1, timeout=_WORKER_WAIT_SECONDS)
-            except TimeoutError:
+            client.wait_for_workers(1, timeout=limit)
+        except TimeoutError:
+            raise ComputeError(
+                f"The scheduler at {settings.kind} had no worker within {limit:.0f} s (compute.wait). "
+                "Please start workers there."
+            ) from None
+        workers = _ready(client, settings)
+        if settings.network_device == "cuda" and "GPU" not in workers.labels:
+            raise ComputeError(
+                f"A GPU was asked for, but no worker of {settings.kind} is labelled for it. Please start "
+                "those that have a GPU with: dask worker --resources 'GPU=1' --nthreads 1."
+            )
+        yield workers
+
+
+def _client_of(cluster: Any, stack: contextlib.ExitStack) -> Client:
+    from distributed import Client
+
+    client = Client(cluster, timeout=60, set_as_default=False)
+    stack.callback(_close, client, timeout=5)
+    return client
+
+
+def _ready(
+    client: Client,
+    settings: ComputeSettings,
+    labels: frozenset[str] = frozenset(),
+    trouble: Callable[[], str | None] | None = None,
+) -> Workers:
+    """Workers that were looked at: threads held, and the GPUs that were promised are there."""
+    from daskcell.compute._worker import Care, gpu_found
+
+    cuda = settings.network_device == "cuda"
+    if cuda:
+        workers = client.scheduler_info(n_workers=-1)["workers"]
+        promised = [address for address, worker in workers.items() if "GPU" in (worker["resources"] or {})]
+        found = client.run(gpu_found, workers=promised) if promised else {}
+        for address in promised:
+            if not found[address]:
                 raise ComputeError(
-                    f"The scheduler at {settings.kind} had no worker within {_WORKER_WAIT_SECONDS:.0f} s. "
-                    "Please start workers there."
-                ) from None
-            if settings.device == "cuda" and "GPU" not in Workers(client).labels:
-                raise ComputeError(
-                    f"compute.device is 'cuda', but no worker of {settings.kind} is labelled for it. "
-                    "Please start those that have a GPU with: dask worker --resources 'GPU=1' --nthreads 1."
+                    f"The worker at {address} is labelled GPU, but torch finds no CUDA GPU there. Please "
+                    "check its driver and that the job asks for a GPU, or set compute.device to 'cpu'."
                 )
-            client.register_plugin(ThreadLimit(settings.threads))
-            yield client
-        finally:
-            with contextlib.suppress(Exception):
-                client.close(timeout=5)
+    client.register_plugin(Care(settings.threads, cuda))
+    return Workers(client, labels=labels, trouble=trouble)
+
+
+def _close(what: Any, timeout: float) -> None:
+    with contextlib.suppress(Exception):
+        what.close(timeout=timeout)
 
 
 def _refuse_while_spawning() -> None:
@@ -238,3 +253,10 @@ def _quiet_logs() -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0][:200]
+
+
+def _reason(error: BaseException) -> str:
+    """What the queue's own command said, out of dask-jobqueue's longer text."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = lines[lines.index("stderr:") + 1 :] if "stderr:" in lines else lines[:1]
+    return " ".join(said)[:300].rstrip(".") or type(error).__name__

@@ -17,7 +17,7 @@ THREAD_VARIABLES = (
 )
 # Numba looks its variable up again at every compilation and refuses another value than it began with; our
 # compiled functions run in one thread anyway.
-_CHANGED_HERE = THREAD_VARIABLES[:-1]
+CHANGEABLE = THREAD_VARIABLES[:-1]
 
 
 @contextlib.contextmanager
@@ -25,7 +25,7 @@ def threads_limited(threads: int) -> Iterator[None]:
     """This process's BLAS, OpenMP and torch held to `threads` threads, and put back on leaving."""
     from threadpoolctl import threadpool_limits
 
-    variables = {name: os.environ.get(name) for name in _CHANGED_HERE}
+    variables = {name: os.environ.get(name) for name in CHANGEABLE}
     torch = sys.modules.get("torch")
     torch_before = torch.get_num_threads() if torch else None
     with threadpool_limits(limits=threads):
@@ -46,7 +46,7 @@ def limit_threads(threads: int) -> None:
     """Hold this process's numerical libraries to `threads` threads, those that load later too."""
     from threadpoolctl import threadpool_limits
 
-    os.environ.update(dict.fromkeys(_CHANGED_HERE, str(threads)))
+    os.environ.update(dict.fromkeys(CHANGEABLE, str(threads)))
     threadpool_limits(limits=threads)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)

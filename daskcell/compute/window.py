@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import time
 import uuid
@@ -38,12 +39,24 @@ class Workers:
         A connected, synchronous `distributed.Client`.
     on_task
         Called in the driving thread after every finished task (for progress and heartbeats).
+    labels
+        Resources that some worker will declare, where none may be there yet.
+    trouble
+        Says why the workers are lost, if they are and somebody knows.
     """
 
-    def __init__(self, client: Client | None = None, *, on_task: Callable[[], None] | None = None):
+    def __init__(
+        self,
+        client: Client | None = None,
+        *,
+        on_task: Callable[[], None] | None = None,
+        labels: frozenset[str] = frozenset(),
+        trouble: Callable[[], str | None] | None = None,
+    ):
         self.client = client
         self.on_task = on_task
-        self._counted: tuple[float, int, frozenset[str]] = (float("-inf"), 1, frozenset())
+        self.trouble = trouble
+        self._counted: tuple[float, int, frozenset[str]] = (float("-inf"), 1, labels)
 
     def __repr__(self) -> str:
         where = "this process" if self.client is None else self.client.scheduler_info(n_workers=0)["address"]
@@ -73,7 +86,9 @@ class Workers:
 
     def watched(self, on_task: Callable[[], None]) -> Workers:
         """The same workers, with another callback."""
-        return Workers(self.client, on_task=on_task)
+        workers = copy.copy(self)
+        workers.on_task = on_task
+        return workers
 
     def _look(self) -> tuple[int, frozenset[str]]:
         if self.client is None:
@@ -165,7 +180,7 @@ class Window:
                 future, result = next(done)
                 key = running.pop(future)
                 if future.status != "finished":
-                    result = Failed(_explain(future, result, client))
+                    result = Failed(_explain(future, result, self._workers))
                 # The scheduler may forget the task at once: a collection's results never pile up there.
                 future.release()
                 yield key, result
@@ -175,7 +190,7 @@ class Window:
                     client.cancel(list(running), force=True)
 
 
-def _explain(future: Any, outcome: Any, client: Client) -> BaseException:
+def _explain(future: Any, outcome: Any, workers: Workers) -> BaseException:
     """The exception of a future that did not finish; deaths of workers and schedulers in words."""
     from distributed.scheduler import KilledWorker
 
@@ -189,5 +204,8 @@ def _explain(future: Any, outcome: Any, client: Client) -> BaseException:
                 + "."
             )
         return error
-    state = "its connection to the scheduler is lost" if client.status != "running" else str(outcome)
-    return ComputeError(f"A task was cancelled: {state}. The same command continues the study.")
+    state = str(outcome) if workers.alive else "its connection to the scheduler is lost"
+    trouble = workers.trouble() if workers.trouble is not None else None
+    return ComputeError(
+        f"{trouble or f'A task was cancelled: {state}.'} The same command continues the study."
+    )

@@ -1,0 +1,68 @@
+"""What runs on the workers besides tasks; apart, since it must import `distributed`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from typing import Any
+
+from distributed import Status, Worker, WorkerPlugin
+
+from daskcell.compute.threads import limit_threads
+from daskcell.errors import ComputeError
+
+
+class Care(WorkerPlugin):
+    """For every worker there is and every one that comes: threads, the GPU it promised, and a clean end."""
+
+    name = "daskcell"
+
+    def __init__(self, threads: int, cuda: bool):
+        self.threads, self.cuda = threads, cuda
+
+    def setup(self, worker: Worker) -> None:
+        limit_threads(self.threads)
+        if self.cuda and "GPU" in worker.state.total_resources and not gpu_found():
+            # Refused now, it is asked for again; later it would fail slide after slide.
+            raise ComputeError(f"torch finds no CUDA GPU on {worker.ip}, which should have one.")
+
+    def teardown(self, worker: Worker) -> None:
+        # A worker that leaves lets its running task go on for up to 30 s, while the scheduler gives the same
+        # task to another one: two would write the same files. Only where the process is a nanny's child.
+        leaving = worker.status not in (Status.running, Status.paused, Status.init)
+        if worker.nanny and leaving and worker.state.executing:
+            os._exit(0)
+
+
+class JobWorker(Worker):
+    """A worker that finishes the task it is at when its lifetime is over.
+
+    Dask's own leaves at once, and the task starts again elsewhere.
+    """
+
+    async def close_gracefully(
+        self, restart: bool | None = None, reason: str = "worker-close-gracefully"
+    ) -> None:
+        if self.status not in (Status.running, Status.paused):
+            await super().close_gracefully(restart=restart, reason=reason)
+            return
+        self.status = Status.closing_gracefully  # no new tasks, from here or from the scheduler
+        while self.state.executing:
+            await asyncio.sleep(0.1)
+        # What `super` would do now; it takes the new status for a second call.
+        await self.scheduler.retire_workers(
+            workers=[self.address],
+            close_workers=False,
+            remove=True,
+            stimulus_id=f"lifetime-over-{time.time()}",
+        )
+        restart = self.lifetime_restart if restart is None else restart
+        await self.close(nanny=not restart, reason=reason)
+
+
+def gpu_found(dask_worker: Any = None) -> bool:
+    """Whether torch can use a GPU in this process."""
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,0 +1,112 @@
+"""Worker processes on this machine: one per core, and one per GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from daskcell.compute.threads import CHANGEABLE, THREAD_VARIABLES
+from daskcell.config import ComputeSettings
+from daskcell.errors import ComputeError, ConfigError
+
+
+def visible_gpus() -> list[str]:
+    """Names for ``CUDA_VISIBLE_DEVICES`` of the GPUs this process may use; raises `ComputeError` for none."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        raise ComputeError(
+            "A GPU was asked for (compute.kind 'gpu' or compute.device 'cuda'), but none is visible here. "
+            "Please run where there is one, or set compute.kind to 'local' and compute.device to 'cpu'."
+        )
+    listed = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return listed[:count] if len(listed) >= count else [str(number) for number in range(count)]
+
+
+def local_cluster(settings: ComputeSettings, gpus: list[str]) -> Any:
+    """A `distributed.SpecCluster` of nannies; call under `local_settings`."""
+    from dask.system import CPU_COUNT
+    from distributed import Scheduler, SpecCluster
+    from distributed.system import MEMORY_LIMIT
+
+    count = settings.workers or max(1, CPU_COUNT // settings.threads)
+    memory = settings.memory
+    if memory == "auto":
+        memory = str(int(MEMORY_LIMIT * 0.95) // (count + len(gpus)))
+    scheduler = {"host": "127.0.0.1", "port": 0} | dashboard_options(settings.dashboard)
+    return SpecCluster(
+        workers=_spec(settings.threads, count, gpus, memory),
+        scheduler={"cls": Scheduler, "options": scheduler},
+        name=f"daskcell-{os.getpid()}",
+    )
+
+
+def _spec(threads: int, count: int, gpus: list[str], memory: str) -> dict[str, dict[str, Any]]:
+    from distributed import Nanny
+
+    limits = dict.fromkeys(THREAD_VARIABLES, str(threads))
+    common: dict[str, Any] = {
+        "host": "127.0.0.1",
+        "nthreads": 1,
+        "memory_limit": memory,
+        "dashboard": False,
+        "silence_logs": logging.CRITICAL,
+    }
+    spec: dict[str, dict[str, Any]] = {}
+    for number in range(count):
+        # Hidden from CPU workers, so that none takes GPU memory by accident.
+        env = limits | ({"CUDA_VISIBLE_DEVICES": ""} if gpus else {})
+        labels = {"resources": {"CPU": 1}} if gpus else {}
+        spec[f"cpu-{number}"] = {"cls": Nanny, "options": common | labels | {"env": env}}
+    for number, gpu in enumerate(gpus):
+        env = limits | {"CUDA_VISIBLE_DEVICES": gpu}
+        spec[f"gpu-{number}"] = {"cls": Nanny, "options": common | {"resources": {"GPU": 1}, "env": env}}
+    return spec
+
+
+def dashboard_options(address: str | None) -> dict[str, Any]:
+    """Options of a Dask scheduler: no dashboard, or one on 127.0.0.1 unless `address` names another host."""
+    if address is None:
+        return {"dashboard": False, "dashboard_address": "127.0.0.1:0"}
+    host, colon, port = address.rpartition(":")
+    if not port.isdigit():
+        raise ConfigError(
+            f"compute.dashboard is {address!r}, not a port or an address such as 127.0.0.1:8787."
+        )
+    return {"dashboard": True, "dashboard_address": f"{host if colon else '127.0.0.1'}:{port}"}
+
+
+@contextlib.contextmanager
+def local_settings(threads: int) -> Iterator[None]:
+    """Dask's settings for nannies of this process, on top of the user's; put back on leaving.
+
+    A nanny sets variables in this process's own environment, for its children. Left there, they would reach
+    whatever is started next: ``DASK_LOGGING__DISTRIBUTED``, say, would silence the log of every job.
+    """
+    import dask
+    import distributed  # noqa: F401  (brings its defaults)
+
+    # Set before the process starts: libraries read these once, when they load.
+    early = dict(dask.config.get("distributed.nanny.pre-spawn-environ"))
+    early |= dict.fromkeys(CHANGEABLE, str(threads)) | {"DASK_LOGGING__DISTRIBUTED": "critical"}
+    changed = {
+        "distributed.nanny.pre-spawn-environ": early,
+        "distributed.worker.daemon": False,
+        # A process that starts again imports torch first, which takes long on a busy machine.
+        "distributed.deploy.lost-worker-timeout": "2 minutes",
+    }
+    names = {*early, "PYTHONHASHSEED", "__DASK_PARENT_PID"}
+    before = {name: os.environ.get(name) for name in names}
+    try:
+        with dask.config.set(changed):
+            yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
