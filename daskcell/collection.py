@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
+from daskcell import places
 from daskcell.checksums import damaged, sums
 from daskcell.compute import Failed, Workers, start_workers
 from daskcell.config import Config

@@ -38,6 +38,7 @@ def run(
     progress: Progress | None = None,
     retry_failed: bool = False,
     truth: str | os.PathLike[str] | None = None,
+    verify: bool = False,
 ) -> Study:
     """Segment, describe and group every cell of every image among `inputs` into the folder `out`.
 
@@ -57,6 +58,9 @@ def run(
     retry_failed
         Work on the slides that were set aside only.
     truth
+    verify
+        Compare the checksums of everything that is done. Without, names and sizes are looked at, and
+        checksums of slides that have work left.
         CSV file of cells with known types, to compare the groups with; see `scoring.read_truth`. The result
         is in the study's ``scores.json``.
 
@@ -66,7 +70,7 @@ def run(
         Refused before any work (settings, inputs, weights, output folder, machine), or something concerns
         all slides, such as a full disk; the same call continues once it is mended.
     """
-    return _go(inputs, out, as_config(config), client, None, progress, retry_failed, truth)
+    return _go(inputs, out, as_config(config), client, None, progress, retry_failed, truth, verify)
 
 
 def assign(
@@ -120,6 +124,7 @@ def _go(
     retry_failed: bool,
     truth: str | os.PathLike[str] | None,
 ) -> Study:
+    verify: bool = False,
     given = [os.fspath(path) for path in ([inputs] if isinstance(inputs, (str, os.PathLike)) else inputs)]
     if not given:
         raise InputError("There is no input: please name files, folders or patterns.")
@@ -138,7 +143,7 @@ def _go(
         if model is not None:
             study.update(model=os.path.abspath(model.folder))
         sweep(out)
-        Run(study, sources, settings, weights, lock, progress, retry_failed, model).go(client)
+        Run(study, sources, settings, weights, lock, progress, retry_failed, model, verify).go(client)
         if truth is not None and study.grouping is not None:
             score_study(study, truth)
     return Study(out)

@@ -27,6 +27,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from daskcell import places
 from daskcell.config import Config
 from daskcell.disk import remove, write_atomic, write_json
 from daskcell.errors import ConfigError, StudyError
@@ -293,19 +294,19 @@ class Ledger:
         if before is None:
             return
         entry = self.stages[stage]
-        here = entry["files"]
-        same = before["key"] == entry["key"] and before.get("files", {}).keys() == here.keys()
-        same = same and all(was is None or was == here[file] for file, was in before["files"].items())
-        if not same:
+        was, now = before.get("files", {}), entry["files"]
+        same = before["key"] == entry["key"] and was.keys() == now.keys()
+        if not same or any(was[file] not in (None, now[file]) for file in was):
             self.held = {name: kept for name, kept in self.held.items() if name not in descendants(stage)}
             return
-        for name, kept in list(self.held.items()):
-            if UPSTREAM[name] == stage and not kept["lost"]:
-                if kept.get("files", {}).keys() & here.keys():  # it wrote again what `stage` has now replaced
-                    kept["lost"] = True
-                else:
-                    self.stages[name] = {key: value for key, value in kept.items() if key != "lost"}
-                    self._take_back(name)
+        for kept in self.held.values():
+            if kept.get("files", {}).keys() & now.keys():  # written again there, and replaced now
+                kept["lost"] = True
+        came = {stage}
+        for name in UPSTREAM:  # in order: a stage comes after the one it reads
+            if UPSTREAM[name] in came and name in self.held and not self.held[name]["lost"]:
+                self.stages[name] = {key: v for key, v in self.held.pop(name).items() if key != "lost"}
+                came.add(name)
 
     def fail(self, stage: str, error: str, trace: str = "") -> None:
         """Enter why `stage` could not be done; `trace` is for errors that are no user's."""
@@ -350,6 +351,7 @@ def read_record(out: Path) -> dict[str, Any] | None:
 
 def check_folder(out: str | Path, inputs: Iterable[str | Path]) -> dict[str, Any] | None:
     """The study record in `out`, None for a new folder; refuses what cannot be used. Writes nothing."""
+    places.refuse_remote(out, "the output of a run")
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise StudyError(f"The output {out} is a file. Please give a folder.")
@@ -376,7 +378,7 @@ def check_folder(out: str | Path, inputs: Iterable[str | Path]) -> dict[str, Any
 
 
 def _absolute(inputs: Iterable[str | Path]) -> list[str]:
-    return sorted(os.path.abspath(os.path.expanduser(os.fspath(path))) for path in inputs)
+    return sorted(places.absolute(os.path.expanduser(os.fspath(path))) for path in inputs)
 
 
 def sweep(out: Path) -> None:

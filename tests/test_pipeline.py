@@ -15,7 +15,7 @@ import pytest
 import tifffile
 
 from daskcell import collection, pipeline, slide
-from daskcell.errors import ComputeError, ConfigError, ImageError, InputError, StudyError, WeightsError
+from daskcell.errors import ConfigError, DaskcellError, ImageError, InputError, StudyError, WeightsError
 from daskcell.images import Source, find_images
 from daskcell.lock import Lock
 from daskcell.pipeline import open_study, run
@@ -30,6 +30,7 @@ class Fakes:
     def __init__(self):
         self.ran = []
         self.cells = 5
+        self.text = "x"
         self.raises = {}
 
     def stage(self, name):
@@ -78,7 +79,7 @@ class Fakes:
 
     def _write(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("x")
+        path.write_text(self.text)
 
     def take(self):
         """Stages that ran since the last call, without their slides."""
@@ -176,12 +177,74 @@ def test_a_lost_output_is_made_again(fakes, folder, tmp_path):
     assert fakes.take() == [("one", "paint")]
 
 
-def test_with_a_lost_image_everything_made_from_it_is_made_again(fakes, folder, tmp_path):
+def test_with_a_lost_image_all_that_was_in_it_is_made_again(fakes, folder, tmp_path):
     run(folder, tmp_path / "out", INLINE)
     fakes.take()
     shutil.rmtree(tmp_path / "out" / "images" / "one.zarr")
     run(folder, tmp_path / "out", INLINE)
-    assert fakes.take() == [("one", stage) for stage in [*EARLY, "assign", "paint"]]
+    assert fakes.take() == [("one", stage) for stage in ("convert", "segment", "paint")]
+
+
+def test_a_damaged_input_of_other_stages_redoes_them_unless_it_becomes_the_same_again(
+    fakes, folder, tmp_path
+):
+    run(folder, tmp_path / "out", INLINE)
+    fakes.take()
+    features = tmp_path / "out" / "features" / "one.zarr" / "zarr.json"
+    features.unlink()
+    run(folder, tmp_path / "out", INLINE)
+    # The table is made anew with the features, and the groups are entered into it again.
+    assert fakes.take() == [("one", "describe"), ("one", "assign")]
+    features.unlink()
+    fakes.text = "other"
+    run(folder, tmp_path / "out", INLINE)
+    assert fakes.take() == [("one", "describe"), ("one", "assign"), ("one", "paint")]
+    assert "held" not in json.loads((tmp_path / "out" / "ledger" / "one.json").read_text())
+
+
+def test_a_repair_that_is_killed_still_knows_what_it_holds(fakes, folder, tmp_path):
+    run(folder, tmp_path / "out", INLINE)
+    (tmp_path / "out" / "images" / "one.zarr" / "zarr.json").unlink()
+    fakes.raises["one", "convert"] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, tmp_path / "out", INLINE)
+    fakes.raises.clear()
+    fakes.take()
+    run(folder, tmp_path / "out", INLINE)
+    assert fakes.take() == [("one", "convert")]
+
+
+def test_changed_bytes_are_found_when_asked_and_told(fakes, folder, tmp_path):
+    run(folder, tmp_path / "out", INLINE)
+    fakes.take()
+    overlay = tmp_path / "out" / "overlays" / "one.tif"
+    overlay.write_text("y")
+    run(folder, tmp_path / "out", INLINE)
+    assert fakes.take() == []  # names and sizes are as they were
+    progress = Recorder()
+    run(folder, tmp_path / "out", INLINE, progress=progress, verify=True)
+    assert fakes.take() == [("one", "paint")]
+    assert progress.said == ["one: overlays/one.tif is damaged or missing; paint is done again."]
+    assert overlay.read_text() == "x"
+
+
+def test_a_slide_with_work_left_is_compared_byte_by_byte(fakes, folder, tmp_path):
+    run(folder, tmp_path / "out", INLINE)
+    fakes.take()
+    (tmp_path / "out" / "images" / "one.zarr" / "zarr.json").write_text("y")
+    run(folder, tmp_path / "out", INLINE | {"features": {"margin": 0.4}})
+    ran = fakes.take()
+    assert [stage for name, stage in ran if name == "one"] == ["convert", "describe", "assign", "paint"]
+    assert [stage for name, stage in ran if name == "two"] == ["describe", "assign", "paint"]
+
+
+def test_damaged_features_are_made_again_before_groups_are_fitted(fakes, folder, tmp_path):
+    run(folder, tmp_path / "out", INLINE)
+    fakes.take()
+    (tmp_path / "out" / "features" / "two.zarr" / "zarr.json").write_text("y")
+    (tmp_path / "out" / "clusters" / "centers.json").unlink()
+    run(folder, tmp_path / "out", INLINE)
+    assert fakes.take() == [("two", "describe"), ("*", "cluster"), ("two", "assign")]
 
 
 def test_a_bad_slide_is_set_aside_with_its_reason_and_the_rest_finish(fakes, folder, tmp_path):
@@ -304,7 +367,7 @@ def test_two_runs_at_once_are_refused(fakes, folder, tmp_path):
 
 
 def test_a_machine_that_is_not_there_leaves_no_study_behind(fakes, folder, tmp_path):
-    with pytest.raises(ComputeError):
+    with pytest.raises(DaskcellError, match="moon"):
         run(folder, tmp_path / "out", {"compute": {"kind": "moon"}})
     assert not (tmp_path / "out").exists()
 
