@@ -37,6 +37,8 @@ class InputSettings(Settings):
     """Plane of a stack to take, the maximum over planes, or one image per plane."""
     t: int | Literal["all"] = "all"
     """Time point to take, or one image per time point."""
+    ome_zarr: Literal["0.5", "0.4"] = "0.5"
+    """Version of OME-Zarr to write; 0.4 for viewers that know no other, with a file for every 512 pixels."""
 
 
 class ReconstructSettings(Settings):
