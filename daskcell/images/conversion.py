@@ -1,4 +1,4 @@
-"""Microscope files to OME-Zarr 0.5: one task writes one whole file of the result, once.
+"""Microscope files to OME-Zarr: one task writes whole files of the result, each once.
 
 While pixels pass by, their histograms and a fingerprint are made, so that later stages need no second
 reading. The image is written beside its target and renamed when whole: what has the final name is complete.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,14 @@ import zarr
 from daskcell.config import InputSettings
 from daskcell.errors import DaskcellError, ImageError
 from daskcell.geometry import Box, Grid
-from daskcell.images import labels, metadata, store
-from daskcell.images.pyramid import level_shapes
+from daskcell.images import metadata, store
+from daskcell.images.levels import Level, downscale_block, halved_box, plan_levels
+from daskcell.images.pyramid import halve_mean
 from daskcell.images.readers import Reader
 from daskcell.images.sandbox import open_safely
+from daskcell.images.shards import Position, write_box
 from daskcell.images.sources import Source
-from daskcell.images.summary import Part, Summary, describe
+from daskcell.images.summary import Part, Summary, describe, remember
 
 Task = tuple[Any, Callable[..., Any], tuple[Any, ...]]
 
@@ -37,7 +39,7 @@ def convert_slide(
     *,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write `source` as an OME-Zarr 0.5 image at `target`.
+    """Write `source` as an OME-Zarr image at `target`, 0.5 unless `settings` say 0.4.
 
     Parameters
     ----------
@@ -57,64 +59,77 @@ def convert_slide(
     ImageError
         If the source cannot be read, or holds NaN or infinite pixels; nothing is left at `target` then.
     """
+    settings = settings or InputSettings()
     target = Path(target).absolute()  # workers may run elsewhere
     if target.exists() and not overwrite:
         raise ImageError(f"{target} exists already; please remove it or choose another name.")
     identity = source.identity()
     reader = open_safely(source)
     try:
-        shape = reader.levels[0]
         count, dtype = len(reader.channels), reader.dtype
-        strips = reader.piece[1] >= shape[1] and reader.piece[0] < shape[0]
+        height, width = reader.levels[0]
+        strips = reader.piece[1] >= width and reader.piece[0] < height
+        levels = plan_levels(reader.levels, count, dtype, strips=strips)
         header = metadata.Header(source.name, reader.channels, reader.pixel_size, reader.is_rgb)
     finally:
         reader.close()
-    partial = target.parent / f".{target.name}.partial"
+    beside = target.parent / f".{target.name}.partial"
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(beside, ignore_errors=True)
     try:
-        shapes = level_shapes(shape)
-        group = store.new_group(partial)
-        for level, (y, x) in enumerate(shapes):
-            shards = store.shard_shape(count, (y, x), dtype, strips=strips and not level)
-            store.create_level(group, level, (count, y, x), shards, (1, store.CHUNK, store.CHUNK), dtype)
+        group = store.new_group(beside, settings.ome_zarr)
+        chunks = (1, store.CHUNK, store.CHUNK)
+        for level in levels:
+            store.create_level(group, level.number, (count, *level.shape), level.files, chunks, dtype)
         summary = Summary(count, dtype)
-        grid = _grid(group["0"])
-        files = len(grid)
-        runs = _runs(grid, count * dtype.itemsize) if strips else [(grid.core(i),) for i in grid]
-        tasks: Iterable[Task] = (
-            (("convert", k), _convert_run, (source, identity, str(partial), run))
-            for k, run in enumerate(runs)
-        )
-        for _, part in run_tasks(workers, tasks):
-            summary.add(part)
+        for tasks in _stages(source, identity, str(beside), levels, strips, count * dtype.itemsize):
+            for _, part in run_tasks(workers, tasks):
+                summary.add(part)
         summary.check(source, header.channels)
-        for level in range(1, len(shapes)):
-            grid = _grid(group[str(level)])
-            tasks = (
-                (("pyramid", level, *i), labels.downscale_shard, (str(partial), level, grid.core(i), "mean"))
-                for i in grid
-            )
-            for _ in run_tasks(workers, tasks):
-                files += 1
-        fingerprint = summary.fingerprint(header.channels, dtype)
+        fingerprint = summary.fingerprint(header.channels, dtype, (height, width))
         windows = summary.windows(lambda: np.asarray(store.level_of(group, -1)))
         if summary.histograms is not None:
             store.write_histograms(group, summary.histograms, summary.first)
-        metadata.write(group, header, shapes, windows, fingerprint)
-        _replace(partial, target)
+        method = None if any(level.stored for level in levels[1:]) else "mean"
+        metadata.write(group, header, [level.shape for level in levels], windows, fingerprint, method)
+        _replace(beside, target)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(beside, ignore_errors=True)
         raise
     return {
-        "shape": (count, *shape),
+        "shape": (count, height, width),
         "dtype": str(dtype),
         "channels": list(header.channels),
         "pixel_size": header.pixel_size,
         "is_rgb": header.is_rgb,
-        "files": files,
+        "files": summary.files,
         "fingerprint": fingerprint,
     }
+
+
+def _stages(
+    source: Source, identity: str, path: str, levels: list[Level], strips: bool, pixel_bytes: int
+) -> Iterator[Iterable[Task]]:
+    """The tasks of each level, largest first: those of a level may read the one before."""
+    for level in levels:
+        if level.with_upper:
+            continue
+        if level.stored:
+            runs = _runs(level.grid, pixel_bytes) if strips else [(level.grid.core(i),) for i in level.grid]
+            halve = any(after.with_upper for after in levels[level.number + 1 : level.number + 2])
+            yield (
+                (
+                    ("level", level.number, k),
+                    _convert_run,
+                    (source, identity, path, level.number, run, halve),
+                )
+                for k, run in enumerate(runs)
+            )
+        else:
+            yield (
+                (("level", level.number, *i), _downscale, (path, level.number, level.grid.core(i)))
+                for i in level.grid
+            )
 
 
 def run_tasks(workers: Any, tasks: Iterable[Task]) -> Iterator[tuple[Any, Any]]:
@@ -129,16 +144,25 @@ def run_tasks(workers: Any, tasks: Iterable[Task]) -> Iterator[tuple[Any, Any]]:
     yield from window
 
 
-def _convert_run(source: Source, identity: str, path: str, boxes: tuple[Box, ...]) -> Part:
-    """Read a run of blocks that lie side by side at once, and write each as one file."""
-    array = _array(path, store.stamp(os.path.join(path, "0")))
-    for box in boxes:
-        store.assert_aligned(box, array)
+def _convert_run(
+    source: Source, identity: str, path: str, level: int, boxes: tuple[Box, ...], halve: bool
+) -> Part:
+    """Read a run of blocks that lie side by side at once, and write each as one file, and its halves too."""
     run = Box(boxes[0].y0, boxes[0].x0, boxes[-1].y1, boxes[-1].x1)
-    pixels = cached_reader(source, identity).read(0, run)
+    pixels = cached_reader(source, identity).read(level, run)
+    hashes: dict[Position, bytes] = {}
+    look = partial(remember, hashes) if level == 0 else None
+    files = 0
     for box in boxes:
-        array[(slice(None), *box.slices)] = pixels[(slice(None), *box.within(run))]
-    return describe(pixels, run)
+        part = pixels[(slice(None), *box.within(run))]
+        files += write_box(_array(path, level), box, part, look)
+        if halve:
+            files += write_box(_array(path, level + 1), halved_box(box), halve_mean(part))
+    return describe(pixels, hashes, files) if level == 0 else Part(files)
+
+
+def _downscale(path: str, level: int, box: Box) -> Part:
+    return Part(downscale_block(path, level, box, "mean"))
 
 
 @lru_cache(maxsize=2)
@@ -147,9 +171,13 @@ def cached_reader(source: Source, identity: str) -> Reader:
     return open_safely(source)
 
 
+def _array(path: str, level: int) -> zarr.Array:
+    return _opened(path, level, store.stamp(os.path.join(path, str(level))))
+
+
 @lru_cache(maxsize=4)
-def _array(path: str, stamp: tuple[int, ...]) -> zarr.Array:
-    return store.writable(path, 0)
+def _opened(path: str, level: int, stamp: tuple[int, ...]) -> zarr.Array:
+    return store.writable(path, level)
 
 
 def _runs(grid: Grid, pixel_bytes: int) -> list[tuple[Box, ...]]:
@@ -164,21 +192,16 @@ def _runs(grid: Grid, pixel_bytes: int) -> list[tuple[Box, ...]]:
     ]
 
 
-def _grid(array: Any) -> Grid:
-    y, x = array.shards[-2:]
-    return Grid(labels._edges(array.shape[-2], y), labels._edges(array.shape[-1], x))
-
-
-def _replace(partial: Path, target: Path) -> None:
-    """Give `partial` its final name; what had it before is removed after, so it is never lost."""
+def _replace(beside: Path, target: Path) -> None:
+    """Give `beside` its final name; what had it before is removed after, so it is never lost."""
     if target.exists():
         old = target.parent / f".{target.name}.old"
         shutil.rmtree(old, ignore_errors=True)
         os.rename(target, old)
-        os.rename(partial, target)
+        os.rename(beside, target)
         shutil.rmtree(old, ignore_errors=True)
     else:
-        os.rename(partial, target)
+        os.rename(beside, target)
 
 
 __all__ = ["DaskcellError", "convert_slide"]

@@ -7,7 +7,7 @@ never looks whole; `read_labels` reads its blocks before that.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ import zarr
 from numpy.typing import NDArray
 
 from daskcell.errors import ImageError, InputError
-from daskcell.geometry import Box, Grid
-from daskcell.images import store
-from daskcell.images.pyramid import halve_nearest, level_shapes, source_box
+from daskcell.geometry import Box
+from daskcell.images import metadata, store
+from daskcell.images.levels import downscale_block
+from daskcell.images.pyramid import level_shapes
+from daskcell.images.shards import write_box
 
 CHUNK = store.CHUNK
 
@@ -48,8 +50,6 @@ def create_labels(
 
     A label image of that name that is already there is replaced.
     """
-    from ome_zarr_models.v05.image_label import ImageLabelAttrs
-
     dtype = np.dtype(dtype)
     if dtype.kind not in "iu" or dtype.itemsize > 4:
         raise InputError(f"Labels cannot be {dtype}; please use an integer type of at most 32 bits.")
@@ -63,26 +63,20 @@ def create_labels(
         ]
     if properties:
         entry["properties"] = [dict(p) for p in properties]
-    attributes = ImageLabelAttrs.model_validate(
-        {
-            "version": "0.5",
-            "multiscales": [
-                store.multiscales(name, shapes, info.pixel_size, "yx").model_dump(exclude_none=True)
-            ],
-            "image-label": entry,
-        }
-    )
+    version = store.version_of(store.opened(path).group)
+    ome = metadata.multiscales(name, shapes, info.pixel_size, "yx", "nearest") | {"image-label": entry}
+    ome = metadata.checked("image_label.ImageLabelAttrs", ome, version)
     labels = Path(path, "labels")
-    _list(labels, name, listed=False)
+    _list(labels, name, version, listed=False)
     target = labels / name
     if target.exists():
         shutil.rmtree(target)
-    group = store.new_group(target)
+    group = store.new_group(target, version)
     chunk = _chunk(block)
     for level, shape in enumerate(shapes):
-        shards = tuple(min(block, -(-side // chunk) * chunk) for side in shape)
-        store.create_level(group, level, shape, shards, (chunk, chunk), dtype)
-    group.attrs["ome"] = attributes.model_dump(by_alias=True, exclude_none=True, mode="json")
+        files = tuple(min(block, -(-side // chunk) * chunk) for side in shape)
+        store.create_level(group, level, shape, files, (chunk, chunk), dtype)
+    group.attrs.update(metadata.enveloped(ome, version))
 
 
 def write_labels_block(path: str | Path, name: str, box: Box, array: NDArray) -> None:
@@ -107,7 +101,7 @@ def write_labels_block(path: str | Path, name: str, box: Box, array: NDArray) ->
                 f"Label {high if high > limits.max else low} does not fit into {target.dtype} of '{name}'."
             )
         array = array.astype(target.dtype)
-    target[box.slices] = array
+    write_box(target, box, array)
 
 
 def read_labels(path: str | Path, name: str, box: Box, level: int = 0) -> NDArray:
@@ -125,33 +119,11 @@ def build_label_pyramid(path: str | Path, name: str, workers: Any = None) -> Non
     group = Path(path, "labels", name).absolute()  # workers may run elsewhere
     image = _opened_labels(path, name)
     for level in range(1, len(image.levels)):
-        shards = image.arrays[level].shards
-        assert shards is not None
-        grid = Grid(_edges(image.levels[level][0], shards[-2]), _edges(image.levels[level][1], shards[-1]))
-        tasks = (((level, *i), downscale_shard, (str(group), level, grid.core(i), "nearest")) for i in grid)
+        grid = store.grid_of(image.arrays[level])
+        tasks = (((level, *i), downscale_block, (str(group), level, grid.core(i), "nearest")) for i in grid)
         for _ in run_tasks(workers, tasks):
             pass
-    _list(Path(path, "labels"), name, listed=True)
-
-
-def downscale_shard(group: str, level: int, box: Box, method: str) -> None:
-    """Write one file of a level from the level before, a strip of chunks at a time in memory."""
-    from daskcell.images.pyramid import halve_mean
-
-    halve: Callable[[NDArray], NDArray] = halve_mean if method == "mean" else halve_nearest
-    before = store.writable(group, level - 1)
-    target = store.writable(group, level)
-    shape = (before.shape[-2], before.shape[-1])
-    out = np.empty((*target.shape[:-2], *box.shape), target.dtype)
-    for y0 in range(box.y0, box.y1, CHUNK):
-        strip = Box(y0, box.x0, min(y0 + CHUNK, box.y1), box.x1)
-        out[(..., *strip.within(box))] = halve(np.asarray(before[(..., *source_box(strip, shape).slices)]))
-    store.assert_aligned(box, target)
-    target[(..., *box.slices)] = out
-
-
-def _edges(length: int, step: int) -> tuple[int, ...]:
-    return (*range(0, length, step), length)
+    _list(Path(path, "labels"), name, store.version_of(image.group), listed=True)
 
 
 def _chunk(block: int) -> int:
@@ -179,8 +151,8 @@ def _writable(group: str, level: int, stamp: tuple[int, ...]) -> zarr.Array:
     return store.writable(group, level)
 
 
-def _list(labels: Path, name: str, *, listed: bool) -> None:
+def _list(labels: Path, name: str, version: str, *, listed: bool) -> None:
     """Enter a name into, or take it out of, the list of finished label images."""
-    group = zarr.open_group(str(labels), mode="a", zarr_format=3)
+    group = zarr.open_group(str(labels), mode="a", zarr_format=2 if version == "0.4" else 3)
     names = [n for n in store.ome_attributes(group).get("labels", []) if n != name]
-    group.attrs["ome"] = {"version": "0.5", "labels": [*names, name] if listed else names}
+    group.attrs.update(metadata.enveloped({"labels": [*names, name] if listed else names}, version))

@@ -6,6 +6,9 @@ odd side is lost; pixel ``(i, j)`` of a level covers pixels ``2i..2i+1, 2j..2j+1
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,13 +18,25 @@ SMALLEST = 1024
 """Levels are added until both sides are below this."""
 
 
-def level_shapes(shape: tuple[int, int]) -> list[tuple[int, int]]:
-    """Height and width of every level, the picture itself first."""
+def level_shapes(shape: tuple[int, int], stored: Sequence[tuple[int, int]] = ()) -> list[tuple[int, int]]:
+    """Height and width of every level: the picture's own, then the `stored` ones, then halves."""
     shapes = [shape]
     while max(shapes[-1]) >= SMALLEST:
         y, x = shapes[-1]
-        shapes.append(((y + 1) // 2, (x + 1) // 2))
+        number = len(shapes) - 1
+        shapes.append(stored[number] if number < len(stored) else ((y + 1) // 2, (x + 1) // 2))
     return shapes
+
+
+def halvings(levels: Sequence[tuple[int, int]]) -> int:
+    """How many of the levels of a file follow each other in steps of two, the first counted.
+
+    Sides are half as long, rounded up or down: both are found in slides.
+    """
+    for number, (above, below) in enumerate(pairwise(levels), 1):
+        if not all(long // 2 <= short <= (long + 1) // 2 for long, short in zip(above, below, strict=True)):
+            return number
+    return len(levels)
 
 
 def source_box(box: Box, shape: tuple[int, int]) -> Box:

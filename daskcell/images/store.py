@@ -15,13 +15,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numcodecs
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import BloscCodec
+from zarr.codecs import BloscCodec, ZstdCodec
 
 from daskcell.errors import ImageError, InputError
-from daskcell.geometry import Box
+from daskcell.geometry import Box, Grid
 from daskcell.images.readers import check_inside
 
 CHUNK = 512
@@ -76,48 +77,37 @@ def create_level(
     group: zarr.Group,
     level: int,
     shape: Sequence[int],
-    shards: Sequence[int],
+    files: Sequence[int],
     chunks: Sequence[int],
     dtype: Any,
 ) -> zarr.Array:
-    """An empty array for one level; axes are ``c, y, x`` or ``y, x``."""
-    return group.create_array(
-        str(level),
-        shape=tuple(shape),
-        shards=tuple(shards),
-        chunks=tuple(chunks),
-        dtype=dtype,
-        fill_value=0,
-        compressors=BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle"),
-        dimension_names=["c", "y", "x"][-len(shape) :],
-    )
+    """An empty array for one level; axes are ``c, y, x`` or ``y, x``.
+
+    Parameters
+    ----------
+    files
+        Shape of a file of `chunks`; in a group of Zarr 2, which has no shards, every chunk is a file.
+    """
+    name = str(level)
+    common: dict[str, Any] = {"shape": tuple(shape), "chunks": tuple(chunks), "dtype": dtype, "fill_value": 0}
+    if group.metadata.zarr_format == 2:
+        squeeze = numcodecs.Blosc("zstd", 1, numcodecs.Blosc.BITSHUFFLE)
+        separator: Any = {"name": "v2", "separator": "/"}
+        return group.create_array(name, compressors=squeeze, chunk_key_encoding=separator, **common)
+    axes = ["c", "y", "x"][-len(shape) :]
+    squeezed = _codec(np.dtype(dtype), "c" not in axes)
+    return group.create_array(name, shards=tuple(files), compressors=squeezed, dimension_names=axes, **common)
 
 
-def multiscales(
-    name: str, shapes: Sequence[tuple[int, int]], pixel_size: tuple[float, float] | None, axes: str
-) -> Any:
-    """The ``multiscales`` entry of OME-Zarr 0.5; the scale is 1, without unit, where none is known."""
-    from ome_zarr_models.v05.axes import Axis
-    from ome_zarr_models.v05.multiscales import Dataset, Multiscale
+def _codec(dtype: np.dtype, labels: bool) -> ZstdCodec | BloscCodec:
+    """How pixels are compressed: fast first, and small.
 
-    unit = "micrometer" if pixel_size else None
-    y, x = pixel_size or (1.0, 1.0)
-    kinds = {"c": Axis(name="c", type="channel", unit=None)}
-    for axis in "yx":
-        kinds[axis] = Axis(name=axis, type="space", unit=unit)
-    datasets = []
-    for level in range(len(shapes)):
-        step, others = 2**level, len(axes) - 2
-        # The centre of a pixel that covers 2 x 2 lies half a pixel further in.
-        shift = [0.0] * others + [y * (step - 1) / 2, x * (step - 1) / 2] if level else None
-        scale = [1.0] * others + [y * step, x * step]
-        datasets.append(Dataset.build(path=str(level), scale=scale, translation=shift))
-    return Multiscale(
-        axes=tuple(kinds[axis] for axis in axes),
-        datasets=tuple(datasets),
-        name=name,
-        type="mean" if "c" in axes else "nearest",
-    )
+    Noise fills the low bits of wide pixels: with bits sorted, the high ones shrink at once. Pixels of 8 bits
+    need an entropy coder; labels are runs of equal numbers, for both.
+    """
+    if dtype.itemsize == 1 and not labels:
+        return ZstdCodec(level=1)
+    return BloscCodec(cname="zstd" if labels else "lz4", clevel=1 if labels else 5, shuffle="bitshuffle")
 
 
 class OmeZarr:
@@ -297,16 +287,25 @@ def ome_attributes(group: zarr.Group) -> dict[str, Any]:
     return attributes.get("ome", attributes)
 
 
-def new_group(path: str | Path) -> zarr.Group:
-    """An empty Zarr 3 group where there must be none yet."""
-    return zarr.open_group(str(path), mode="w-", zarr_format=3)
+def new_group(path: str | Path, version: str = "0.5") -> zarr.Group:
+    """An empty group for OME-Zarr of a version, where there must be none yet."""
+    return zarr.open_group(str(path), mode="w-", zarr_format=2 if version == "0.4" else 3)
+
+
+def version_of(group: zarr.Group) -> str:
+    """The version of OME-Zarr that a group of this format of Zarr holds: 0.4 or 0.5."""
+    return "0.4" if group.metadata.zarr_format == 2 else "0.5"
+
+
+def grid_of(array: zarr.Array) -> Grid:
+    """Blocks of whole files, one for each task; of an array without shards, as large as shards could be."""
+    sides = array.shards or [max(SHARD // side, 1) * side for side in array.chunks]
+    return Grid(*((*range(0, n, step), n) for n, step in zip(array.shape[-2:], sides[-2:], strict=True)))
 
 
 def writable(path: str | Path, level: int) -> zarr.Array:
     """One level, opened for writing."""
-    # A file that is absent must mean "not written", never "all zero". Opening takes no config of its own.
-    with zarr.config.set({"array.write_empty_chunks": True}):
-        return zarr.open_array(str(path), path=str(level), mode="r+")
+    return zarr.open_array(str(path), path=str(level), mode="r+")
 
 
 def level_of(group: zarr.Group, level: int) -> zarr.Array:

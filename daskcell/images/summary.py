@@ -6,48 +6,47 @@ Made from the pieces in any order, and the same whatever the pieces are.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from daskcell.errors import ImageError
-from daskcell.geometry import Box
-from daskcell.images import store
+from daskcell.images.shards import Position
 from daskcell.images.sources import Source
-
-CELL = 512
-"""Side in pixels of the squares whose hashes make the fingerprint; pieces begin and end at their borders."""
 
 
 @dataclass(frozen=True)
 class Part:
     """What is known of one piece: small, to be sent from a worker."""
 
-    hashes: dict[tuple[int, int], bytes]
-    bad: list[int]
-    histograms: list[tuple[NDArray, NDArray] | None]
+    files: int
+    """How many were written."""
+    hashes: Mapping[Position, bytes] = field(default_factory=dict)
+    """Of chunks, by their place."""
+    bad: Sequence[int] = ()
+    """Pixels of each channel that are no numbers."""
+    histograms: Sequence[tuple[NDArray, NDArray] | None] = ()
 
 
-def describe(pixels: NDArray, box: Box) -> Part:
-    """Look at ``(C, h, w)`` pixels that fill `box` of the image."""
-    hashes = {}
-    cell = min(CELL, store.CHUNK)
-    assert box.y0 % cell == box.x0 % cell == 0
-    for y in range(0, box.shape[0], cell):
-        for x in range(0, box.shape[1], cell):
-            square = np.ascontiguousarray(pixels[:, y : y + cell, x : x + cell])
-            hashes[(box.y0 + y) // cell, (box.x0 + x) // cell] = hashlib.sha256(square.data).digest()[:16]
+def remember(hashes: dict[Position, bytes], position: Position, chunk: NDArray) -> None:
+    """Enter the hash of a chunk; a `shards.Look`, when the first argument is given."""
+    hashes[position] = hashlib.sha256(chunk.data).digest()[:16]
+
+
+def describe(pixels: NDArray, hashes: Mapping[Position, bytes] | None = None, files: int = 0) -> Part:
+    """Look at ``(C, h, w)`` pixels."""
     bad = [int(c.size - np.isfinite(c).sum()) if c.dtype.kind == "f" else 0 for c in pixels]
-    return Part(hashes, bad, [_histogram(channel) for channel in pixels])
+    return Part(files, hashes or {}, bad, [_histogram(channel) for channel in pixels])
 
 
 class Summary:
     """What is learnt about the pixels while they are written, gathered from all pieces in any order."""
 
     def __init__(self, channels: int, dtype: np.dtype) -> None:
-        self.hashes: dict[tuple[int, int], bytes] = {}
+        self.files = 0
+        self.hashes: dict[Position, bytes] = {}
         self.bad = [0] * channels
         self.first = 0
         """Value of the first column of the histograms."""
@@ -58,8 +57,10 @@ class Summary:
             self.histograms = np.zeros((channels, 2 ** (8 * dtype.itemsize)), np.int64)
 
     def add(self, part: Part) -> None:
+        self.files += part.files
         self.hashes.update(part.hashes)
-        self.bad = [a + b for a, b in zip(self.bad, part.bad, strict=True)]
+        for k, bad in enumerate(part.bad):
+            self.bad[k] += bad
         for k, histogram in enumerate(part.histograms):
             if histogram is not None and self.histograms is not None:
                 values, counts = histogram
@@ -74,9 +75,9 @@ class Summary:
                     "infinite); please replace them first."
                 )
 
-    def fingerprint(self, channels: Sequence[str], dtype: np.dtype) -> str:
+    def fingerprint(self, channels: Sequence[str], dtype: np.dtype, shape: tuple[int, int]) -> str:
         """Hash of all pixels and the channels' names."""
-        total = hashlib.sha256(repr((tuple(channels), dtype.str)).encode())
+        total = hashlib.sha256(repr((tuple(channels), dtype.str, shape)).encode())
         for key in sorted(self.hashes):
             total.update(repr(key).encode() + self.hashes[key])
         return total.hexdigest()
