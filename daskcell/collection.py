@@ -10,7 +10,6 @@ to them.
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -341,8 +340,8 @@ class LazyWorkers:
 def _weight(source: Source) -> float:
     total = 0.0
     for file in source.files:
-        with contextlib.suppress(OSError):
-            total += os.path.getsize(file)
+        with contextlib.suppress(OSError, DaskcellError):
+            total += places.version(file)[0]
     return total
 
 

@@ -11,10 +11,12 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
+from daskcell import places
 from daskcell.config import Config
+from daskcell.errors import ImageError
 
 _PIECE = 4 << 20
 
@@ -110,22 +112,24 @@ def segment_settings(config: Config) -> dict[str, Any]:
 def identify(paths: Iterable[str | Path], known: Iterable[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
     """Name, size, time and digest of each input file; a folder (Zarr) counts as all its files.
 
-    `known` is an earlier answer: a file of the same size and time is not read again.
+    `known` is an earlier answer: a file of the same size and time is not read again. Nothing
+    on object storage is read for this: the digest is that of names, sizes and ETags.
     """
     earlier = {entry["path"]: entry for entry in known}
     found = []
-    for path in [Path(path) for path in paths]:
+    for path in paths:
         size, mtime = _weigh(path)
         before = earlier.get(str(path))
         if before is not None and (before["size"], before["mtime_ns"]) == (size, mtime):
             found.append(dict(before))
         else:
+            content = str(mtime) if places.is_remote(path) else digest(Path(path))
             entry = {
                 "path": str(path),
-                "name": path.name,
+                "name": PurePath(path).name,
                 "size": size,
                 "mtime_ns": mtime,
-                "digest": digest(path),
+                "digest": content,
             }
             found.append(entry)
     return found
@@ -133,10 +137,10 @@ def identify(paths: Iterable[str | Path], known: Iterable[Mapping[str, Any]] = (
 
 def unchanged(paths: Iterable[str | Path], known: list[dict[str, Any]]) -> bool:
     """Whether files are as `known` says, by size and time alone."""
-    found = [Path(path) for path in paths]
-    if [entry["path"] for entry in known] != [str(path) for path in found]:
+    found = [str(path) for path in paths]
+    if [entry["path"] for entry in known] != found:
         return False
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ImageError):
         return all(_weigh(p) == (e["size"], e["mtime_ns"]) for p, e in zip(found, known, strict=True))
     return False
 
@@ -153,9 +157,13 @@ def digest(path: Path) -> str:
     return total.hexdigest()
 
 
-def _weigh(path: Path) -> tuple[int, int]:
-    """Size in bytes and time in ns: of a folder, the sum and the latest."""
-    status = [file.stat() for file in _files(path)]
+def _weigh(path: str | Path) -> tuple[int, int | str]:
+    """Size in bytes and time in ns: of a folder, the sum and the latest. Remote: a hash of ETags."""
+    if places.is_remote(path):
+        found = places.versions_below(str(path))
+        tags = hashlib.blake2b(repr(found).encode(), digest_size=20)
+        return sum(size for size, _ in found.values()), tags.hexdigest()
+    status = [file.stat() for file in _files(Path(path))]
     return sum(s.st_size for s in status), max((s.st_mtime_ns for s in status), default=0)
 
 

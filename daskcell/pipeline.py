@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from daskcell import places
 from daskcell.collection import Run
 from daskcell.config import Config, load_config, parse_config
 from daskcell.disk import remove
@@ -213,7 +214,8 @@ def reference_digest(path: str) -> str:
 
 def _check_readable(sources: Sequence[Source]) -> None:
     """Refuse what cannot be read at all before any work; one bad file among many is set aside later."""
-    unreadable = [file for source in sources for file in source.files if not os.access(file, os.R_OK)]
+    local = [file for source in sources for file in source.files if not places.is_remote(file)]
+    unreadable = [file for file in local if not os.access(file, os.R_OK)]
     if unreadable:
         more = f" and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
         raise ImageError(f"{unreadable[0]}{more} cannot be read. Please check the permissions.")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from s3server import CREDENTIALS, Server, s3_server
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -15,3 +18,31 @@ def data_dir() -> Path:
     if not DATA.is_dir():
         pytest.skip(f"the development pictures are not at {DATA}")
     return DATA
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """A local S3 server, for this process and those it starts."""
+    pytest.importorskip("moto.server")
+    fsspec = pytest.importorskip("fsspec")
+    from daskcell.images import sandbox
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    with pytest.MonkeyPatch.context() as patch, s3_server() as found:
+        for name, value in CREDENTIALS.items():
+            patch.setenv(name, value)
+        patch.setenv("FSSPEC_S3_ENDPOINT_URL", found.endpoint)
+        patch.setitem(fsspec.config.conf, "s3", {"endpoint_url": found.endpoint})  # read once, at its import
+        sandbox.sandbox().stop()  # its child was started with another environment
+        yield found
+        sandbox.sandbox().stop()
+
+
+@pytest.fixture
+def bucket(server: Server, request: pytest.FixtureRequest) -> str:
+    """An empty bucket."""
+    import fsspec
+
+    name = "".join(c if c.isalnum() else "-" for c in request.node.name.lower())[:60].strip("-")
+    fsspec.filesystem("s3").mkdir(name)
+    return f"s3://{name}"

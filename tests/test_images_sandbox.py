@@ -19,6 +19,7 @@ from daskcell import images
 from daskcell.errors import DaskcellError, ImageError
 from daskcell.geometry import Box
 from daskcell.images import sandbox
+from daskcell.images.readers import Reader
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="limits of processes are POSIX")
 
@@ -138,7 +139,7 @@ def test_pixels_and_header_pass_through_unchanged(
     )
     (source,) = images.find_images(tmp_path / "a.ome.tif")
     safe, plain = sandbox.open_safely(source), source.open()
-    for name in sandbox.Header.__dataclass_fields__:
+    for name in Reader.__annotations__:
         assert getattr(safe, name) == getattr(plain, name), name
     box = Box(3, 5, 680, 890)
     np.testing.assert_array_equal(safe.read(0, box), pixels[:, 3:680, 5:890])
@@ -170,6 +171,7 @@ ORPHAN = """
 import sys, time
 from daskcell import images
 from daskcell.images import sandbox
+from daskcell.images.readers import Reader
 sandbox.open_safely(images.find_images(sys.argv[1])[0])
 print(sandbox.sandbox()._child.pid, flush=True)
 time.sleep(60)

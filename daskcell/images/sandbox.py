@@ -23,18 +23,18 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from daskcell import places
 from daskcell.errors import DaskcellError, ImageError
 from daskcell.geometry import Box
+from daskcell.images.readers import Reader
 
 if TYPE_CHECKING:
-    from daskcell.images.readers import Reader
     from daskcell.images.sources import Source
 
 MEMORY_BYTES = 900 * 2**20
@@ -49,37 +49,13 @@ WALL_SECONDS = 600.0
 KEPT = 2
 
 
-@dataclass(frozen=True)
-class Header:
-    """What a reader says of itself, as plain data."""
-
-    name: str
-    axes: str
-    levels: tuple[tuple[int, int], ...]
-    channels: tuple[str, ...]
-    pixel_size: tuple[float, float] | None
-    dtype: np.dtype
-    is_rgb: bool
-    sizes: dict[str, int]
-    piece: tuple[int, int]
-    files: tuple[str, ...]
-
-
-class SandboxReader:
-    """A `Source` opened in the child; a `Reader` like any other."""
+class SandboxReader(Reader):
+    """A `Source` opened in the child, whose reader's header is copied here."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
         self.identity = source.identity()
-        header = sandbox().ask(self.source, self.identity, None, OPEN_SECONDS)
-        self.name, self.axes, self.levels, self.channels = (
-            header.name,
-            header.axes,
-            header.levels,
-            header.channels,
-        )
-        self.pixel_size, self.dtype, self.is_rgb = header.pixel_size, header.dtype, header.is_rgb
-        self.sizes, self.piece, self.files = header.sizes, header.piece, header.files
+        vars(self).update(sandbox().ask(self.source, self.identity, None, OPEN_SECONDS))
 
     def read(self, level: int, box: Box) -> NDArray:
         """Pixels ``(C, h, w)`` of `box`."""
@@ -94,7 +70,7 @@ class SandboxReader:
 
 def open_safely(source: Source) -> Reader:
     """Open `source` in the sandbox; OME-Zarr, and everything where pipes are not POSIX, here."""
-    if os.name != "posix" or all(os.path.isdir(file) for file in source.files):
+    if os.name != "posix" or all(places.is_folder(file) for file in source.files):
         return source.open()
     return SandboxReader(source)
 
@@ -250,8 +226,7 @@ def _serve(pipe: Connection) -> None:
             kept.move_to_end(name)
             reader = kept[name]
             if what is None:
-                answer = Header(**{f: getattr(reader, f) for f in Header.__dataclass_fields__})
-                pipe.send(answer)
+                pipe.send({field: getattr(reader, field) for field in Reader.__annotations__})
             else:
                 pixels = np.ascontiguousarray(reader.read(*what))
                 if place is not None:
@@ -276,7 +251,7 @@ def _allow(source: Source, reader: Any, base: int) -> None:
     """More memory for a picture that is one large compressed piece and can only be read whole."""
     height, width = reader.piece
     size = height * width * len(reader.channels) * reader.dtype.itemsize
-    on_disk = sum(os.path.getsize(file) for file in source.files)
+    on_disk = sum(places.version(file)[0] for file in source.files)
     if size > MEMORY_BYTES // 8 and on_disk * 2000 > size:
         _limit_memory(4 * size, base)
 

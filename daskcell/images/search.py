@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import glob
 import os
+import posixpath
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from daskcell import places
 from daskcell.config import InputSettings
 from daskcell.errors import DaskcellError, ImageError
 from daskcell.images import channels as names
@@ -33,23 +35,21 @@ def find_images(
         inputs = [inputs]
     singles: dict[str, list[str]] = {}
     for given in inputs:
-        text = os.path.abspath(given)  # workers may run elsewhere
-        if os.path.isdir(text) and not is_zarr(text):
+        text = places.absolute(given)  # workers may run elsewhere
+        if places.is_folder(text) and not is_zarr(text):
             groups += _in_folder(text, settings.pattern)
-        elif os.path.exists(text):
+        elif places.exists(text):
             singles.setdefault(os.path.dirname(text), []).append(text)
-        elif glob.has_magic(text) and (
-            found := sorted(glob.glob(text, recursive=True), key=names.natural_key)
-        ):
+        elif glob.has_magic(text) and (found := sorted(places.matching(text), key=names.natural_key)):
             for file in found:
-                if not os.path.isdir(file) or is_zarr(file):
+                if not _may_be_folder(file) or not places.is_folder(file) or is_zarr(file):
                     singles.setdefault(os.path.dirname(file), []).append(file)
         else:
             raise ImageError(f"There is no file or folder {text}.")
     for folder, files in singles.items():
         files = list(dict.fromkeys(files))
         if settings.pattern is not None:
-            named = {os.path.relpath(f, folder or "."): f for f in files}
+            named = {_below(f, folder): f for f in files}
             groups += names.group_by_pattern(named, settings.pattern)
         else:
             groups += _grouped(files)
@@ -128,31 +128,41 @@ def _planes(source: Source, settings: InputSettings) -> list[Source]:
     return result
 
 
+def _may_be_folder(file: str) -> bool:
+    """False only where asking would be a request for each of many files."""
+    return not (places.is_remote(file) and file.lower().endswith(suffixes()))
+
+
 def _in_folder(folder: str, pattern: str | None) -> list[names.Group]:
     """Images in a folder and below; channels are looked for in each folder by itself."""
     by_folder: dict[str, list[str]] = {}
-    for parent, folders, files in os.walk(folder):
+    for parent, folders, files in places.walk(folder):
         folders.sort(key=names.natural_key)
         shown = [f for f in folders if not f.startswith(".")]
-        zarrs = [f for f in shown if is_zarr(os.path.join(parent, f))]
+        zarrs = [f for f in shown if is_zarr(places.join(parent, f))]
         folders[:] = [f for f in shown if f not in zarrs]
         pictures = [f for f in files if not f.startswith(".") and f.lower().endswith(suffixes())]
         found = sorted([*pictures, *zarrs], key=names.natural_key)
         if found:
-            by_folder[parent] = [os.path.join(parent, f) for f in found]
+            by_folder[parent] = [places.join(parent, f) for f in found]
     if pattern is not None:
-        relative = {
-            os.path.relpath(f, folder).replace(os.sep, "/"): f for files in by_folder.values() for f in files
-        }
+        relative = {_below(f, folder): f for files in by_folder.values() for f in files}
         return names.group_by_pattern(relative, pattern)
     groups = []
     for parent, files in by_folder.items():
-        below = os.path.relpath(parent, folder)
+        below = _below(parent, folder)
         for group in _grouped(files):
-            name = group.name or os.path.basename(os.path.abspath(parent))
-            prefix = "" if below == "." else below.replace(os.sep, "_") + "_"
+            name = group.name or os.path.basename(parent)
+            prefix = "" if below == "." else below.replace("/", "_") + "_"
             groups.append(replace(group, name=prefix + name))
     return groups
+
+
+def _below(path: str, folder: str) -> str:
+    """`path` relative to `folder`, with slashes; ``.`` for the folder itself."""
+    if places.is_remote(path):
+        return posixpath.relpath(path.partition("://")[2], folder.partition("://")[2])
+    return os.path.relpath(path, folder or ".").replace(os.sep, "/")
 
 
 def _grouped(files: list[str]) -> list[names.Group]:
@@ -160,7 +170,7 @@ def _grouped(files: list[str]) -> list[names.Group]:
     groups: list[names.Group] = []
     rest = []
     for file in files:
-        images = images_within(file) if is_zarr(file) else []
+        images = images_within(file) if _may_be_folder(file) and is_zarr(file) else []
         if images:
             stem = names.stem(file)
             groups += [
@@ -174,7 +184,7 @@ def _grouped(files: list[str]) -> list[names.Group]:
         if len(spans) > 1:
             groups.append(names.Group(names.stem(file), (file,)))
             taken.update(spans)
-    rest = [file for file in rest if os.path.realpath(file) not in taken]
+    rest = [file for file in rest if places.real(file) not in taken]
     return groups + names.group_by_guess(rest)
 
 

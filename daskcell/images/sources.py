@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePath
 
 import numpy as np
 from numpy.typing import NDArray
 
+from daskcell import places
 from daskcell.errors import ImageError, InputError
 from daskcell.geometry import Box
 from daskcell.images.readers import Reader, ZChoice, open_reader
@@ -52,12 +54,10 @@ class Source:
         """Hash of what decides the pixels: the files (name, size, time of change) and how they are read."""
         parts: list[str] = [repr((self.file_channels, self.take, self.pixel_size, self.t, self.z))]
         for file in self.files:
-            path = Path(file)
-            inner = [path / n for n in ("zarr.json", ".zattrs")] if path.is_dir() else [path]
-            for one in inner:
-                if one.exists():
-                    status = one.stat()
-                    parts.append(f"{one.name} {status.st_size} {status.st_mtime_ns}")
+            names = ("zarr.json", ".zattrs") if places.is_folder(file) else ()
+            for one in [places.join(file, name) for name in names] or [file]:
+                with contextlib.suppress(FileNotFoundError):
+                    parts.append(" ".join(map(str, (PurePath(one).name, *places.version(one)))))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

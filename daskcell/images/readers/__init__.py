@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from daskcell import places
 from daskcell.errors import DaskcellError, ImageError, InputError
 from daskcell.geometry import Box
 
@@ -41,7 +42,7 @@ class Reader(Protocol):
     sizes: dict[str, int]
     """Number of time points and planes: ``{"t": 1, "z": 1}``."""
     files: tuple[str, ...]
-    """All files that are read (real paths): several where one file names others."""
+    """All files that are read (real paths or URLs): several where one file names others."""
     piece: tuple[int, int]
     """Height and width of what the file can give at once (its tiles or strips): read in multiples of it."""
 
@@ -121,22 +122,22 @@ def guarded(path: str, action: Callable[[], Any]) -> Any:
     ) as error:  # of a parser that met nonsense
         raise ImageError(f"Cannot read {path}: damaged, its structure makes no sense.") from error
     except Exception as error:
+        if places.is_remote(path) and places.is_of_the_way(error):
+            with places.told(path):
+                raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ImageError(f"Cannot read {path}: damaged or not supported ({reason}).") from error
 
 
 def _head(path: str) -> bytes:
     try:
-        if os.path.isdir(path):
-            return b""
-        with open(path, "rb") as file:
-            return file.read(512)
+        return places.head(path, 512)
     except OSError as error:
         raise ImageError(f"Cannot read {path}: {error.strerror or error}.") from None
 
 
 def _what(path: str, head: bytes) -> str:
-    if os.path.isdir(path):
+    if places.is_folder(path):
         return "the folder is not an OME-Zarr image"
     if not head:
         return "the file is empty"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from daskcell import places
 from daskcell.errors import ImageError
 from daskcell.geometry import Box
 from daskcell.images.readers import ZChoice, check_inside
@@ -18,7 +18,7 @@ SUFFIXES = (".npy",)
 
 
 def matches(path: str, head: bytes) -> bool:
-    return head.startswith(b"\x93NUMPY") or (is_zarr(path) and is_array(path))
+    return head.startswith(b"\x93NUMPY") or (not head and is_zarr(path) and is_array(path))
 
 
 class ArrayReader:
@@ -43,7 +43,7 @@ class ArrayReader:
         self.dtype = np.dtype({"?": np.uint8, "e": np.float32}.get(dtype.char, dtype.newbyteorder("=")))
         self.is_rgb = False
         self.sizes = {"t": 1, "z": 1}
-        self.files = (os.path.realpath(path),)
+        self.files = (places.real(path),)
         chunks = getattr(array, "shards", None) or getattr(array, "chunks", None)
         self.piece = (chunks[-2], chunks[-1]) if chunks else (min(64, array.shape[-2]), array.shape[-1])
 
@@ -57,8 +57,12 @@ class ArrayReader:
 
 
 def open(path: str, *, t: int = 0, z: ZChoice = "max") -> ArrayReader:
-    if os.path.isdir(path):
+    if not path.lower().endswith(SUFFIXES) and places.is_folder(path):
         import zarr
 
         return ArrayReader(zarr.open_array(path, mode="r"), path)
+    if places.is_remote(path):
+        raise ImageError(
+            f"Cannot read {path}: .npy is read from disk only; please copy it, or save it as Zarr."
+        )
     return ArrayReader(np.load(path, mmap_mode="r", allow_pickle=False), path)

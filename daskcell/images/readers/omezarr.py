@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import os
 
 import numpy as np
 from numpy.typing import NDArray
 
+from daskcell import places
 from daskcell.errors import ImageError, InputError
 from daskcell.geometry import Box
 from daskcell.images.readers import ZChoice
@@ -18,23 +18,24 @@ SUFFIXES: tuple[str, ...] = ()  # folders, found by what is in them
 
 
 def matches(path: str, head: bytes) -> bool:
-    return is_zarr(path) and not is_array(path)
+    return not head and is_zarr(path) and not is_array(path)
 
 
 def is_zarr(path: str) -> bool:
     """Whether `path` is a folder that Zarr wrote."""
-    return os.path.isdir(path) and any(
-        os.path.isfile(os.path.join(path, name)) for name in ("zarr.json", ".zattrs", ".zgroup", ".zarray")
-    )
+    names = ("zarr.json", ".zattrs", ".zgroup", ".zarray")
+    if places.is_remote(path):
+        return not places.children(path).isdisjoint(names)
+    return os.path.isdir(path) and any(os.path.isfile(os.path.join(path, name)) for name in names)
 
 
 def is_array(path: str) -> bool:
     """Whether a Zarr folder is a plain array, without the metadata of an image."""
-    if os.path.isfile(os.path.join(path, ".zarray")):
-        return True
+    names = places.children(path)
+    if "zarr.json" not in names:
+        return ".zarray" in names
     try:
-        with builtins.open(os.path.join(path, "zarr.json"), encoding="utf-8") as file:
-            return bool(json.load(file).get("node_type") == "array")
+        return bool(json.loads(places.read(places.join(path, "zarr.json"))).get("node_type") == "array")
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -50,7 +51,7 @@ def images_within(path: str) -> list[str]:
             wells = [str(well["path"]) for well in ome["plate"]["wells"]]
             found = []
             for well in wells:
-                entry = ome_attributes(zarr.open_group(os.path.join(path, well), mode="r"))["well"]
+                entry = ome_attributes(zarr.open_group(places.join(path, well), mode="r"))["well"]
                 found += [f"{well}/{field['path']}" for field in entry["images"]]
             return found
         if "bioformats2raw.layout" in ome and "multiscales" not in ome:
@@ -82,7 +83,7 @@ class OmeZarrReader:
         first = self.image.arrays[0]
         shape = first.shards or first.chunks
         self.piece = (shape[-2], shape[-1])
-        self.files = (os.path.realpath(path),)
+        self.files = (places.real(path),)
 
     def read(self, level: int, box: Box) -> NDArray:
         pixels: NDArray | None = None
@@ -98,6 +99,6 @@ class OmeZarrReader:
 
 
 def open(path: str, *, t: int = 0, z: ZChoice = "max") -> OmeZarrReader:
-    if not os.path.isdir(path):
+    if not places.is_folder(path):
         raise ImageError(f"{path} is not an OME-Zarr folder.")
     return OmeZarrReader(path, t, z)

@@ -6,12 +6,13 @@ left out.
 
 from __future__ import annotations
 
-import os
+import io
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from daskcell import places
 from daskcell.errors import ImageError
 from daskcell.geometry import Box
 from daskcell.images.readers import ZChoice, check_inside
@@ -58,7 +59,7 @@ def open(path: str, *, t: int = 0, z: ZChoice = "max") -> PictureReader:
     from PIL import ImageFile, ImageOps
 
     ImageFile.LOAD_TRUNCATED_IMAGES = False
-    with Pillow.open(path) as file:
+    with Pillow.open(io.BytesIO(places.read(path)) if places.is_remote(path) else path) as file:
         width, height = file.size
         if width * height * len(file.getbands()) > LARGEST_BYTES:
             raise ImageError(
@@ -79,5 +80,5 @@ def open(path: str, *, t: int = 0, z: ZChoice = "max") -> PictureReader:
     else:
         pixels = pixels[None]
     reader = PictureReader(np.ascontiguousarray(pixels), Path(path).stem, pixels.shape[0] == 3, None)
-    reader.files = (os.path.realpath(path),)
+    reader.files = (places.real(path),)
     return reader

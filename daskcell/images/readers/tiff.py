@@ -24,6 +24,7 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
+from daskcell import places
 from daskcell.errors import ImageError, InputError
 from daskcell.geometry import Box
 from daskcell.images.readers import ZChoice, check_inside, guarded, tiffmeta
@@ -93,7 +94,10 @@ class TiffReader:
             if path.lower().endswith((".ome.tif", ".ome.tiff"))
             else Path(path).stem
         )
-        self.file = tifffile.TiffFile(path)
+        self.remote = places.is_remote(path)
+        self._strips: OrderedDict[tuple[int, int, int], NDArray] = OrderedDict()
+        self._stream: Any = places.open_file(path) if self.remote else path
+        self.file = tifffile.TiffFile(self._stream, name=Path(path).name if self.remote else None)
         try:
             with Complaints() as complaints:
                 self._open(t, z)
@@ -102,7 +106,7 @@ class TiffReader:
             if complaints.lost_pages:
                 raise ImageError(f"Cannot read {path}: pages may be lost ({complaints.lost_pages}).")
         except BaseException:
-            self.file.close()
+            self.close()
             raise
 
     def _open(self, t: int, z: ZChoice) -> None:
@@ -138,8 +142,7 @@ class TiffReader:
         piece = keyframe.chunks[:2]
         self.piece = (piece[1], piece[0]) if swapped else (piece[0], piece[1])
         paths = {page.parent.filehandle.path for page in series.pages if page is not None}
-        self.files = tuple(sorted(os.path.realpath(p) for p in paths))
-        self._strips: OrderedDict[tuple[int, int, int], NDArray] = OrderedDict()
+        self.files = (self.path,) if self.remote else tuple(sorted(os.path.realpath(p) for p in paths))
 
     def _main_series(self) -> Any:
         """The first picture; of a slide, or where the first is a thumbnail, the largest."""
@@ -293,27 +296,37 @@ class TiffReader:
             out[:] = key.nodata
         height, width = key.chunks[:2]
         down, across = math.ceil(key.imagelength / height), math.ceil(key.imagewidth / width)
-        for plane in range(self.samples if planar else 1):
-            for i in range(box.y0 // height, -(-box.y1 // height)):
-                for j in range(box.x0 // width, -(-box.x1 // width)):
-                    index = (plane * down + i) * across + j
-                    piece = self._segment(page, level, number, index)
-                    if piece is None:
-                        continue
-                    covers = Box(
-                        i * height, j * width, i * height + piece.shape[0], j * width + piece.shape[1]
-                    )
-                    part = covers & box
-                    pixels = piece[part.within(covers)]
-                    rows, columns = part.within(box)
-                    if planar:
-                        out[plane, rows, columns] = pixels[..., 0]
-                    else:
-                        out[:, rows, columns] = np.moveaxis(pixels, 2, 0)
+        where = {
+            (plane * down + i) * across + j: (plane, i * height, j * width)
+            for plane in range(self.samples if planar else 1)
+            for i in range(box.y0 // height, -(-box.y1 // height))
+            for j in range(box.x0 // width, -(-box.x1 // width))
+        }
+        wanted = [index for index in where if (level, number, index) not in self._strips]
+        fetched = self._fetch(page, wanted) if self.remote else {}
+        for index, (plane, y, x) in where.items():
+            piece = self._segment(page, level, number, index, fetched.pop(index, None))
+            if piece is None:
+                continue
+            covers = Box(y, x, y + piece.shape[0], x + piece.shape[1])
+            part = covers & box
+            pixels = piece[part.within(covers)]
+            rows, columns = part.within(box)
+            if planar:
+                out[plane, rows, columns] = pixels[..., 0]
+            else:
+                out[:, rows, columns] = np.moveaxis(pixels, 2, 0)
         return out
 
-    def _segment(self, page: Any, level: int, number: int, index: int) -> NDArray | None:
-        """One decoded tile or strip ``(h, w, samples)``; None for an empty one."""
+    def _fetch(self, page: Any, indices: list[int]) -> dict[int, bytes]:
+        """The compressed tiles or strips of a remote file, many at a time."""
+        ranges = [(page.dataoffsets[index], page.databytecounts[index]) for index in indices]
+        return dict(zip(indices, places.read_ranges(self.path, ranges), strict=True))
+
+    def _segment(
+        self, page: Any, level: int, number: int, index: int, data: bytes | None = None
+    ) -> NDArray | None:
+        """One decoded tile or strip ``(h, w, samples)``, of `data` if it is there; None for an empty one."""
         name = (level, number, index)
         if name in self._strips:
             self._strips.move_to_end(name)
@@ -322,11 +335,12 @@ class TiffReader:
         offset, count = page.dataoffsets[index], page.databytecounts[index]
         if count == 0:
             return None
-        handle = page.parent.filehandle
-        if handle.closed:  # files of a multi-file OME-TIFF are closed between reads
-            handle.open()
-        handle.seek(offset)
-        data = handle.read(count)
+        if data is None:
+            handle = page.parent.filehandle
+            if handle.closed:  # files of a multi-file OME-TIFF are closed between reads
+                handle.open()
+            handle.seek(offset)
+            data = handle.read(count)
         if len(data) != count:
             raise ImageError(f"Cannot read {self.path}: the file is truncated.")
         options: dict[str, Any] = {}
@@ -350,9 +364,13 @@ class TiffReader:
         out = np.empty((self.samples, *box.shape), self.stored_dtype)
         for plane in range(self.samples if planar else 1):
             first = (number * (self.samples if planar else 1) + plane) * height + box.y0
-            self.file.filehandle.seek(series.dataoffset + first * row)
-            data = self.file.filehandle.read((box.y1 - box.y0) * row)
-            if len(data) != (box.y1 - box.y0) * row:
+            start, count = series.dataoffset + first * row, (box.y1 - box.y0) * row
+            if self.remote:
+                (data,) = places.read_ranges(self.path, [(start, count)])
+            else:
+                self.file.filehandle.seek(start)
+                data = self.file.filehandle.read(count)
+            if len(data) != count:
                 raise ImageError(f"Cannot read {self.path}: the file is truncated.")
             rows = np.frombuffer(data, dtype).reshape(-1, width, inner)[:, box.x0 : box.x1]
             if planar:
@@ -364,6 +382,8 @@ class TiffReader:
     def close(self) -> None:
         self._strips.clear()
         self.file.close()
+        if self.remote:  # a stream that was given is not closed with the file
+            self._stream.close()
 
     def __repr__(self) -> str:
         return f"<TiffReader {os.path.basename(self.path)} {self.axes} {self.levels[0]} {self.dtype}>"

@@ -1,0 +1,295 @@
+"""Where files are: on disk, or on object storage (``s3://bucket/key``) through fsspec.
+
+A path with ``://`` is remote. Credentials and endpoints are fsspec's own configuration (variables such as
+``FSSPEC_S3_ENDPOINT_URL``, or ``~/.config/fsspec``), which every process reads for itself: nothing of it
+travels to workers. Listings are never cached, since other processes write at the same time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import PurePath
+from typing import Any, BinaryIO
+
+from daskcell.errors import DaskcellError, ImageError, StudyError
+
+BLOCK_BYTES = 2**18
+"""What one request for a few bytes (a directory of a file, say) brings along."""
+BLOCKS_KEPT = 64
+GAP_BYTES = 2**17
+"""Ranges that are closer are asked for at once: a request takes longer than so many bytes."""
+RANGE_BYTES = 2**23
+"""Longer ranges are asked for in parts, at the same time."""
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_PACKAGES = {"s3": "'daskcell[s3]'", "s3a": "'daskcell[s3]'", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs"}
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a URL of another place than the local disk."""
+    return "://" in os.fspath(path)
+
+
+def refuse_remote(path: str | os.PathLike[str], what: str) -> None:
+    """Raise `StudyError` for a URL (also one that `pathlib` has shortened) where only the disk will do."""
+    if _SCHEME.match(os.fspath(path)):
+        raise StudyError(
+            f"{path} is on object storage, but {what} must be a folder on disk, since it is locked and its "
+            "files are renamed. Please name one, and copy it afterwards."
+        )
+
+
+def absolute(path: str | os.PathLike[str]) -> str:
+    """`path` as any process of this machine, wherever it runs, understands it; ``file://`` becomes a path."""
+    text = os.fspath(path)
+    if text.startswith("file://"):
+        text = text.removeprefix("file://")
+    return text.rstrip("/") if is_remote(text) else os.path.abspath(text)
+
+
+def join(folder: str, *names: str) -> str:
+    """A path below `folder`."""
+    return "/".join([folder.rstrip("/"), *names]) if is_remote(folder) else os.path.join(folder, *names)
+
+
+def real(path: str) -> str:
+    """`path` without links, so that two names of one file are equal."""
+    return path if is_remote(path) else os.path.realpath(path)
+
+
+def exists(path: str) -> bool:
+    """Whether there is a file or folder."""
+    if not is_remote(path):
+        return os.path.exists(path)
+    with told(path):
+        fs, inner = _at(path)
+        return bool(fs.exists(inner))
+
+
+def is_folder(path: str) -> bool:
+    """Whether `path` is a folder; on object storage, whether keys begin with it and a slash."""
+    if not is_remote(path):
+        return os.path.isdir(path)
+    with told(path):
+        fs, inner = _at(path)
+        try:
+            return bool(fs.info(inner)["type"] == "directory")
+        except FileNotFoundError:
+            return False
+
+
+def children(folder: str) -> set[str]:
+    """Names of what lies directly in `folder`; empty if there is no such folder."""
+    if not is_remote(folder):
+        return set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    with told(folder):
+        fs, inner = _at(folder)
+        try:
+            found = fs.ls(inner, detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return set()
+        return {PurePath(name).name for name in found if name.rstrip("/") != inner.rstrip("/")}
+
+
+def walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As `os.walk`: folders that are taken from the list are not searched."""
+    if not is_remote(folder):
+        yield from os.walk(folder)
+        return
+    with told(folder):
+        names = _ls(folder)
+    folders = sorted(name for name, one in names.items() if one["type"] == "directory")
+    yield folder, folders, sorted(name for name, one in names.items() if one["type"] != "directory")
+    for name in folders:
+        yield from walk(join(folder, name))
+
+
+def matching(pattern: str) -> list[str]:
+    """Paths that fit a pattern with ``*``, in any order."""
+    import glob
+
+    if not is_remote(pattern):
+        return glob.glob(pattern, recursive=True)
+    with told(pattern):
+        fs, inner = _at(pattern)
+        return [fs.unstrip_protocol(found) for found in fs.glob(inner)]
+
+
+def version(path: str) -> tuple[int, int | str]:
+    """Size in bytes, and what changes with the content: time in ns, or the ETag (the time where it has none).
+
+    Raises `OSError` if there is no file.
+    """
+    if not is_remote(path):
+        status = os.stat(path)
+        return status.st_size, status.st_mtime_ns
+    with told(path, missing=False):
+        fs, inner = _at(path)
+        return _version(fs.info(inner))
+
+
+def versions_below(path: str) -> dict[str, tuple[int, int | str]]:
+    """`version` of every object whose key begins with `path` and a slash; or of `path` alone, as ``""``."""
+    with told(path):
+        fs, inner = _at(path)
+        found = fs.find(inner, detail=True)
+        if not found:
+            raise FileNotFoundError(path)
+        return {name.removeprefix(inner).lstrip("/"): _version(one) for name, one in sorted(found.items())}
+
+
+def head(path: str, count: int) -> bytes:
+    """The first bytes of a file, fewer where it has fewer; none of a folder."""
+    if not is_remote(path):
+        if os.path.isdir(path):
+            return b""
+        with open(path, "rb") as file:
+            return file.read(count)
+    with told(path):
+        fs, inner = _at(path)
+        status = fs.info(inner)
+        if status["type"] == "directory" or not status["size"]:
+            return b""  # of which no range can be asked
+        return bytes(fs.cat_file(inner, start=0, end=count))
+
+
+def read(path: str) -> bytes:
+    """A whole file."""
+    if not is_remote(path):
+        with open(path, "rb") as file:
+            return file.read()
+    with told(path):
+        fs, inner = _at(path)
+        return bytes(fs.cat_file(inner))
+
+
+def open_file(path: str) -> BinaryIO:
+    """A file to be read here and there; of a remote one only blocks around what is read are fetched."""
+    if not is_remote(path):
+        return open(path, "rb")
+    with told(path):
+        fs, inner = _at(path)
+        options = {"maxblocks": BLOCKS_KEPT}
+        file: BinaryIO = fs.open(
+            inner, "rb", block_size=BLOCK_BYTES, cache_type="blockcache", cache_options=options
+        )
+        return file
+
+
+def read_ranges(path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Bytes of a remote file from ``(offset, count)``, in the order asked, with few requests at a time.
+
+    A range beyond the end of the file comes back shorter.
+    """
+    spans = _spans(ranges)
+    with told(path):
+        fs, inner = _at(path)
+        starts, ends = [s for s, _ in spans], [e for _, e in spans]
+        parts = fs.cat_ranges([inner] * len(spans), starts, ends, on_error="raise") if spans else []
+    result = []
+    for offset, count in ranges:
+        result.append(
+            b"".join(
+                part[max(offset - start, 0) : offset + count - start]
+                for start, end, part in zip(starts, ends, parts, strict=True)
+                if start < offset + count and end > offset
+            )
+        )
+    return result
+
+
+def write(path: str, data: bytes) -> None:
+    """A small remote file, whole: what is there changes at once."""
+    with told(path):
+        fs, inner = _at(path)
+        fs.pipe_file(inner, data)
+
+
+def remove_remote(path: str) -> None:
+    """Remove all objects whose keys begin with `path` and a slash."""
+    with told(path):
+        fs, inner = _at(path)
+        if found := fs.find(inner):
+            fs.rm(found)
+
+
+@contextlib.contextmanager
+def told(path: str, *, missing: bool = True) -> Iterator[None]:
+    """Turn what goes wrong with a remote path into one sentence; local paths raise what they raise.
+
+    Without `missing`, a file that is not there is the caller's to tell (`FileNotFoundError`).
+    """
+    if not is_remote(path):
+        yield
+        return
+    try:
+        yield
+    except DaskcellError:
+        raise
+    except FileNotFoundError as error:
+        if not missing:
+            raise
+        reason = f" ({error})" if "bucket" in str(error) else ""
+        raise ImageError(f"There is no file or folder {path}{reason}.") from None
+    except PermissionError as error:
+        raise ImageError(
+            f"{path} may not be accessed ({_short(error)}). Please check the credentials; fsspec's "
+            "configuration and the variables of its file system are used."
+        ) from None
+    except ImportError as error:
+        scheme = path.partition("://")[0]
+        raise ImageError(
+            f"{path} needs a package that is not installed ({_short(error)}). Please: pip install "
+            f"{_PACKAGES.get(scheme, 'the fsspec file system of ' + scheme)}."
+        ) from None
+    except Exception as error:  # of the file system's own kinds: no endpoint, no credentials, no such scheme
+        raise ImageError(f"{path} cannot be accessed ({_short(error)}).") from error
+
+
+def is_of_the_way(error: BaseException) -> bool:
+    """Whether an error is of the way to a file (network, rights), not of what is in it."""
+    if isinstance(error, (ConnectionError, TimeoutError, PermissionError, FileNotFoundError)):
+        return True
+    return type(error).__module__.partition(".")[0] in ("aiohttp", "aiobotocore", "botocore")
+
+
+def _spans(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """What to ask for: neighbours joined, long ranges cut; ``(start, end)``, ascending, without overlap."""
+    joined: list[list[int]] = []
+    for offset, count in sorted((o, c) for o, c in ranges if c > 0):
+        if joined and offset <= joined[-1][1] + GAP_BYTES:
+            joined[-1][1] = max(joined[-1][1], offset + count)
+        else:
+            joined.append([offset, offset + count])
+    return [
+        (at, min(at + RANGE_BYTES, end)) for start, end in joined for at in range(start, end, RANGE_BYTES)
+    ]
+
+
+def _ls(folder: str) -> dict[str, dict[str, Any]]:
+    fs, inner = _at(folder)
+    return {
+        PurePath(one["name"]).name: one
+        for one in fs.ls(inner, detail=True)
+        if one["name"].rstrip("/") != inner.rstrip("/")  # the empty object that stands for a folder
+    }
+
+
+def _version(info: dict[str, Any]) -> tuple[int, int | str]:
+    tag = info.get("ETag") or info.get("etag") or info.get("LastModified") or info.get("mtime") or ""
+    return int(info["size"] or 0), hashlib.sha256(str(tag).strip('"').encode()).hexdigest()[:16]
+
+
+def _at(path: str) -> tuple[Any, str]:
+    import fsspec
+
+    fs, inner = fsspec.url_to_fs(path, use_listings_cache=False)
+    return fs, str(inner)
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__

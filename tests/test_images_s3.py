@@ -1,0 +1,173 @@
+"""Object storage: pictures are read in parts and written an object a shard, against a real local server."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import tifffile
+from s3server import Server
+
+from daskcell import keys, places
+from daskcell.config import InputSettings
+from daskcell.errors import ImageError, StudyError
+from daskcell.geometry import Box
+from daskcell.images import find_images, open_image
+from daskcell.images.readers import open_reader
+
+RNG = np.random.default_rng(0)
+
+
+def put(folder: str, path: Path) -> str:
+    fsspec.filesystem("s3").put_file(str(path), f"{folder}/{path.name}")
+    return f"{folder}/{path.name}"
+
+
+def tiff(path: Path, shape: tuple[int, ...] = (300, 400), **options: object) -> np.ndarray:
+    pixels = RNG.integers(0, 4000, shape, np.uint16)
+    tifffile.imwrite(path, pixels, photometric="minisblack", **options)
+    return pixels.reshape(-1, *shape[-2:])
+
+
+@pytest.mark.parametrize("stored", ["tiles", "strips", "raw", "planes"])
+def test_a_tiff_is_read_whole_and_in_parts(server: Server, bucket: str, tmp_path: Path, stored: str) -> None:
+    options = {
+        "tiles": {"tile": (64, 64), "compression": "zlib"},
+        "strips": {"rowsperstrip": 16, "compression": "lzw"},
+        "raw": {},
+        "planes": {"tile": (64, 64), "metadata": {"axes": "CYX"}},
+    }[stored]
+    pixels = tiff(tmp_path / "a.tif", (3, 300, 400) if stored == "planes" else (300, 400), **options)
+    url = put(bucket, tmp_path / "a.tif")
+    reader = open_reader(url)
+    np.testing.assert_array_equal(reader.read(0, Box(0, 0, 300, 400)), pixels)
+    np.testing.assert_array_equal(reader.read(0, Box(70, 90, 200, 130)), pixels[:, 70:200, 90:130])
+    assert reader.files == (url,)
+    reader.close()
+    image = open_image(url)
+    assert image.name == "a"
+    np.testing.assert_array_equal(image.data[:, 100:120, 30:60].compute(), pixels[:, 100:120, 30:60])
+
+
+def test_a_part_of_a_slide_is_a_few_requests_for_a_small_part_of_the_file(
+    server: Server, bucket: str, tmp_path: Path
+) -> None:
+    pixels = tiff(tmp_path / "a.tif", (2048, 2048), tile=(128, 128))
+    size = (tmp_path / "a.tif").stat().st_size
+    url = put(bucket, tmp_path / "a.tif")
+    with server.asked() as requests:
+        reader = open_reader(url)
+    assert len(requests) <= 6
+    with server.asked() as requests:
+        part = reader.read(0, Box(1000, 1000, 1200, 1200))
+    np.testing.assert_array_equal(part[0], pixels[0, 1000:1200, 1000:1200])
+    # Three rows of three tiles that lie side by side in the file.
+    assert [method for method, *_ in requests] == ["GET"] * 3
+    spans = [tuple(map(int, asked.removeprefix("bytes=").split("-"))) for *_, asked in requests]
+    assert sum(end - start + 1 for start, end in spans) == 9 * 128 * 128 * 2 < size / 20
+    reader.close()
+
+
+def test_ranges_come_back_in_the_order_asked(
+    server: Server, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = RNG.bytes(200_000)
+    fsspec.filesystem("s3").pipe_file(f"{bucket}/a", content)
+    monkeypatch.setattr(places, "RANGE_BYTES", 30_000)
+    monkeypatch.setattr(places, "GAP_BYTES", 500)
+    for _ in range(20):
+        ranges = [(int(RNG.integers(190_000)), int(RNG.integers(0, 9000))) for _ in range(RNG.integers(1, 9))]
+        got = places.read_ranges(f"{bucket}/a", ranges)
+        assert got == [content[offset : offset + count] for offset, count in ranges]
+    with server.asked() as requests:
+        places.read_ranges(f"{bucket}/a", [(0, 100), (150_000, 10), (300, 100), (150_300, 10)])
+    assert len(requests) == 2
+
+
+def test_pictures_and_folders_and_patterns(server: Server, bucket: str, tmp_path: Path) -> None:
+    for name in ("s_red.tif", "s_green.tif", "t.ome.tif"):
+        tiff(tmp_path / name)
+        put(f"{bucket}/deep/set", tmp_path / name)
+    tifffile.imwrite(tmp_path / "u.tif", np.zeros((5, 5), np.uint8))
+    put(f"{bucket}/deep", tmp_path / "u.tif")
+    from PIL import Image
+
+    Image.fromarray(np.eye(9, dtype=np.uint8)).save(tmp_path / "v.png")
+    put(f"{bucket}/deep", tmp_path / "v.png")
+    found = find_images(f"{bucket}/deep")
+    assert sorted((s.name, s.file_channels) for s in found) == [
+        ("set_s", ("red", "green")),
+        ("set_t", None),
+        ("u", None),
+        ("v", None),
+    ]
+    (both,) = find_images(f"{bucket}/deep/set/s_*.tif")
+    assert both.files == (f"{bucket}/deep/set/s_red.tif", f"{bucket}/deep/set/s_green.tif")
+    (by_pattern,) = find_images(f"{bucket}/deep", InputSettings(pattern="{folder}/{field}_{channel}.tif"))
+    assert (by_pattern.name, by_pattern.file_channels) == ("set_s", ("red", "green"))
+    assert open_image(f"{bucket}/deep/v.png").data.sum().compute() == 9
+    with pytest.raises(ImageError, match="no file or folder"):
+        find_images(f"{bucket}/deep/w*.tif")
+
+
+def test_identity_goes_by_size_and_etag(server: Server, bucket: str, tmp_path: Path) -> None:
+    tiff(tmp_path / "a.tif", (30, 40))
+    url = put(bucket, tmp_path / "a.tif")
+    (source,) = find_images(url)
+    identity, known = source.identity(), keys.identify([url])
+    put(bucket, tmp_path / "a.tif")  # the same bytes at another time
+    assert source.identity() == identity
+    assert keys.unchanged([url], known)
+    with server.asked() as requests:
+        assert keys.identify([url]) == known
+    assert {method for method, *_ in requests} <= {"HEAD", "GET"}
+    assert not any(path.endswith("a.tif") and method == "GET" for method, path, *_ in requests)
+    tiff(tmp_path / "a.tif", (30, 40))  # other bytes, the same size
+    put(bucket, tmp_path / "a.tif")
+    assert source.identity() != identity
+    assert not keys.unchanged([url], known)
+
+
+def test_errors_are_one_sentence(server: Server, bucket: str, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "cut.tif").write_bytes(b"II*\0\x08\0\0\0")
+    for url, reason in (
+        ("s3://no-such-bucket-here/a.tif", "no file or folder s3://no-such-bucket-here/a.tif"),
+        (f"{bucket}/absent.tif", "no file or folder"),
+        ("nowhere://bucket/a.tif", "nowhere://bucket/a.tif cannot be accessed .Protocol not known"),
+        (put(bucket, tmp_path / "cut.tif"), r"Cannot read s3://.*cut\.tif"),
+    ):
+        with pytest.raises(ImageError, match=reason) as error:
+            open_image(url)
+        assert "\n" not in str(error.value)
+    from daskcell import pipeline
+
+    tiff(tmp_path / "a.tif")
+    for out in ("s3://bucket/study", Path("s3://bucket/study")):
+        with pytest.raises(StudyError, match="must be a folder on disk"):
+            pipeline.run(tmp_path / "a.tif", out)
+    assert not Path("s3:").exists()
+
+
+def test_without_s3fs_the_sentence_names_the_extra(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['s3fs'] = None\n"
+        "from daskcell.images import find_images\n"
+        "find_images('s3://bucket/a.tif')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "pip install 'daskcell[s3]'" in done.stderr.splitlines()[-1]
+
+
+def test_wrong_endpoint_is_a_sentence(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        fsspec.config.conf,
+        "s3",
+        {"endpoint_url": "http://127.0.0.1:9", "config_kwargs": {"retries": {"max_attempts": 0}}},
+    )
+    monkeypatch.setattr(fsspec.get_filesystem_class("s3"), "retries", 1)
+    with pytest.raises(ImageError, match=r"s3://bucket/a\.tif cannot be accessed"):
+        open_image("s3://bucket/a.tif")
