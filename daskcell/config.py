@@ -185,6 +185,38 @@ class OutputSettings(Settings):
     """Longest side in pixels of an overlay picture; larger images use a pyramid level."""
 
 
+class JobSettings(Settings):
+    """Jobs of a batch queue, under dask-jobqueue's names.
+
+    What is None here is as the site's Dask YAML says (``jobqueue: slurm: ...``).
+    """
+
+    count: Annotated[int, Field(ge=1)] = 1
+    """Jobs at a time; one that ends is asked for again."""
+    minimum: Annotated[int, Field(ge=1)] | None = None
+    """Jobs that are kept while there is little to do; None: all."""
+    cores: Annotated[int, Field(ge=1)] | None = None
+    """Cores of a job, shared by one worker per `compute.threads`; a GPU job has one worker."""
+    memory: str | None = None
+    """Memory of a job, such as ``64GB``, shared evenly by its workers."""
+    walltime: str | None = None
+    """As the queue writes it, such as ``04:00:00``; workers leave in good order before it ends."""
+    queue: str | None = None
+    """Queue, or partition."""
+    account: str | None = None
+    """Account, or project."""
+    interface: str | None = None
+    """Network that the nodes and this machine share, such as ``ib0``."""
+    log_directory: str | None = None
+    """Folder for what the jobs print; None: ``daskcell-jobs`` in the present folder."""
+    job_extra_directives: list[str] | None = None
+    """More options of the queue, such as ``--constraint=avx512``."""
+    job_script_prologue: list[str] | None = None
+    """Shell commands before a worker starts, such as ``module load cuda``."""
+    options: dict[str, Any] = {}
+    """Anything else dask-jobqueue's class takes, such as ``resource_spec`` or ``local_directory``."""
+
+
 class ComputeSettings(Settings):
     """Where the work runs; never changes a result."""
 
@@ -250,38 +282,6 @@ class Config(Settings):
 
 
 def parse_config(values: dict[str, Any], source: str = "config") -> Config:
-class JobSettings(Settings):
-    """Jobs of a batch queue, under dask-jobqueue's names.
-
-    What is None here is as the site's Dask YAML says (``jobqueue: slurm: ...``).
-    """
-
-    count: Annotated[int, Field(ge=1)] = 1
-    """Jobs at a time; one that ends is asked for again."""
-    minimum: Annotated[int, Field(ge=1)] | None = None
-    """Jobs that are kept while there is little to do; None: all."""
-    cores: Annotated[int, Field(ge=1)] | None = None
-    """Cores of a job, shared by one worker per `compute.threads`; a GPU job has one worker."""
-    memory: str | None = None
-    """Memory of a job, such as ``64GB``, shared evenly by its workers."""
-    walltime: str | None = None
-    """As the queue writes it, such as ``04:00:00``; workers leave in good order before it ends."""
-    queue: str | None = None
-    """Queue, or partition."""
-    account: str | None = None
-    """Account, or project."""
-    interface: str | None = None
-    """Network that the nodes and this machine share, such as ``ib0``."""
-    log_directory: str | None = None
-    """Folder for what the jobs print; None: ``daskcell-jobs`` in the present folder."""
-    job_extra_directives: list[str] | None = None
-    """More options of the queue, such as ``--constraint=avx512``."""
-    job_script_prologue: list[str] | None = None
-    """Shell commands before a worker starts, such as ``module load cuda``."""
-    options: dict[str, Any] = {}
-    """Anything else dask-jobqueue's class takes, such as ``resource_spec`` or ``local_directory``."""
-
-
     """Settings from nested dictionaries.
 
     Raises
