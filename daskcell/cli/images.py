@@ -13,17 +13,20 @@ from daskcell.cli.app import Changes, ConfigFile, app, read_settings, word_or_nu
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="A picture, or a folder with one file per channel.")],
-    target: Annotated[Path, typer.Argument(help="OME-Zarr to write, such as slide.zarr.")],
+    target: Annotated[
+        str, typer.Argument(help="OME-Zarr to write, such as slide.zarr or s3://bucket/slide.zarr.")
+    ],
     config: ConfigFile = None,
     changes: Changes = None,
 ) -> None:
     """Write a picture as OME-Zarr 0.5 with pyramid, channel names and pixel size."""
     from daskcell.compute import start_workers
     from daskcell.images import convert_slide, image_info
+    from daskcell.images.target import refuse_existing
 
     settings = read_settings(config, changes)
     found = _one_image(source, settings)
-    _refuse_existing(target)
+    refuse_existing(target)
     with start_workers(settings.compute) as workers:
         convert_slide(found, target, workers, settings.input)
     print(f"{target}: {image_info(target)!r}")

@@ -1,13 +1,11 @@
 """Microscope files to OME-Zarr: one task writes whole files of the result, each once.
 
 While pixels pass by, their histograms and a fingerprint are made, so that later stages need no second
-reading. The image is written beside its target and renamed when whole: what has the final name is complete.
+reading. What has the final name is complete (see `target`).
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
@@ -17,7 +15,7 @@ import numpy as np
 import zarr
 
 from daskcell.config import InputSettings
-from daskcell.errors import DaskcellError, ImageError
+from daskcell.errors import DaskcellError
 from daskcell.geometry import Box, Grid
 from daskcell.images import metadata, store
 from daskcell.images.levels import Level, downscale_block, halved_box, plan_levels
@@ -27,6 +25,7 @@ from daskcell.images.sandbox import open_safely
 from daskcell.images.shards import Position, write_box
 from daskcell.images.sources import Source
 from daskcell.images.summary import Part, Summary, describe, remember
+from daskcell.images.target import new_image, refuse_existing
 
 Task = tuple[Any, Callable[..., Any], tuple[Any, ...]]
 
@@ -60,9 +59,8 @@ def convert_slide(
         If the source cannot be read, or holds NaN or infinite pixels; nothing is left at `target` then.
     """
     settings = settings or InputSettings()
-    target = Path(target).absolute()  # workers may run elsewhere
-    if target.exists() and not overwrite:
-        raise ImageError(f"{target} exists already; please remove it or choose another name.")
+    if not overwrite:
+        refuse_existing(target)
     identity = source.identity()
     reader = open_safely(source)
     try:
@@ -73,16 +71,14 @@ def convert_slide(
         header = metadata.Header(source.name, reader.channels, reader.pixel_size, reader.is_rgb)
     finally:
         reader.close()
-    beside = target.parent / f".{target.name}.partial"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(beside, ignore_errors=True)
+    place = new_image(target, overwrite=overwrite)
     try:
-        group = store.new_group(beside, settings.ome_zarr)
+        group = store.new_group(place.work, settings.ome_zarr)
         chunks = (1, store.CHUNK, store.CHUNK)
         for level in levels:
             store.create_level(group, level.number, (count, *level.shape), level.files, chunks, dtype)
         summary = Summary(count, dtype)
-        for tasks in _stages(source, identity, str(beside), levels, strips, count * dtype.itemsize):
+        for tasks in _stages(source, identity, place.work, levels, strips, count * dtype.itemsize):
             for _, part in run_tasks(workers, tasks):
                 summary.add(part)
         summary.check(source, header.channels)
@@ -92,9 +88,9 @@ def convert_slide(
             store.write_histograms(group, summary.histograms, summary.first)
         method = None if any(level.stored for level in levels[1:]) else "mean"
         metadata.write(group, header, [level.shape for level in levels], windows, fingerprint, method)
-        _replace(beside, target)
+        place.finish()
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        place.abandon()
         raise
     return {
         "shape": (count, height, width),
@@ -172,11 +168,11 @@ def cached_reader(source: Source, identity: str) -> Reader:
 
 
 def _array(path: str, level: int) -> zarr.Array:
-    return _opened(path, level, store.stamp(os.path.join(path, str(level))))
+    return _opened(path, level, store.stamp(f"{path}/{level}"))
 
 
 @lru_cache(maxsize=4)
-def _opened(path: str, level: int, stamp: tuple[int, ...]) -> zarr.Array:
+def _opened(path: str, level: int, stamp: tuple[int | str, ...]) -> zarr.Array:
     return store.writable(path, level)
 
 
@@ -190,18 +186,6 @@ def _runs(grid: Grid, pixel_bytes: int) -> list[tuple[Box, ...]]:
         for i in range(down)
         for first in range(0, across, most)
     ]
-
-
-def _replace(beside: Path, target: Path) -> None:
-    """Give `beside` its final name; what had it before is removed after, so it is never lost."""
-    if target.exists():
-        old = target.parent / f".{target.name}.old"
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(target, old)
-        os.rename(beside, target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.rename(beside, target)
 
 
 __all__ = ["DaskcellError", "convert_slide"]

@@ -21,6 +21,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, ZstdCodec
 
+from daskcell import places
 from daskcell.errors import ImageError, InputError
 from daskcell.geometry import Box, Grid
 from daskcell.images.readers import check_inside
@@ -186,9 +187,9 @@ def image_info(path: str | Path) -> ImageInfo:
     """Shape, channels, pixel size and levels of an OME-Zarr image; raises `ImageError` if it is none."""
     image = opened(path)
     finished: Any = ()
-    labels = Path(path, "labels")
-    if labels.is_dir():
-        group = zarr.open_group(str(labels), mode="r")
+    labels = places.join(str(path), "labels")
+    if places.is_folder(labels):
+        group = zarr.open_group(labels, mode="r")
         finished = ome_attributes(group).get("labels", ())
     return ImageInfo(
         shape=image.shape,
@@ -237,14 +238,16 @@ def opened(path: str | Path) -> OmeZarr:
 
 
 @lru_cache(maxsize=32)
-def _opened(path: str, stamped: tuple[int, ...]) -> OmeZarr:
+def _opened(path: str, stamped: tuple[int | str, ...]) -> OmeZarr:
     return OmeZarr(path)
 
 
-def stamp(path: str) -> tuple[int, ...]:
+def stamp(path: str) -> tuple[int | str, ...]:
     """Changes when the group or array at `path` is replaced; part of the keys of caches."""
-    for name in ("zarr.json", ".zattrs"):
+    for name in ("zarr.json", ".zattrs", ".zarray"):
         try:
+            if places.is_remote(path):
+                return places.version(places.join(path, name))
             status = os.stat(os.path.join(path, name))
         except OSError:
             continue
