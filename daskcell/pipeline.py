@@ -38,8 +38,8 @@ def run(
     *,
     progress: Progress | None = None,
     retry_failed: bool = False,
-    truth: str | os.PathLike[str] | None = None,
     verify: bool = False,
+    truth: str | os.PathLike[str] | None = None,
 ) -> Study:
     """Segment, describe and group every cell of every image among `inputs` into the folder `out`.
 
@@ -58,10 +58,10 @@ def run(
         Who is told how far it is; None: nobody.
     retry_failed
         Work on the slides that were set aside only.
-    truth
     verify
         Compare the checksums of everything that is done. Without, names and sizes are looked at, and
         checksums of slides that have work left.
+    truth
         CSV file of cells with known types, to compare the groups with; see `scoring.read_truth`. The result
         is in the study's ``scores.json``.
 
@@ -124,8 +124,8 @@ def _go(
     progress: Progress | None,
     retry_failed: bool,
     truth: str | os.PathLike[str] | None,
-) -> Study:
     verify: bool = False,
+) -> Study:
     given = [os.fspath(path) for path in ([inputs] if isinstance(inputs, (str, os.PathLike)) else inputs)]
     if not given:
         raise InputError("There is no input: please name files, folders or patterns.")
