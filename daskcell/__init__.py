@@ -29,7 +29,14 @@ if TYPE_CHECKING:
     from daskcell.models import load_encoder, load_network
     from daskcell.overlays import overlay
     from daskcell.pipeline import assign, open_study, run
-    from daskcell.preprocess import adjust_histogram, gaussian, reconstruct
+    from daskcell.preprocess import (
+        adjust_histogram,
+        adjust_stains,
+        correct_background,
+        estimate_flat,
+        gaussian,
+        reconstruct,
+    )
     from daskcell.segmentation import segment
 
 # Imported when asked for: networks and Dask take seconds, and `daskcell --help` needs neither.
@@ -39,9 +46,12 @@ _WHERE = {
     "DaskcellError": "errors",
     "Image": "images",
     "adjust_histogram": "preprocess",
+    "adjust_stains": "preprocess",
     "assign": "pipeline",
     "convert": "images",
+    "correct_background": "preprocess",
     "embed": "features",
+    "estimate_flat": "preprocess",
     "fit_clusters": "clustering",
     "gaussian": "preprocess",
     "load_clusters": "clustering",
@@ -64,9 +74,12 @@ __all__ = [
     "Image",
     "__version__",
     "adjust_histogram",
+    "adjust_stains",
     "assign",
     "convert",
+    "correct_background",
     "embed",
+    "estimate_flat",
     "fit_clusters",
     "gaussian",
     "load_clusters",

@@ -60,8 +60,8 @@ class HistogramSettings(Settings):
     """Percentile that becomes the largest value (stretch)."""
     linked: bool | Literal["auto"] = "auto"
     """All channels get the same curve, which keeps colours; auto: for colour pictures (stained slides)."""
-    reference: str | None = None
-    """Image whose histogram is taken over (match)."""
+    reference: str | list[str] | None = None
+    """Image whose histogram is taken over, or several, whose pixels are counted together (match)."""
     tiles: Annotated[int, Field(ge=1)] = 8
     """Tiles along each side of the image: more adapt to smaller structures (clahe)."""
     clip_limit: Fraction = 0.01
@@ -73,8 +73,45 @@ class HistogramSettings(Settings):
     def _check(self) -> HistogramSettings:
         if self.low >= self.high:
             raise ValueError(f"low {self.low} must be below high {self.high}")
-        if self.method == "match" and self.reference is None:
+        if self.method == "match" and not self.reference:
             raise ValueError("method 'match' needs a reference image")
+        return self
+
+
+class BackgroundSettings(Settings):
+    """Uneven light, taken out of every channel before anything else: the flat field first, then the disc."""
+
+    flat: str | None = None
+    """Picture of the evenly lit, empty field that pixels are divided by (``daskcell flat`` makes one). As
+    large as the image, or repeated over an image that camera fields were put together to."""
+    dark: Annotated[float, Field(ge=0)] = 0.0
+    """What the camera gives without light; taken off the image and the flat field."""
+    radius: Annotated[float, Field(ge=1)] | None = None
+    """Radius in pixels of the disc that the background is rolled with, larger than the largest cell: low
+    follows the light closer and eats into cells; high leaves more of it. None: no such background."""
+    light: bool = False
+    """The ground is bright (bright field): pixels are divided by it and it becomes white."""
+
+    @model_validator(mode="after")
+    def _check(self) -> BackgroundSettings:
+        if self.flat is None and self.radius is None:
+            raise ValueError("a background needs a flat field ('flat'), a disc's radius ('radius'), or both")
+        return self
+
+
+class StainSettings(Settings):
+    """Stains of a colour slide in bright field."""
+
+    method: Literal["normalize", "separate"] = "normalize"
+    """normalize: to standard colours (Macenko), so that slides of different batches look alike; separate:
+    haematoxylin, eosin and DAB as channels (scikit-image's ``rgb2hed``)."""
+    reference: str | None = None
+    """Slide whose colours are the standard (normalize); None: haematoxylin and eosin as usually taken."""
+
+    @model_validator(mode="after")
+    def _check(self) -> StainSettings:
+        if self.method == "separate" and self.reference is not None:
+            raise ValueError("a reference is for method 'normalize'")
         return self
 
 
@@ -86,9 +123,18 @@ class GaussianSettings(Settings):
 class PreprocessSettings(Settings):
     """Steps before segmentation, in this order; None leaves a step out."""
 
+    background: BackgroundSettings | None = None
+    stains: StainSettings | None = None
     reconstruct: ReconstructSettings | None = ReconstructSettings()
     histogram: HistogramSettings | None = HistogramSettings()
     gaussian: GaussianSettings | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> PreprocessSettings:
+        matched = self.histogram is not None and self.histogram.method == "match"
+        if matched and self.stains is not None and self.stains.method == "normalize":
+            raise ValueError("stains and histogram both bring the picture to a reference: leave one out")
+        return self
 
 
 class WatershedSettings(Settings):
@@ -151,7 +197,15 @@ class FeatureSettings(Settings):
     channels: list[Annotated[int, Field(ge=0)]] | None = None
     """Channels of the preprocessed image the encoder sees; None: all (at most seven)."""
     mask: bool = True
-    """Blank out everything that is not the cell, with the colour of the background."""
+    """Blank out everything that is not the cell (crop) or no cell (mask), with the colour of the
+    background."""
+    pooling: Literal["crop", "mask"] = "crop"
+    """``crop``: every cell's picture by itself through the network; ``mask``: the network once over the
+    picture, and the maps of its stages pooled over each cell. Many times faster where cells are small; for
+    ``tiny`` and torchvision's ResNets."""
+    scale: Positive | Literal["auto"] = "auto"
+    """Network pixels per pixel of the image (mask); auto: so that the slide's median cell is shown at the
+    size that suits the network. Give a number where cells are to be compared in size between slides."""
     batch_size: Annotated[int, Field(ge=1)] = 32
     measurements: bool = True
     """Shape and intensity measurements in the cells table."""

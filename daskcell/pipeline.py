@@ -16,7 +16,6 @@ from daskcell.disk import remove
 from daskcell.errors import ConfigError, DaskcellError, DriftWarning, ImageError, InputError, StudyError
 from daskcell.images import find_images
 from daskcell.images.sources import Source
-from daskcell.keys import digest
 from daskcell.lock import Lock
 from daskcell.progress import Progress
 from daskcell.scoring.truth import read_truth, score_study
@@ -187,29 +186,20 @@ def as_config(config: Config | Mapping[str, Any] | str | os.PathLike[str] | None
 def fingerprints(config: Config) -> dict[str, str]:
     """Hashes of the weights a run needs; raises `WeightsError` for those that are not here."""
     from daskcell.features.encoders import encoder_spec
+    from daskcell.preprocess.checks import check_names
 
     found = {}
     if config.segment.method == "cellpose":
         from daskcell.models import network_fingerprint
 
         found["segment"] = network_fingerprint(config.segment.model)
-    histogram = config.preprocess.histogram
-    if histogram is not None and histogram.reference is not None:
-        # Not weights, but all the same a file that the settings only name.
-        found["freeze"] = reference_digest(histogram.reference)
+    # Not weights, but all the same files that the settings only name.
+    pictures = check_names(config.preprocess)
+    if pictures is not None:
+        found["freeze"] = pictures
     features = config.features
     found["describe"] = encoder_spec(features.encoder, layer=features.layer, size=features.size).fingerprint
     return found
-
-
-def reference_digest(path: str) -> str:
-    """Hash of the picture whose histogram is taken over; raises `ConfigError` if it cannot be read."""
-    try:
-        return digest(Path(path))
-    except OSError as error:
-        raise ConfigError(
-            f"preprocess.histogram.reference {path} cannot be read: {error.strerror}."
-        ) from None
 
 
 def _check_readable(sources: Sequence[Source]) -> None:

@@ -7,7 +7,7 @@ import pytest
 import tifffile
 from scipy import ndimage
 
-import daskcell.preprocess.freezing
+import daskcell.preprocess.surveys
 from daskcell import images
 from daskcell.compute import Workers
 from daskcell.config import GaussianSettings, HistogramSettings, PreprocessSettings
@@ -35,7 +35,7 @@ def slide(request, tmp_path_factory):
 @pytest.mark.parametrize("workers", [None, Workers()], ids=["loop", "window"])
 def test_a_slide_gives_the_plan_of_the_whole(slide, method, workers, monkeypatch):
     path, x = slide
-    monkeypatch.setattr(daskcell.preprocess.freezing, "_COUNT_BLOCK", 256)
+    monkeypatch.setattr(daskcell.preprocess.surveys, "COUNT_BLOCK", 256)
     monkeypatch.setattr(images, "read_histograms", lambda path: None)
     settings = PreprocessSettings(histogram=HistogramSettings(method=method))
     assert freeze_slide(path, settings, workers) == freeze(x, settings)
@@ -46,9 +46,9 @@ def test_histograms_kept_with_the_image_save_reading_it(slide, method, monkeypat
     path, x = slide
     settings = PreprocessSettings(histogram=HistogramSettings(method=method))
     read = []
-    count = daskcell.preprocess.freezing._count_slide_block
+    count = daskcell.preprocess.surveys._count_slide_block
     monkeypatch.setattr(
-        daskcell.preprocess.freezing, "_count_slide_block", lambda *given: read.append(1) or count(*given)
+        daskcell.preprocess.surveys, "_count_slide_block", lambda *given: read.append(1) or count(*given)
     )
     kept = freeze_slide(path, settings)
     passes = {"stretch": 2, "equalize": 2, "clahe": 3} if x.dtype == np.float32 else {"clahe": 2}

@@ -1,24 +1,40 @@
-"""Preprocessing: colour picture from stains, histogram adjustment, Gaussian filter.
+"""Preprocessing: even light, stains, colour picture, histogram adjustment, Gaussian filter.
 
 colors, pixels       colours of stains and their mixing; pixel types
+steps, lattice       the arithmetic of each step, with frozen numbers; a coarse grid over the image
+background, stains   steps that even out light, and that change the stains of a slide
 statistics, clahe    global statistics, counted block by block
-steps                the arithmetic of each step, with frozen numbers
 plan                 all steps of one image, frozen, and `apply_block`
-freezing             how a plan comes about: `freeze`, `freeze_slide`
-lazy                 the same on dask arrays: `reconstruct`, `adjust_histogram`, `gaussian`
+surveys, freezing    reading an image for its statistics; from settings to a plan: `freeze`, `freeze_slide`
+flat                 the flat field of a camera, from many pictures
+graphs, lazy         the same on dask arrays: `reconstruct`, `adjust_histogram`, `gaussian`, ...
+export               from disk to disk
 """
+
+from __future__ import annotations
 
 from daskcell.preprocess.colors import auto_colors
 from daskcell.preprocess.export import preprocess_slide_to_tiff
+from daskcell.preprocess.flat import estimate_flat
 from daskcell.preprocess.freezing import freeze, freeze_slide
-from daskcell.preprocess.lazy import adjust_histogram, gaussian, preprocess, reconstruct
+from daskcell.preprocess.lazy import (
+    adjust_histogram,
+    adjust_stains,
+    correct_background,
+    gaussian,
+    preprocess,
+    reconstruct,
+)
 from daskcell.preprocess.plan import Plan, apply_block
 
 __all__ = [
     "Plan",
     "adjust_histogram",
+    "adjust_stains",
     "apply_block",
     "auto_colors",
+    "correct_background",
+    "estimate_flat",
     "freeze",
     "freeze_slide",
     "gaussian",

@@ -182,6 +182,7 @@ class Clahe(_Pointwise):
     """The frozen step. Pointwise, but a pixel's place in the whole image matters. Result on the 0-1 scale."""
 
     kind: ClassVar[str] = "clahe"
+    placed: ClassVar[bool] = True
     tiling: Tiling
     maps: np.ndarray
     """``(C, down + 2, across + 2, bins)`` uint16: grey value of every bin, per tile."""

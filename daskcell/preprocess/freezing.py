@@ -1,24 +1,25 @@
 """Freezing: the statistics of one image, counted, and the `Plan` they lead to.
 
 `freeze` counts an array, `freeze_slide` an OME-Zarr image without ever holding the whole; both count the same
-things and give the same plan.
+things and give the same plan. How an image is read for it is `surveys`' matter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from daskcell.config import HistogramSettings, PreprocessSettings
+from daskcell.config import BackgroundSettings, HistogramSettings, PreprocessSettings, StainSettings
 from daskcell.errors import InputError
-from daskcell.geometry import Box, Grid
+from daskcell.preprocess.background import Background, FlatFile
 from daskcell.preprocess.clahe import ClaheAim
 from daskcell.preprocess.colors import auto_colors, mixing_weights
 from daskcell.preprocess.pixels import all_values, is_small, working_dtype
-from daskcell.preprocess.plan import Plan, apply_steps
+from daskcell.preprocess.plan import Plan
+from daskcell.preprocess.stains import STANDARD, ColourCounts, Palette, separation
 from daskcell.preprocess.statistics import (
     Aim,
     Equalizing,
@@ -32,19 +33,24 @@ from daskcell.preprocess.statistics import (
     first_pass,
 )
 from daskcell.preprocess.steps import Floor, Gaussian, Mix, Step
+from daskcell.preprocess.surveys import (
+    Survey,
+    as_set,
+    count_array,
+    count_set,
+    count_slide,
+    pixels_of,
+    run_passes,
+)
 
 if TYPE_CHECKING:
     from daskcell.compute import Workers
 
-_COUNT_BLOCK = 2048
 _SIGNAL_PERCENTILE = 99.8
 _DEAD = 0.05
 """A channel of a colour picture whose bright pixels reach less of the brightest channel's holds no signal."""
 _SPARSE = 0.1
 """A stain is rare if its 99th percentile is not this far towards its 99.9th."""
-
-Survey = Callable[[Pass, tuple[Step, ...]], Any]
-"""One pass over the image: merged counts of all blocks after the given steps."""
 
 
 def freeze(
@@ -65,8 +71,8 @@ def freeze(
         For colours chosen automatically.
     is_rgb : bool
         A colour picture already: it keeps its channels unless colours or a ratio are asked for.
-    reference : array ``(C, Y, X)``, optional
-        What histograms are matched to (method ``"match"``); default: the file named in the settings.
+    reference : array ``(C, Y, X)`` or list of such, optional
+        What histograms are matched to (method ``"match"``); default: the files named in the settings.
 
     Raises
     ------
@@ -85,7 +91,7 @@ def freeze(
         channels,
         is_rgb,
         reference,
-        lambda p, s: _count_array(image, p, s),
+        lambda p, s: count_array(image, p, s),
     )
 
 
@@ -99,10 +105,7 @@ def freeze_slide(
     info = images.image_info(zarr_path)
 
     def survey(counting: Pass, steps: tuple[Step, ...]) -> Any:
-        kept = None if steps else _kept_counts(zarr_path, counting)
-        if kept is not None:
-            return kept
-        return _count_slide(zarr_path, Grid.regular(info.shape[1:], _COUNT_BLOCK), counting, steps, workers)
+        return count_slide(zarr_path, counting, steps, workers)
 
     return _freeze(info.shape, info.dtype, settings, info.channels, info.is_rgb, None, survey)
 
@@ -118,27 +121,33 @@ def _freeze(
 ) -> Plan:
     if 0 in shape:
         raise InputError(f"The image has no pixels (shape {shape}).")
-    count = shape[0]
-    steps: list[Step] = []
-    if settings.reconstruct is not None and count > 1 and not is_rgb and working_dtype(dtype).kind == "u":
-        steps = _without_noise(survey, working_dtype(dtype))
-    weights = _weights(settings, count, channels, is_rgb)
+    count, kind = shape[0], working_dtype(dtype)
+    steps = light_steps(settings.background, shape, kind)
+    before = tuple(steps)
+    if settings.stains is not None:
+        if not is_rgb:
+            raise InputError("Only the stains of a colour picture can be told apart: leave 'stains' out.")
+        steps.append(run_passes(start_stains(settings.stains), lambda counting: survey(counting, before)))
+        kind = steps[-1].dtype(kind)
+        # Stains that were taken apart are no colours that belong together.
+        is_rgb = settings.stains.method == "normalize"
+    elif settings.reconstruct is not None and count > 1 and not is_rgb and kind.kind == "u":
+        steps += _without_noise(survey, before, kind)
+    taken_apart = settings.stains is not None and not is_rgb
+    weights = None if taken_apart else _weights(settings, count, channels, is_rgb)
     if weights is not None:
         steps.append(Mix(weights))
         count = len(weights)
     counted: np.ndarray | None = None
-    if weights is None and is_rgb and settings.reconstruct is not None and is_small(working_dtype(dtype)):
-        steps, counted = _without_dead_channels(survey, working_dtype(dtype))
+    if weights is None and is_rgb and settings.reconstruct is not None and is_small(kind):
+        blanks, counted = _without_dead_channels(survey, tuple(steps), kind)
+        steps += blanks
     if settings.histogram is not None:
         matched = None
         linked = is_rgb if settings.histogram.linked == "auto" else settings.histogram.linked
         if settings.histogram.method == "match":
-            matched = _freeze_reference(
-                settings.histogram, reference, working_dtype(dtype), tuple(steps), shape[0], linked
-            )
-        state: Any = start_pass(
-            settings.histogram, working_dtype(dtype), (count, *shape[1:]), linked, matched
-        )
+            matched = _freeze_reference(settings.histogram, reference, dtype, tuple(steps), shape[0], linked)
+        state: Any = start_pass(settings.histogram, kind, (count, *shape[1:]), linked, matched)
 
         def counts(counting: Pass) -> Any:
             known = counted is not None and isinstance(counting, ExactCounts)
@@ -150,7 +159,34 @@ def _freeze(
     return Plan((int(shape[1]), int(shape[2])), int(shape[0]), np.dtype(dtype), tuple(steps))
 
 
-def _without_noise(survey: Survey, dtype: np.dtype) -> list[Step]:
+def light_steps(background: BackgroundSettings | None, shape: tuple[int, ...], dtype: np.dtype) -> list[Step]:
+    """What takes uneven light out of an image of `shape` ``(C, Y, X)``."""
+    steps: list[Step] = []
+    if background is not None and background.flat is not None:
+        whole = (int(shape[0]), int(shape[1]), int(shape[2]))
+        steps.append(FlatFile.open(background.flat, background.dark, whole, dtype))
+    if background is not None and background.radius is not None:
+        steps.append(Background((int(shape[1]), int(shape[2])), background.radius, background.light))
+    return steps
+
+
+def start_stains(stains: StainSettings) -> Any:
+    """The first pass over a slide for its stains, or the step that needs none."""
+    if stains.method == "separate":
+        return separation()
+    if stains.reference is None:
+        return ColourCounts(STANDARD)
+    return ColourCounts(find_reference_stains(_open(stains.reference)))
+
+
+def find_reference_stains(reference: Any) -> Palette:
+    """The stains of the picture others are brought to."""
+    if reference.ndim != 3 or reference.shape[0] != 3:
+        raise InputError(f"The reference has shape {tuple(reference.shape)}, not that of a colour picture.")
+    return run_passes(ColourCounts(None), lambda counting: count_array(reference, counting, ()))
+
+
+def _without_noise(survey: Survey, steps: tuple[Step, ...], dtype: np.dtype) -> list[Step]:
     """A step that keeps of a rare stain only what is stained, if there is one beside others.
 
     Of a marker that few cells carry, the 99th percentile is still background, and whatever adjusts contrast
@@ -159,7 +195,7 @@ def _without_noise(survey: Survey, dtype: np.dtype) -> list[Step]:
     if not is_small(dtype):
         return []
     counting = ExactCounts(Referring(), dtype)
-    counts = survey(counting, ())
+    counts = survey(counting, steps)
     usual = np.array(counting.limits(counts, Stretching(1.0, 99.0)))
     rare = np.array(counting.limits(counts, Stretching(1.0, 99.9)))
     sparse = usual[:, 1] - usual[:, 0] < _SPARSE * (rare[:, 1] - rare[:, 0])
@@ -168,14 +204,16 @@ def _without_noise(survey: Survey, dtype: np.dtype) -> list[Step]:
     return [Floor(tuple(int(high) if few else 0 for high, few in zip(usual[:, 1], sparse, strict=True)))]
 
 
-def _without_dead_channels(survey: Survey, dtype: np.dtype) -> tuple[list[Step], np.ndarray]:
+def _without_dead_channels(
+    survey: Survey, steps: tuple[Step, ...], dtype: np.dtype
+) -> tuple[list[Step], np.ndarray]:
     """A step that empties channels of a colour picture that hold no signal, if any; and the counts after it.
 
     One stain stored as JPEG in colours leaves compression noise of a few grey levels in the two others.
     Whatever adjusts contrast channel by channel later, such as Cellpose, would blow it up.
     """
     counting = ExactCounts(Referring(), dtype)
-    counts = survey(counting, ()).copy()
+    counts = survey(counting, steps).copy()
     bright = np.array(counting.limits(counts, Stretching(0.0, _SIGNAL_PERCENTILE)))[:, 1]
     dead = bright < _DEAD * bright.max()
     if not dead.any():
@@ -229,31 +267,33 @@ def start_pass(
     return first_pass(aim, dtype, shape[0], shape[1] * shape[2], linked)
 
 
-def run_passes(state: Any, survey: Callable[[Pass], Any]) -> Any:
-    """Count, merge and finish until a step (or reference) is reached."""
-    while hasattr(state, "count"):
-        state = state.finish(survey(state))
-    return state
-
-
 def _freeze_reference(
     histogram: HistogramSettings,
     reference: Any,
-    dtype: np.dtype,
+    dtype: Any,
     steps: tuple[Step, ...],
     channels: int,
     linked: bool,
 ) -> Reference:
     if reference is None:
-        if histogram.reference is None:
+        if not histogram.reference:
             raise InputError("Matching histograms needs a reference image: set 'reference'.")
-        from daskcell import images
+        names = [histogram.reference] if isinstance(histogram.reference, str) else histogram.reference
+        reference = [_open(name) for name in names]
+    pictures = as_set(reference)
+    kind, count = working_dtype(dtype), channels
+    for picture in pictures:
+        check_reference(picture, kind, channels)
+    for step in steps:
+        kind, count = step.dtype(kind), step.channels(count)
+    state = first_pass(Referring(), kind, count, pixels_of(pictures), linked)
+    return run_passes(state, lambda counting: count_set(pictures, counting, steps))
 
-        reference = images.open_image(histogram.reference).data
-    check_reference(reference, dtype, channels)
-    count = steps[-1].channels(channels) if steps else channels
-    state = first_pass(Referring(), dtype, count, int(np.prod(reference.shape[1:])), linked)
-    return run_passes(state, lambda counting: _count_array(reference, counting, steps))
+
+def _open(path: str) -> Any:
+    from daskcell import images
+
+    return images.open_image(path).data
 
 
 def check_reference(reference: Any, dtype: np.dtype, channels: int) -> None:
@@ -265,66 +305,3 @@ def check_reference(reference: Any, dtype: np.dtype, channels: int) -> None:
         )
     if working_dtype(reference.dtype) != dtype:
         raise InputError(f"The reference has pixels of type {reference.dtype}, but the image of {dtype}.")
-
-
-# -- one pass over ... ------------------------------------------------------------------------------
-def _count_array(image: Any, counting: Pass, steps: tuple[Step, ...]) -> Any:
-    """... an array: numpy in blocks, dask chunk by chunk, so that one pass holds no more than its blocks."""
-    if isinstance(image, np.ndarray):
-        grid = Grid.regular(image.shape[1:], _COUNT_BLOCK)
-        total = None
-        for index in grid:
-            box = grid.core(index)
-            part = count_block(image[(slice(None), *box.slices)], box, counting, steps)
-            total = part if total is None else counting.merge(total, part)
-        return total
-    from daskcell.preprocess.lazy import count_lazily
-
-    return count_lazily(image, counting, steps).compute()
-
-
-def _count_slide(
-    zarr_path: str | Path, grid: Grid, counting: Pass, steps: tuple[Step, ...], workers: Workers | None
-) -> Any:
-    """... an OME-Zarr image: one task a block."""
-    total = None
-    if workers is None:
-        for index in grid:
-            part = _count_slide_block(zarr_path, grid.core(index), counting, steps)
-            total = part if total is None else counting.merge(total, part)
-        return total
-    window = workers.window()
-    for index in grid:
-        window.submit(index, _count_slide_block, zarr_path, grid.core(index), counting, steps)
-    for _, part in window:
-        total = part if total is None else counting.merge(total, part)
-    return total
-
-
-def _kept_counts(zarr_path: str | Path, counting: Pass) -> Any:
-    """... nothing: the counts kept with the image when it was converted, where they answer the question."""
-    from daskcell import images
-
-    histograms = images.read_histograms(zarr_path) if isinstance(counting, ExactCounts | Extremes) else None
-    if histograms is None:
-        return None
-    if isinstance(counting, Extremes):
-        ends = [[values[i] for values, _ in histograms] for i in (0, -1)]
-        return np.array(ends, counting.dtype)
-    assert isinstance(counting, ExactCounts)
-    first = int(all_values(counting.dtype)[0])
-    counts = np.zeros((len(histograms), len(all_values(counting.dtype))), np.int64)
-    for row, (values, numbers) in zip(counts, histograms, strict=True):
-        row[values - first] = numbers
-    return counts
-
-
-def _count_slide_block(zarr_path: str | Path, box: Box, counting: Pass, steps: tuple[Step, ...]) -> Any:
-    from daskcell import images
-
-    return count_block(images.read_block(zarr_path, box), box, counting, steps)
-
-
-def count_block(block: np.ndarray, box: Box, counting: Pass, steps: tuple[Step, ...] = ()) -> Any:
-    """Counts of one block after `steps`."""
-    return counting.count(apply_steps(block, steps, box), box)

@@ -1,4 +1,5 @@
-"""Preprocessing of dask arrays: `reconstruct`, `adjust_histogram`, `gaussian`.
+"""Preprocessing of dask arrays: `correct_background`, `adjust_stains`, `reconstruct`, `adjust_histogram`,
+`gaussian`.
 
 Lazy: nothing is computed before the result is asked for. All take dask or numpy arrays and return dask
 arrays. The arithmetic is that of the steps the engine applies, so both give the same bits, for every
@@ -9,26 +10,124 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
-from daskcell.config import HistogramSettings
+from daskcell.config import BackgroundSettings, HistogramSettings, Settings, StainSettings
 from daskcell.errors import InputError
-from daskcell.geometry import Box, Grid
+from daskcell.preprocess.background import Background, Flat
 from daskcell.preprocess.colors import mixing_weights
-from daskcell.preprocess.freezing import check_reference, count_block, start_pass
-from daskcell.preprocess.pixels import float_dtype, working_dtype
-from daskcell.preprocess.plan import Plan, apply_steps
-from daskcell.preprocess.statistics import Equalizing, Pass, Referring, Stretching, first_pass, passes_needed
-from daskcell.preprocess.steps import TRUNCATE, Gaussian, Mix, Step, smooth
+from daskcell.preprocess.freezing import check_reference, find_reference_stains, start_pass
+from daskcell.preprocess.graphs import as_planes, frozen_lazily, map_frozen, map_step, read_again
+from daskcell.preprocess.pixels import float_dtype
+from daskcell.preprocess.plan import Plan
+from daskcell.preprocess.stains import STANDARD, ColourCounts, separation
+from daskcell.preprocess.statistics import Equalizing, Referring, Stretching, first_pass, passes_needed
+from daskcell.preprocess.steps import Gaussian, Mix
+from daskcell.preprocess.surveys import as_set, pixels_of
 
 if TYPE_CHECKING:
     import dask.array as da
 
+_Settings = TypeVar("_Settings", bound=Settings)
 _COLORS = ("red", "green", "blue", "cyan")
 _RATIO = (1, 1, 1, 1)
-_FAN_IN = 16
+
+
+def correct_background(
+    x: Any,
+    radius: float | None = None,
+    *,
+    light: bool = False,
+    flat: Any = None,
+    dark: float = 0.0,
+) -> da.Array:
+    """Take uneven light out of every channel: by a flat field, by what lies below the cells, or by both.
+
+    ====== ==================================================================================================
+    flat   ``(x - dark) * mean(flat - dark) / (flat - dark)``
+    radius the picture less the ground that a disc rolls under it: the morphological opening of the means of
+           small cells (`skimage.morphology.opening` and `disk`), spread linearly (`skimage.transform.resize`)
+    light  the same from above, for bright field: the picture is divided by it, and the ground becomes white
+    ====== ==================================================================================================
+
+    Parameters
+    ----------
+    x : dask or numpy array ``(C, Y, X)`` or ``(Y, X)``
+    radius : float, optional
+        Of the disc in pixels, 1 or more, and more than the largest cell's.
+    light : bool
+        The ground is bright.
+    flat : array ``(Y, X)`` or ``(C, Y, X)``, optional
+        The evenly lit, empty field, as the camera gave it (`estimate_flat` makes one from many pictures). As
+        large as `x`, or a camera field that `x` consists of.
+    dark : float
+        What the camera gives without light, in `x` and in `flat`.
+
+    Returns
+    -------
+    dask array of the same shape and dtype
+        Integers are rounded to nearest and cut at what their type holds; floats may go below 0.
+
+    Raises
+    ------
+    InputError
+        For neither a flat field nor a radius, or values and shapes that cannot be.
+    """
+    given = None if flat is None else "given"
+    values = {"flat": given, "dark": dark, "radius": radius, "light": light}
+    _checked(BackgroundSettings, "correct_background", values)
+    result = planes = as_planes(x, allow_2d=True)
+    if flat is not None:
+        field = as_planes(flat, allow_2d=True).rechunk(-1)
+        Flat.check(field.shape, planes.shape)
+        from dask.delayed import delayed
+
+        whole = field.to_delayed(optimize_graph=False).item()
+        step = delayed(Flat.of, pure=True)(whole, float(dark), tuple(planes.shape), planes.dtype)
+        result = map_frozen(planes, step, planes.dtype)
+    if radius is not None:
+        result = map_step(result, Background((planes.shape[1], planes.shape[2]), float(radius), light))
+    return result[0] if np.ndim(x) == 2 else result
+
+
+def adjust_stains(
+    x: Any, method: Literal["normalize", "separate"] = "normalize", *, reference: Any = None
+) -> da.Array:
+    """Bring the stains of a colour slide to standard colours, or take them apart.
+
+    ========= ===================================================================================== =========
+    method    what                                                                                  dtype
+    ========= ===================================================================================== =========
+    normalize the slide's two stains, found in the whole slide after Macenko et al. (2009), become  as given
+              those of the reference, or usual haematoxylin and eosin
+    separate  densities of haematoxylin, eosin and DAB, as `skimage.color.rgb2hed`                  float32
+                                                                                                    (float64)
+    ========= ===================================================================================== =========
+
+    Parameters
+    ----------
+    x : dask or numpy array ``(3, Y, X)``
+        Red, green and blue on a bright ground; white is the largest integer, or 1.0.
+    reference : array ``(3, Y, X)``, optional
+        The slide whose colours are the standard (normalize); read at once.
+
+    Raises
+    ------
+    InputError
+        For another method, an image or reference that is not in three colours, a reference without stains.
+    """
+    named = None if reference is None else "given"
+    _checked(StainSettings, "adjust_stains", {"method": method, "reference": named})
+    planes = as_planes(x)
+    if planes.shape[0] != 3:
+        raise InputError(f"Stains are told apart in three colours, but the image has shape {planes.shape}.")
+    if method == "separate":
+        return map_step(planes, separation())
+    standard = STANDARD if reference is None else find_reference_stains(as_planes(reference))
+    step = frozen_lazily([planes], ColourCounts(standard), 1)
+    return map_frozen(read_again(planes, step), step, planes.dtype)
 
 
 def reconstruct(
@@ -58,14 +157,14 @@ def reconstruct(
     InputError
         Naming the colour, ratio or count that does not fit.
     """
-    x = _planes(channels)
+    x = as_planes(channels)
     count = int(x.shape[0])
     if colors is _COLORS:
         colors = colors[:count]
     if ratio is _RATIO:
         ratio = [1] * count
     step = Mix(mixing_weights(count, list(colors), list(ratio)))
-    return _map(x, step)
+    return map_step(x, step)
 
 
 def adjust_histogram(
@@ -109,8 +208,9 @@ def adjust_histogram(
         Percentiles, 0-100 (stretch).
     linked : bool
         Give all channels the curve of their common histogram, which keeps the colours of a colour picture.
-    reference : array ``(C, Y, X)`` or ``(Y, X)``
-        The image to match (match): same channels and dtype, any size.
+    reference : array ``(C, Y, X)`` or ``(Y, X)``, or list of such
+        The image to match, or a set of them, whose pixels are counted together (match): same channels and
+        dtype, any size.
     tiles : int
         Tiles along each side: more adapt to smaller structures (clahe).
     clip_limit : float
@@ -121,11 +221,12 @@ def adjust_histogram(
     InputError
         For settings out of range or a missing reference; when computed, for NaN pixels.
     """
-    import dask.array as da
     from dask.delayed import delayed
 
-    settings = _histogram_settings(method, low, high, tiles, clip_limit, bins)
-    planes = _planes(x, allow_2d=True)
+    values = {"method": method, "low": low, "high": high, "tiles": tiles, "clip_limit": clip_limit}
+    values |= {"bins": bins, "reference": "given" if method == "match" else None}
+    settings = _checked(HistogramSettings, "adjust_histogram", values)
+    planes = as_planes(x, allow_2d=True)
     dtype = planes.dtype
     if method != "match":
         if reference is not None:
@@ -134,27 +235,28 @@ def adjust_histogram(
     else:
         if reference is None:
             raise InputError("Matching histograms needs a reference image: give reference=.")
-        other = _planes(reference, allow_2d=True)
-        check_reference(other, dtype, planes.shape[0])
-        counting = first_pass(Referring(), dtype, planes.shape[0], int(np.prod(other.shape[1:])), linked)
-        frozen = _frozen_lazily(other, counting, passes_needed(Referring, dtype))
+        others = [as_planes(picture, allow_2d=True) for picture in as_set(reference)]
+        for other in others:
+            check_reference(other, dtype, planes.shape[0])
+        counting = first_pass(Referring(), dtype, planes.shape[0], pixels_of(others), linked)
+        frozen = frozen_lazily(others, counting, passes_needed(Referring, dtype))
         state = delayed(start_pass, pure=True)(settings, dtype, planes.shape, linked, frozen)
     passes = (
         3 if method == "clahe" else passes_needed(Stretching if method == "stretch" else Equalizing, dtype)
     )
-    step = _frozen_lazily(planes, state, passes)
-    kind = float_dtype(dtype) if method in ("equalize", "clahe") else dtype
-    again = _read_again(planes, step)
-    result = da.map_blocks(_apply_frozen, again, step, dtype=kind, meta=np.empty((0, 0, 0), kind))
+    step = frozen_lazily([planes], state, passes)
+    result = map_frozen(
+        read_again(planes, step), step, float_dtype(dtype) if method in ("equalize", "clahe") else dtype
+    )
     return result[0] if np.ndim(x) == 2 else result
 
 
 def gaussian(x: Any, sigma: float) -> da.Array:
     """Smooth each channel by a Gaussian.
 
-    `dask_image.ndfilters.gaussian_filter`, and so `scipy.ndimage.gaussian_filter`: reflected at the image's
-    border, cut at four standard deviations. (`skimage.filters.gaussian` differs at the border, where it
-    repeats the edge.)
+    Equal to `dask_image.ndfilters.gaussian_filter` and `scipy.ndimage.gaussian_filter`: reflected at the
+    image's border, cut at four standard deviations. (`skimage.filters.gaussian` differs at the border, where
+    it repeats the edge.)
 
     Parameters
     ----------
@@ -172,141 +274,38 @@ def gaussian(x: Any, sigma: float) -> da.Array:
     InputError
         For a sigma of 0 or less, or that is no number.
     """
-    from dask_image.ndfilters import gaussian_filter
-
     try:
         good = math.isfinite(sigma) and sigma > 0
     except TypeError:
         good = False
     if not good:
         raise InputError(f"The sigma {sigma!r} of the Gaussian filter cannot be used: it must be above 0.")
-    planes = _planes(x, allow_2d=True)
-    sigma = float(sigma)
-    halo = Gaussian(sigma).halo
-    # Dask refuses an overlap wider than the array: such an axis stays in one piece and needs none.
-    short = {axis: -1 for axis in (1, 2) if planes.shape[axis] <= halo}
-    if planes.dtype.kind == "f" and not short:
-        result = gaussian_filter(planes, (0, sigma, sigma), truncate=TRUNCATE)
-    else:
-        # dask-image would filter integers as SciPy does, rounding down after each axis.
-        depth = {0: 0, 1: 0 if 1 in short else halo, 2: 0 if 2 in short else halo}
-        cut = planes.rechunk(short)
-        result = cut.map_overlap(smooth, depth, "none", dtype=planes.dtype, meta=planes._meta, sigma=sigma)
+    result = map_step(as_planes(x, allow_2d=True), Gaussian(float(sigma)))
     return result[0] if np.ndim(x) == 2 else result
 
 
 def preprocess(x: Any, plan: Plan) -> da.Array:
     """A frozen plan on a dask or numpy array ``(C, Y, X)``, lazily: what the engine makes by blocks."""
-    planes = _planes(x)
+    planes = as_planes(x)
     if tuple(planes.shape[1:]) != plan.shape or planes.shape[0] != plan.in_channels:
         raise InputError(
             f"The plan is for shape {(plan.in_channels, *plan.shape)}, but the image has {planes.shape}."
         )
     result = planes
     for step in plan.steps:
-        result = gaussian(result, step.sigma) if isinstance(step, Gaussian) else _map(result, step)
+        result = map_step(result, step)
     return result
 
 
-# -- helpers ----------------------------------------------------------------------------------------
-def _planes(x: Any, *, allow_2d: bool = False) -> da.Array:
-    """A dask array ``(C, Y, X)`` of a working dtype with all channels in each chunk."""
-    import dask.array as da
-
-    if isinstance(x, list | tuple):
-        shapes = {np.shape(plane) for plane in x}
-        if len(shapes) != 1:
-            raise InputError(f"The channels differ in size: {sorted(shapes)}.")
-        x = da.stack([da.asarray(plane) for plane in x])
-    elif not isinstance(x, da.Array):
-        x = np.asarray(x)
-        # One chunk a block of this size keeps filters and counts parallel.
-        x = da.from_array(x, chunks=(-1,) * (x.ndim - 2) + (2048, 2048) if x.ndim >= 2 else -1)
-    if x.ndim == 2 and allow_2d:
-        x = x[None]
-    if x.ndim != 3:
-        raise InputError(f"An image must have the axes (C, Y, X), but this one has shape {tuple(x.shape)}.")
-    if any(math.isnan(side) for side in x.shape) or 0 in x.shape:
-        raise InputError(
-            f"An image needs a known size and at least one pixel, but this one has shape {x.shape}."
-        )
-    return x.astype(working_dtype(x.dtype), copy=False).rechunk({0: -1})
-
-
-def _histogram_settings(
-    method: str, low: float, high: float, tiles: int, clip_limit: float, bins: int
-) -> HistogramSettings:
+def _checked(kind: type[_Settings], function: str, values: dict[str, Any]) -> _Settings:
+    """Settings from the arguments of a function; what cannot be is refused with its value."""
     from pydantic import ValidationError
 
-    values: dict[str, Any] = {"method": method, "low": low, "high": high}
-    values |= {"tiles": tiles, "clip_limit": clip_limit, "bins": bins}
-    if method == "match":
-        values["reference"] = "given"
     try:
-        return HistogramSettings.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         problem = error.errors()[0]
-        what = ".".join(str(step) for step in problem["loc"]) or "histogram"
-        value = values.get(what, (low, high))
-        raise InputError(f"adjust_histogram: {what} cannot be {value!r} ({problem['msg']}).") from None
-
-
-def _map(x: da.Array, step: Step) -> da.Array:
-    import dask.array as da
-
-    chunks = ((step.channels(int(x.shape[0])),), *x.chunks[1:])
-    dtype = step.dtype(x.dtype)
-    return da.map_blocks(_apply_frozen, x, step, chunks=chunks, dtype=dtype, meta=np.empty((0, 0, 0), dtype))
-
-
-def _apply_frozen(block: Any, step: Step, block_info: Any = None) -> Any:
-    location = block_info[0]["array-location"]
-    box = Box(location[1][0], location[2][0], location[1][1], location[2][1])
-    return apply_steps(block, (step,), box)
-
-
-def count_lazily(x: Any, counting: Any, steps: tuple[Step, ...] = ()) -> Any:
-    """Merged counts of all chunks, as one `dask.delayed`."""
-    from dask.delayed import delayed
-
-    x = _planes(x)
-    grid = Grid.from_chunks(x.chunks[1:])
-    blocks = x.to_delayed(optimize_graph=False)[0]
-    count = delayed(count_block, pure=True)
-    parts = [count(blocks[index], grid.core(index), counting, steps) for index in grid]
-    while len(parts) > 1:
-        groups = [parts[i : i + _FAN_IN] for i in range(0, len(parts), _FAN_IN)]
-        parts = [delayed(_merge, pure=True)(counting, group) for group in groups]
-    return parts[0]
-
-
-def _frozen_lazily(x: da.Array, state: Any, passes: int) -> Any:
-    """The step that `passes` passes over the image lead to, as one `dask.delayed`."""
-    from dask.delayed import delayed
-
-    for number in range(passes):
-        blocks = _read_again(x, state) if number else x
-        state = delayed(_finish, pure=True)(state, count_lazily(blocks, state))
-    return state
-
-
-def _read_again(x: da.Array, after: Any) -> da.Array:
-    """The same pixels, computed anew once `after` is known.
-
-    With the blocks of one reading in the graph of the next too, Dask would keep the whole image in memory
-    from the one to the other.
-    """
-    from dask.graph_manipulation import bind
-
-    return bind(x, after, seed=f"again-{after.key}")
-
-
-def _merge(counting: Pass, parts: list[Any]) -> Any:
-    total = parts[0]
-    for part in parts[1:]:
-        total = counting.merge(total, part)
-    return total
-
-
-def _finish(counting: Pass, total: Any) -> Any:
-    return counting.finish(total)
+        what = ".".join(str(step) for step in problem["loc"])
+        said = problem["msg"].removeprefix("Value error, ")
+        about = f"{what} cannot be {values.get(what)!r} ({said})" if what else said
+        raise InputError(f"{function}: {about}.") from None

@@ -15,11 +15,15 @@ import numpy as np
 
 from daskcell.errors import InputError
 from daskcell.geometry import Box
+from daskcell.preprocess.background import Background, FlatFile
 from daskcell.preprocess.clahe import Clahe
 from daskcell.preprocess.pixels import working_dtype
+from daskcell.preprocess.stains import Stains
 from daskcell.preprocess.steps import Curve, Floor, Gaussian, Mix, Step, Stretch
 
-_KINDS: dict[str, Any] = {step.kind: step for step in (Floor, Mix, Stretch, Curve, Clahe, Gaussian)}
+_KINDS: dict[str, Any] = {
+    step.kind: step for step in (FlatFile, Background, Stains, Floor, Mix, Stretch, Curve, Clahe, Gaussian)
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +39,7 @@ class Plan:
     @property
     def halo(self) -> int:
         """Pixels to read around a block so that its core comes out as from the whole image."""
-        return sum(step.halo for step in self.steps)
+        return halo_of(self.steps)
 
     @property
     def out_channels(self) -> int:
@@ -89,8 +93,8 @@ def apply_block(block: np.ndarray, plan: Plan, box: Box | None = None) -> np.nda
     block : array ``(C, h, w)``
         Raw pixels: a core and `Plan.halo` pixels around it, cut at the image's border. The caller trims.
     box : Box, optional
-        Where the block lies in the whole image. May be left out for the whole image, and for plans without
-        CLAHE.
+        Where the block lies in the whole image. May be left out for the whole image, and for plans in which
+        no step is `placed`.
 
     Returns
     -------
@@ -101,12 +105,18 @@ def apply_block(block: np.ndarray, plan: Plan, box: Box | None = None) -> np.nda
             f"The plan is for {plan.in_channels} channel(s), but the block has shape {block.shape}."
         )
     if box is None:
-        if block.shape[1:] != plan.shape and any(isinstance(step, Clahe) for step in plan.steps):
-            raise InputError("CLAHE depends on where a block lies in the image: give its box.")
+        placed = [step.kind for step in plan.steps if step.placed]
+        if placed and block.shape[1:] != plan.shape:
+            raise InputError(f"What {placed[0]!r} does depends on where a block lies: give its box.")
         box = Box(0, 0, *block.shape[1:])
     elif box.shape != block.shape[1:]:
         raise InputError(f"A block of {block.shape[1:]} pixels cannot lie at a box of {box.shape} pixels.")
     return apply_steps(block, plan.steps, box)
+
+
+def halo_of(steps: Sequence[Step]) -> int:
+    """Pixels that steps together need around a block."""
+    return sum(step.halo for step in steps)
 
 
 def apply_steps(block: np.ndarray, steps: Sequence[Step], box: Box) -> np.ndarray:

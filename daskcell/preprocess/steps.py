@@ -26,6 +26,8 @@ class Step(Protocol):
     """One frozen step."""
 
     kind: ClassVar[str]
+    placed: ClassVar[bool]
+    """Whether it matters where a block lies in the image."""
 
     @property
     def halo(self) -> int:
@@ -47,6 +49,7 @@ class _Pointwise:
     """A pixel depends on itself only; channels and dtype stay."""
 
     halo = 0
+    placed: ClassVar[bool] = False
 
     def channels(self, count: int) -> int:
         return count
@@ -196,13 +199,21 @@ class Gaussian(_Pointwise):
 
 def smooth(block: np.ndarray, sigma: float) -> np.ndarray:
     """`scipy.ndimage.gaussian_filter` of every plane; integers through float64, rounded to nearest."""
-    from scipy import ndimage
+    from daskcell.preprocess._kernels import correlate_symmetric
 
-    if block.dtype.kind == "f":
-        return ndimage.gaussian_filter(block, (0, sigma, sigma), truncate=TRUNCATE)
-    # SciPy would round down to integers after each axis.
-    exact = ndimage.gaussian_filter(block, (0, sigma, sigma), truncate=TRUNCATE, output=np.float64)
-    return to_dtype(exact, block.dtype)
+    reach = int(TRUNCATE * sigma + 0.5)
+    offsets = np.arange(-reach, reach + 1)
+    weights = np.exp(-0.5 / (sigma * sigma) * offsets**2)
+    weights = (weights / weights.sum())[reach:]
+    kind = block.dtype if block.dtype.kind == "f" else np.dtype(np.float64)
+    out = np.empty_like(block)
+    between = np.empty(block.shape[2] + 2 * reach, kind)
+    exact = np.empty(block.shape[1:], kind)
+    for target, plane in zip(out, block, strict=True):
+        correlate_symmetric(plane.astype(np.float64), weights, between, exact)
+        # SciPy would round integers down after each axis.
+        target[...] = to_dtype(exact, block.dtype)
+    return out
 
 
 def _by_table(plane: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:

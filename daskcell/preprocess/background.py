@@ -1,0 +1,189 @@
+"""Uneven light taken out: by a flat field, or by the background below the cells.
+
+A camera sees ``pixel = dark + light * (cells + background)``. `Flat` divides by the light, as a picture of
+the empty field shows it; `Background` takes off what is left below structures of a given size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from daskcell.errors import InputError
+from daskcell.geometry import Box
+from daskcell.preprocess.lattice import Lattice
+from daskcell.preprocess.pixels import is_small, largest, to_dtype
+from daskcell.preprocess.steps import _Pointwise
+
+_CELLS = 6
+"""Cells of the lattice in a disc's radius: more follow the background closer, and cost more."""
+
+
+@dataclass(frozen=True)
+class Background(_Pointwise):
+    """The picture less the background that a disc of `radius` pixels rolls under.
+
+    The background is the morphological opening, by the disc, of the means of small square cells (a sixth of
+    the radius), spread linearly: what is narrower than the disc is no background. Where the ground is `light`
+    the closing, and the picture is divided by it, so that the ground becomes white. Same dtype; integers are
+    rounded and cut, so nothing of theirs is below 0.
+
+    S. R. Sternberg, "Biomedical image processing", Computer 16 (1983) 22-34.
+    """
+
+    kind: ClassVar[str] = "background"
+    placed: ClassVar[bool] = True
+    shape: tuple[int, int]
+    """Height and width of the whole image."""
+    radius: float
+    light: bool = False
+
+    @property
+    def lattice(self) -> Lattice:
+        return Lattice(self.shape, max(1, int(self.radius / _CELLS)))
+
+    @property
+    def _reach(self) -> int:
+        return math.ceil(self.radius / self.lattice.cell)
+
+    @property
+    def halo(self) -> int:  # type: ignore[override]
+        # Opening reads twice its reach, spreading a cell more, and of the outermost cell a part may be cut.
+        return self.lattice.cell * (2 * self._reach + 2)
+
+    def ground(self, plane: np.ndarray, box: Box) -> np.ndarray:
+        """Background (float64) of one plane at `box`."""
+        from scipy import ndimage
+
+        lattice, reach = self.lattice, self._reach
+        means = lattice.means(plane, box)
+        y, x = np.ogrid[-reach : reach + 1, -reach : reach + 1]
+        disc = (y * y + x * x) * lattice.cell**2 <= self.radius**2
+        turn = ndimage.grey_closing if self.light else ndimage.grey_opening
+        return lattice.spread(turn(means, footprint=disc, mode="reflect"), lattice.inside(box), box)
+
+    def apply(self, block: np.ndarray, box: Box) -> np.ndarray:
+        out = np.empty_like(block)
+        white = largest(block.dtype)
+        for target, plane in zip(out, block, strict=True):
+            ground = self.ground(plane, box)
+            if self.light:
+                with np.errstate(divide="ignore", invalid="ignore"):
+                    cleared = np.where(ground > 0, plane / ground * white, 0)
+            else:
+                cleared = plane - ground
+            target[...] = to_dtype(cleared, block.dtype)
+        return out
+
+    def to_json(self) -> dict[str, Any]:
+        return {"shape": list(self.shape), "radius": self.radius, "light": self.light}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Background:
+        return cls(tuple(values["shape"]), values["radius"], values["light"])
+
+
+@dataclass(frozen=True, eq=False)
+class Flat(_Pointwise):
+    """``(pixel - dark) * gain``, the gain of a camera field repeated over the image; same dtype."""
+
+    gain: np.ndarray
+    """``(1 or C, h, w)`` float32 or float64, its mean light per channel over the light of each pixel."""
+    dark: float = 0.0
+
+    def apply(self, block: np.ndarray, box: Box) -> np.ndarray:
+        exact = np.float32 if block.dtype == np.float32 or is_small(block.dtype) else np.float64
+        height, width = self.gain.shape[1:]
+        rows = np.arange(box.y0, box.y1) % height
+        columns = np.arange(box.x0, box.x1) % width
+        out = np.empty_like(block)
+        for channel, (target, plane) in enumerate(zip(out, block, strict=True)):
+            gain = self.gain[channel if len(self.gain) > 1 else 0][rows[:, None], columns]
+            target[...] = to_dtype((plane - exact(self.dark)) * gain.astype(exact, copy=False), block.dtype)
+        return out
+
+    @staticmethod
+    def check(field: tuple[int, ...], shape: tuple[int, ...]) -> None:
+        """Refuse a flat field of a shape that does not fit the image's, both ``(C, Y, X)``."""
+        if field[0] not in (1, shape[0]):
+            raise InputError(
+                f"The flat field has {field[0]} channels and the image {shape[0]}: give one plane, or one a "
+                "channel."
+            )
+        if 0 in field or shape[1] % field[1] or shape[2] % field[2]:
+            raise InputError(
+                f"The flat field of {field[1]} x {field[2]} pixels does not fit an image of "
+                f"{shape[1]} x {shape[2]}: it must be as large, or repeat a whole number of times."
+            )
+
+    @classmethod
+    def of(cls, field: np.ndarray, dark: float, shape: tuple[int, ...], dtype: np.dtype) -> Flat:
+        """The step from a picture ``(1 or C, h, w)`` of the empty field, for an image of `shape`.
+
+        Raises
+        ------
+        InputError
+            The field does not fit the image, or is somewhere as dark as no light.
+        """
+        cls.check(field.shape, shape)
+        field = np.ascontiguousarray(field)
+        light = field.astype(np.float64) - dark
+        bad = int(np.count_nonzero(~(light > 0)))
+        if bad:
+            raise InputError(
+                f"The flat field has {bad} pixel(s) of no light (not above dark = {dark:g}): "
+                "give a picture of the evenly lit, empty field."
+            )
+        gain = light.mean(axis=(1, 2), keepdims=True) / light
+        return cls(gain.astype(np.float32 if is_small(dtype) or dtype == np.float32 else np.float64), dark)
+
+
+@dataclass(frozen=True)
+class FlatFile(_Pointwise):
+    """`Flat` from a file, read once per process: a plan names the picture and does not hold it."""
+
+    kind: ClassVar[str] = "flat"
+    placed: ClassVar[bool] = True
+    path: str
+    digest: str
+    dark: float
+    shape: tuple[int, int, int]
+    """``(C, Y, X)`` of the image."""
+
+    def apply(self, block: np.ndarray, box: Box) -> np.ndarray:
+        return _flat(self, block.dtype).apply(block, box)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"path": self.path, "digest": self.digest, "dark": self.dark, "shape": list(self.shape)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> FlatFile:
+        return cls(values["path"], values["digest"], values["dark"], tuple(values["shape"]))
+
+    @classmethod
+    def open(cls, path: str, dark: float, shape: tuple[int, int, int], dtype: np.dtype) -> FlatFile:
+        """Check that the file fits, and note what it holds."""
+        from daskcell.keys import digest
+
+        where = Path(path).expanduser().absolute()  # workers may run elsewhere
+        try:
+            step = cls(str(where), digest(where), float(dark), shape)
+        except OSError as error:
+            raise InputError(f"The flat field {path} cannot be read: {error.strerror}.") from None
+        _flat(step, dtype)
+        return step
+
+
+@lru_cache(maxsize=2)
+def _flat(step: FlatFile, dtype: np.dtype) -> Flat:
+    from daskcell import images
+    from daskcell.keys import digest
+
+    if digest(Path(step.path)) != step.digest:
+        raise InputError(f"The flat field {step.path} has changed since it was first read: run anew.")
+    return Flat.of(np.asarray(images.open_image(step.path).data), step.dark, step.shape, dtype)

@@ -1,0 +1,139 @@
+"""One pass over an image: every block counted, the counts merged; of an array, a slide, a set of pictures.
+
+A pass (`statistics.Pass`) may count what steps before it made of the pixels; blocks are then read with the
+halo of those steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from daskcell.errors import InputError
+from daskcell.geometry import Box, Grid
+from daskcell.preprocess.background import Background
+from daskcell.preprocess.pixels import all_values
+from daskcell.preprocess.plan import apply_steps, halo_of
+from daskcell.preprocess.statistics import ExactCounts, Extremes, Pass
+from daskcell.preprocess.steps import Step
+
+if TYPE_CHECKING:
+    from daskcell.compute import Workers
+
+COUNT_BLOCK = 2048
+
+Survey = Callable[[Pass, tuple[Step, ...]], Any]
+"""One pass over the image: merged counts of all blocks after the given steps."""
+
+
+def run_passes(state: Any, survey: Callable[[Pass], Any]) -> Any:
+    """Count, merge and finish until a step (or reference) is reached."""
+    while hasattr(state, "count"):
+        state = state.finish(survey(state))
+    return state
+
+
+def as_set(reference: Any) -> list[Any]:
+    """References as a list: one picture is a set of one."""
+    pictures = list(reference) if isinstance(reference, list | tuple) else [reference]
+    if not pictures:
+        raise InputError("Matching histograms needs a reference image, but the set is empty.")
+    return pictures
+
+
+def pixels_of(pictures: Sequence[Any]) -> int:
+    """Pixels of one channel of all pictures together."""
+    return sum(int(np.prod(picture.shape[1:])) for picture in pictures)
+
+
+def count_set(pictures: Sequence[Any], counting: Pass, steps: tuple[Step, ...]) -> Any:
+    """Counts of all pictures of a set together."""
+    total = None
+    for picture in pictures:
+        placed = tuple(_on(step, picture.shape) for step in steps)
+        part = count_array(picture, counting, placed)
+        total = part if total is None else counting.merge(total, part)
+    return total
+
+
+def _on(step: Step, shape: tuple[int, ...]) -> Step:
+    """The same step for an image of another shape."""
+    return replace(step, shape=shape[1:]) if isinstance(step, Background) else step
+
+
+def count_array(image: Any, counting: Pass, steps: tuple[Step, ...]) -> Any:
+    """Counts of an array: numpy in blocks, dask chunk by chunk, so that no pass holds more than blocks."""
+    if isinstance(image, np.ndarray):
+        grid = Grid.regular(image.shape[1:], COUNT_BLOCK)
+        total = None
+        for index in grid:
+            core = grid.core(index)
+            grown = core.grow(halo_of(steps)).clip(grid.shape)
+            part = count_block(image[(slice(None), *grown.slices)], core, counting, steps, grown)
+            total = part if total is None else counting.merge(total, part)
+        return total
+    from daskcell.preprocess.graphs import count_lazily
+
+    return count_lazily(image, counting, steps).compute()
+
+
+def count_slide(
+    zarr_path: str | Path, counting: Pass, steps: tuple[Step, ...], workers: Workers | None
+) -> Any:
+    """Counts of an OME-Zarr image, one task a block; those kept with it save the reading."""
+    from daskcell import images
+
+    kept = None if steps else _kept_counts(zarr_path, counting)
+    if kept is not None:
+        return kept
+    grid = Grid.regular(images.image_info(zarr_path).shape[1:], COUNT_BLOCK)
+    total = None
+    if workers is None:
+        for index in grid:
+            part = _count_slide_block(zarr_path, grid.core(index), counting, steps)
+            total = part if total is None else counting.merge(total, part)
+        return total
+    window = workers.window()
+    for index in grid:
+        window.submit(index, _count_slide_block, zarr_path, grid.core(index), counting, steps)
+    for _, part in window:
+        total = part if total is None else counting.merge(total, part)
+    return total
+
+
+def _kept_counts(zarr_path: str | Path, counting: Pass) -> Any:
+    """The counts kept with the image when it was converted, where they answer the question."""
+    from daskcell import images
+
+    histograms = images.read_histograms(zarr_path) if isinstance(counting, ExactCounts | Extremes) else None
+    if histograms is None:
+        return None
+    if isinstance(counting, Extremes):
+        ends = [[values[i] for values, _ in histograms] for i in (0, -1)]
+        return np.array(ends, counting.dtype)
+    assert isinstance(counting, ExactCounts)
+    first = int(all_values(counting.dtype)[0])
+    counts = np.zeros((len(histograms), len(all_values(counting.dtype))), np.int64)
+    for row, (values, numbers) in zip(counts, histograms, strict=True):
+        row[values - first] = numbers
+    return counts
+
+
+def _count_slide_block(zarr_path: str | Path, box: Box, counting: Pass, steps: tuple[Step, ...]) -> Any:
+    from daskcell import images
+
+    grown = box.grow(halo_of(steps)).clip(images.image_info(zarr_path).shape[1:])
+    return count_block(images.read_block(zarr_path, grown), box, counting, steps, grown)
+
+
+def count_block(
+    block: np.ndarray, core: Box, counting: Pass, steps: tuple[Step, ...] = (), grown: Box | None = None
+) -> Any:
+    """Counts of the pixels of `core` after `steps`; the block lies at `grown` (None: at `core`)."""
+    grown = grown or core
+    done = apply_steps(block, steps, grown)
+    return counting.count(done[(slice(None), *core.within(grown))], core)
