@@ -90,6 +90,20 @@ def test_no_bit_depends_on_the_chunks(engine, chunks, small_blocks, monkeypatch)
     )
 
 
+def test_parallel_has_the_same_bits_for_any_order_and_any_blocks(small_blocks, monkeypatch):
+    x = np.random.default_rng(0).gamma(2.0, size=(6000, 24)).astype(np.float32) * 1.7
+    options = {"engine": "parallel", "standardise": True, "components": 10}
+    one = fit_clusters(x, 7, **options)
+    for seed, block in enumerate((256, 1000, 6000)):
+        monkeypatch.setattr(rows_module, "BLOCK", block)
+        order = np.random.default_rng(seed).permutation(len(x))
+        other = fit_clusters(x[order], 7, **options)
+        for name in ("reduced_centers_", "centers_", "spread_", "mean_", "scale_", "components_"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
+        assert one.inertia_ == other.inertia_
+        np.testing.assert_array_equal(one.predict(x)[order], other.predict(x[order]))
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_same_groups_for_any_order_of_the_rows(engine, small_blocks):
     x, _ = groups(k=6)
@@ -234,8 +248,8 @@ def test_the_sample_depends_on_content_alone(small_blocks):
 def test_a_survey_equals_numpy(small_blocks):
     x = (np.random.default_rng(0).normal(size=(3000, 5)) * [1, 2, 3, 4, 5] + 100).astype(np.float32)
     seen = survey(cut(x), 10, 0)
-    np.testing.assert_allclose(seen.mean, x.mean(axis=0, dtype=float), rtol=1e-12)
-    np.testing.assert_allclose(seen.deviation, x.std(axis=0, dtype=float), rtol=1e-9)
+    np.testing.assert_allclose(seen.mean, x.mean(axis=0, dtype=float), rtol=1e-7)
+    np.testing.assert_allclose(seen.deviation, x.std(axis=0, dtype=float), rtol=1e-7)
 
 
 def test_hashes_are_spread_evenly_and_zero_has_no_sign():

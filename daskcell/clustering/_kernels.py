@@ -1,8 +1,7 @@
 """Inner loops over rows of features, compiled.
 
-Each row is worked out by itself, in a fixed order of operations, in double precision. A matrix product would
-give other last bits for other numbers of rows or threads, and a cell between two groups would then change
-sides.
+What decides is worked out row by row, in a fixed order of operations, in double precision: a matrix product
+gives other last bits for other numbers of rows or threads. See `nearest` for how one is used all the same.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ def row_hashes(bits, seed):  # pragma: no cover (compiled)
 
 
 @njit(cache=True, nogil=True)
-def project(rows, mean, factor, axes, unit, parts):  # pragma: no cover (compiled)
+def project(rows, mean, factor, axes, unit, parts, steps):  # pragma: no cover (compiled)
     """``((rows - mean) * factor) @ axes``, each part to length 1 if asked; ``(n, d)`` float32 to ``(n, c)``
-    float32."""
+    float32, in whole multiples of `steps` (c,)."""
     n, d = rows.shape
     c = axes.shape[1]
     out = np.empty((n, c), np.float32)
@@ -40,25 +39,25 @@ def project(rows, mean, factor, axes, unit, parts):  # pragma: no cover (compile
             value = (rows[i, j] - mean[j]) * factor[j]
             for m in range(c):
                 total[m] += value * axes[j, m]
-        _store(out, i, total, unit, parts)
+        _store(out, i, total, unit, parts, steps)
     return out
 
 
 @njit(cache=True, nogil=True)
-def scale(rows, mean, factor, unit, parts):  # pragma: no cover (compiled)
-    """``(rows - mean) * factor``, each part to length 1 if asked."""
+def scale(rows, mean, factor, unit, parts, steps):  # pragma: no cover (compiled)
+    """``(rows - mean) * factor``, each part to length 1 if asked, in whole multiples of `steps` (d,)."""
     n, d = rows.shape
     out = np.empty((n, d), np.float32)
     total = np.empty(d, np.float64)
     for i in range(n):
         for j in range(d):
             total[j] = (rows[i, j] - mean[j]) * factor[j]
-        _store(out, i, total, unit, parts)
+        _store(out, i, total, unit, parts, steps)
     return out
 
 
 @njit(cache=True, nogil=True)
-def _store(out, i, values, unit, parts):  # pragma: no cover (compiled)
+def _store(out, i, values, unit, parts, steps):  # pragma: no cover (compiled)
     for p in range(len(parts) - 1):
         length = 1.0
         if unit:
@@ -67,22 +66,22 @@ def _store(out, i, values, unit, parts):  # pragma: no cover (compiled)
                 squares += values[m] * values[m]
             length = np.sqrt(squares) if squares > 0 else 1.0
         for m in range(parts[p], parts[p + 1]):
-            out[i, m] = values[m] / length
+            values[m] /= length
+    for m in range(len(values)):
+        out[i, m] = np.rint(values[m] / steps[m]) * steps[m] if steps[m] > 0 else values[m]
 
 
 @njit(cache=True, nogil=True)
-def nearest(rows, centers):  # pragma: no cover (compiled)
-    """Nearest centre of every row, and the squared distance to it; of equally near ones the first.
+def nearest_exactly(rows, centers, which, labels):  # pragma: no cover (compiled)
+    """Put the nearest centre of the rows `which` into `labels`; of equally near ones the first.
 
     `rows` is (n, c) float32, `centers` (c, k) float64: centres in columns, so that the inner loop is over
     centres and runs in the processor's vectors without changing the order of a sum.
     """
-    n, c = rows.shape
+    c = rows.shape[1]
     k = centers.shape[1]
-    labels = np.empty(n, np.int32)
-    squares = np.empty(n, np.float64)
     total = np.empty(k, np.float64)
-    for i in range(n):
+    for i in which:
         total[:] = 0
         for j in range(c):
             value = np.float64(rows[i, j])
@@ -94,17 +93,77 @@ def nearest(rows, centers):  # pragma: no cover (compiled)
             if total[m] < total[best]:
                 best = m
         labels[i] = best
-        squares[i] = total[best]
-    return labels, squares
+
+
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
+def lengths(rows, out):  # pragma: no cover (compiled)
+    """Length of each row, to a few last bits: sums are in no fixed order."""
+    for i in range(rows.shape[0]):
+        total = np.float32(0)
+        for j in range(rows.shape[1]):
+            total += rows[i, j] * rows[i, j]
+        out[i] = np.sqrt(total)
 
 
 @njit(cache=True, nogil=True)
-def add_by_label(rows, labels, k):  # pragma: no cover (compiled)
-    """Sums ``(k, c)`` float64 and numbers ``(k,)`` of the rows of every label, in the order of the rows."""
-    sums = np.zeros((k, rows.shape[1]), np.float64)
-    counts = np.zeros(k, np.int64)
+def decide(product, half, length, slope, offset, labels, best, second, doubtful):  # pragma: no cover
+    """Nearest centres of a tile of rows from products ``(k, n)`` of centres and rows.
+
+    The smallest of ``half - product`` wins; `half` is half a centre's squared length. A row whose lead is no
+    more than ``slope * length + offset`` is entered in `doubtful`; a NaN is no lead.
+    `best` and `second` (n,) are room to work in. Returns how many are doubtful.
+    """
+    k, n = product.shape
+    for i in range(n):
+        best[i] = half[0] - product[0, i]
+        second[i] = np.inf
+        labels[i] = 0
+    for m in range(1, k):
+        for i in range(n):
+            value = half[m] - product[m, i]
+            second[i] = value if best[i] <= value < second[i] else second[i]
+            second[i] = best[i] if value < best[i] else second[i]
+            labels[i] = m if value < best[i] else labels[i]
+            best[i] = value if value < best[i] else best[i]
+    count = 0
+    for i in range(n):
+        if not (second[i] - best[i] > slope * length[i] + offset):
+            doubtful[count] = i
+            count += 1
+    return count
+
+
+@njit(cache=True, nogil=True)
+def square_distances(rows, centers, labels):  # pragma: no cover (compiled)
+    """Squared distance of each row ``(n, c)`` float32 to its centre, of ``(k, c)`` float64."""
+    n, c = rows.shape
+    out = np.empty(n, np.float64)
+    lanes = np.empty(
+        8, np.float64
+    )  # sums side by side, in one order for every row: fast, and always the same
+    for i in range(n):
+        lanes[:] = 0
+        center = centers[labels[i]]
+        whole = c // 8 * 8
+        for j in range(0, whole, 8):
+            for m in range(8):
+                difference = np.float64(rows[i, j + m]) - center[j + m]
+                lanes[m] += difference * difference
+        for j in range(whole, c):
+            difference = np.float64(rows[i, j]) - center[j]
+            lanes[j - whole] += difference * difference
+        total = 0.0
+        for m in range(8):
+            total += lanes[m]
+        out[i] = total
+    return out
+
+
+@njit(cache=True, nogil=True)
+def add_by_label(rows, labels, sums, counts):  # pragma: no cover (compiled)
+    """Add the rows of every label to `sums` ``(k, c)`` float64 and their numbers to `counts` ``(k,)``."""
     for i in range(len(rows)):
-        counts[labels[i]] += 1
+        m = labels[i]
+        counts[m] += 1
         for j in range(rows.shape[1]):
-            sums[labels[i], j] += rows[i, j]
-    return sums, counts
+            sums[m, j] += np.float64(rows[i, j])

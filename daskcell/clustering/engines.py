@@ -4,7 +4,8 @@
 rather than from whatever comes first, never throws a centre away, and gets rows of all slides in every
 portion. As it comes it raises on an empty block and follows the order of the rows.
 
-`rounds` is full k-means (Lloyd): every round all blocks are summed up, by as many workers as there are.
+`rounds` is full k-means (Lloyd): every round all blocks are summed up, by as many workers as there are. Sums
+are exact (see `nearest`), so its centres have the same bits for any order, blocks and workers.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from daskcell.clustering import _kernels
-from daskcell.clustering.rows import Rows, in_order
+from daskcell.clustering.nearest import Nearest, one_thread
+from daskcell.clustering.rows import Rows, in_groups, in_order
 
 if TYPE_CHECKING:
     from daskcell.compute import Workers
@@ -77,33 +78,47 @@ def _scheduler(workers: Workers | None) -> Any:
     return contextlib.ExitStack() if workers.client is None else workers.client.as_current()
 
 
-def rounds(blocks: Sequence[Rows], centers: np.ndarray, workers: Workers | None = None) -> np.ndarray:
-    """Centres ``(k, c)`` after k-means over all rows, until no row changes sides (or 100 rounds)."""
+def rounds(
+    blocks: Sequence[Rows], centers: np.ndarray, tolerance: float, workers: Workers | None = None
+) -> np.ndarray:
+    """Centres ``(k, c)`` after k-means over all rows, until they stand: the squares of their steps come to no
+    more than `tolerance` in all (or 100 rounds)."""
     for _ in range(_ROUNDS):
-        sums, counts, _ = tally(blocks, centers, workers)
+        sums, counts = np.zeros(centers.shape), np.zeros(len(centers), np.int64)
+        for some_sums, some_counts in in_groups(workers, blocks, _add_up, centers):
+            sums += some_sums
+            counts += some_counts
         moved = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], centers)
-        if np.array_equal(moved, centers):
-            break
+        step = float(((moved - centers) ** 2).sum())
         centers = moved
+        if step <= tolerance:
+            break
     return centers
 
 
-def tally(
+def _add_up(blocks: Sequence[Rows], centers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    sums, counts = np.zeros(centers.shape), np.zeros(len(centers), np.int64)
+    nearest = Nearest(centers)
+    with one_thread():
+        for block in blocks:
+            nearest.add(block.read(), sums, counts)
+    return sums, counts
+
+
+def inertia(
     blocks: Sequence[Rows], centers: np.ndarray, workers: Workers | None = None
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """Sums ``(k, c)`` and numbers ``(k,)`` of the rows nearest to each centre, and the sum of squared
-    distances."""
-    columns = np.ascontiguousarray(centers.T)
-    sums, counts, inertia = np.zeros(centers.shape), np.zeros(len(centers), np.int64), 0.0
-    for block_sums, block_counts, block_inertia in in_order(workers, blocks, _tally_block, columns):
-        sums += block_sums
-        counts += block_counts
-        inertia += block_inertia
-    return sums, counts, inertia
+) -> tuple[np.ndarray, float]:
+    """Numbers ``(k,)`` of the rows of each centre, and the sum of squared distances, to ten digits."""
+    counts, total = np.zeros(len(centers), np.int64), 0.0
+    for some_counts, squares in in_order(workers, blocks, _measure, centers):
+        counts += some_counts
+        total += squares
+    return counts, float(f"{total:.9e}")
 
 
-def _tally_block(_: int, block: Rows, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+def _measure(_: int, block: Rows, centers: np.ndarray) -> tuple[np.ndarray, float]:
     rows = block.read()
-    labels, squares = _kernels.nearest(rows, columns)
-    sums, counts = _kernels.add_by_label(rows, labels, columns.shape[1])
-    return sums, counts, float(squares.sum())
+    nearest = Nearest(centers)
+    with one_thread():
+        labels = nearest.labels(rows)
+    return np.bincount(labels, minlength=len(centers)), float(nearest.squares(rows, labels).sum())

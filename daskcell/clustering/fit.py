@@ -3,19 +3,20 @@ rows."""
 
 from __future__ import annotations
 
-import contextlib
+import os
+import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from daskcell.clustering import _kernels
 from daskcell.clustering.choose import choose_k
-from daskcell.clustering.engines import incremental, rounds, tally
+from daskcell.clustering.engines import incremental, inertia, rounds
 from daskcell.clustering.model import ClusterModel
-from daskcell.clustering.rows import ArrayRows, Rows, cut, gather, in_order, survey
+from daskcell.clustering.nearest import Nearest, one_thread, steps
+from daskcell.clustering.rows import ArrayRows, FileRows, Rows, cut, gather, in_order, survey
 from daskcell.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 SAMPLE = 16384
 _STARTS = 10
 _SMALL = 1 << 30
+_TOLERANCE = 1e-4
+"""Of the variance of a feature, as in scikit-learn."""
 Engine = Literal["incremental", "parallel"]
 
 
@@ -94,22 +97,32 @@ def fit_clusters(
 
     if isinstance(features, da.Array) and features.nbytes <= _SMALL:
         features = features.compute()
-    return fit_blocks(
-        cut(features),
-        k,
-        engine=engine,
-        standardise=standardise,
-        components=components,
-        unit_length=unit_length,
-        seed=seed,
-        info=info,
-        reduce_block=_reduce_here,
-    )
+    width = min(features.shape[1], components or features.shape[1])
+    small = len(features) * width * 4 <= _SMALL
+    with tempfile.TemporaryDirectory(prefix="clusters-") as folder:
+        return fit_blocks(
+            cut(features),
+            k,
+            engine=engine,
+            standardise=standardise,
+            components=components,
+            unit_length=unit_length,
+            seed=seed,
+            info=info,
+            reduce_block=_reduce_here if small else reduce_to_file,
+            reduce_args=() if small else (folder,),
+        )
 
 
 def _reduce_here(_: int, block: Rows, model: ClusterModel) -> tuple[Rows, int]:
     rows = usable(block, model)
     return ArrayRows(rows, 0, len(rows)), len(rows)
+
+
+def reduce_to_file(i: int, block: Rows, model: ClusterModel, folder: str) -> tuple[Rows | None, int]:
+    """Scaled and projected rows of a block, in a file of their own, and how many."""
+    rows = usable(block, model)
+    return FileRows.write(os.path.join(folder, f"{i}.f4"), rows) if len(rows) else None, len(rows)
 
 
 def usable(block: Rows, model: ClusterModel) -> np.ndarray:
@@ -128,7 +141,7 @@ def fit_blocks(
     unit_length: bool,
     seed: int,
     info: dict[str, Any] | None,
-    reduce_block: Callable[..., tuple[Rows, int]],
+    reduce_block: Callable[..., tuple[Rows | None, int]],
     reduce_args: tuple[Any, ...] = (),
     workers: Workers | None = None,
     kinds: Sequence[Kind] | None = None,
@@ -150,9 +163,10 @@ def fit_blocks(
             "Choose a smaller k or give more images."
         )
     sample = gather(blocks, seen.sample, seed, workers)
-    with _one_thread():
+    with one_thread():
         kinds = kinds or [Kind(sample.shape[1], standardise)]
         model = _prepare(sample, seen.mean, seen.deviation, kinds, components, unit_length)
+        model.steps_ = steps(model.transform(sample))
         reduced_sample = model.transform(sample)
         if k == "auto":
             k, model.curve_ = choose_k(reduced_sample, seed)
@@ -160,22 +174,25 @@ def fit_blocks(
     reduced: list[Rows] = []
     sizes: list[int] = []
     for block, n in in_order(workers, blocks, reduce_block, model, *reduce_args):
-        if n:
+        if block is not None and n:
             reduced.append(block)
             sizes.append(n)
-    with _one_thread():
+    with one_thread():
         if engine == "incremental":
             centers = incremental(reduced, sizes, centers, seed, workers)
         else:
-            centers = rounds(reduced, centers, workers)
-    _, counts, inertia = tally(reduced, centers, workers)
+            tolerance = _TOLERANCE * float(reduced_sample.var(axis=0, dtype=np.float64).mean())
+            centers = rounds(reduced, centers, tolerance, workers)
+    counts, total = inertia(reduced, centers, workers)
     order = np.lexsort(
         (*centers.T[::-1], -counts)
     )  # by size, the largest first; ties by the centre's coordinates
-    model.reduced_centers_, model.counts_, model.inertia_ = centers[order], counts[order], inertia
+    model.reduced_centers_, model.counts_, model.inertia_ = centers[order], counts[order], total
     model.missing_, model.info = seen.missing, dict(info or {})
-    labels, squares = _kernels.nearest(reduced_sample, np.ascontiguousarray(model.reduced_centers_.T))
-    model.spread_ = np.array([_percentiles(np.sqrt(squares[labels == i])) for i in range(model.k)])
+    nearest = Nearest(model.reduced_centers_)
+    labels = nearest.labels(reduced_sample)
+    far = np.sqrt(nearest.squares(reduced_sample, labels))
+    model.spread_ = np.array([_percentiles(far[labels == i]) for i in range(model.k)])
     model.centers_ = _map_back(model, sample, labels)
     return model
 
@@ -256,12 +273,3 @@ def _map_back(model: ClusterModel, sample: np.ndarray, labels: np.ndarray) -> np
             for i in range(model.k)
         ]
     )
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Sums in scikit-learn and BLAS change in the last bits with the number of threads."""
-    from threadpoolctl import threadpool_limits
-
-    with threadpool_limits(1):
-        yield

@@ -19,7 +19,17 @@ if TYPE_CHECKING:
     import dask.array as da
 
 FORMAT = 1
-_ARRAYS = ("mean_", "scale_", "components_", "parts_", "reduced_centers_", "centers_", "counts_", "spread_")
+_ARRAYS = (
+    "mean_",
+    "scale_",
+    "components_",
+    "parts_",
+    "steps_",
+    "reduced_centers_",
+    "centers_",
+    "counts_",
+    "spread_",
+)
 
 
 @dataclass
@@ -48,6 +58,9 @@ class ClusterModel:
         Vectors are scaled to length 1 after that; with several kinds of features, the part of each kind.
     parts_ : (kinds + 1,) int64
         Where the part of each kind begins and ends among the c scaled and projected features.
+    steps_ : (c,) float64 or None
+        Power of two of which each scaled and projected feature is a multiple, about a millionth of its size:
+        so sums of them are exact.
     missing_ : int
         Cells left out of the fit, since a feature was missing or infinite.
     curve_ : list of dict
@@ -70,6 +83,7 @@ class ClusterModel:
     scale_: np.ndarray
     components_: np.ndarray | None = None
     parts_: np.ndarray | None = None
+    steps_: np.ndarray | None = None
     unit_length: bool = False
     inertia_: float = 0.0
     missing_: int = 0
@@ -93,10 +107,11 @@ class ClusterModel:
         factor = 1 / self.scale_
         width = len(self.mean_) if self.components_ is None else len(self.components_)
         parts = np.array([0, width]) if self.parts_ is None else self.parts_
+        steps = np.zeros(width) if self.steps_ is None else self.steps_
         if self.components_ is None:
-            return _kernels.scale(rows, self.mean_, factor, self.unit_length, parts)
+            return _kernels.scale(rows, self.mean_, factor, self.unit_length, parts, steps)
         axes = np.ascontiguousarray(self.components_.T)
-        return _kernels.project(rows, self.mean_, factor, axes, self.unit_length, parts)
+        return _kernels.project(rows, self.mean_, factor, axes, self.unit_length, parts, steps)
 
     def predict(self, features: np.ndarray | da.Array) -> np.ndarray | da.Array:
         """Group of each cell, ``(n, d)`` to ``(n,)`` int32; -1 where a feature is missing or infinite.
@@ -116,14 +131,15 @@ class ClusterModel:
 
     def assign(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Fitted group and distance to its centre of each cell of a numpy array, before any joining."""
-        from daskcell.clustering import _kernels
+        from daskcell.clustering.nearest import Nearest
 
         rows = self._checked(features)
         good = np.isfinite(rows).all(axis=1)
         labels, distances = np.full(len(rows), -1, np.int32), np.full(len(rows), np.nan, np.float32)
         reduced = self.transform(rows[good])
-        labels[good], squares = _kernels.nearest(reduced, np.ascontiguousarray(self.reduced_centers_.T))
-        distances[good] = np.sqrt(squares)
+        centers = Nearest(self.reduced_centers_)
+        labels[good] = found = centers.labels(reduced)
+        distances[good] = np.sqrt(centers.squares(reduced, found))
         return labels, distances
 
     def drift(self, clusters: np.ndarray, distances: np.ndarray) -> dict[str, Any]:

@@ -59,12 +59,19 @@ class ZarrRows:
 
 @dataclass(frozen=True)
 class FileRows:
-    """Rows in a file of their own (``.npy``)."""
+    """Rows in a file of their own, as in memory; mapped, so that reading them again copies nothing."""
 
     path: str
+    shape: tuple[int, int]
 
     def read(self) -> np.ndarray:
-        return np.load(self.path)
+        return np.memmap(self.path, np.float32, "r", shape=self.shape)
+
+    @classmethod
+    def write(cls, path: str, rows: np.ndarray) -> FileRows:
+        """Put rows, at least one, ``(m, d)`` float32 into a new file."""
+        rows.tofile(path)
+        return cls(path, (rows.shape[0], rows.shape[1]))
 
 
 def cut(array: Any) -> list[Rows]:
@@ -106,6 +113,19 @@ def _group(
     return [function(start + i, block, *args) for i, block in enumerate(blocks)]
 
 
+def in_groups(
+    workers: Workers | None, blocks: Sequence[Rows], function: Callable[..., Any], *args: Any
+) -> Iterable[Any]:
+    """``function(some blocks, *args)`` for all blocks, in any order: for what can be added up exactly."""
+    from daskcell.compute import Workers
+
+    window = (workers or Workers()).window()
+    for start in range(0, len(blocks), _GROUP):
+        window.submit(start, function, blocks[start : start + _GROUP], *args)
+    for _, result in window:
+        yield result
+
+
 @dataclass(frozen=True)
 class Survey:
     """Of all usable rows: number, mean and deviation of each feature, and where the sampled ones are."""
@@ -144,7 +164,9 @@ def survey(blocks: Sequence[Rows], size: int, seed: int, workers: Workers | None
     ]
     if mean is None or square is None:
         mean = square = np.zeros(0)
-    return Survey(count, missing, mean, np.sqrt(square / max(count, 1)), sample)
+    # The last bits hang on the order of the rows: in single precision it does not show.
+    mean, deviation = (v.astype(np.float32).astype(float) for v in (mean, np.sqrt(square / max(count, 1))))
+    return Survey(count, missing, mean, deviation, sample)
 
 
 def _survey_block(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -11,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from daskcell.clustering.fit import Kind, fit_blocks, usable
+from daskcell.clustering.fit import Kind, fit_blocks, reduce_to_file
 from daskcell.clustering.model import ClusterModel, load_clusters
-from daskcell.clustering.rows import FileRows, Rows
+from daskcell.clustering.rows import Rows
 from daskcell.clustering.tables import check_table, cut_slide, replace_columns, shared_columns
 from daskcell.config import ClusterSettings
 from daskcell.errors import InputError
@@ -105,20 +104,13 @@ def fit_features(
             unit_length=settings.unit_length,
             seed=settings.seed,
             info=info,
-            reduce_block=_reduce_to_file,
+            reduce_block=reduce_to_file,
             reduce_args=(str(folder),),
             workers=workers,
             kinds=kinds,
         )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _reduce_to_file(i: int, block: Rows, model: ClusterModel, folder: str) -> tuple[Rows, int]:
-    rows = usable(block, model)
-    path = os.path.join(folder, f"{i}.npy")
-    np.save(path, rows)
-    return FileRows(path), len(rows)
 
 
 def predict_slide(

@@ -1,0 +1,106 @@
+"""The nearest centre of every row: at the speed of a matrix product, with the answer of exact distances.
+
+A product in single precision tells the nearest centre of nearly every row, but its last bits change with the
+number of rows, the processor and the library, and a cell between two groups would change sides. So it decides
+only where its lead is larger than any error it can have (Higham, Accuracy and Stability of Numerical
+Algorithms, 2002, section 3.5); the few other rows are worked out in double precision, one by one.
+
+Rows are multiples of a power of two in each feature (`ClusterModel.steps_`) of some 21 significant bits, so
+that sums in double precision are exact for thousands of millions of rows: the same in any order and grouping.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from daskcell.clustering import _kernels
+
+TILE = 512
+"""Rows that are worked on at a time, so that they stay in the processor's cache."""
+_BITS = 20
+_HALF_ULP = 2.0**-24
+_TINY = 2.0**-125
+"""More than what is lost where products are too small for single precision."""
+
+
+class Nearest:
+    """Finds the nearest of `centers`, (k, c) float64, for rows ``(n, c)`` float32; keeps room for a tile."""
+
+    def __init__(self, centers: np.ndarray):
+        k, c = centers.shape
+        self.centers = np.ascontiguousarray(centers, np.float64)
+        self._columns = np.ascontiguousarray(self.centers.T)
+        squares = (self.centers**2).sum(axis=1)
+        with np.errstate(over="ignore"):  # what overflows is doubtful
+            self._single = self.centers.astype(np.float32)
+            self._half = (squares / 2).astype(np.float32)
+        # A product of c terms is wrong by c half-ulps of |x| |c|; rounding of centres and sums adds a few.
+        longest = float(np.sqrt(squares.max(initial=0.0)))
+        share = 2 * (c + 8) * _HALF_ULP * (1 + 1e-3)
+        self._slope, self._offset = share * longest, share * longest**2 + c * _TINY
+        self._product = np.empty((k, TILE), np.float32)
+        self._best, self._second, self._length = (np.empty(TILE, np.float32) for _ in range(3))
+        self._doubtful = np.empty(TILE, np.int64)
+        self.doubted = 0
+        """Rows that had to be worked out in double precision, so far."""
+
+    def labels(self, rows: np.ndarray) -> np.ndarray:
+        """``(n,)`` int32; of equally near centres the first."""
+        out = np.empty(len(rows), np.int32)
+        for start, labels in self._tiles(rows):
+            out[start : start + len(labels)] = labels
+        return out
+
+    def add(self, rows: np.ndarray, sums: np.ndarray, counts: np.ndarray) -> None:
+        """Add rows to the `sums` ``(k, c)`` float64 and `counts` ``(k,)`` int64 of their centres."""
+        for start, labels in self._tiles(rows):
+            _kernels.add_by_label(rows[start : start + len(labels)], labels, sums, counts)
+
+    def squares(self, rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Squared distance of each row to its centre, ``(n,)`` float64."""
+        return _kernels.square_distances(rows, self.centers, labels)
+
+    def _tiles(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        labels = np.empty(TILE, np.int32)
+        with np.errstate(all="ignore"):
+            for start in range(0, len(rows), TILE):
+                tile = rows[start : start + TILE]
+                n = len(tile)
+                product = self._product if n == TILE else np.empty((len(self._single), n), np.float32)
+                np.dot(self._single, tile.T, out=product)
+                _kernels.lengths(tile, self._length)
+                found = labels[:n]
+                count = _kernels.decide(
+                    product,
+                    self._half,
+                    self._length,
+                    self._slope,
+                    self._offset,
+                    found,
+                    self._best,
+                    self._second,
+                    self._doubtful,
+                )
+                if count:
+                    self.doubted += count
+                    _kernels.nearest_exactly(tile, self._columns, self._doubtful[:count], found)
+                yield start, found
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Matrix products in one thread: workers are many already, and sums change in the last bits with it."""
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1):
+        yield
+
+
+def steps(rows: np.ndarray) -> np.ndarray:
+    """The power of two of which each feature is to be a multiple, ``(c,)`` float64, by typical rows."""
+    size = np.sqrt((rows.astype(np.float64) ** 2).mean(axis=0)) if len(rows) else np.ones(rows.shape[1])
+    size[size == 0] = size.max(initial=0.0) or 1.0
+    return np.exp2(np.floor(np.log2(size)) - _BITS)
