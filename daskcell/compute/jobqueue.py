@@ -146,10 +146,10 @@ def walltime_seconds(kind: str, text: str) -> int:
     >>> walltime_seconds("lsf", "04:00"), walltime_seconds("pbs", "90")
     (14400, 90)
     """
-    days, _, clock = text.strip().rpartition("-")
-    parts = clock.split(":")
-    if not (days or "0").isdigit() or not all(part.isdigit() for part in parts) or len(parts) > 3:
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+(?::\d+){0,2})", text.strip())
+    if found is None:
         raise ConfigError(f"The walltime {text!r} is not a time such as 04:00:00.")
+    days, parts = found[1], found[2].split(":")
     # What the first number counts: hours, or with fewer numbers what the queue says.
     if len(parts) == 3 or (days and kind == "slurm") or (kind == "lsf" and len(parts) == 2):
         units = [3600, 60, 1]
@@ -171,6 +171,13 @@ def listed_jobs(kind: str) -> dict[str, str] | None:
         return None
     rows = re.findall(r"^\s*(\d+)\S*[ \t]*(.*?)\s*$", done.stdout, re.MULTILINE)
     return dict(rows)
+
+
+def reason(error: BaseException) -> str:
+    """What the queue's own command said, out of dask-jobqueue's longer text."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = lines[lines.index("stderr:") + 1 :] if "stderr:" in lines else lines[:1]
+    return " ".join(said)[:300].rstrip(".") or type(error).__name__
 
 
 def _inherit(job: JobSettings, base: JobSettings) -> JobSettings:

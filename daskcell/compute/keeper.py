@@ -10,13 +10,15 @@ import time
 from collections.abc import Callable
 from typing import Any, Self
 
-from daskcell.compute.jobqueue import listed_jobs
+from daskcell.compute.jobqueue import listed_jobs, reason
 
 _LOOK_SECONDS = 2.0
 _ASK_SECONDS = 5.0
 _LOST_SECONDS = 120.0
 """Where the queue does not answer, a job whose workers were away for so long is gone."""
 _IDLE_SECONDS = 60.0
+_AGAIN_SECONDS = 2.0
+"""Wait before a job is asked for again that failed; twice as long every time."""
 _MOST_FAILURES = 3
 _TELL_SECONDS = 60.0
 
@@ -32,6 +34,8 @@ class Keeper:
         self.cluster = cluster
         self.trouble: str | None = None
         """Why there will be no more workers."""
+        self.give_up: Callable[[], None] = lambda: None
+        """What is called then, from the keeper's thread."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="workers", daemon=True)
 
@@ -95,6 +99,7 @@ class JobKeeper(Keeper):
         self._seen: dict[str, float] = {}
         """Job numbers that had workers, and when last."""
         self._needed_since: dict[str, float] = {}
+        self._refusal: str | None = None
         self._failures = dict.fromkeys(specs, 0)
         self._not_before = dict.fromkeys(specs, 0.0)
         self._told = self._ask_after = time.monotonic()
@@ -131,7 +136,11 @@ class JobKeeper(Keeper):
             self._fit(label, tasks[label], busy, now)
             if not here.intersection(names):
                 self._none_here(label, now)
-        self.cluster.sync(self._follow)
+        try:
+            self.cluster.sync(self._follow)
+            self._refusal = None
+        except (RuntimeError, OSError, ValueError) as error:
+            self._refusal = reason(error)
 
     async def _present(self) -> tuple[set[str], dict[str, int], set[str]]:
         """Jobs with workers; tasks that wait or run, by kind of job; jobs that are at work."""
@@ -166,7 +175,8 @@ class JobKeeper(Keeper):
                 self._failures[label] = 0
             else:
                 self._failures[label] += 1
-                self._not_before[label] = now + min(300.0, 2.0 ** self._failures[label])
+                wait = _AGAIN_SECONDS * 2 ** (self._failures[label] - 1)
+                self._not_before[label] = now + min(300.0, wait)
 
     def _fit(self, label: str, tasks: int, busy: set[str], now: float) -> None:
         """As many jobs as there is work for, between the fewest and all; down only after a while."""
@@ -187,12 +197,12 @@ class JobKeeper(Keeper):
 
     def _none_here(self, label: str, now: float) -> None:
         if self._failures[label] >= _MOST_FAILURES:
+            what = self._refusal or "they ended before a worker came up"
             self.trouble = (
-                f"{self._failures[label]} {label.upper()} jobs of {self.kind} ended one after the other, each "
-                "before a worker came up."
+                f"{_MOST_FAILURES} {label.upper()} jobs of {self.kind} failed one after the other: {what}."
             )
             self._ended.set()
-            self.cluster.sync(self.cluster.scheduler.close)
+            self.give_up()
         elif now - self._told > _TELL_SECONDS:
             self._told = now
             self.tell(f"No {label.upper()} worker at present; jobs: {self.state}.")

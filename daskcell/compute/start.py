@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from daskcell.compute.jobqueue import SUBMIT, job_cluster, job_specs
+from daskcell.compute.jobqueue import SUBMIT, job_cluster, job_specs, reason
 from daskcell.compute.keeper import JobKeeper, Keeper
 from daskcell.compute.local import local_cluster, local_settings, visible_gpus
 from daskcell.compute.threads import threads_limited
@@ -117,13 +117,14 @@ def _job_workers(settings: ComputeSettings, tell: Callable[[str], None]) -> Iter
             raise
         except (ValueError, RuntimeError, OSError) as error:
             raise ComputeError(
-                f"{settings.kind} did not take the job: {_reason(error)}. Please check compute.jobs, and "
+                f"{settings.kind} did not take the job: {reason(error)}. Please check compute.jobs, and "
                 f"what {SUBMIT[settings.kind]} takes here."
             ) from error
         client = _client_of(cluster, stack)
         stack.enter_context(keeper)
         labels = frozenset({"GPU", "CPU"}) if settings.gpu_jobs else frozenset()
         _wait_for_jobs(client, keeper, settings, labels, tell)
+        keeper.give_up = lambda: _close(client, timeout=5)  # ends the wait for tasks that cannot run any more
         yield _ready(client, settings, labels, lambda: keeper.trouble)
 
 
@@ -253,10 +254,3 @@ def _quiet_logs() -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0][:200]
-
-
-def _reason(error: BaseException) -> str:
-    """What the queue's own command said, out of dask-jobqueue's longer text."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = lines[lines.index("stderr:") + 1 :] if "stderr:" in lines else lines[:1]
-    return " ".join(said)[:300].rstrip(".") or type(error).__name__
