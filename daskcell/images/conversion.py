@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -108,24 +109,16 @@ def _stages(
 ) -> Iterator[Iterable[Task]]:
     """The tasks of each level, largest first: those of a level may read the one before."""
     for level in levels:
-        if level.with_upper:
-            continue
+        grid, number = level.grid, level.number
         if level.stored:
-            runs = _runs(level.grid, pixel_bytes) if strips else [(level.grid.core(i),) for i in level.grid]
-            halve = any(after.with_upper for after in levels[level.number + 1 : level.number + 2])
+            last = number + len([*takewhile(lambda after: after.in_hand, levels[number + 1 :])])
+            runs = _runs(grid, pixel_bytes) if strips else [(grid.core(i),) for i in grid]
             yield (
-                (
-                    ("level", level.number, k),
-                    _convert_run,
-                    (source, identity, path, level.number, run, halve),
-                )
+                ((number, k), _convert_run, (source, identity, path, number, last, run))
                 for k, run in enumerate(runs)
             )
-        else:
-            yield (
-                (("level", level.number, *i), _downscale, (path, level.number, level.grid.core(i)))
-                for i in level.grid
-            )
+        elif not level.in_hand:
+            yield (((number, *i), _downscale, (path, number, grid.core(i))) for i in grid)
 
 
 def run_tasks(workers: Any, tasks: Iterable[Task]) -> Iterator[tuple[Any, Any]]:
@@ -141,9 +134,9 @@ def run_tasks(workers: Any, tasks: Iterable[Task]) -> Iterator[tuple[Any, Any]]:
 
 
 def _convert_run(
-    source: Source, identity: str, path: str, level: int, boxes: tuple[Box, ...], halve: bool
+    source: Source, identity: str, path: str, level: int, last: int, boxes: tuple[Box, ...]
 ) -> Part:
-    """Read a run of blocks that lie side by side at once, and write each as one file, and its halves too."""
+    """Read a run of blocks that lie side by side; write each as one file of every level up to `last`."""
     run = Box(boxes[0].y0, boxes[0].x0, boxes[-1].y1, boxes[-1].x1)
     pixels = cached_reader(source, identity).read(level, run)
     hashes: dict[Position, bytes] = {}
@@ -152,8 +145,9 @@ def _convert_run(
     for box in boxes:
         part = pixels[(slice(None), *box.within(run))]
         files += write_box(_array(path, level), box, part, look)
-        if halve:
-            files += write_box(_array(path, level + 1), halved_box(box), halve_mean(part))
+        for smaller in range(level + 1, last + 1):
+            part, box = halve_mean(part), halved_box(box)
+            files += write_box(_array(path, smaller), box, part)
     return describe(pixels, hashes, files) if level == 0 else Part(files)
 
 
@@ -171,7 +165,7 @@ def _array(path: str, level: int) -> zarr.Array:
     return _opened(path, level, store.stamp(f"{path}/{level}"))
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def _opened(path: str, level: int, stamp: tuple[int | str, ...]) -> zarr.Array:
     return store.writable(path, level)
 

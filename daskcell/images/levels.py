@@ -1,7 +1,10 @@
 """The levels of an image on disk: where the pixels of each come from, and how blocks of them are made.
 
-level of the file 0  ->  level 0 --halved on the way-->  level 1 --read again-->  level 2 ...
-level of the file 1  ->  level 1, instead, where the file has one of half the sides
+A task that has written 4096 x 4096 pixels has in hand what 2048, 1024 and 512 of the next levels need. So
+their files are that small, and nothing is read again until 1/256 of the pixels are left:
+
+    file's level 0  ->  level 0  --halved in hand-->  levels 1 to 3  --read again-->  level 4 ...
+    file's level 1  ->  level 1, instead, where it has half the sides; and so on
 """
 
 from __future__ import annotations
@@ -31,8 +34,8 @@ class Level:
     """Shape ``(C, y, x)`` of what is written at once."""
     stored: bool
     """The file that is converted has these pixels, as its level of this number."""
-    with_upper: bool = False
-    """Written by the tasks of the level before, from the pixels they have in hand."""
+    in_hand: bool = False
+    """Written by the tasks that write the level before."""
 
     @property
     def grid(self) -> Grid:
@@ -46,9 +49,11 @@ def plan_levels(stored: Sequence[Shape], channels: int, dtype: Any, *, strips: b
     levels: list[Level] = []
     for number, shape in enumerate(level_shapes(stored[0], stored[1:kept])):
         above = levels[-1] if levels else None
-        halved = _halved_files(above, shape) if above and above.stored and number >= kept else None
+        halved = None
+        if above is not None and (above.stored or above.in_hand) and number >= kept:
+            halved = _halved_files(above, shape)
         files = store.shard_shape(channels, shape, dtype, strips=strips and number < kept)
-        levels.append(Level(number, shape, halved or files, number < kept, halved is not None))
+        levels.append(Level(number, shape, halved or files, number < kept, in_hand=halved is not None))
     return levels
 
 
