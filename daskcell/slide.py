@@ -222,7 +222,8 @@ def _rewritten(stage: str, study: Study, slide: str) -> list[Path]:
     """Files of earlier stages that `stage` adds something to."""
     if stage == "assign":
         return [study.table(slide)]
-    return [study.image(slide) / "labels" / "zarr.json"] if stage == "paint" else []
+    names = ("zarr.json", ".zattrs", ".zgroup")  # of OME-Zarr 0.5 or 0.4
+    return [study.image(slide) / "labels" / name for name in names] if stage == "paint" else []
 
 
 # ---------------------------------------------------------------------- the stages
@@ -260,6 +261,8 @@ def _segment(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], wo
     from daskcell.segmentation.engine import segment_slide
 
     settings, block = job.config.segment, job.config.compute.block
+    if not any(path.exists() for path in _rewritten("paint", study, job.slide)):
+        remove(study.image(job.slide) / "labels")  # its list was damaged: no Zarr group without
     scratch = study.scratch(job.slide, keys["segment"], block)
     report = segment_slide(
         study.image(job.slide),

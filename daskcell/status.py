@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from daskcell.checksums import damaged
+from daskcell.compute import Workers
 from daskcell.keys import UPSTREAM, late_keys, slide_keys
 from daskcell.lock import holder
 from daskcell.study import CLUSTERS, Ledger, Study
@@ -52,6 +54,16 @@ def report(study: Study) -> dict[str, Any]:
         "failures": study.failures,
         "totals": counts(study),
     }
+
+
+def damages(out: str | Path, workers: Workers | None = None) -> set[str]:
+    """Files of a study that are missing or whose bytes changed since they were written; reads all of it."""
+    study = Study(out)
+    found: set[str] = set()
+    for name in (*study.slides, CLUSTERS):
+        for entry in study.ledger(name).stages.values():
+            found.update(damaged(study.out, entry.get("files", {}), workers or Workers()))
+    return found
 
 
 def drift(study: Study) -> dict[str, dict[str, Any]]:
@@ -115,6 +127,10 @@ def table(found: dict[str, Any], limit: int | None = None) -> str:
         f"{done} of {total['slides']} slides done, {total['pixels'] / 1e6:.1f} Mpx, {total['cells']:,} cells"
         + (f", {total['clusters']} groups" if total["clusters"] else "")
     )
+    if "damaged" in found:
+        lines += [f"damaged: {file}" for file in found["damaged"]] or ["every file is as it was written"]
+        if found["damaged"]:
+            lines.append("(the command that made the study makes them again when given --verify)")
     if found["running"]:
         owner = found["running"]
         lines.append(f"a run is at work (process {owner.get('pid')} on {owner.get('host')})")

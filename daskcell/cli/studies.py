@@ -47,6 +47,9 @@ def run(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Work only on slides that were set aside.")
     ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all that is done, and make again what is damaged.")
+    ] = False,
     truth: Annotated[
         Path | None, typer.Option(help="CSV of cells with known types: slide; label, or y and x; type.")
     ] = None,
@@ -72,26 +75,22 @@ def run(
             "compute.device": device,
         },
     )
-    study = run_and_tell(inputs, out, settings, quiet, interval, retry_failed, truth)
+    study = run_and_tell(
+        inputs, out, settings, quiet, interval, retry_failed=retry_failed, verify=verify, truth=truth
+    )
     if not quiet:
         print(ending(study))
     raise typer.Exit(3 if study.failures else 0)
 
 
 def run_and_tell(
-    inputs: list[str],
-    out: Path,
-    settings: Any,
-    quiet: bool,
-    interval: float,
-    retry_failed: bool = False,
-    truth: Path | None = None,
+    inputs: list[str], out: Path, settings: Any, quiet: bool, interval: float, **options: Any
 ) -> Any:
     """`pipeline.run` with progress on stderr."""
     from daskcell import pipeline
 
     with told(quiet, interval) as progress:
-        return pipeline.run(inputs, out, settings, progress=progress, retry_failed=retry_failed, truth=truth)
+        return pipeline.run(inputs, out, settings, progress=progress, **options)
 
 
 @contextlib.contextmanager
@@ -133,14 +132,22 @@ def status(
     study: Annotated[Path, typer.Argument(help="Folder of a study.")],
     every: Annotated[bool, typer.Option("--all", help="All slides, not only the first 50.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all of it and name files that are damaged.")
+    ] = False,
 ) -> None:
-    """Show what is done, running and failed, for each slide and stage."""
+    """Show what is done, running and failed, for each slide and stage.
+
+    Exit code 3: some files are damaged (--verify).
+    """
     import json
 
     from daskcell.status import report, table
     from daskcell.study import Study
 
     found = report(Study(study))
+    if verify:
+        found["damaged"] = sorted(damages(study))
     print(json.dumps(found, indent=1) if as_json else table(found, None if every else 50))
 
 

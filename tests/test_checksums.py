@@ -1,0 +1,135 @@
+"""Damage to a finished study, years after: it is found, and the very same bytes come back."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+
+import pytest
+import tifffile
+
+from daskcell import slide
+from daskcell.checksums import damaged, sums
+from daskcell.compute import Workers
+from daskcell.pipeline import run
+from daskcell.progress import Progress
+from daskcell.status import damages
+from daskcell.synthetic import CHANNELS, synthesize_field
+
+SETTINGS = {
+    "segment": {"method": "watershed"},
+    "cluster": {"k": 2},
+    "compute": {"kind": "inline", "block": 256},
+    "output": {"preprocessed": True},
+}
+
+
+def test_a_file_that_is_gone_cut_or_changed_is_named(tmp_path):
+    (tmp_path / "a" / "c").mkdir(parents=True)
+    for name, data in {"a/zarr.json": b"{}", "a/c/0": b"0123", "a/c/1": b"4567", "b.tif": b"tif"}.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "a" / ".x.tmp").write_bytes(b"half")
+    files = sums(tmp_path, [tmp_path / "a", tmp_path / "b.tif", tmp_path / "absent"], Workers())
+    assert list(files) == ["a/c/0", "a/c/1", "a/zarr.json", "b.tif"]
+    assert damaged(tmp_path, files, Workers()) == []
+    (tmp_path / "a/c/0").write_bytes(b"0124")
+    (tmp_path / "a/c/1").write_bytes(b"456")
+    (tmp_path / "b.tif").unlink()
+    assert damaged(tmp_path, files) == ["a/c/1", "b.tif"]
+    assert damaged(tmp_path, files, Workers()) == ["a/c/0", "a/c/1", "b.tif"]
+    assert damaged(tmp_path, dict.fromkeys(files), Workers()) == ["b.tif"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for name, side in (("a", 256), ("b", 600)):
+        field = synthesize_field((side, side), seed=side)
+        for channel, pixels in zip(CHANNELS, field.channels, strict=True):
+            tifffile.imwrite(folder / f"{name}_{channel}.tif", pixels)
+    study = run(folder, tmp_path_factory.mktemp("whole") / "study", SETTINGS)
+    assert study.failures == []
+    return folder, study.out
+
+
+def digests(out):
+    return {
+        str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and path.relative_to(out).parts[0] != "ledger"
+    }
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x40
+    path.write_bytes(data)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def unlink(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("file", "harm", "redone"),
+    [
+        ("images/b.zarr/0/c/0/0/0", flip, {"convert"}),
+        ("images/b.zarr/0/zarr.json", unlink, {"convert"}),
+        ("images/b.zarr/labels/cells/0/c/1/1", flip, {"segment", "paint"}),
+        ("images/b.zarr/labels/cells/0/c/0/1", unlink, {"segment", "paint"}),
+        ("images/b.zarr/labels/zarr.json", cut, {"segment", "paint"}),
+        ("images/b.zarr/labels/clusters/0/c/0/0", flip, {"paint"}),
+        ("tables/cells/b.parquet", flip, {"describe", "assign"}),
+        ("features/b.zarr/c/0/0", unlink, {"describe", "assign"}),
+        ("overlays/b.tif", cut, {"paint"}),
+        ("preprocessed/b.tif", flip, {"export"}),
+        ("clusters/arrays.npz", flip, {"cluster"}),
+    ],
+)
+def test_only_what_is_damaged_is_made_again(whole, tmp_path, monkeypatch, file, harm, redone):
+    folder, out = whole
+    before = digests(out)
+    assert file in before, sorted(before)
+    copy = tmp_path / "study"
+    shutil.copytree(out, copy)
+    harm(copy / file)
+    assert damages(copy) == {file}
+    said, ran = [], set()
+    monkeypatch.setattr(Progress, "say", lambda self, text: said.append(text))
+    for stage, function in slide.STAGES.items():
+        monkeypatch.setitem(
+            slide.STAGES, stage, lambda *args, s=stage, f=function: (ran.add((args[0].slide, s)), f(*args))[1]
+        )
+    assert run(folder, copy, SETTINGS, verify=True).failures == []
+    assert ran == {("b", stage) for stage in redone - {"cluster"}}
+    assert len(said) == 1
+    assert file in said[0]
+    assert digests(copy) == before
+    assert damages(copy) == set()
+
+
+def test_a_missing_shard_reads_as_zeros_which_is_why_there_is_a_list(whole, tmp_path):
+    import zarr
+
+    shutil.copytree(whole[1], tmp_path / "study")
+    image = tmp_path / "study" / "images" / "b.zarr"
+    assert zarr.open_array(image / "0", mode="r")[:].any()
+    (image / "0" / "c" / "0" / "0" / "0").unlink()
+    assert not zarr.open_array(image / "0", mode="r")[:].any()
+
+
+def test_the_status_names_what_is_damaged_when_asked(whole, tmp_path):
+    from typer.testing import CliRunner
+
+    from daskcell.cli import app
+
+    shutil.copytree(whole[1], tmp_path / "study")
+    good = CliRunner().invoke(app, ["status", str(tmp_path / "study"), "--verify"])
+    assert (good.exit_code, "every file is as it was written" in good.output) == (0, True)
+    flip(tmp_path / "study" / "overlays" / "a.png")
+    bad = CliRunner().invoke(app, ["status", str(tmp_path / "study"), "--verify"])
+    assert (bad.exit_code, "damaged: overlays/a.png" in bad.output) == (3, True)
