@@ -18,13 +18,16 @@ def convert(
     ],
     config: ConfigFile = None,
     changes: Changes = None,
+    ome_zarr: Annotated[
+        str | None, typer.Option(help="Version to write: 0.5, or 0.4 for old viewers.")
+    ] = None,
 ) -> None:
-    """Write a picture as OME-Zarr 0.5 with pyramid, channel names and pixel size."""
+    """Write a picture as OME-Zarr with pyramid, channel names and pixel size."""
     from daskcell.compute import start_workers
     from daskcell.images import convert_slide, image_info
     from daskcell.images.target import refuse_existing
 
-    settings = read_settings(config, changes)
+    settings = read_settings(config, changes, {"input.ome_zarr": ome_zarr})
     found = _one_image(source, settings)
     refuse_existing(target)
     with start_workers(settings.compute) as workers:

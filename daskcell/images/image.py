@@ -6,12 +6,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from daskcell.config import InputSettings
-from daskcell.errors import ImageError
+from daskcell.errors import ImageError, InputError
 from daskcell.geometry import Box
 from daskcell.images.sandbox import open_safely
 from daskcell.images.search import find_images
@@ -80,21 +80,33 @@ def open_image(
     return image
 
 
-def convert(src: str | Path | Sequence[str | Path] | Source, dst: str | Path, client: Any = None) -> Image:
-    """Write any readable image as OME-Zarr 0.5 at `dst` and open that.
+def convert(
+    src: str | Path | Sequence[str | Path] | Source,
+    dst: str | Path,
+    client: Any = None,
+    *,
+    version: Literal["0.5", "0.4"] = "0.5",
+) -> Image:
+    """Write any readable image as OME-Zarr at `dst` and open that.
 
     Parameters
     ----------
     client
         A Dask client to work on; None: this process.
+    version
+        Of OME-Zarr; 0.4 for viewers that know no other, with a file for every 512 x 512 pixels of a channel.
 
     Raises
     ------
     ImageError
         If `src` cannot be read or is several images, or `dst` exists.
+    InputError
+        If the version is another.
     """
     from daskcell.images.conversion import convert_slide
 
+    if version not in ("0.4", "0.5"):
+        raise InputError(f"OME-Zarr {version} cannot be written; please choose 0.5 or 0.4.")
     workers = None
     if client is not None:
         from daskcell.compute import Workers
@@ -105,7 +117,7 @@ def convert(src: str | Path | Sequence[str | Path] | Source, dst: str | Path, cl
         raise ImageError(
             f"{src} holds {len(sources)} images; please convert them one by one, or use daskcell run."
         )
-    convert_slide(sources[0], dst, workers)
+    convert_slide(sources[0], dst, workers, InputSettings(ome_zarr=version))
     return open_image(dst)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import PurePath
 
 import numpy as np
@@ -99,8 +100,10 @@ class SourceReader:
                         f"{file} should be one channel of image '{source.name}', but holds "
                         f"{len(reader.channels)}."
                     )
-            shared = min(len(reader.levels) for reader in self.readers)
-            self.levels = first.levels[:shared]
+            same = takewhile(
+                lambda each: len(set(each)) == 1, zip(*(r.levels for r in self.readers), strict=False)
+            )
+            self.levels = tuple(each[0] for each in same)
         dtypes = [reader.dtype for reader in self.readers]
         self.dtype = np.result_type(*dtypes)
         if self.dtype.itemsize > 4 and self.dtype.kind in "iu":
