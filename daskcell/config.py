@@ -87,7 +87,7 @@ class BackgroundSettings(Settings):
     dark: Annotated[float, Field(ge=0)] = 0.0
     """What the camera gives without light; taken off the image and the flat field."""
     radius: Annotated[float, Field(ge=1)] | None = None
-    """Radius in pixels of the disc that the background is rolled with, larger than the largest cell: low
+    """Radius in pixels of the disc that the background is rolled with, larger than the largest clump of cells: low
     follows the light closer and eats into cells; high leaves more of it. None: no such background."""
     light: bool = False
     """The ground is bright (bright field): pixels are divided by it and it becomes white."""
@@ -103,10 +103,11 @@ class StainSettings(Settings):
     """Stains of a colour slide in bright field."""
 
     method: Literal["normalize", "separate"] = "normalize"
-    """normalize: to standard colours (Macenko), so that slides of different batches look alike; separate:
-    haematoxylin, eosin and DAB as channels (scikit-image's ``rgb2hed``)."""
+    """normalize: glass becomes white, and with a reference tissue as dense in each colour as there, so that
+    slides of different batches look alike; separate: haematoxylin, eosin and DAB as channels (scikit-image's
+    ``rgb2hed``)."""
     reference: str | None = None
-    """Slide whose colours are the standard (normalize); None: haematoxylin and eosin as usually taken."""
+    """Slide that is the standard (normalize)."""
 
     @model_validator(mode="after")
     def _check(self) -> StainSettings:
@@ -207,8 +208,17 @@ class FeatureSettings(Settings):
     """Network pixels per pixel of the image (mask); auto: so that the slide's median cell is shown at the
     size that suits the network. Give a number where cells are to be compared in size between slides."""
     batch_size: Annotated[int, Field(ge=1)] = 32
-    measurements: bool = True
-    """Shape and intensity measurements in the cells table."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 is faster where the processor has it, and moves features by about a hundredth."""
+    measurements: bool | list[Literal["shape", "intensity", "texture"]] = True
+    """Kinds of measurements in the cells table; true: all, false: only where cells are, and their area."""
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The kinds of measurements."""
+        if isinstance(self.measurements, bool):
+            return ("shape", "intensity", "texture") if self.measurements else ()
+        return tuple(self.measurements)
 
 
 class ClusterSettings(Settings):
@@ -288,6 +298,9 @@ class ComputeSettings(Settings):
     """Side in pixels of the blocks the work is cut into."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where networks run; auto: ``cuda`` with kind ``gpu`` or `gpu_jobs`, else ``cpu``, whatever is there."""
+    task_seconds: Positive = 3600.0
+    """Longest time for one task: a block, or a slide of at most two. One that hangs is tried three times, on
+    other workers where there are, and its slide set aside."""
     wait: Positive | None = None
     """Seconds until workers must be there; None: a minute, an hour for jobs."""
     dashboard: str | None = None

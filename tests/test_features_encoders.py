@@ -225,7 +225,7 @@ def test_the_network_sees_full_batches_only():
 
     encoder = Encoder("test", function, size=4, batch_size=8)
     portions = [np.ones((n, 3, 4, 4), np.float32) for n in (3, 7, 1, 9)]
-    assert [len(out) for out in encoder.stream(portions)] == [8, 8, 4]
+    assert [len(out) for out in encoder.stream(crop for crops in portions for crop in crops)] == [8, 8, 4]
     assert sizes == [(8, 8), (8, 8), (8, 4)]
 
 

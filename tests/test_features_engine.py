@@ -11,7 +11,7 @@ import zarr
 from daskcell import images
 from daskcell.compute import Workers
 from daskcell.config import FeatureSettings, PreprocessSettings
-from daskcell.errors import WeightsError
+from daskcell.errors import InputError, WeightsError
 from daskcell.features import embed, engine, measure
 from daskcell.features.engine import describe_slide
 from daskcell.geometry import Grid
@@ -104,6 +104,22 @@ def test_no_bit_depends_on_the_blocks(slide, described, block, tmp_path, monkeyp
     np.testing.assert_array_equal(features, described[2])
 
 
+def test_maps_pooled_over_cells_equal_the_python_function_for_any_blocks(slide, tmp_path):
+    expected = embed(apply_block(slide[1], slide[3]), slide[2], "tiny", pooling="mask")
+    for block in (256, 2048):
+        (tmp_path / str(block)).mkdir()
+        report, _, features = describe(slide, tmp_path / str(block), block, pooling="mask")
+        np.testing.assert_array_equal(features, expected)
+        assert report["features"] == features.shape[1]
+
+
+def test_a_network_without_stages_is_refused_before_any_work(slide, tmp_path):
+    (tmp_path / "net.pt").write_bytes(b"x")
+    with pytest.raises(InputError, match="shows its stages"):
+        describe(slide, tmp_path, encoder=str(tmp_path / "net.pt"), pooling="mask")
+    assert [path.name for path in tmp_path.iterdir()] == ["net.pt"]
+
+
 def test_no_bit_depends_on_the_workers(slide, described, tmp_path, monkeypatch):
     from distributed import Client
 
@@ -171,6 +187,11 @@ def test_no_cell_gives_an_empty_table_with_the_same_columns(slide, described, tm
 
 
 def test_measurements_can_be_left_out(slide, described, tmp_path):
+    _, table, features = describe(slide, tmp_path, measurements=[])
+    assert not any(name.startswith(("texture", "intensity")) for name in table)
+    _, table, features = describe(slide, tmp_path, measurements=["texture"])
+    assert any(name.startswith("texture_contrast-") for name in table)
+    assert not any(name.startswith(("perimeter", "intensity")) for name in table)
     _, table, features = describe(slide, tmp_path, measurements=False)
     names = ["label", "centroid-0", "bbox-3", "area", "touches_edge", "area_um2"]
     pd.testing.assert_frame_equal(table[names], described[1][names])

@@ -12,12 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from daskcell.errors import InputError
 from daskcell.features.objects import crop_boxes
 from daskcell.geometry import Box
+
+if TYPE_CHECKING:
+    import torch
 
 _TILE = 256
 _TILES = 256
@@ -79,37 +85,44 @@ def crop_batches(
     (m, 3, size, size) float32
         Values from 0 to 1, cells in the order of `records`.
     """
+    crops = (resize(crop, framing.size) for crop in cut_cells(image, labels, box, records, framing))
+    while some := list(islice(crops, batch)):
+        yield np.stack(some)
+
+
+def cut_cells(
+    image: np.ndarray, labels: np.ndarray, box: Box, records: np.ndarray, framing: Framing
+) -> Iterator[np.ndarray]:
+    """As `crop_batches`, but one by one, ``(3, side, side)`` with the image's own pixels, not yet resized."""
     squares = crop_boxes(records, framing.margin, framing.window)
-    for start in range(0, len(records), batch):
-        some = slice(start, start + batch)
-        yield np.stack(
-            [
-                crop_cell(image, labels, box, Box(*square.tolist()), int(label), framing)
-                for square, label in zip(squares[some], records["label"][some], strict=True)
-            ]
-        )
+    for square, label in zip(squares.tolist(), records["label"].tolist(), strict=True):
+        yield crop_cell(image, labels, box, Box(*square), label, framing)
 
 
 def crop_cell(
     image: np.ndarray, labels: np.ndarray, box: Box, square: Box, label: int, framing: Framing
 ) -> np.ndarray:
-    """The square of the image as ``(3, size, size)`` float32."""
+    """The square of the image as ``(3, *square.shape)`` float32."""
     there = square & box
-    picked = image if framing.channels is None else image[list(framing.channels)]
+    background = np.asarray(framing.background, np.float32)[:, None, None]
+    pixels = brightness(image[(slice(None), *there.within(box))], framing)
+    if framing.mask:
+        pixels = np.where((labels[there.within(box)] != label)[None], background, pixels)
+    canvas = np.empty((len(pixels), *square.shape), np.float32)
+    canvas[:] = background
+    canvas[(slice(None), *there.within(square))] = pixels
+    return three_channels(canvas)
+
+
+def brightness(pixels: np.ndarray, framing: Framing) -> np.ndarray:
+    """The chosen channels of ``(C, h, w)``, from 0 to 1 as float32; where there is no number, background."""
+    picked = pixels if framing.channels is None else pixels[list(framing.channels)]
     low, high, background = (
         np.asarray(values, np.float32)[:, None, None]
         for values in (framing.low, framing.high, framing.background)
     )
-    pixels = picked[(slice(None), *there.within(box))].astype(np.float32)
-    pixels = np.clip((pixels - low) / np.maximum(high - low, np.finfo(np.float32).tiny), 0, 1)
-    blank = np.isnan(pixels)
-    if framing.mask:
-        blank |= (labels[there.within(box)] != label)[None]
-    pixels = np.where(blank, background, pixels)
-    canvas = np.empty((len(pixels), *square.shape), np.float32)
-    canvas[:] = background
-    canvas[(slice(None), *there.within(square))] = pixels
-    return resize(three_channels(canvas), framing.size)
+    scaled = (picked.astype(np.float32) - low) / np.maximum(high - low, np.finfo(np.float32).tiny)
+    return np.where(np.isnan(scaled), background, np.clip(scaled, 0, 1))
 
 
 def three_channels(crop: np.ndarray) -> np.ndarray:
@@ -145,6 +158,34 @@ def resize(crop: np.ndarray, size: int) -> np.ndarray:
         tensor, (size, size), mode="bilinear", align_corners=False, antialias=True
     )
     return resized[0].numpy()
+
+
+def resize_together(crops: Sequence[np.ndarray], size: int, device: str) -> torch.Tensor:
+    """Crops ``(3, s, s)`` of any sides, resized to ``(n, 3, size, size)`` by products on a device.
+
+    As `resize` to about 1e-6. (torchvision's `roi_align` does not smooth where it shrinks, and would take
+    neighbours' pixels along with a cell's.)
+    """
+    import torch
+
+    longest = max(crop.shape[1] for crop in crops)
+    padded = np.zeros((len(crops), 3, longest, longest), np.float32)
+    shares = np.zeros((len(crops), 1, size, longest), np.float32)
+    for i, crop in enumerate(crops):
+        side = crop.shape[1]
+        padded[i, :, :side, :side] = crop
+        shares[i, 0, :, :side] = _shares(side, size)
+    weights = torch.from_numpy(shares).to(device)
+    return weights @ torch.from_numpy(padded).to(device) @ weights.transpose(2, 3)
+
+
+@lru_cache(maxsize=512)
+def _shares(side: int, size: int) -> np.ndarray:
+    """Shares ``(size, side)`` of the pixels in each resized one: triangles, as wide as the larger pixel."""
+    ratio = side / size
+    middle = (np.arange(size) + 0.5) * ratio - 0.5
+    shares = np.maximum(0, 1 - np.abs(np.arange(side)[None] - middle[:, None]) / max(ratio, 1.0))
+    return (shares / shares.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
 def sample_boxes(shape: tuple[int, int]) -> tuple[list[Box], int]:

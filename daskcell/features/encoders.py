@@ -18,11 +18,13 @@ import inspect
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -31,8 +33,12 @@ from daskcell.errors import ComputeError, InputError, WeightsError
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class EncoderSpec:
     size: int | None = None
     batch_size: int = 32
     device: str = "cpu"
+    precision: Precision = "float32"
     fingerprint: str = ""
     """Hash of the weights; keeps a process from using a model of other weights it loaded before."""
 
@@ -63,15 +70,18 @@ class Encoder:
         Normalisation of the three inputs.
     fingerprint : str
         Hash of the weights.
+    device : str
+        Where the network is; anywhere but on ``cpu``, `function` gets tensors that are there already.
     """
 
     name: str
-    function: Callable[[np.ndarray], np.ndarray]
+    function: Callable[[Any], np.ndarray]
     size: int
     batch_size: int = 32
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     fingerprint: str = ""
+    device: str = "cpu"
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -82,34 +92,37 @@ class Encoder:
 
     def __call__(self, crops: np.ndarray) -> np.ndarray:
         """Vectors ``(n, d)`` float32 of crops ``(n, 3, size, size)`` with values from 0 to 1."""
-        parts = list(self.stream([crops]))
+        parts = list(self.stream(crops))
         return np.concatenate(parts) if parts else np.zeros((0, self.width), np.float32)
 
-    def stream(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Vectors of crops that come in any portions: the network sees full batches, the last one padded."""
-        waiting: list[np.ndarray] = []
-        for crops in batches:
-            waiting.extend(crops)
-            while len(waiting) >= self.batch_size:
-                yield self._batch(np.stack(waiting[: self.batch_size]))
-                waiting = waiting[self.batch_size :]
-        if waiting:
-            yield self._batch(np.stack(waiting))
+    def stream(self, crops: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Vectors of crops ``(3, size, size)``, a batch at a time; the last one is filled up.
+
+        On a GPU crops may be of any side: they are resized there. While the network works on a batch, a
+        thread takes the next crops from the iterator.
+        """
+        for batch in _ahead(_batched(crops, self.batch_size)):
+            yield self._batch(batch)
 
     @property
     def width(self) -> int:
         """Numbers per cell, found by a call with blank pictures the first time."""
         if not hasattr(self, "_width"):
-            self._width: int = self._batch(np.zeros((1, 3, self.size, self.size), np.float32)).shape[1]
+            self._width: int = self._batch([np.zeros((3, self.size, self.size), np.float32)]).shape[1]
         return self._width
 
-    def _batch(self, crops: np.ndarray) -> np.ndarray:
+    def _batch(self, crops: Sequence[np.ndarray]) -> np.ndarray:
         n = len(crops)
-        if self.mean is not None and self.std is not None:
-            mean, std = (np.asarray(v, np.float32)[:, None, None] for v in (self.mean, self.std))
-            crops = (crops - mean) / std
-        full = np.zeros((self.batch_size, *crops.shape[1:]), np.float32)
-        full[:n] = crops
+        full: Any
+        if self.device == "cpu":
+            full = np.zeros((self.batch_size, *crops[0].shape), np.float32)
+            np.stack(crops, out=full[:n])
+            if self.mean is not None and self.std is not None:
+                mean, std = (np.asarray(v, np.float32)[:, None, None] for v in (self.mean, self.std))
+                full[:n] -= mean
+                full[:n] /= std
+        else:
+            full = self._on_device(crops)
         with self._lock:  # threads of one process share the model, and the cores
             out = np.asarray(self.function(full))
         if out.ndim != 2 or len(out) != self.batch_size:
@@ -119,7 +132,37 @@ class Encoder:
             )
         if out.dtype.kind not in "fiu":
             raise InputError(f"The encoder {self.name} must give real numbers, but gave {out.dtype}.")
+        self._width = out.shape[1]
         return out[:n].astype(np.float32)
+
+    def _on_device(self, crops: Sequence[np.ndarray]) -> torch.Tensor:
+        import torch
+
+        from daskcell.features.crops import resize_together
+
+        full = torch.zeros((self.batch_size, 3, self.size, self.size), device=self.device)
+        full[: len(crops)] = resize_together(crops, self.size, self.device)
+        if self.mean is not None and self.std is not None:
+            mean, std = (torch.tensor(v, device=self.device)[:, None, None] for v in (self.mean, self.std))
+            full = (full - mean) / std
+        return full
+
+
+def _batched(items: Iterable[T], count: int) -> Iterator[list[T]]:
+    source = iter(items)
+    while batch := list(islice(source, count)):
+        yield batch
+
+
+def _ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items, the next one made by a thread while the last is in use."""
+    end: Any = object()
+    source = iter(items)
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(next, source, end)
+        while (item := waiting.result()) is not end:
+            waiting = thread.submit(next, source, end)
+            yield item
 
 
 def encoder_spec(
@@ -129,6 +172,8 @@ def encoder_spec(
     size: int | None = None,
     batch_size: int = 32,
     device: str = "cpu",
+    precision: Precision = "float32",
+    pooling: Literal["crop", "mask"] = "crop",
 ) -> EncoderSpec:
     """Check that an encoder can be had, without building it: before any work.
 
@@ -141,11 +186,21 @@ def encoder_spec(
 
     name = os.fspath(name)
     fingerprint = encoder_fingerprint(name)
-    if layer == "pool" and _kind(name) != "torchvision":
+    if layer == "pool" and kind_of(name) != "torchvision":
         raise InputError(
             f"layer='pool' is for torchvision's networks; the encoder {name} has one output only."
         )
-    return EncoderSpec(name, layer, size, batch_size, device, fingerprint)
+    if pooling == "mask":
+        from daskcell.features.stages import shows_stages
+
+        if not shows_stages(name):
+            raise InputError(
+                f"pooling='mask' needs a network that shows its stages, and the encoder {name} does not. "
+                "Please choose 'tiny' or a ResNet of torchvision, or pooling='crop'."
+            )
+        if layer == "pool" or size is not None:
+            raise InputError("layer and size are for pooling='crop'; with pooling='mask', leave them out.")
+    return EncoderSpec(name, layer, size, batch_size, device, precision, fingerprint)
 
 
 def load(spec: EncoderSpec) -> Encoder:
@@ -159,33 +214,34 @@ _loading = threading.Lock()
 
 @lru_cache(maxsize=2)
 def _load(spec: EncoderSpec) -> Encoder:
-    import torch
-
-    if spec.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ComputeError(f"The device {spec.device} was asked for, but torch finds no CUDA GPU here.")
-    module: Any
-    size = 224
-    mean: tuple[float, ...] | None = IMAGENET_MEAN
-    std: tuple[float, ...] | None = IMAGENET_STD
-    kind = _kind(spec.name)
-    if kind == "own":
-        from daskcell.models import load_encoder
-
-        own: Any = load_encoder(spec.name, spec.device)
-        module, size, mean, std = own, own.size, own.mean, own.std
-    elif kind == "archive":
-        module = _open_archive(spec.name)
-    else:
-        module, size, mean, std = _torchvision(spec)
+    module, size, mean, std = build(spec)
     return Encoder(
         name=spec.name,
-        function=_module_function(module, spec.device),
+        function=_module_function(module, spec.device, spec.precision),
         size=spec.size or size,
         batch_size=spec.batch_size,
         mean=mean,
         std=std,
         fingerprint=spec.fingerprint,
+        device=spec.device,
     )
+
+
+def build(spec: EncoderSpec) -> tuple[Any, int, tuple[float, ...] | None, tuple[float, ...] | None]:
+    """The torch module of a spec, the side of its crops, and the mean and deviation of its inputs."""
+    import torch
+
+    if spec.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ComputeError(f"The device {spec.device} was asked for, but torch finds no CUDA GPU here.")
+    kind = kind_of(spec.name)
+    if kind == "own":
+        from daskcell.models import load_encoder
+
+        own: Any = load_encoder(spec.name, spec.device)
+        return own, own.size, own.mean, own.std
+    if kind == "archive":
+        return _open_archive(spec.name), 224, IMAGENET_MEAN, IMAGENET_STD
+    return _torchvision(spec)
 
 
 def as_encoder(
@@ -195,13 +251,16 @@ def as_encoder(
     size: int | None = None,
     batch_size: int = 32,
     device: str = "cpu",
+    precision: Precision = "float32",
 ) -> Encoder:
     """Encoder from a name, a file, a torch module or a callable (given raw crops from 0 to 1, 224 pixels)."""
     if isinstance(encoder, Encoder):
         return encoder
     if isinstance(encoder, str | Path):
         return load(
-            encoder_spec(encoder, layer=layer, size=size, batch_size=batch_size, device=device),
+            encoder_spec(
+                encoder, layer=layer, size=size, batch_size=batch_size, device=device, precision=precision
+            )
         )
     if not callable(encoder):
         raise InputError(f"encoder must be a name, a file or a callable, not {encoder!r}.")
@@ -209,7 +268,9 @@ def as_encoder(
 
     function = encoder
     if isinstance(encoder, torch.nn.Module):
-        function = _module_function(encoder, device)
+        function = _module_function(encoder, device, precision)
+    elif precision != "float32":
+        raise InputError("precision is for networks; a function computes as it likes.")
     name = getattr(encoder, "__name__", type(encoder).__name__)
     return Encoder(
         name=name,
@@ -218,19 +279,29 @@ def as_encoder(
         batch_size=batch_size,
         mean=getattr(encoder, "mean", None),
         std=getattr(encoder, "std", None),
+        device=device if isinstance(encoder, torch.nn.Module) else "cpu",
     )
 
 
-def _module_function(module: torch.nn.Module, device: str) -> Callable[[np.ndarray], np.ndarray]:
+def autocast(device: str, precision: Precision) -> torch.autocast:
+    """Context in which a network computes as asked: in bfloat16 where it may, or as it is."""
+    import torch
+
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def _module_function(
+    module: torch.nn.Module, device: str, precision: Precision = "float32"
+) -> Callable[[Any], np.ndarray]:
     import torch
 
     module = module.to(device)
     if not isinstance(module, torch.fx.GraphModule):  # an exported graph has one mode only
         module.eval()
 
-    def function(crops: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            out = module(torch.from_numpy(crops).to(device))
+    def function(crops: np.ndarray | torch.Tensor) -> np.ndarray:
+        with torch.inference_mode(), autocast(device, precision):
+            out = module(torch.as_tensor(crops).to(device))
         if not isinstance(out, torch.Tensor):
             raise InputError(f"The network must give one tensor, but gave a {type(out).__name__}.")
         return out.float().cpu().numpy()
@@ -238,7 +309,8 @@ def _module_function(module: torch.nn.Module, device: str) -> Callable[[np.ndarr
     return function
 
 
-def _kind(name: str) -> Literal["own", "archive", "torchvision"]:
+def kind_of(name: str) -> Literal["own", "archive", "torchvision"]:
+    """Where an encoder of this name comes from."""
     suffix = Path(name).suffix.lower()
     if name == "tiny" or suffix == ".npz":
         return "own"

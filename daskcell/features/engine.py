@@ -11,7 +11,6 @@ labels.
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,32 +20,19 @@ import numpy as np
 
 from daskcell.config import FeatureSettings
 from daskcell.disk import remove
-from daskcell.features.crops import (
-    Framing,
-    Sample,
-    background_sample,
-    crop_batches,
-    freeze_framing,
-    sample_boxes,
-)
+from daskcell.features.crops import Sample, background_sample, sample_boxes
 from daskcell.features.encoders import EncoderSpec, encoder_spec, load
-from daskcell.features.measurements import (
-    PLACE_COLUMNS,
-    SHAPE_COLUMNS,
-    measure_block,
-    measurement_columns,
-    to_table,
-)
-from daskcell.features.objects import Reading, block_records, merge_records, plan_readings
+from daskcell.features.files import locate, save, write_features, write_table
+from daskcell.features.measurements import measure_block, measurement_columns
+from daskcell.features.objects import block_records, merge_records
+from daskcell.features.textures import Greys, freeze_greys, grey_sample
+from daskcell.features.vectors import Piece, Task, Vectors, choose_vectors, share_out
 from daskcell.geometry import Box, Grid
 
 if TYPE_CHECKING:
     from daskcell.compute import Workers
     from daskcell.preprocess import Plan
 
-CHUNK = 8192
-"""Cells in a chunk of the features and in a row group of the table."""
-SHARD = 8 * CHUNK
 _SAMPLE_GROUP = 16
 _FULL_TASK = 512  # cells that make a task worth its start, so that sparse blocks share one
 
@@ -128,44 +114,55 @@ def describe_slide(
     """
     from daskcell.images import image_info
 
-    spec = encoder_spec(
-        settings.encoder,
-        layer=settings.layer,
-        size=settings.size,
-        batch_size=settings.batch_size,
-        device=device,
-    )
+    spec = settings_spec(settings, device)
     info = image_info(zarr_path)
     slide = Slide(str(zarr_path), labels, plan, spec, settings, (info.shape[1], info.shape[2]))
     folder = Path(scratch, str(block))  # blocks of another size are other files
     folder.mkdir(parents=True, exist_ok=True)
     grid = Grid.regular(slide.shape, block)
-    records = _find_cells(slide, grid, workers, folder)
+    records = find_cells(slide, grid, workers, folder)
     n = int(records["label"].max()) if len(records) else 0
-    framing = _freeze(slide, workers)
-    tasks = _share_out(plan_readings(records, grid, settings.margin, settings.window))
-    parts, width = _describe(slide, tasks, framing, workers, folder, progress, len(records))
+    way, greys = freeze(slide, records, workers)
+    tasks = share_out(way.plan(records, grid), _FULL_TASK)
+    parts, width = _describe(slide, tasks, way, greys, workers, folder, progress, len(records))
     if width is None:
-        width = _ask(workers, _width, spec)
-    columns = measurement_columns(info.channels) if settings.measurements else list(PLACE_COLUMNS)
-    where = _locate(records, tasks, n, folder)
+        width = _ask(workers, _width, way)
+    columns = measurement_columns(info.channels, settings.measured)
+    where = locate(records, tasks, n, folder)
     # One task, so that the rows do not travel through this process.
     window = workers.window()
-    made_of = {"encoder": settings.encoder, "layer": settings.layer, "fingerprint": spec.fingerprint} | {
-        name: getattr(settings, name) for name in ("size", "margin", "window", "mask", "channels")
+    made_of = {"fingerprint": spec.fingerprint} | {
+        name: value for name, value in settings.model_dump(mode="json").items() if name not in _NOT_MADE_OF
     }
-    window.submit("table", _write_table, str(table_path), parts, where, n, columns, info.pixel_size)
-    window.submit("features", _write_features, str(features_path), parts, where, n, width, made_of)
+    window.submit("table", write_table, str(table_path), parts, where, n, columns, info.pixel_size)
+    window.submit("features", write_features, str(features_path), parts, where, n, width, made_of)
     for _ in window:
         pass
     remove(Path(scratch))
     return {"cells": len(records), "features": width, "missing": n - len(records)}
 
 
+_NOT_MADE_OF = ("batch_size", "measurements")
+
+
+def settings_spec(settings: FeatureSettings, device: str = "cpu") -> EncoderSpec:
+    """`encoder_spec` of the settings; raises what it raises."""
+    return encoder_spec(
+        settings.encoder,
+        layer=settings.layer,
+        size=settings.size,
+        batch_size=settings.batch_size,
+        device=device,
+        precision=settings.precision,
+        pooling=settings.pooling,
+    )
+
+
 # -- where the cells are ------------------------------------------------------------------------------
 
 
-def _find_cells(slide: Slide, grid: Grid, workers: Workers, folder: Path) -> np.ndarray:
+def find_cells(slide: Slide, grid: Grid, workers: Workers, folder: Path) -> np.ndarray:
+    """Records of all cells of the slide."""
     window = workers.window()
     for i, j in grid:
         path = folder / f"records-{i}-{j}.npy"
@@ -177,34 +174,47 @@ def _find_cells(slide: Slide, grid: Grid, workers: Workers, folder: Path) -> np.
 
 
 def _records_task(slide: Slide, core: Box, path: str) -> None:
-    _save(path, block_records(slide.cells(core), (core.y0, core.x0)))
+    save(path, block_records(slide.cells(core), (core.y0, core.x0)))
 
 
-def _freeze(slide: Slide, workers: Workers) -> Framing:
+def freeze(slide: Slide, records: np.ndarray, workers: Workers) -> tuple[Vectors, Greys]:
+    """What every block must know of the whole slide: how vectors are made, and what is dark and bright."""
     boxes, step = sample_boxes(slide.shape)
     window = workers.window()
     for start in range(0, len(boxes), _SAMPLE_GROUP):
         window.submit(start, _sample_task, slide, boxes[start : start + _SAMPLE_GROUP], step)
     found = dict(window)
+    samples = [sample for start in sorted(found) for sample in found[start]]
     settings = slide.settings
-    return freeze_framing(
-        [sample for start in sorted(found) for sample in found[start]],
-        size=_ask(workers, _crop_size, slide.spec),
+    way = choose_vectors(
+        slide.spec,
+        [prepared for prepared, _ in samples],
+        records,
+        slide.shape,
+        size=_ask(workers, _crop_size, slide.spec) if settings.pooling == "crop" else None,
+        pooling=settings.pooling,
+        scale=settings.scale,
         margin=settings.margin,
         window=settings.window,
         mask=settings.mask,
         channels=settings.channels,
     )
+    return way, freeze_greys([raw for _, raw in samples])
 
 
-def _sample_task(slide: Slide, boxes: Sequence[Box], step: int) -> list[Sample]:
-    return [background_sample(slide.pixels(box)[1], slide.cells(box), step) for box in boxes]
+def _sample_task(slide: Slide, boxes: Sequence[Box], step: int) -> list[tuple[Sample, np.ndarray]]:
+    found = []
+    for box in boxes:
+        raw, prepared = slide.pixels(box)
+        cells = slide.cells(box)
+        found.append((background_sample(prepared, cells, step), grey_sample(raw, cells, step)))
+    return found
 
 
-def _ask(workers: Workers, question: Callable[[EncoderSpec], int], spec: EncoderSpec) -> int:
+def _ask(workers: Workers, question: Callable[[Any], int], about: Any) -> int:
     """Something about the network, from a process that has to load it anyway."""
     window = workers.window()
-    window.submit("ask", question, spec, kind="network")
+    window.submit("ask", question, about, kind="network")
     ((_, answer),) = window
     return answer
 
@@ -213,42 +223,18 @@ def _crop_size(spec: EncoderSpec) -> int:
     return load(spec).size
 
 
-def _width(spec: EncoderSpec) -> int:
-    return load(spec).width
+def _width(way: Vectors) -> int:
+    return way.width
 
 
 # -- describing them ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Task:
-    """Readings that are worked on together, so that the network's batches are full."""
-
-    number: int
-    readings: tuple[Reading, ...]
-
-    @property
-    def count(self) -> int:
-        return sum(len(reading.records) for reading in self.readings)
-
-
-def _share_out(plans: dict[int, list[Reading]]) -> list[Task]:
-    tasks: list[Task] = []
-    waiting: list[Reading] = []
-    for number in sorted(plans):
-        waiting += plans[number]
-        if sum(len(reading.records) for reading in waiting) >= _FULL_TASK:
-            tasks.append(Task(len(tasks), tuple(waiting)))
-            waiting = []
-    if waiting:
-        tasks.append(Task(len(tasks), tuple(waiting)))
-    return tasks
-
-
 def _describe(
     slide: Slide,
     tasks: list[Task],
-    framing: Framing,
+    way: Vectors,
+    greys: Greys,
     workers: Workers,
     folder: Path,
     progress: Callable[[int, int], None] | None,
@@ -265,7 +251,7 @@ def _describe(
         if os.path.exists(measured) and os.path.exists(vectors):
             done += task.count
         else:
-            window.submit(task.count, _task, slide, task, framing, measured, vectors, kind="network")
+            window.submit(task.count, _task, slide, task, way, greys, measured, vectors, kind="network")
     for count, _ in window:
         done += count
         if progress is not None:
@@ -275,130 +261,19 @@ def _describe(
     return parts, np.load(parts[0][1], mmap_mode="r").shape[1]
 
 
-def _task(slide: Slide, task: Task, framing: Framing, measured: str, vectors: str) -> None:
-    encoder = load(slide.spec)
+def _task(slide: Slide, task: Task, way: Vectors, greys: Greys, measured: str, vectors: str) -> None:
     rows: list[np.ndarray] = []
-    found = list(encoder.stream(_crops(slide, task, framing, rows, encoder.batch_size)))
-    _save(measured, np.concatenate(rows))
-    _save(vectors, np.concatenate(found))
+    found = list(way.stream(_pieces(slide, task, greys, rows)))
+    save(measured, np.concatenate(rows))
+    save(vectors, np.concatenate(found))
 
 
-def _crops(
-    slide: Slide, task: Task, framing: Framing, rows: list[np.ndarray], batch: int
-) -> Iterator[np.ndarray]:
-    """Crops of a task's cells, one reading in memory at a time; their measurements are put into `rows`."""
+def _pieces(slide: Slide, task: Task, greys: Greys, rows: list[np.ndarray]) -> Iterator[Piece]:
+    """A task's readings, one in memory at a time; their measurements are put into `rows`."""
+    kinds = slide.settings.measured
     for reading in task.readings:
         cells = slide.cells(reading.box)
         raw, prepared = slide.pixels(reading.box)
-        everything = slide.settings.measurements
-        found = measure_block(cells, raw if everything else None, reading.box, reading.records, slide.shape)
-        rows.append(found if everything else found[:, [SHAPE_COLUMNS.index(name) for name in PLACE_COLUMNS]])
-        yield from crop_batches(prepared, cells, reading.box, reading.records, framing, batch)
-
-
-# -- putting them in order ----------------------------------------------------------------------------
-
-
-def _locate(records: np.ndarray, tasks: list[Task], n: int, folder: Path) -> str:
-    """File of where each label's row is: ``(n, 2)`` of task and row in its file; -1 where there is none."""
-    where = np.full((n, 2), -1, np.int64)
-    for task in tasks:
-        ids = np.concatenate([reading.records["label"] for reading in task.readings])
-        where[ids - 1, 0] = task.number
-        where[ids - 1, 1] = np.arange(len(ids))
-    path = str(folder / "where.npy")
-    _save(path, where)
-    return path
-
-
-def _gathered(files: Sequence[str], where: np.ndarray, width: int, dtype: Any) -> np.ndarray:
-    """Rows for a stretch of labels from all the files that hold some; NaN where there is none."""
-    out = np.full((len(where), width), np.nan, dtype)
-    for number in np.unique(where[:, 0]):
-        if number >= 0:
-            some = where[:, 0] == number
-            out[some] = np.load(files[number], mmap_mode="r")[where[some, 1]]
-    return out
-
-
-def _write_table(
-    target: str,
-    parts: list[tuple[str, str]],
-    where_path: str,
-    n: int,
-    columns: list[str],
-    pixel_size: tuple[float, float] | None,
-) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    where = np.load(where_path, mmap_mode="r")
-    files = [measured for measured, _ in parts]
-    empty = to_table(np.zeros(0, int), np.zeros((0, len(columns))), columns, pixel_size, microns=True)
-    schema = pa.Schema.from_pandas(empty, preserve_index=False)
-    path = Path(target)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with pq.ParquetWriter(temporary, schema) as writer:
-            for start in range(0, n, CHUNK):
-                some = np.asarray(where[start : start + CHUNK])
-                there = np.flatnonzero(some[:, 0] >= 0)
-                values = _gathered(files, some[there], len(columns), np.float64)
-                table = to_table(
-                    start + 1 + there,
-                    values,
-                    columns,
-                    pixel_size,
-                    n=len(some),
-                    first=start + 1,
-                    microns=True,
-                )
-                writer.write_table(pa.Table.from_pandas(table, schema, preserve_index=False))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_features(
-    target: str,
-    parts: list[tuple[str, str]],
-    where_path: str,
-    n: int,
-    width: int,
-    made_of: dict[str, Any],
-) -> None:
-    import zarr
-
-    where = np.load(where_path, mmap_mode="r")
-    files = [vectors for _, vectors in parts]
-    path = Path(target)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        array = zarr.create_array(
-            str(temporary),
-            shape=(n, width),
-            chunks=(CHUNK, width),
-            shards=(SHARD, width) if n > CHUNK else None,
-            dtype=np.float32,
-            fill_value=float("nan"),
-            dimension_names=["cell", "feature"],
-            attributes={"daskcell": made_of},
-        )
-        for start in range(0, n, SHARD):
-            array[start : start + SHARD] = _gathered(
-                files, np.asarray(where[start : start + SHARD]), width, np.float32
-            )
-        remove(path)
-        os.replace(temporary, path)
-    finally:
-        remove(temporary)
-
-
-def _save(path: str, array: np.ndarray) -> None:
-    """Write an array so that it appears whole or not at all."""
-    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-    with open(temporary, "wb") as file:
-        np.save(file, array)
-    os.replace(temporary, path)
+        image = raw if {"intensity", "texture"} & set(kinds) else None
+        rows.append(measure_block(cells, image, reading.box, reading.records, slide.shape, greys, kinds))
+        yield reading, cells, prepared

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from daskcell.errors import InputError
-from daskcell.features.crops import (
-    Framing,
-    Sample,
-    background_sample,
-    crop_batches,
-    freeze_framing,
-    sample_boxes,
-)
-from daskcell.features.encoders import Encoder, EncoderSpec, as_encoder, encoder_spec, load
-from daskcell.features.measurements import measure_block, measurement_columns, to_table
+from daskcell.features.crops import Sample, background_sample, sample_boxes
+from daskcell.features.encoders import Encoder, as_encoder, encoder_spec, load
+from daskcell.features.measurements import KINDS, measure_block, measurement_columns, to_table
 from daskcell.features.objects import Reading, block_records, merge_records, plan_readings
+from daskcell.features.stages import as_stages
+from daskcell.features.textures import Greys, freeze_greys, grey_sample
+from daskcell.features.vectors import Network, Vectors, choose_vectors, share_out
 from daskcell.geometry import Grid
 
 if TYPE_CHECKING:
@@ -28,14 +24,17 @@ if TYPE_CHECKING:
 
     ArrayLike = np.ndarray | da.Array
 
+_FULL_JOB = 512  # cells that share a job, so that the network's batches are full
+
 
 def measure(
     labels: ArrayLike,
     image: ArrayLike | None = None,
     pixel_size: tuple[float, float] | float | None = None,
     channels: Sequence[str] | None = None,
+    kinds: Collection[Literal["shape", "intensity", "texture"]] = KINDS,
 ) -> pd.DataFrame:
-    """Where every cell is, its shape and its brightness.
+    """Where every cell is, its shape, its brightness and its texture.
 
     Parameters
     ----------
@@ -45,15 +44,17 @@ def measure(
     pixel_size : (y, x) or one number, in micrometres
         Adds columns in micrometres (``_um``, ``_um2``).
     channels : sequence of str
-        Channel names that the columns of brightness end in; None: 0, 1, 2, ...
+        Channel names that the columns of brightness and texture end in; None: 0, 1, 2, ...
+    kinds : collection of {"shape", "intensity", "texture"}
+        What to measure besides place and area. For textures the image is looked at twice.
 
     Returns
     -------
     pandas.DataFrame
         Row i is label i + 1, with the columns ``label``, those of `measurements.SHAPE_COLUMNS` (named as in
         scikit-image; ``touches_edge`` marks cells at the image's border) and, for every channel,
-        ``intensity_mean``, ``_std``, ``_min`` and ``_max``. A label no pixel has gives area 0 and missing
-        numbers.
+        ``intensity_mean``, ``_std``, ``_min`` and ``_max`` and those of
+        `textures.TEXTURE_COLUMNS`. A label no pixel has gives area 0 and missing numbers.
 
     Raises
     ------
@@ -76,12 +77,18 @@ def measure(
             raise InputError(
                 f"channels has {len(names)} names, but the image has {picture.shape[0]} channels."
             )
-    _, plans = _plan(pixels, margin=0.0)
+    records, grid = _find_cells(pixels)
+    greys = None
+    if picture is None:
+        kinds = set(kinds) - {"intensity", "texture"}
+    elif "texture" in kinds:
+        greys = freeze_greys(_sampled(_grey_task, pixels, picture))
     jobs, ids = [], [np.zeros(0, np.int64)]
-    for reading in plans:
-        jobs.append(_task(_measure_task, pixels, picture, reading, pixels.shape))
-        ids.append(reading.records["label"])
-    columns = measurement_columns(names)
+    for readings in plan_readings(records, grid).values():
+        for reading in readings:
+            jobs.append(_job(_measure_task, pixels, picture, [reading], pixels.shape, greys, kinds))
+            ids.append(reading.records["label"])
+    columns = measurement_columns(names, kinds)
     values = np.concatenate([np.zeros((0, len(columns))), *_compute(jobs)])
     return to_table(np.concatenate(ids), values, columns, pixel_size)
 
@@ -92,6 +99,8 @@ def embed(
     encoder: Any = "tiny",
     *,
     layer: Literal["output", "pool"] = "output",
+    pooling: Literal["crop", "mask"] = "crop",
+    scale: float | Literal["auto"] = "auto",
     size: int | None = None,
     margin: float = 0.1,
     window: int | None = None,
@@ -100,8 +109,9 @@ def embed(
     limits: tuple[float, float] | None = None,
     batch_size: int = 32,
     device: str = "cpu",
+    precision: Literal["float32", "bfloat16"] = "float32",
 ) -> np.ndarray:
-    """A network's vector for every cell: cropped, masked, resized, encoded.
+    """A network's vector for every cell.
 
     Parameters
     ----------
@@ -114,6 +124,14 @@ def embed(
         size)``, to ``(n, d)``; n is always `batch_size`, the last batch filled up with zeros.
     layer : {"output", "pool"}
         The network's outputs (1000 for ImageNet's), or the vector before its last layer (2048 for resnet152).
+    pooling : {"crop", "mask"}
+        ``crop``: every cell is cropped, resized and encoded by itself. ``mask``: the network runs once over
+        the picture, and the maps of its stages are pooled over every cell, its core and its rim (mean and
+        deviation, see `pooling.pool_cells`); for ``tiny``, torchvision's ResNets, and modules with a method
+        ``stages(x)``.
+    scale : float or "auto"
+        Network pixels per pixel of the image, for ``mask``; "auto": the median cell is shown 48 pixels wide
+        to ``tiny``, and 32 to others.
     size : int
         Side of a crop in pixels; None: the encoder's own.
     margin : float
@@ -121,7 +139,8 @@ def embed(
     window : int
         Side in pixels of the square around every cell, in place of `margin`: keeps all cells at one scale.
     mask : bool
-        Blank out everything that is not the cell, with the colour of the background.
+        Blank out everything that is not the cell (``crop``) or no cell (``mask``), with the colour of the
+        background.
     channels : sequence of int
         Channels to take; None: all. See `crops.three_channels` for how they become three.
     limits : (low, high)
@@ -130,6 +149,8 @@ def embed(
         Pictures per network call; results depend on it in the last bit.
     device : str
         ``cpu``, or ``cuda`` where there is one.
+    precision : {"float32", "bfloat16"}
+        What the network computes in.
 
     Returns
     -------
@@ -143,54 +164,75 @@ def embed(
     WeightsError
         The encoder's weights are not on this machine (before anything is computed).
     """
-    network: EncoderSpec | Encoder
+    network: Network
     if isinstance(encoder, str | Path):  # a name travels better than a network, where tasks run elsewhere
-        network = encoder_spec(encoder, layer=layer, size=size, batch_size=batch_size, device=device)
+        network = encoder_spec(
+            encoder, layer=layer, size=size, batch_size=batch_size, device=device, precision=precision,
+            pooling=pooling,
+        )  # fmt: skip
+    elif pooling == "mask":
+        network = as_stages(encoder, batch_size=batch_size, device=device, precision=precision)
     else:
-        network = as_encoder(encoder, size=size, batch_size=batch_size, device=device)
+        network = as_encoder(encoder, size=size, batch_size=batch_size, device=device, precision=precision)
     pixels, picture = _arrays(labels, image)
     assert picture is not None
-    samples: list[Sample] = []
-    boxes, step = sample_boxes(pixels.shape)
-    samples = _compute([_task(_sample_task, pixels, picture, Reading(box, _NONE), step) for box in boxes])
-    framing = freeze_framing(
-        samples,
-        size=_loaded(network).size,
+    records, grid = _find_cells(pixels)
+    side = None
+    if pooling == "crop":
+        side = (network if isinstance(network, Encoder) else load(network)).size  # type: ignore[arg-type]
+    way = choose_vectors(
+        network,
+        _sampled(_sample_task, pixels, picture),
+        records,
+        pixels.shape,
+        size=side,
+        pooling=pooling,
+        scale=scale,
         margin=margin,
         window=window,
         mask=mask,
         channels=channels,
         limits=limits,
     )
-    records, plans = _plan(pixels, margin, window)
+    tasks = share_out(way.plan(records, grid), _FULL_JOB)
+    found = _compute([_job(_embed_task, pixels, picture, task.readings, way) for task in tasks])
     n = int(records["label"].max()) if len(records) else 0
-    out = np.full((n, _loaded(network).width), np.nan, np.float32)
-    jobs = [_task(_embed_task, pixels, picture, reading, framing, network) for reading in plans]
-    for reading, vectors in zip(plans, _compute(jobs), strict=True):
-        out[reading.records["label"] - 1] = vectors
+    out = np.full((n, found[0].shape[1] if found else way.width), np.nan, np.float32)
+    for task, vectors in zip(tasks, found, strict=True):
+        out[np.concatenate([reading.records["label"] for reading in task.readings]) - 1] = vectors
     return out
 
 
+Pixels = Sequence[tuple[np.ndarray, np.ndarray | None]]
+"""Labels and image of each of a job's readings."""
+
+
 def _measure_task(
-    labels: np.ndarray, image: np.ndarray | None, reading: Reading, shape: tuple[int, int]
+    pixels: Pixels,
+    readings: Sequence[Reading],
+    shape: tuple[int, int],
+    greys: Greys | None,
+    kinds: Collection[str],
 ) -> np.ndarray:
-    return measure_block(labels, image, reading.box, reading.records, shape)
+    ((labels, image),) = pixels
+    return measure_block(labels, image, readings[0].box, readings[0].records, shape, greys, kinds)
 
 
-def _sample_task(labels: np.ndarray, image: np.ndarray, reading: Reading, step: int) -> Sample:
-    return background_sample(image, labels, step)
+def _sample_task(pixels: Pixels, readings: Sequence[Reading], step: int) -> list[Sample]:
+    return [background_sample(image, labels, step) for labels, image in pixels if image is not None]
 
 
-def _embed_task(
-    labels: np.ndarray, image: np.ndarray, reading: Reading, framing: Framing, network: EncoderSpec | Encoder
-) -> np.ndarray:
-    encoder = _loaded(network)
-    crops = crop_batches(image, labels, reading.box, reading.records, framing, encoder.batch_size)
-    return np.concatenate(list(encoder.stream(crops)))
+def _grey_task(pixels: Pixels, readings: Sequence[Reading], step: int) -> list[np.ndarray]:
+    return [grey_sample(image, labels, step) for labels, image in pixels if image is not None]
 
 
-def _loaded(network: EncoderSpec | Encoder) -> Encoder:
-    return network if isinstance(network, Encoder) else load(network)
+def _embed_task(pixels: Pixels, readings: Sequence[Reading], way: Vectors) -> np.ndarray:
+    pieces = (
+        (reading, labels, image)
+        for reading, (labels, image) in zip(readings, pixels, strict=True)
+        if image is not None
+    )
+    return np.concatenate(list(way.stream(pieces)))
 
 
 _NONE = merge_records([])
@@ -217,36 +259,45 @@ def _arrays(labels: Any, image: Any) -> tuple[Any, Any]:
     return labels.persist(), image
 
 
-def _plan(labels: da.Array, margin: float, window: int | None = None) -> tuple[np.ndarray, list[Reading]]:
+def _find_cells(labels: da.Array) -> tuple[np.ndarray, Grid]:
+    """Records of all cells, and the grid of the chunks."""
     grid = Grid.from_chunks(labels.chunks)
-    jobs = [
-        _task(_records_task, labels, None, Reading(grid.core(index), _NONE))
-        for index in grid
-        if not grid.core(index).is_empty
-    ]
-    records = merge_records(_compute(jobs))
-    plans = plan_readings(records, grid, margin, window)
-    return records, [reading for number in sorted(plans) for reading in plans[number]]
+    cores = [grid.core(index) for index in grid]
+    jobs = [_job(_records_task, labels, None, [Reading(core, _NONE)]) for core in cores if not core.is_empty]
+    return merge_records(_compute(jobs)), grid
 
 
-def _records_task(labels: np.ndarray, image: None, reading: Reading) -> np.ndarray:
-    return block_records(labels, (reading.box.y0, reading.box.x0))
+def _records_task(pixels: Pixels, readings: Sequence[Reading]) -> np.ndarray:
+    return block_records(pixels[0][0], (readings[0].box.y0, readings[0].box.x0))
 
 
-def _task(
-    function: Callable[..., Any], labels: da.Array, image: da.Array | None, reading: Reading, *args: Any
+def _sampled(function: Callable[..., list[Any]], labels: da.Array, image: da.Array) -> list[Any]:
+    """What `function` finds in each of the sampled boxes of the image."""
+    boxes, step = sample_boxes(labels.shape)
+    jobs = [_job(function, labels, image, [Reading(box, _NONE)], step) for box in boxes]
+    return [sample for samples in _compute(jobs) for sample in samples]
+
+
+def _job(
+    function: Callable[..., Any],
+    labels: da.Array,
+    image: da.Array | None,
+    readings: Sequence[Reading],
+    *args: Any,
 ) -> Any:
-    """``function(labels, image, reading, *args)`` on the pixels of a reading, as a delayed value."""
+    """``function(pixels, readings, *args)`` on the pixels of the readings, as a delayed value."""
     import dask
 
-    def piece(array: da.Array) -> Any:
+    def piece(array: da.Array, reading: Reading) -> Any:
         cut = array[(..., *reading.box.slices)]
         # One chunk, so that Dask hands over the array and does not copy the graph (delayed(array) does).
         return cut.rechunk(cut.shape).to_delayed().item()
 
-    return dask.delayed(function, pure=False)(
-        piece(labels), None if image is None else piece(image), reading, *args
-    )
+    pixels = [
+        (piece(labels, reading), None if image is None else piece(image, reading)) for reading in readings
+    ]
+    # The readings as one value: Dask need not look into them for values to wait for.
+    return dask.delayed(function, pure=False)(pixels, dask.delayed(tuple(readings), traverse=False), *args)
 
 
 def _compute(jobs: list[Any]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Shape and brightness of every cell, with scikit-image's names.
+"""Shape, brightness and texture of every cell, with scikit-image's names.
 
 Pure: blocks of pixels and records in, arrays out. The numbers are those of
 `skimage.measure.regionprops_table` on the whole image, up to rounding; and the same in every bit wherever the
@@ -7,11 +7,13 @@ blocks are cut.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from daskcell.errors import InputError
+from daskcell.features.textures import TEXTURE_COLUMNS, Greys, textures
 from daskcell.geometry import Box
 
 if TYPE_CHECKING:
@@ -42,13 +44,27 @@ _WHOLE = ("bbox-0", "bbox-1", "bbox-2", "bbox-3")
 _LENGTHS = ("perimeter", "axis_major_length", "axis_minor_length", "equivalent_diameter_area")
 
 
-def measurement_columns(channels: tuple[str, ...] = ()) -> list[str]:
-    """Names of `measure_block`'s columns; brightness ends in the channel's name."""
-    return [*SHAPE_COLUMNS, *(f"{name}-{channel}" for channel in channels for name in INTENSITY_COLUMNS)]
+KINDS = ("shape", "intensity", "texture")
+"""Kinds of measurements that can be asked for; where a cell is, and how large, is always told."""
+
+
+def measurement_columns(channels: tuple[str, ...] = (), kinds: Collection[str] = KINDS) -> list[str]:
+    """Names of `measure_block`'s columns; brightness and texture end in the channel's name."""
+    columns = list(SHAPE_COLUMNS if "shape" in kinds else PLACE_COLUMNS)
+    for kind, names in (("intensity", INTENSITY_COLUMNS), ("texture", TEXTURE_COLUMNS)):
+        if kind in kinds:
+            columns += [f"{name}-{channel}" for channel in channels for name in names]
+    return columns
 
 
 def measure_block(
-    labels: np.ndarray, image: np.ndarray | None, box: Box, records: np.ndarray, shape: tuple[int, int]
+    labels: np.ndarray,
+    image: np.ndarray | None,
+    box: Box,
+    records: np.ndarray,
+    shape: tuple[int, int],
+    greys: Greys | None = None,
+    kinds: Collection[str] = KINDS,
 ) -> np.ndarray:
     """Measurements of cells that one block of pixels holds whole.
 
@@ -62,11 +78,16 @@ def measure_block(
         Cells to measure.
     shape : (Y, X)
         Of the whole image: cells that reach its border are flagged.
+    greys : Greys
+        The image's grey levels, for textures.
+    kinds
+        Which of `KINDS`.
 
     Returns
     -------
     (n, columns) float64
-        Columns as `measurement_columns`; pixels; coordinates in the whole image.
+        Columns as `measurement_columns`, without those of channels where there is no image;
+        pixels; coordinates in the whole image.
     """
     from daskcell.features import _kernels as k
 
@@ -105,11 +126,17 @@ def measure_block(
         "equivalent_diameter_area": np.sqrt(4 * n / np.pi),
         "touches_edge": (bounds[:, :2] == 0).any(axis=1) | (bounds[:, 2:] == shape).any(axis=1),
     }
-    out = np.stack([np.asarray(values[name], np.float64) for name in SHAPE_COLUMNS], axis=1)
-    if image is None:
-        return out
-    bright = k.intensity_sums(labels, np.ascontiguousarray(_plain(image)), ids, boxes)
-    return np.concatenate([out, bright.reshape(len(ids), -1)], axis=1)
+    out = [
+        np.stack([np.asarray(values[name], np.float64) for name in measurement_columns((), kinds)], axis=1)
+    ]
+    if image is not None:
+        pixels = np.ascontiguousarray(_plain(image))
+        if "intensity" in kinds:
+            out.append(k.intensity_sums(labels, pixels, ids, boxes).reshape(len(ids), -1))
+        if "texture" in kinds:
+            assert greys is not None, "textures need the image's grey levels"
+            out.append(textures(labels, pixels, ids, boxes, greys).reshape(len(ids), -1))
+    return np.concatenate(out, axis=1)
 
 
 def _plain(image: np.ndarray) -> np.ndarray:

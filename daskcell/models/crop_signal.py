@@ -18,7 +18,11 @@ def signal_of(x: Tensor) -> Tensor:
     height, width = x.shape[-2:]
     ring = torch.ones(height, width, dtype=torch.bool, device=x.device)
     ring[2:-2, 2:-2] = False
-    ground = x[:, :, ring].median(2).values[..., None, None]
+    return signal_above(x, x[:, :, ring].median(2).values[..., None, None])
+
+
+def signal_above(x: Tensor, ground: Tensor) -> Tensor:
+    """`signal_of` above a known background: ``(N, 3, H, W)`` and ``(N, 3, 1, 1)``, both 0..1."""
     light = (x - ground) / (1 - ground).clamp_min(0.2)
     density = torch.log(ground.clamp_min(0.05) / x.clamp_min(0.02)) / math.log(5)
     bright = ground.mean(1, keepdim=True) > 0.5

@@ -1,0 +1,186 @@
+"""Networks as makers of feature maps: what every stage makes of a picture, before it is pooled.
+
+Works with torchvision's ResNets (and ResNeXt, Wide ResNet: stem and four stages) and with networks that have
+a method ``stages(x)``, such as the embedded encoder. What is only a function of a crop - a callable,
+TorchScript, `torch.export` - shows no stages, and is refused.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from daskcell.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from daskcell.features.encoders import EncoderSpec
+
+WIDTH = 64
+"""Numbers kept of each stage's channels, see `_fold`."""
+_LAYERS = ("layer1", "layer2", "layer3", "layer4")
+
+
+@dataclass
+class Stages:
+    """A network that gives the feature maps of its stages.
+
+    Attributes
+    ----------
+    name : str
+    function : callable
+        Pictures ``(n, 3, h, w)`` float32 from 0 to 1 and the background's colour ``(3,)`` to one array
+        ``(n, h / stride, w / stride, channels)`` float32 a stage; h and w are multiples of 32.
+    cell : float
+        Diameter in network pixels at which cells are shown, unless a scale is given.
+    batch_size : int
+        Pictures per call, always: bits depend on it.
+    """
+
+    name: str
+    function: Callable[[np.ndarray, np.ndarray], list[np.ndarray]]
+    cell: float
+    batch_size: int = 1
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    def __call__(self, pictures: Sequence[np.ndarray], background: np.ndarray) -> list[list[np.ndarray]]:
+        """Of up to `batch_size` pictures ``(3, h, w)``, the maps ``(H, W, channels)`` of every stage."""
+        full = np.zeros((self.batch_size, *pictures[0].shape), np.float32)
+        full[: len(pictures)] = pictures
+        with self._lock:  # threads of one process share the network, and the cores
+            maps = self.function(full, background)
+        return [[stage[i] for stage in maps] for i in range(len(pictures))]
+
+    @property
+    def width(self) -> int:
+        """Channels of all stages together, found by a call with a blank picture the first time."""
+        if not hasattr(self, "_width"):
+            maps = self([np.zeros((3, 64, 64), np.float32)], np.zeros(3, np.float32))[0]
+            self._width: int = sum(stage.shape[2] for stage in maps)
+        return self._width
+
+
+def shows_stages(name: str) -> bool:
+    """Whether the encoder of this name has stages to show: the embedded kind and torchvision's ResNets."""
+    from daskcell.features.encoders import kind_of
+
+    bare = name.partition("@")[0]
+    kind = kind_of(name)
+    return kind == "own" or (kind == "torchvision" and bare.startswith(("resnet", "resnext", "wide_resnet")))
+
+
+def load_stages(spec: EncoderSpec) -> Stages:
+    """The network of a spec; built once per process."""
+    with _loading:
+        return _load(spec)
+
+
+_loading = threading.Lock()
+
+
+@lru_cache(maxsize=2)
+def _load(spec: EncoderSpec) -> Stages:
+    from daskcell.features.encoders import build
+
+    module, _, mean, std = build(spec)
+    return _wrap(module, spec.name, mean, std, spec.device, spec.batch_size, spec.precision)
+
+
+def as_stages(
+    encoder: Any, *, batch_size: int = 32, device: str = "cpu", precision: str = "float32"
+) -> Stages:
+    """`Stages` of a torch module; raises `InputError` for anything that shows no stages."""
+    name = getattr(encoder, "__name__", type(encoder).__name__)
+    is_resnet = all(hasattr(encoder, layer) for layer in ("conv1", *_LAYERS))
+    if not (hasattr(encoder, "stages") or is_resnet):
+        raise InputError(
+            f"pooling='mask' needs a network that shows its stages, and {name} does not. Please give 'tiny', "
+            "a ResNet of torchvision, or a torch module with a method stages(x); or use pooling='crop'."
+        )
+    mean, std = getattr(encoder, "mean", None), getattr(encoder, "std", None)
+    return _wrap(encoder, name, mean, std, device, batch_size, precision)
+
+
+def _wrap(
+    module: Any, name: str, mean: Any, std: Any, device: str, batch_size: int, precision: str
+) -> Stages:
+    import torch
+
+    from daskcell.features.encoders import autocast
+
+    module = module.to(device).eval()
+    own = hasattr(module, "stages")
+    # A tile is as large as five crops: on a CPU one a call fills the cores, and the cache.
+    batch = 1 if device == "cpu" else max(1, batch_size // 4)
+
+    def function(pictures: np.ndarray, background: np.ndarray) -> list[np.ndarray]:
+        with torch.inference_mode(), autocast(device, precision):
+            x = torch.from_numpy(pictures).to(device)
+            if own:
+                x = _signal(module, x, background)
+            if mean is not None and std is not None:
+                middle, spread = (torch.tensor(v, device=x.device)[:, None, None] for v in (mean, std))
+                x = (x - middle) / spread
+            maps = module.stages(x) if own else _resnet_stages(module, x)
+            return [_fold(stage.float()).permute(0, 2, 3, 1).contiguous().cpu().numpy() for stage in maps]
+
+    return Stages(name, function, cell=48.0 if own else 32.0, batch_size=batch)
+
+
+def _signal(module: Any, x: torch.Tensor, background: np.ndarray) -> torch.Tensor:
+    """What the embedded encoder sees: signal above the background; other networks see the picture."""
+    import torch
+
+    from daskcell.models.crop_signal import signal_above
+    from daskcell.models.encoder import TinyEncoder
+
+    if not isinstance(module, TinyEncoder):
+        return x
+    ground = torch.from_numpy(np.asarray(background, np.float32)).to(x.device)
+    return signal_above(x, ground[None, :, None, None])
+
+
+def _resnet_stages(module: Any, x: torch.Tensor) -> list[torch.Tensor]:
+    x = module.relu(module.bn1(module.conv1(x)))
+    maps = [x]
+    x = module.maxpool(x)
+    for layer in _LAYERS:
+        x = getattr(module, layer)(x)
+        maps.append(x)
+    return maps
+
+
+def _fold(maps: torch.Tensor) -> torch.Tensor:
+    """At most `WIDTH` numbers a pixel: sums of disjoint sets of channels with fixed random signs.
+
+    Keeps distances between cells about as they are (a count sketch: Charikar, Chen, Farach-Colton, ICALP
+    2002), makes all stages count about the same, and spares wide networks tens of thousands of numbers a
+    cell: 23 424 for resnet152, of which 1 920 are left. On stained blood cells groups became better by it.
+    """
+    import torch
+
+    channels = maps.shape[1]
+    if channels <= WIDTH:
+        return maps
+    return torch.nn.functional.conv2d(maps, torch.from_numpy(_signs(channels)).to(maps.device))
+
+
+@lru_cache
+def _signs(channels: int) -> np.ndarray:
+    random = np.random.RandomState(channels)  # noqa: NPY002 (its stream stays the same in all versions)
+    matrix = np.zeros((WIDTH, channels, 1, 1), np.float32)
+    signs = random.choice([-1.0, 1.0], channels)
+    matrix[np.arange(channels) % WIDTH, np.arange(channels), 0, 0] = signs
+    return matrix
