@@ -19,7 +19,7 @@ from daskcell.preprocess.clahe import ClaheAim
 from daskcell.preprocess.colors import auto_colors, mixing_weights
 from daskcell.preprocess.pixels import all_values, is_small, working_dtype
 from daskcell.preprocess.plan import Plan
-from daskcell.preprocess.stains import STANDARD, ColourCounts, Palette, separation
+from daskcell.preprocess.stains import ColourCounts, Palette, separation
 from daskcell.preprocess.statistics import (
     Aim,
     Equalizing,
@@ -175,15 +175,15 @@ def start_stains(stains: StainSettings) -> Any:
     if stains.method == "separate":
         return separation()
     if stains.reference is None:
-        return ColourCounts(STANDARD)
-    return ColourCounts(find_reference_stains(_open(stains.reference)))
+        return ColourCounts()
+    return ColourCounts(standard=find_reference_stains(_open(stains.reference)))
 
 
 def find_reference_stains(reference: Any) -> Palette:
     """The stains of the picture others are brought to."""
     if reference.ndim != 3 or reference.shape[0] != 3:
         raise InputError(f"The reference has shape {tuple(reference.shape)}, not that of a colour picture.")
-    return run_passes(ColourCounts(None), lambda counting: count_array(reference, counting, ()))
+    return run_passes(ColourCounts(finding=True), lambda counting: count_array(reference, counting, ()))
 
 
 def _without_noise(survey: Survey, steps: tuple[Step, ...], dtype: np.dtype) -> list[Step]:

@@ -22,7 +22,7 @@ from daskcell.preprocess.freezing import check_reference, find_reference_stains,
 from daskcell.preprocess.graphs import as_planes, frozen_lazily, map_frozen, map_step, read_again
 from daskcell.preprocess.pixels import float_dtype
 from daskcell.preprocess.plan import Plan
-from daskcell.preprocess.stains import STANDARD, ColourCounts, separation
+from daskcell.preprocess.stains import ColourCounts, separation
 from daskcell.preprocess.statistics import Equalizing, Referring, Stretching, first_pass, passes_needed
 from daskcell.preprocess.steps import Gaussian, Mix
 from daskcell.preprocess.surveys import as_set, pixels_of
@@ -56,7 +56,7 @@ def correct_background(
     ----------
     x : dask or numpy array ``(C, Y, X)`` or ``(Y, X)``
     radius : float, optional
-        Of the disc in pixels, 1 or more, and more than the largest cell's.
+        Of the disc in pixels, 1 or more, and more than that of the largest clump of cells.
     light : bool
         The ground is bright.
     flat : array ``(Y, X)`` or ``(C, Y, X)``, optional
@@ -95,16 +95,16 @@ def correct_background(
 def adjust_stains(
     x: Any, method: Literal["normalize", "separate"] = "normalize", *, reference: Any = None
 ) -> da.Array:
-    """Bring the stains of a colour slide to standard colours, or take them apart.
+    """Bring the light and the stains of a colour slide to a standard, or take the stains apart.
 
-    ========= ===================================================================================== =========
-    method    what                                                                                  dtype
-    ========= ===================================================================================== =========
-    normalize the slide's two stains, found in the whole slide after Macenko et al. (2009), become  as given
-              those of the reference, or usual haematoxylin and eosin
-    separate  densities of haematoxylin, eosin and DAB, as `skimage.color.rgb2hed`                  float32
-                                                                                                    (float64)
-    ========= ===================================================================================== =========
+    ========= ============================================================================ ==================
+    method    what                                                                         dtype of the result
+    ========= ============================================================================ ==================
+    normalize glass becomes white; with a reference, the light and the mean density of     as given
+              the tissue in red, green and blue become the reference's
+    separate  densities of haematoxylin, eosin and DAB, as `skimage.color.rgb2hed`         float32 (float64
+                                                                                           for float64)
+    ========= ============================================================================ ==================
 
     Parameters
     ----------
@@ -125,8 +125,8 @@ def adjust_stains(
         raise InputError(f"Stains are told apart in three colours, but the image has shape {planes.shape}.")
     if method == "separate":
         return map_step(planes, separation())
-    standard = STANDARD if reference is None else find_reference_stains(as_planes(reference))
-    step = frozen_lazily([planes], ColourCounts(standard), 1)
+    standard = None if reference is None else find_reference_stains(as_planes(reference))
+    step = frozen_lazily([planes], ColourCounts(standard=standard), 1)
     return map_frozen(read_again(planes, step), step, planes.dtype)
 
 

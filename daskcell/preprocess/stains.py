@@ -1,13 +1,14 @@
 """Stains of a colour slide: taken apart, or brought to standard colours.
 
 Light that passes stains is weakened by the product of what each leaves (Beer and Lambert), so optical
-densities add up, and both are one matrix between densities. Which matrix is counted once over the whole
-image, from the numbers of pixels of each colour: sums of whole numbers, the same however the image is cut.
+densities add up, and both are one matrix between densities. What it is of is counted once over the whole
+image, as numbers of pixels of each colour: sums of whole numbers, the same however the image is cut.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,64 +22,67 @@ LEVELS = 64
 """Levels of red, green and blue that colours are told apart by when they are counted."""
 _GLASS = 0.15
 """Mean optical density below which a pixel is glass."""
+_WHITE = (240 / 255,) * 3
 _TISSUE = 100
 """Least number of stained pixels that stains are found from."""
-_WHITE = 240 / 255
-"""What is taken to be the light without tissue."""
+_BRIGHT = 99.0
+"""Percentile of each colour that is the light without tissue."""
 
-Matrix = tuple[tuple[float, float, float], ...]
+Colour = tuple[float, float, float]
+Matrix = tuple[Colour, ...]
 
 
 @dataclass(frozen=True)
 class Stains(_Pointwise):
     """``matrix @ density`` of every pixel of a colour picture ``(3, h, w)``.
 
-    `back` to colours of the same dtype, integers rounded; or left as densities of 0 or more, float32 (float64
-    for float64).
+    Back to colours of the same dtype, integers rounded, where a `target` is given; or left as densities of 0
+    or more, float32 (float64 for float64).
     """
 
     kind: ClassVar[str] = "stains"
     matrix: Matrix
-    white: float
-    """The value, on the 0-1 scale, whose density is 0."""
+    white: Colour
+    """The light without tissue, on the 0-1 scale: density 0."""
     least: float
     """Darker values count as this one."""
-    back: bool
+    target: Colour | None
+    """What density 0 becomes; None: densities stay."""
 
     def dtype(self, dtype: np.dtype) -> np.dtype:
-        return dtype if self.back else float_dtype(dtype)
+        return float_dtype(dtype) if self.target is None else dtype
 
     def apply(self, block: np.ndarray, box: Box) -> np.ndarray:
-        density = [_by_table(np.ascontiguousarray(plane), self._density) for plane in block]
+        density = []
+        for plane, white in zip(block, self.white, strict=True):
+            density.append(_by_table(np.ascontiguousarray(plane), partial(self._density, white=white)))
         out = np.empty(block.shape, self.dtype(block.dtype))
-        for target, row in zip(out, self.matrix, strict=True):
+        for channel, row in enumerate(self.matrix):
             # One product at a time: no BLAS, whose last bit depends on the size of the block.
             total = density[0] * row[0]
             for plane, weight in zip(density[1:], row[1:], strict=True):
                 total += plane * weight
-            if self.back:
-                value = np.exp(-total) * (self.white * largest(block.dtype))
-                target[...] = to_dtype(value, block.dtype)
+            if self.target is None:
+                out[channel] = np.maximum(total, 0)
             else:
-                target[...] = np.maximum(total, 0)
+                light = np.exp(-total) * (self.target[channel] * largest(block.dtype))
+                out[channel] = to_dtype(light, block.dtype)
         return out
 
-    def _density(self, values: np.ndarray) -> np.ndarray:
+    def _density(self, values: np.ndarray, white: float) -> np.ndarray:
         share = values.astype(np.float64) / largest(values.dtype)
-        return -np.log(np.maximum(share, self.least) / self.white)
+        return -np.log(np.maximum(share, self.least) / white)
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "matrix": [list(row) for row in self.matrix],
-            "white": self.white,
-            "least": self.least,
-            "back": self.back,
-        }
+        target = None if self.target is None else list(self.target)
+        matrix = [list(row) for row in self.matrix]
+        return {"matrix": matrix, "white": list(self.white), "least": self.least, "target": target}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Stains:
+        target = None if values["target"] is None else tuple(values["target"])
         matrix = tuple(tuple(row) for row in values["matrix"])
-        return cls(matrix, values["white"], values["least"], values["back"])
+        return cls(matrix, tuple(values["white"]), values["least"], target)
 
 
 def separation() -> Stains:
@@ -87,34 +91,35 @@ def separation() -> Stains:
 
     # scikit-image's densities are on a scale on which black (1e-6 of the light) is 1.
     matrix = hed_from_rgb.T / -np.log(1e-6)
-    return Stains(_matrix(matrix), white=1.0, least=1e-6, back=False)
+    return Stains(_matrix(matrix), (1.0, 1.0, 1.0), 1e-6, None)
 
 
 @dataclass(frozen=True)
 class Palette:
-    """Two stains: the direction of each among densities of red, green, blue, and how strong it gets."""
+    """The light of a slide, and the mean density of its tissue in red, green and blue."""
 
-    directions: tuple[tuple[float, float, float], tuple[float, float, float]]
-    strengths: tuple[float, float]
+    white: Colour
+    strengths: Colour
 
-    def step_to(self, standard: Palette) -> Stains:
-        """The step that gives a picture of these stains the `standard` ones."""
-        own, wanted = np.array(self.directions), np.array(standard.directions)
-        scale = np.array(standard.strengths) / np.array(self.strengths)
-        matrix = np.einsum("ki,k,kj->ij", wanted, scale, np.linalg.pinv(own).T)
-        return Stains(_matrix(matrix), _WHITE, 1 / 255, back=True)
+    def step_to(self, standard: Palette | None) -> Stains:
+        """The step that gives a picture the standard's light and densities, or without one white light.
 
-
-STANDARD = Palette(((0.5626, 0.7201, 0.4062), (0.2159, 0.8012, 0.5581)), (1.9705, 1.0308))
-"""Haematoxylin and eosin as usually taken (Macenko et al.)."""
+        Each colour's density is multiplied by one number: glass stays glass, dark stays darker than pale, and
+        nothing is divided by the difference of two stains that a picture may not show.
+        """
+        if standard is None:
+            return Stains(_matrix(np.eye(3)), self.white, 1 / 255, _WHITE)
+        gain = np.array(standard.strengths) / np.array(self.strengths)
+        return Stains(_matrix(np.diag(gain)), self.white, 1 / 255, standard.white)
 
 
 @dataclass(frozen=True)
 class ColourCounts:
     """A pass that counts colours, in `LEVELS` levels of red, green and blue: ``(LEVELS ** 3,)``."""
 
-    standard: Palette | None
-    """What stains are brought to; None: only find them."""
+    finding: bool = False
+    """Whether the picture is the standard of others, and not to be changed itself."""
+    standard: Palette | None = None
 
     def count(self, block: np.ndarray, box: Box) -> np.ndarray:
         check_finite(block)
@@ -129,47 +134,31 @@ class ColourCounts:
 
     def finish(self, total: np.ndarray) -> Stains | Palette:
         found = find_stains(total)
-        if self.standard is None:
-            if found is None:
-                raise InputError("The reference shows no two stains: give a picture with stained tissue.")
-            return found
-        # Bare glass stays as it is.
-        return found.step_to(self.standard) if found else Stains(_matrix(np.eye(3)), 1.0, 1e-6, back=True)
+        if self.finding and found is None:
+            raise InputError("The reference shows no stains: give a picture with stained tissue.")
+        if found is None:
+            # Bare glass stays as it is.
+            return Stains(_matrix(np.eye(3)), (1.0,) * 3, 1e-6, (1.0,) * 3)
+        return found if self.finding else found.step_to(self.standard)
 
 
 def find_stains(counts: np.ndarray) -> Palette | None:
-    """The two stains of a picture, from how many pixels each colour has; None for bare glass.
+    """Light and densities of a picture, from how many pixels each colour has; None for bare glass.
 
-    M. Macenko et al., "A method for normalizing histology slides for quantitative analysis", ISBI (2009)
-    1107-1110: the two directions that 1 % of the stained pixels lie beyond, in the plane of most variance.
+    As E. Reinhard et al., "Color transfer between images", IEEE CG&A 21 (2001) 34-41, one number a colour;
+    but of densities, and of the tissue alone, so that it does not matter how much glass there is.
     """
     which = np.flatnonzero(counts)
-    levels = np.stack(np.unravel_index(which, (LEVELS,) * 3), axis=1)
-    share = (levels + 0.5) / LEVELS
-    density = -np.log(share / _WHITE)
+    weight = counts[which].astype(np.float64)
+    share = (np.stack(np.unravel_index(which, (LEVELS,) * 3), axis=1) + 0.5) / LEVELS
+    white = np.array([_percentile(share[:, c], weight, _BRIGHT) for c in range(3)])
+    density = -np.log(share / white)
     stained = density.mean(axis=1) > _GLASS
-    density, weight = density[stained], counts[which][stained].astype(np.float64)
+    weight = weight[stained]
     if weight.sum() < _TISSUE:
         return None
-    centred = density - np.einsum("n,ni->i", weight, density) / weight.sum()
-    covariance = np.einsum("n,ni,nj->ij", weight, centred, centred) / weight.sum()
-    plane = np.linalg.eigh(covariance)[1][:, :0:-1]
-    # Eigenvectors have no sign; densities are positive.
-    plane = plane * np.where(plane.sum(axis=0) < 0, -1, 1)
-    along = np.einsum("ni,ik->nk", density, plane)
-    angle = np.arctan2(along[:, 1], along[:, 0])
-    ends = [_percentile(angle, weight, p) for p in (1, 99)]
-    directions = np.array([plane @ np.array([np.cos(a), np.sin(a)]) for a in ends])
-    # Of the two, haematoxylin takes more red light.
-    directions = directions[np.argsort(-directions[:, 0], kind="stable")]
-    if abs(ends[1] - ends[0]) < 1e-3:
-        return None
-    amounts = np.einsum("ni,ik->nk", density, np.linalg.pinv(directions))
-    strengths = [_percentile(amounts[:, k], weight, 99) for k in (0, 1)]
-    if min(strengths) <= 0:
-        return None
-    first, second = (tuple(map(float, row)) for row in directions)
-    return Palette((first, second), (strengths[0], strengths[1]))  # type: ignore[arg-type]
+    strengths = np.einsum("n,nc->c", weight, density[stained]) / weight.sum()
+    return Palette(_colour(white), _colour(np.maximum(strengths, _GLASS / 3)))
 
 
 def _percentile(values: np.ndarray, weight: np.ndarray, percentile: float) -> float:
@@ -179,5 +168,10 @@ def _percentile(values: np.ndarray, weight: np.ndarray, percentile: float) -> fl
     return float(values[order][np.searchsorted(until, percentile / 100 * until[-1])])
 
 
+def _colour(values: np.ndarray) -> Colour:
+    red, green, blue = (float(v) for v in values)
+    return red, green, blue
+
+
 def _matrix(values: np.ndarray) -> Matrix:
-    return tuple(tuple(float(v) for v in row) for row in values)  # type: ignore[return-value]
+    return tuple(_colour(row) for row in values)
