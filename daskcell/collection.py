@@ -243,7 +243,7 @@ class Run:
         if not described:
             return None
         if self.given is not None:
-            return self.given.take(study, self.progress)
+            return self.take(self.given)
         keys = {name: study.ledger(name).stages["describe"]["key"] for name in described}
         key = cluster_key(config, keys)
         ledger = study.ledger(CLUSTERS)
@@ -278,6 +278,18 @@ class Run:
             write_atomic(study.clusters / NAMES, names)
         ledger.finish("cluster", key, result, files=self.model_files())
         return key
+
+    def take(self, given: Given) -> str:
+        """Copy a given model into the study, unless it is there; its key."""
+        study, ledger = self.study, self.study.ledger(CLUSTERS)
+        if ledger.is_done("cluster", given.key) and study.clusters.is_dir():
+            return given.key
+        ledger.begin("cluster")
+        set_named_aside(study, self.progress)
+        given.model.save(study.clusters)
+        result = {"k": given.model.k, "counts": given.model.counts_.tolist(), "given": True}
+        ledger.finish("cluster", given.key, result, files=self.model_files())
+        return given.key
 
     def model_files(self) -> dict[str, Any]:
         """Checksums of the fitted groups; not of their names, which people change."""

@@ -10,8 +10,8 @@ from daskcell.keys import UPSTREAM, late_keys, slide_keys
 from daskcell.lock import holder
 from daskcell.study import CLUSTERS, Ledger, Study
 
-FAR = 0.05
-"""Share of cells beyond the 99th percentile of the fit above which a slide counts as unlike it."""
+FAR = 5.0
+"""So many times as many cells beyond the 99th percentile of the fit as expected make a slide unlike it."""
 _FAR_CELLS = 5
 _MARKS = {"done": "done", "failed": "FAILED", "running": "running", "old": "old", "": "-"}
 
@@ -78,9 +78,10 @@ def drift_sentences(study: Study) -> list[str]:
     """One for each slide whose cells are unlike those of the model: how many lie far, and in which group."""
     return [
         f"{slide}: {100 * values['far']:.0f} % of {values['cells']:,} cells lie farther from their group's "
-        f"centre than 99 % of the model's cells do (1 % is expected){_worst(study, slide, values)}."
+        f"centre than 99 % of the model's cells do ({100 * values['expected']:.0f} % is expected)"
+        f"{_worst(study, slide, values)}."
         for slide, values in drift(study).items()
-        if values["far"] > FAR and values["far"] * values["cells"] >= _FAR_CELLS
+        if values["far"] > FAR * values["expected"] and values["far"] * values["cells"] >= _FAR_CELLS
     ]
 
 
@@ -142,10 +143,13 @@ def table(found: dict[str, Any], limit: int | None = None) -> str:
         )
     if found["drift"]:
         cells = sum(values["cells"] for values in found["drift"].values())
-        far = sum(values["cells"] * values["far"] for values in found["drift"].values())
+        far, usual = (
+            sum(values["cells"] * values[name] for values in found["drift"].values()) / max(cells, 1)
+            for name in ("far", "expected")
+        )
         lines.append(
-            f"assigned to the model {found['model']}: {100 * far / max(cells, 1):.1f} % of the cells lie far "
-            "(1 % is expected)"
+            f"assigned to the model {found['model']}: {100 * far:.1f} % of the cells lie far "
+            f"({100 * usual:.1f} % is expected)"
         )
         lines += found["warnings"]
     for failure in found["failures"]:

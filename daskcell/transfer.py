@@ -15,7 +15,7 @@ from daskcell.config import Config, parse_config
 from daskcell.disk import remove
 from daskcell.errors import ConfigError, InputError
 from daskcell.keys import STAGE_VERSIONS, content_key, digest
-from daskcell.study import CLUSTERS, Study, versions
+from daskcell.study import Study, versions
 
 if TYPE_CHECKING:
     from daskcell.clustering import ClusterModel
@@ -124,18 +124,6 @@ class Given:
             f"The model {self.folder} was fitted by daskcell {before}, whose stage {' and '.join(changed)} "
             "gave other results than this version's: look at the drift, or fit a new model."
         )
-
-    def take(self, study: Study, progress: Progress) -> str:
-        """Copy the model into a study, unless it is there; its key."""
-        ledger = study.ledger(CLUSTERS)
-        if ledger.is_done("cluster", self.key) and study.clusters.is_dir():
-            return self.key
-        ledger.begin("cluster")
-        set_named_aside(study, progress)
-        self.model.save(study.clusters)
-        result = {"k": self.model.k, "counts": self.model.counts_.tolist(), "given": True}
-        ledger.finish("cluster", self.key, result)
-        return self.key
 
 
 def set_named_aside(study: Study, progress: Progress) -> None:

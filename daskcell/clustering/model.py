@@ -153,18 +153,21 @@ class ClusterModel:
         Returns
         -------
         dict
-            ``cells``; ``far``, the share of them beyond the 99th percentile of their group in the fit (0.01
-            is as expected); ``far_by_cluster``, the same for each group (None: no cell);
-            ``median_ratio`` of the distances to the median of their group in the fit.
+            ``cells``; ``far``, the share of them beyond the 99th percentile of their group in the fit;
+            ``expected``, what that is for cells like those of the fit: 0.01, and more where groups were so
+            small that their farthest cell is the percentile; ``far_by_cluster``, the share for each group
+            (None: no cell); ``median_ratio`` of the distances to the median of their group in the fit.
         """
         inside = clusters >= 0
         groups, distances = clusters[inside], distances[inside]
         cells = np.bincount(groups, minlength=self.k)
         beyond = np.bincount(groups, distances > self.spread_[groups, 2], minlength=self.k)
         ratios = distances / np.maximum(self.spread_[groups, 0], np.finfo(np.float32).tiny)
+        usual = np.maximum(0.01, 1 / (self.counts_ + 1))[groups]
         return {
             "cells": len(groups),
             "far": float(beyond.sum() / max(len(groups), 1)),
+            "expected": float(usual.mean()) if len(groups) else 0.01,
             "far_by_cluster": [
                 round(float(b / n), 4) if n else None for b, n in zip(beyond, cells, strict=True)
             ],
