@@ -10,6 +10,7 @@ to them.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -37,6 +38,15 @@ _BLOCKS_AT_ONCE = 2
 """A slide of so many blocks or fewer is one task."""
 _LARGE_SLIDES_AT_ONCE = 2
 """So that one slide's serial steps do not leave the workers idle."""
+_TOGETHER = 64
+"""Most slides in one task."""
+_SECONDS = 5.0
+"""How long a task of several slides should take: far above what a task costs, and little to lose."""
+_TASKS_PER_WORKER = 3
+_MOST_TASKS = 20_000
+"""That the scheduler is given at a time."""
+_USED_BY_SLIDES = ("ome_zarr_models", "pandas", "pyarrow.parquet", "scipy.ndimage", "skimage.measure", "torch")
+"""Their modules import each other in circles: threads that import one at once may see it half made."""
 
 
 class Run:
@@ -218,6 +228,8 @@ class Run:
             for stage in job.stages:
                 self.progress.finished(outcome.slide, stage)
 
+        for name in _USED_BY_SLIDES:
+            importlib.import_module(name)
     # ------------------------------------------------------------------ clusters
 
     def is_grouped(self, slides: list[str]) -> bool:

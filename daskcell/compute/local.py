@@ -88,7 +88,6 @@ def local_settings(threads: int) -> Iterator[None]:
     whatever is started next: ``DASK_LOGGING__DISTRIBUTED``, say, would silence the log of every job.
     """
     import dask
-    import distributed  # noqa: F401  (brings its defaults)
 
     # Set before the process starts: libraries read these once, when they load.
     early = dict(dask.config.get("distributed.nanny.pre-spawn-environ"))

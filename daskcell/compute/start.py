@@ -99,12 +99,7 @@ def _local_workers(settings: ComputeSettings) -> Iterator[Workers]:
 
 @contextlib.contextmanager
 def _job_workers(settings: ComputeSettings, tell: Callable[[str], None]) -> Iterator[Workers]:
-    import dask
-    import distributed  # noqa: F401  (brings its defaults)
-
-    # A process that starts again imports torch first, which takes long on a busy machine.
-    patience = dask.config.set({"distributed.deploy.lost-worker-timeout": "2 minutes"})
-    with _quiet_logs(), patience, contextlib.ExitStack() as stack:
+    with _quiet_logs(), _patience(), contextlib.ExitStack() as stack:
         try:
             cluster = job_cluster(settings)
             stack.callback(_close, cluster, timeout=60)
@@ -238,9 +233,18 @@ def _refuse_while_spawning() -> None:
         )
 
 
+def _patience() -> Any:
+    import dask
+
+    # A process that starts again imports torch first, which takes long on a busy machine.
+    return dask.config.set({"distributed.deploy.lost-worker-timeout": "2 minutes"})
+
+
 @contextlib.contextmanager
 def _quiet_logs() -> Iterator[None]:
     """Dask's own log lines off while we run: what a user should know is said by daskcell."""
+    import distributed  # noqa: F401  (sets its own levels when it is imported)
+
     names = ("distributed", "tornado", "asyncio")
     before = {name: logging.getLogger(name).level for name in names}
     for name in names:
