@@ -268,3 +268,26 @@ def test_the_command_writes_either_version(tmp_path: Path) -> None:
     )
     assert refused.returncode == 2
     assert b"ome_zarr" in refused.stderr + refused.stdout
+
+
+def test_either_version_opens_in_naparis_reader(written) -> None:
+    reader = pytest.importorskip("napari_ome_zarr")
+    path, _, pixels, drawn = written
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the reader's own
+        layers = reader.napari_get_reader(str(path))(str(path))
+    (levels, options, _), *rest = [layer for layer in layers if layer[2] == "image"]
+    assert not rest
+    for got, expected in zip(levels, (pixels, halve_mean(pixels)), strict=True):
+        np.testing.assert_array_equal(np.asarray(got), expected)
+    assert [name.split()[-1] for name in options["name"]] == ["DNA", "actin"]
+    assert options["channel_axis"] == 0
+    shown = np.quantile(pixels[0], [0.001, 0.999])
+    np.testing.assert_allclose(options["contrast_limits"][0], shown, atol=2)
+    np.testing.assert_allclose(np.asarray(options["scale"]).ravel()[-2:], (0.5, 0.25))
+    ((labels, options, _),) = [layer for layer in layers if layer[2] == "labels"]
+    np.testing.assert_array_equal(np.asarray(labels[0]), drawn)
+    np.testing.assert_array_equal(np.asarray(labels[1]), drawn[::2, ::2])
+    assert options["name"].endswith("clusters")
+    assert options["colormap"][1] == [1.0, 0.0, 0.0, 1.0]
+    assert list(options["properties"]["name"]) == ["one", "two"]
