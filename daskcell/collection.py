@@ -45,8 +45,10 @@ _SECONDS = 5.0
 _TASKS_PER_WORKER = 3
 _MOST_TASKS = 20_000
 """That the scheduler is given at a time."""
-_USED_BY_SLIDES = ("ome_zarr_models", "pandas", "pyarrow.parquet", "scipy.ndimage", "skimage.measure", "torch")
+_USED_BY_SLIDES = ("ome_zarr_models", "pandas", "pyarrow.parquet", "skimage.measure", "torch")
 """Their modules import each other in circles: threads that import one at once may see it half made."""
+_LARGE_SLIDES_AT_ONCE = 2
+"""So that one slide's serial steps do not leave the workers idle."""
 
 
 class Run:
@@ -226,10 +228,10 @@ class Run:
             self.progress.set_aside(outcome.slide, outcome.failure["error"])
         else:
             for stage in job.stages:
-                self.progress.finished(outcome.slide, stage)
-
         for name in _USED_BY_SLIDES:
             importlib.import_module(name)
+                self.progress.finished(outcome.slide, stage)
+
     # ------------------------------------------------------------------ clusters
 
     def is_grouped(self, slides: list[str]) -> bool:
