@@ -189,6 +189,8 @@ class Run:
             for job in jobs:
                 yield job, one(job)
             return
+        for name in _USED_BY_SLIDES:
+            importlib.import_module(name)
         waiting = iter(jobs)
         with ThreadPoolExecutor(at_once, thread_name_prefix="slide") as pool:
             running = {pool.submit(one, job): job for job in _take(waiting, at_once)}
@@ -228,8 +230,6 @@ class Run:
             self.progress.set_aside(outcome.slide, outcome.failure["error"])
         else:
             for stage in job.stages:
-        for name in _USED_BY_SLIDES:
-            importlib.import_module(name)
                 self.progress.finished(outcome.slide, stage)
 
     # ------------------------------------------------------------------ clusters
