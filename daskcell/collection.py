@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from daskcell import places
 from daskcell.checksums import damaged, sums
 from daskcell.compute import Failed, Workers, start_workers
+from daskcell.compute.overtime import Overtime
 from daskcell.config import Config
 from daskcell.disk import remove, write_atomic
 from daskcell.errors import ComputeError, DaskcellError, InputError
@@ -26,7 +28,7 @@ from daskcell.images.sources import Source
 from daskcell.keys import cluster_key
 from daskcell.lock import Lock
 from daskcell.progress import Progress
-from daskcell.slide import Job, Outcome, missing_stages, process_here, process_slide, sentence, trace
+from daskcell.slide import Job, Outcome, missing_stages, process_batch, process_slide, sentence, trace
 from daskcell.study import CLUSTERS, Study
 from daskcell.transfer import Given, origin, set_named_aside
 
@@ -36,8 +38,6 @@ if TYPE_CHECKING:
 NAMES = "names.json"
 _BLOCKS_AT_ONCE = 2
 """A slide of so many blocks or fewer is one task."""
-_LARGE_SLIDES_AT_ONCE = 2
-"""So that one slide's serial steps do not leave the workers idle."""
 _TOGETHER = 64
 """Most slides in one task."""
 _SECONDS = 5.0
@@ -143,36 +143,75 @@ class Run:
         # With fewer slides than workers, blocks are what keeps all of them busy.
         blocks = _BLOCKS_AT_ONCE if len(jobs) >= 2 * team.count else 1
         self.looked.update(job.slide for job in jobs)
-        for suspect, _ in self.round(jobs, team, blocks):
-            for job, error in self.round([suspect], team, blocks):
+        suspects = []
+        for job, error, others in self.round(jobs, team, blocks):
+            if isinstance(error, Overtime) and error.item in (job.slide, None):
+                self.set_aside(job, error)
+            else:
+                suspects.append((job, others))
+        # Slides that were in one task are tried one by one, at the same time, before each is tried alone.
+        single = [job for job, others in suspects if others]
+        suspects = [job for job, others in suspects if not others]
+        suspects += [job for job, _, _ in self.round(single, team, blocks, together=1)]
+        for suspect in suspects:
+            for job, error, _ in self.round([suspect], team, blocks):
                 self.set_aside(job, error)
 
-    def round(self, jobs: list[Job], team: Workers, blocks: int) -> list[tuple[Job, BaseException]]:
-        """Process `jobs` once; returns those that were lost with a worker, and why."""
-        lost: list[tuple[Job, BaseException]] = []
+    def round(
+        self, jobs: list[Job], team: Workers, blocks: int, together: int = _TOGETHER
+    ) -> list[tuple[Job, BaseException, bool]]:
+        """Process `jobs` once, at most so many `together` in a task; returns those that were lost with a
+        worker, why, and whether others were in the same task."""
+        lost: list[tuple[Job, BaseException, bool]] = []
         large = jobs
         if not team.labels:
             large = []
             limit = blocks * self.config.compute.block**2
-            window = team.window(keep_going=True)
-            by_name = {job.slide: job for job in jobs}
-            for job in jobs:
-                window.submit(job.slide, process_here, job, limit)
-            for slide, outcome in window:
-                job = by_name[slide]
-                if isinstance(outcome, Failed):
-                    lost.append((job, self.worker_death(outcome.error, team)))
-                elif outcome.too_large:
-                    large.append(job)
-                else:
-                    self.account(job, outcome)
+            for batch, result in self.batches(jobs, team, limit, together):
+                if isinstance(result, Failed):
+                    error = self.worker_death(result.error, team)
+                    lost += [(job, error, len(batch) > 1) for job in batch]
+                    continue
+                for job, outcome in zip(batch, result, strict=True):
+                    if outcome.too_large:
+                        large.append(job)
+                    else:
+                        self.account(job, outcome)
         at_once = _LARGE_SLIDES_AT_ONCE if not team.labels else min(16, 2 * team.count)
-        for job, result in self.drive(large, team, 1 if team.client is None else at_once):
-            if isinstance(result, BaseException):
-                lost.append((job, self.worker_death(result, team)))
+        for job, found in self.drive(large, team, 1 if team.client is None else at_once):
+            if isinstance(found, BaseException):
+                lost.append((job, self.worker_death(found, team), False))
             else:
-                self.account(job, result)
+                self.account(job, found)
         return lost
+
+    def batches(
+        self, jobs: list[Job], team: Workers, limit: int, together: int
+    ) -> Iterator[tuple[list[Job], list[Outcome] | Failed]]:
+        """Slides as tasks of some seconds each: many small ones in one, as soon as their pace is known."""
+        at_once = min(_TASKS_PER_WORKER * team.count, _MOST_TASKS)
+        window = team.window(at_once, keep_going=True)
+        waiting, flying = deque(jobs), {}
+        pace = _SECONDS
+
+        def refill() -> None:
+            while waiting and len(flying) < at_once:
+                fair = len(waiting) // (2 * team.count)  # at the end, every worker has something to do
+                length = max(1, min(int(_SECONDS / pace), together, fair))
+                batch = [waiting.popleft() for _ in range(length)]
+                flying[len(waiting)] = batch
+                window.submit(len(waiting), process_batch, batch, limit)
+
+        refill()
+        for number, result in window:
+            batch = flying.pop(number)
+            if isinstance(result, Failed):
+                yield batch, result
+            else:
+                outcomes, seconds = result
+                pace += 0.3 * (max(seconds / len(batch), 1e-3) - pace)
+                yield batch, outcomes
+            refill()
 
     def drive(
         self, jobs: Iterable[Job], team: Workers, at_once: int
@@ -355,11 +394,12 @@ class LazyWorkers:
 
     def get(self) -> Workers:
         if self._workers is None:
+            seconds = self._config.compute.task_seconds
             if self._client is not None:
-                self._workers = Workers(self._client, on_task=self._on_task)
+                self._workers = Workers(self._client, on_task=self._on_task, task_seconds=seconds)
             else:
                 started = self._stack.enter_context(start_workers(self._config.compute))
-                self._workers = started.watched(self._on_task)
+                self._workers = started.watched(self._on_task, seconds)
         return self._workers
 
 

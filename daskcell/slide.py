@@ -9,13 +9,14 @@ from __future__ import annotations
 import errno
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from daskcell.checksums import damaged, sums
 from daskcell.compute import Workers
+from daskcell.compute.overtime import renew
 from daskcell.config import Config
 from daskcell.disk import remove
 from daskcell.errors import ComputeError, ConfigError, DaskcellError, StudyError, WeightsError
@@ -362,6 +363,14 @@ STAGES: dict[str, Stage] = {
 """What each stage does; it returns what the ledger keeps (JSON-able)."""
 
 
-def process_here(job: Job, limit: int) -> Outcome:
-    """`process_slide` as one task: the slide's blocks are worked on in this process, one after another."""
-    return process_slide(job, Workers(), limit=limit)
+def process_batch(jobs: Sequence[Job], limit: int) -> tuple[list[Outcome], float]:
+    """`process_slide` of several as one task: their blocks are worked on in this process, one after another.
+
+    Returns what came of each, and the seconds it took.
+    """
+    start = time.perf_counter()
+    outcomes = []
+    for job in jobs:
+        renew(job.slide)
+        outcomes.append(process_slide(job, Workers(), limit=limit))
+    return outcomes, time.perf_counter() - start

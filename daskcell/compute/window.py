@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Hashable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from daskcell.compute.overtime import limited, overtime
 from daskcell.errors import ComputeError
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 Kind = Literal["cpu", "network"]
 LABELS: dict[str, str] = {"network": "GPU", "cpu": "CPU"}
 _IN_FLIGHT_PER_WORKER = 4
+_MOST_IN_FLIGHT = 1250
+"""Tasks of one window; sixteen slides may have one each."""
 _RECOUNT_SECONDS = 5.0
 
 
@@ -43,6 +46,8 @@ class Workers:
         Resources that some worker will declare, where none may be there yet.
     trouble
         Says why the workers are lost, if they are and somebody knows.
+    task_seconds
+        Longest time for a task (see `compute.overtime`); None: any. In this process there is no limit.
     """
 
     def __init__(
@@ -52,10 +57,12 @@ class Workers:
         on_task: Callable[[], None] | None = None,
         labels: frozenset[str] = frozenset(),
         trouble: Callable[[], str | None] | None = None,
+        task_seconds: float | None = None,
     ):
         self.client = client
         self.on_task = on_task
         self.trouble = trouble
+        self.task_seconds = task_seconds
         self._counted: tuple[float, int, frozenset[str]] = (float("-inf"), 1, labels)
 
     def __repr__(self) -> str:
@@ -84,10 +91,10 @@ class Workers:
         """
         return Window(self, limit, keep_going=keep_going)
 
-    def watched(self, on_task: Callable[[], None]) -> Workers:
-        """The same workers, with another callback."""
+    def watched(self, on_task: Callable[[], None], task_seconds: float | None = None) -> Workers:
+        """The same workers, with another callback and limit of time."""
         workers = copy.copy(self)
-        workers.on_task = on_task
+        workers.on_task, workers.task_seconds = on_task, task_seconds
         return workers
 
     def _look(self) -> tuple[int, frozenset[str]]:
@@ -161,14 +168,16 @@ class Window:
         numbers = itertools.count()
         try:
             while True:
-                limit = self._limit or _IN_FLIGHT_PER_WORKER * self._workers.count
+                limit = self._limit or min(_IN_FLIGHT_PER_WORKER * self._workers.count, _MOST_IN_FLIGHT)
                 while self._queue and len(running) < limit:
                     key, function, args, kind = self._queue.popleft()
                     label = LABELS[kind]
                     name = getattr(function, "__name__", "task")
+                    call: tuple[Any, ...] = (function, *args)
+                    if self._workers.task_seconds is not None:
+                        call = (limited, self._workers.task_seconds, *call)
                     future = client.submit(
-                        function,
-                        *args,
+                        *call,
                         key=f"{name}-{run}-{next(numbers)}",
                         pure=False,
                         resources={label: 1} if label in self._workers.labels else None,
@@ -197,6 +206,10 @@ def _explain(future: Any, outcome: Any, workers: Workers) -> BaseException:
     if future.status == "error":
         error = outcome[1] if isinstance(outcome, tuple) else outcome
         if isinstance(error, KilledWorker):
+            assert workers.client is not None
+            late = overtime(workers.client, future.key)
+            if late is not None:
+                return late
             limit = f"compute.memory or compute.block (the last one was {error.last_worker.address})"
             return ComputeError(
                 "A task killed its worker several times, most often for want of memory. Please change "

@@ -1,0 +1,120 @@
+"""A time limit per task: a task that hangs takes its worker process with it, and runs again elsewhere.
+
+Nothing else ends a thread that waits for a disk or loops in a decoder. The nanny starts a new process in the
+place of the old one; where there is none (threads of this process, ``--no-nanny``), there is no limit.
+
+    task thread      limited(seconds, function, ...)  ── renew("slide 7") ── renew("slide 8") ──
+    watching thread        too long? tell the scheduler which one, then leave with the process
+    faulthandler           the same, later, where a decoder holds the interpreter's lock
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from daskcell.errors import ComputeError
+
+if TYPE_CHECKING:
+    from distributed import Client, Worker
+
+TOPIC = "daskcell-overtime"
+_LOOK_SECONDS = 0.25
+_GRACE_SECONDS = 60.0
+
+
+class Overtime(ComputeError):
+    """A task took too long, every time it was tried."""
+
+    def __init__(self, text: str, item: str | None = None):
+        super().__init__(text)
+        self.item = item
+        """What it was at, where it is one of several (see `renew`)."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Overtime, (str(self), self.item)
+
+
+@dataclass
+class _Running:
+    worker: Worker
+    key: str
+    seconds: float
+    since: float
+    item: str | None = None
+
+
+_running: dict[int, _Running] = {}
+_lock = threading.Lock()
+
+
+def limited(seconds: float, function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)`` as a task on a worker; the process ends if it takes longer than `seconds`."""
+    from distributed import get_worker
+
+    worker, me = get_worker(), threading.get_ident()
+    if not worker.nanny:
+        return function(*args)
+    with _lock:
+        if not any(thread.name == TOPIC for thread in threading.enumerate()):
+            threading.Thread(target=_watch, name=TOPIC, daemon=True).start()
+        _running[me] = _Running(worker, str(worker.get_current_task()), seconds, time.monotonic())
+    _rearm()
+    try:
+        return function(*args)
+    finally:
+        with _lock:
+            del _running[me]
+        _rearm()
+
+
+def renew(item: str) -> None:
+    """Begin the time of this thread's task anew, for the next `item` of several; outside a task, nothing."""
+    with _lock:
+        task = _running.get(threading.get_ident())
+        if task is not None:
+            task.since, task.item = time.monotonic(), item
+    if task is not None:
+        _rearm()
+
+
+def overtime(client: Client, key: str) -> Overtime | None:
+    """The error of a task that was lost with its workers, if it was for taking too long."""
+    told = [message for _, message in client.get_events(TOPIC) or () if message["key"] == key]
+    if not told:
+        return None
+    times = f", {len(told)} times over" if len(told) > 1 else ""
+    return Overtime(
+        f"It took longer than compute.task_seconds ({told[-1]['seconds']:g} s){times}. Please look at the "
+        "file and the disk it is on, or allow more time.",
+        told[-1]["item"],
+    )
+
+
+def _rearm() -> None:
+    with _lock:
+        ends = [task.since + task.seconds for task in _running.values()]
+        if ends:
+            left = max(0.1, min(ends) - time.monotonic())
+            faulthandler.dump_traceback_later(left + _GRACE_SECONDS, exit=True)
+        else:
+            faulthandler.cancel_dump_traceback_later()
+
+
+def _watch() -> None:
+    while True:
+        time.sleep(_LOOK_SECONDS)
+        now = time.monotonic()
+        with _lock:
+            late = [task for task in _running.values() if now > task.since + task.seconds]
+        for task in late:
+            message = {"key": task.key, "seconds": task.seconds, "item": task.item}
+            task.worker.loop.add_callback(task.worker.log_event, TOPIC, message)
+        if late:
+            time.sleep(2 * _LOOK_SECONDS)  # for the message to leave
+            os._exit(1)
