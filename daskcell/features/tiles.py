@@ -21,7 +21,7 @@ from daskcell.features.objects import Reading
 from daskcell.geometry import Box
 
 FRAME = 512
-MARGIN = 64
+MARGIN = 48
 _STEP = 32  # strides of the usual networks divide it
 _EDGE = 16  # network pixels at a frame's edge that hardly know their surroundings: no cell may reach there
 
