@@ -1,4 +1,4 @@
-"""Segmentation of pictures of growing size: what the engine costs beside its science, and what a worker holds.
+"""Segmentation of pictures of growing size: what the engine adds to its science, what a worker holds.
 
     python benchmarks/segmentation_scale.py [--sides 4096 8192 24576] [--workers 2] [--block 2048]
 
@@ -38,13 +38,13 @@ class Clocks(WorkerPlugin):
     name = "clocks"
 
     def setup(self, worker: Any) -> None:
-        from daskcell.segmentation import cells, engine, methods
+        from daskcell.segmentation import cells, methods, tasks
 
         self.seconds = Counter[str]()
         self.clock(methods, "run_network", "network")
         self.clock(methods.CellposeMethod, "_label", "dynamics")
         self.clock(cells, "choose_owned", "dynamics")
-        self.clock(engine, "check_block", "dynamics")
+        self.clock(tasks, "check_block", "dynamics")
 
     def clock(self, place: Any, name: str, kind: str) -> None:
         """Let ``place.name`` add up the seconds it takes."""

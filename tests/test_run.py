@@ -196,10 +196,10 @@ def test_network_work_goes_to_labelled_workers_and_the_result_is_the_same(tmp_pa
     for address, names in story.items():
         (network if address in gpu else other).update(names)
     assert labelled.failures == []
-    assert "_run_network" in network
-    assert "_run_network" not in other
-    assert {"_follow_block", "_paint"} <= other
-    assert not {"_follow_block", "_paint", "_convert_shard"} & network
+    assert "run_tiles" in network
+    assert "run_tiles" not in other
+    assert {"label_block", "paint_block"} <= other
+    assert not {"label_block", "paint_block", "_convert_shard"} & network
     pd.testing.assert_frame_equal(plain.cells("x"), labelled.cells("x"))
 
 

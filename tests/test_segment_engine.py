@@ -19,7 +19,7 @@ from daskcell.errors import InputError
 from daskcell.geometry import Box
 from daskcell.images import image_info, read_labels
 from daskcell.preprocess import freeze_slide
-from daskcell.segmentation import engine
+from daskcell.segmentation import engine, tasks
 
 PLAIN = PreprocessSettings(reconstruct=None, histogram=None)
 SETTINGS = SegmentSettings(diameter=None)
@@ -95,10 +95,10 @@ def test_every_tile_is_computed_once_and_blocks_take_few_tasks(slide, tmp_path, 
     assert blocks == 6
     assert report["tiles"] == 3 * 3
     assert report["repeated"] == 0
-    assert 0 < counts.counts["_run_network"] <= blocks  # a small block may hold no tile's centre
-    for task in ("_follow_block", "_paint"):
+    assert 0 < counts.counts["run_tiles"] <= blocks  # a small block may hold no tile's centre
+    for task in ("label_block", "paint_block"):
         assert counts.counts[task] == blocks
-    assert 0 < counts.counts["_check"] < blocks, "some checks a task"
+    assert 0 < counts.counts["check_blocks"] < blocks, "some checks a task"
     assert counts.counts.total() <= 4 * blocks, counts.counts
     assert not list((tmp_path / "scratch-256").rglob("tiles/*.npy")), "tiles are removed when used"
 
@@ -114,26 +114,26 @@ def test_a_run_that_is_killed_goes_on_where_it_was(slide, tmp_path, counts, task
     counts.counts.clear()
     labels, _ = segment(slide, tmp_path, workers=CountingWorkers())
     np.testing.assert_array_equal(labels, expected)
-    assert counts.counts["_run_network"] < 4 or tasks < 9
+    assert counts.counts["run_tiles"] < 4 or tasks < 9
 
 
 def test_thresholds_change_without_the_network(slide, tmp_path, counts):
     flows = tmp_path / "flows"
     segment(slide, tmp_path, workers=CountingWorkers(), flows=flows)
-    assert counts.counts["_run_network"] > 0
+    assert counts.counts["run_tiles"] > 0
     counts.counts.clear()
     changed = SegmentSettings(diameter=None, cellprob_threshold=1.0, flow_threshold=0.3, min_size=60)
     labels, report = segment(
         slide, tmp_path, changed, workers=CountingWorkers(), flows=flows, scratch=tmp_path / "other"
     )
-    assert counts.counts["_run_network"] == 0
+    assert counts.counts["run_tiles"] == 0
     assert report["tiles"] == 0
     fresh, _ = segment(slide, tmp_path, changed, scratch=tmp_path / "fresh")
     np.testing.assert_array_equal(labels, fresh)
     # Another block size or diameter needs other files, and gets them.
     segment(slide, tmp_path, SegmentSettings(diameter=25), workers=CountingWorkers(), flows=flows,
             scratch=tmp_path / "third")  # fmt: skip
-    assert counts.counts["_run_network"] > 0
+    assert counts.counts["run_tiles"] > 0
 
 
 def test_glass_is_skipped_and_tissue_stays_the_same(tmp_path):
@@ -163,8 +163,8 @@ def test_the_network_runs_on_gpu_workers_and_everything_else_on_cpu_workers(slid
 
     expected, _ = segment(slide, tmp_path, scratch=tmp_path / "here")
     places: dict[str, Counter] = {}
-    for name in ("_run_network", "_follow_block", "_check", "_paint"):
-        function = getattr(engine, name)
+    for name in ("run_tiles", "label_block", "check_blocks", "paint_block"):
+        function = getattr(tasks, name)
 
         @wraps(function)  # by the same name, so that it is sent by reference
         def noted(*args, _function=function):
@@ -172,6 +172,7 @@ def test_the_network_runs_on_gpu_workers_and_everything_else_on_cpu_workers(slid
             return _function(*args)
 
         monkeypatch.setattr(engine, name, noted)
+        monkeypatch.setattr(tasks, name, noted)
     spec = {
         name: {"cls": Worker, "options": {"nthreads": 1, "resources": {label: 1}, "dashboard": False}}
         for name, label in {"gpu": "GPU", "cpu-0": "CPU", "cpu-1": "CPU"}.items()
@@ -180,10 +181,10 @@ def test_the_network_runs_on_gpu_workers_and_everything_else_on_cpu_workers(slid
     with SpecCluster(spec, scheduler) as cluster, Client(cluster) as client:
         labels, _ = segment(slide, tmp_path, workers=Workers(client))
     np.testing.assert_array_equal(labels, expected)
-    assert places["_run_network"].keys() == {"gpu"}
-    for name in ("_follow_block", "_check", "_paint"):
+    assert places["run_tiles"].keys() == {"gpu"}
+    for name in ("label_block", "check_blocks", "paint_block"):
         assert places[name].keys() <= {"cpu-0", "cpu-1"}
-        assert places[name].total() >= 6
+        assert places[name].total() >= (2 if name == "check_blocks" else 6)
 
 
 def test_too_many_channels_ask_which(tmp_path):

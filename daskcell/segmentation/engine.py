@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,81 +26,32 @@ from tlz import partition_all
 
 from daskcell.compute import Workers
 from daskcell.config import SegmentSettings
-from daskcell.disk import remove, write_json
+from daskcell.disk import remove
 from daskcell.errors import InputError
-from daskcell.geometry import Box, Grid
-from daskcell.images import build_label_pyramid, create_labels, image_info, read_block, write_labels_block
-from daskcell.preprocess.plan import Plan, apply_block
-from daskcell.segmentation.cells import (
-    Thresholds,
-    check_block,
-    load_candidates,
-    load_cells,
-    number,
-    own_labels,
-    refuse_too_many,
-    save,
-)
-from daskcell.segmentation.diameter import estimate_diameter
+from daskcell.geometry import Box
+from daskcell.images import build_label_pyramid, create_labels
+from daskcell.keys import STAGE_VERSIONS
+from daskcell.preprocess.plan import Plan
+from daskcell.segmentation.cells import number, refuse_too_many
 from daskcell.segmentation.globals import Globals
-from daskcell.segmentation.methods import CellposeMethod, Method, Read, network_source
-from daskcell.segmentation.seams import SeamReport, paint_core
-from daskcell.segmentation.tissue import tiles_without, tissue_mask
-from daskcell.segmentation.watershed import WatershedMethod
+from daskcell.segmentation.methods import CellposeMethod
+from daskcell.segmentation.seams import SeamReport
+from daskcell.segmentation.tasks import (
+    Index,
+    Job,
+    check_blocks,
+    freeze_globals,
+    label_block,
+    largest_extent,
+    observe_row,
+    paint_block,
+    read_globals,
+    run_tiles,
+    save_array,
+    write,
+)
 
-Index = tuple[int, int]
 _CHECKS_A_TASK = 4
-
-
-@dataclass(frozen=True)
-class Job:
-    """What all tasks of one slide share; small, and fit to be sent to a worker."""
-
-    path: str
-    name: str
-    settings: SegmentSettings
-    plan: Plan
-    block: int
-    scratch: str
-    flows: str
-    device: str
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.plan.shape
-
-    @property
-    def grid(self) -> Grid:
-        return Grid.regular(self.shape, self.block)
-
-    def file(self, kind: str, at: Index) -> Path:
-        folder = self.flows if kind == "tiles" else self.scratch
-        return Path(folder, kind, f"{at[0]}_{at[1]}.{'npy' if kind in ('tiles', 'ids') else 'npz'}")
-
-    @property
-    def globals_file(self) -> Path:
-        return Path(self.flows, "globals.json")
-
-    def read(self, box: Box) -> np.ndarray:
-        """Preprocessed pixels ``(C, h, w)`` of `box`."""
-        grown = box.grow(self.plan.halo).clip(self.shape)
-        part = apply_block(read_block(self.path, grown), self.plan, grown)[(slice(None), *box.within(grown))]
-        return part if self.settings.channels is None else part[list(self.settings.channels)]
-
-    @property
-    def method(self) -> Method:
-        settings = self.settings
-        thresholds = Thresholds(
-            settings.cellprob_threshold,
-            settings.flow_threshold,
-            settings.min_size,
-            settings.max_size_fraction,
-        )
-        if settings.method == "watershed":
-            return WatershedMethod(settings.watershed, thresholds)
-        network = network_source(settings.model, self.device)
-        diameter = None if settings.diameter in (None, "auto") else float(settings.diameter)
-        return CellposeMethod(network, thresholds, diameter, settings.batch_size, settings.niter)
 
 
 def segment_slide(
@@ -157,7 +107,7 @@ def segment_slide(
         (scratch / kind).mkdir(parents=True, exist_ok=True)
     (flows / "tiles").mkdir(parents=True, exist_ok=True)
 
-    _freeze_globals(job, workers)
+    _globals(job, workers)
     report, extent = _label(job, workers, keep=flows.parent != scratch)
     report += _check_and_paint(job, workers, 2 * extent)
     frozen = read_globals(str(job.globals_file))
@@ -175,58 +125,24 @@ def _flows_key(settings: SegmentSettings, plan: Plan, block: int) -> str:
     from daskcell.models import network_fingerprint
 
     parts = [network_fingerprint(settings.model), plan.key, settings.diameter, settings.channels]
-    parts += [settings.batch_size, settings.tissue_mask, block]
+    parts += [settings.batch_size, settings.tissue_mask, block, STAGE_VERSIONS["segment"]]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
 
 
 # -- facts of the whole picture ------------------------------------------------------------------------
-def _freeze_globals(job: Job, workers: Workers) -> None:
+def _globals(job: Job, workers: Workers) -> None:
     if job.globals_file.exists():
         return
     window = workers.window()
     for row in range(job.grid.counts[0]):
         if not job.file("observed", (row, 0)).exists():
-            window.submit(row, _observe_row, job, row)
+            window.submit(row, observe_row, job, row)
     for _ in window:
         pass
     window = workers.window()
-    window.submit("freeze", _freeze, job, kind="network")
+    window.submit("freeze", freeze_globals, job, kind="network")
     for _ in window:
         pass
-
-
-def _observe_row(job: Job, row: int) -> None:
-    """A row of blocks, one after another: what is kept of each is small, and so is the time."""
-    method, cores = job.method, [job.grid.core((row, j)) for j in range(job.grid.counts[1])]
-    observed = [method.observe(job.read(core), core, job.shape) for core in cores]
-    together = [np.concatenate(channel) for channel in zip(*observed, strict=True)]
-    _write(job.file("observed", (row, 0)), lambda path: np.savez(path, *together))
-
-
-def _freeze(job: Job) -> None:
-    method = job.method
-    observed = []
-    for row in range(job.grid.counts[0]):
-        with np.load(job.file("observed", (row, 0)), allow_pickle=False) as arrays:
-            observed.append([arrays[name] for name in arrays.files])
-    if isinstance(method, CellposeMethod):
-        if job.settings.diameter == "auto":
-            method.diameter = estimate_diameter(method, job.read, job.shape)
-        frozen = method.freeze(observed, job.shape)
-        if job.settings.tissue_mask:
-            info = image_info(job.path)
-            small = info.levels[-1]
-            picture = read_block(job.path, Box(0, 0, *small), len(info.levels) - 1)
-            frozen = replace(frozen, skipped=tiles_without(tissue_mask(picture, info.is_rgb), frozen.tiles))
-        write_json(job.globals_file, frozen.to_json())
-    else:
-        write_json(job.globals_file, method.freeze(observed, job.shape).to_json())
-
-
-@lru_cache(maxsize=8)
-def read_globals(path: str) -> Any:
-    values = json.loads(Path(path).read_text())
-    return Globals.from_json(values) if "diameter" in values else WatershedMethod.globals_from_json(values)
 
 
 # -- network and labels --------------------------------------------------------------------------------
@@ -270,18 +186,18 @@ def _label(job: Job, workers: Workers, *, keep: bool) -> tuple[SeamReport, int]:
             if at is None:
                 return
             running["network"] += 1
-            window.submit(("network", at), _run_network, job, at, tiles[at], kind="network")
+            window.submit(("network", at), run_tiles, job, at, tiles[at], kind="network")
 
     def start_labels(blocks: Iterable[Index]) -> None:
         for at in blocks:
             running["labels"] += 1
-            window.submit(("labels", at), _follow_block, job, at, halo, sorted(needs.get(at, ())))
+            window.submit(("labels", at), label_block, job, at, halo, sorted(needs.get(at, ())))
 
     running = {"network": 0, "labels": 0, "extent": 0}
     for at in grid:
         if at not in waiting:  # labelled before the run was killed
             running["extent"] += 1
-            window.submit(("extent", at), _extent, job, at)
+            window.submit(("extent", at), largest_extent, job, at)
     largest = 0
     start_labels([at for at, others in waiting.items() if not others])
     start_networks()
@@ -314,36 +230,13 @@ def _halo(job: Job, frozen: Any) -> int:
     return method.halo
 
 
-def _run_network(job: Job, at: Index, tiles: list[int]) -> int:
-    frozen = read_globals(str(job.globals_file))
-    method = job.method
-    assert isinstance(method, CellposeMethod)
-    outputs = method.run(job.read, frozen, tiles)
-    _write(job.file("tiles", at), lambda path: np.save(path, outputs))
-    return len(tiles)
-
-
-def _follow_block(job: Job, at: Index, halo: int, sources: list[Index]) -> tuple[SeamReport, int]:
-    frozen, method, grid = read_globals(str(job.globals_file)), job.method, job.grid
-    outputs: dict[int, np.ndarray] = {}
-    for source in sources:
-        tiles = [tile for tile in frozen.tiles.owned(grid.core(source)) if tile not in frozen.skipped]
-        outputs.update(zip(tiles, np.load(job.file("tiles", source), mmap_mode="r"), strict=True))
-    known = len(outputs)
-    read: Read = job.read
-    look = method.look(frozen, read, outputs)
-    found, doublings = own_labels(grid.core(at), halo, job.shape, look, method.thresholds)
-    _write(job.file("labels", at), lambda path: save(path, found))
-    return SeamReport(redone=int(doublings > 0), repeated=len(outputs) - known), found.extent
-
-
 # -- checks, ids, painting -----------------------------------------------------------------------------
 def _check_and_paint(job: Job, workers: Workers, steps: int) -> SeamReport:
     grid = job.grid
     window = workers.window()
     # A check is short: some at a time, so that tasks have a length worth sending.
     for group in partition_all(min(_CHECKS_A_TASK, max(1, len(grid) // workers.count)), grid):
-        window.submit(group, _check, job, group, steps)
+        window.submit(group, check_blocks, job, group, steps)
     places: dict[Index, np.ndarray] = {}
     reaches: dict[Index, Box] = {}
     for group, checked in window:
@@ -360,7 +253,7 @@ def _check_and_paint(job: Job, workers: Workers, steps: int) -> SeamReport:
         # One pixel more than the core: the seam report looks across its lower and right border.
         core = grid.core(at)
         near = (y0 <= core.y1) & (y1 > core.y0) & (x0 <= core.x1) & (x1 > core.x0)
-        window.submit(at, _paint, job, at, [order[n] for n in np.flatnonzero(near)])
+        window.submit(at, paint_block, job, at, [order[n] for n in np.flatnonzero(near)])
     report = SeamReport(cells=total)
     for _, part in window:
         report += part
@@ -372,37 +265,5 @@ def _number(job: Job, places: dict[Index, np.ndarray]) -> int:
     """Write every block's ids; returns the number of cells."""
     order = list(job.grid)
     for at, ids in zip(order, number([places[at] for at in order]), strict=True):
-        _write(job.file("ids", at), partial(_save_array, ids))
+        write(job.file("ids", at), partial(save_array, ids))
     return sum(len(part) for part in places.values())
-
-
-def _extent(job: Job, at: Index) -> int:
-    return load_candidates(job.file("labels", at)).extent
-
-
-def _check(job: Job, group: tuple[Index, ...], steps: int) -> list[tuple[np.ndarray, Box]]:
-    found, thresholds = [], job.method.thresholds
-    for at in group:
-        cells = check_block(load_candidates(job.file("labels", at)), steps, thresholds)
-        _write(job.file("cells", at), partial(save, arrays=cells))
-        found.append((cells.anchors[:, 0] * job.shape[1] + cells.anchors[:, 1], cells.reach))
-    return found
-
-
-def _paint(job: Job, at: Index, sources: list[Index]) -> SeamReport:
-    core = job.grid.core(at)
-    parts = [(load_cells(job.file("cells", source)), np.load(job.file("ids", source))) for source in sources]
-    labels, report = paint_core(parts, core, job.shape)
-    write_labels_block(job.path, job.name, core, labels)
-    return report
-
-
-def _save_array(array: np.ndarray, path: Path) -> None:
-    np.save(path, array)
-
-
-def _write(path: Path, write: Callable[[Path], None]) -> None:
-    """Write under a temporary name and rename: a file that is there is whole."""
-    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
-    write(temporary)
-    temporary.replace(path)

@@ -11,20 +11,27 @@ for all (`daskcell.segmentation.cells`), so any function from a block to labels 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
+from tlz import partition_all
 
 from daskcell.errors import InputError
 from daskcell.geometry import Box
 from daskcell.segmentation import dynamics
 from daskcell.segmentation.cells import Thresholds
 from daskcell.segmentation.globals import Globals, intensity_bounds, sampling_step
-from daskcell.segmentation.network import CELLPROB, blend, cut_tiles, needed_box, run_network
-from daskcell.segmentation.tiles import TILE
+from daskcell.segmentation.network import (
+    CELLPROB,
+    blend,
+    cut_tiles,
+    needed_box,
+    run_network,
+    tiles_at_once,
+)
 
 Read = Callable[[Box], np.ndarray]
 Look = Callable[[Box], tuple[np.ndarray, np.ndarray, np.ndarray | None]]
@@ -80,14 +87,16 @@ class CellposeMethod:
         bounds = tuple(intensity_bounds(np.concatenate(samples)) for samples in channels)
         return Globals(shape, bounds, self.diameter)
 
-    def run(self, read: Read, frozen: Globals, tiles: list[int]) -> np.ndarray:
-        """Network outputs of `tiles`, ``(len(tiles), 3, 256, 256)`` float32."""
+    def run(self, read: Read, frozen: Globals, tiles: list[int]) -> Iterator[np.ndarray]:
+        """Network outputs of `tiles`, each ``(3, 256, 256)`` float32, one after another."""
         held = needed_box(frozen, tiles)
         if held is None:
-            return np.zeros((0, 3, TILE, TILE), np.float32)
+            return
         network = self.network if hasattr(self.network, "forward") else self.network()
-        inputs = cut_tiles(read(held), held, frozen, tiles)
-        return run_network(network, inputs, self.batch_size)
+        size = self.batch_size or tiles_at_once(network)
+        part = frozen.normalise(read(held))
+        for batch in partition_all(size, tiles):
+            yield from run_network(network, cut_tiles(part, held, frozen, batch), size)
 
     def look(self, frozen: Globals, read: Read, outputs: dict[int, np.ndarray]) -> Look:
         def at(held: Box) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:

@@ -5,7 +5,7 @@ Pure functions over one block; which tiles a block owns is the caller's (`TileGr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +20,8 @@ FLOW_Y, FLOW_X, CELLPROB = 0, 1, 2
 """Planes of a network output."""
 GLASS_CELLPROB = -20.0
 """Cell probability (a logit) of tiles that are not computed because they hold no tissue."""
+_STRIP = 512
+"""Rows of the rescaled picture that are blended at a time."""
 
 
 def needed_box(frozen: Globals, tiles: list[int]) -> Box | None:
@@ -33,14 +35,14 @@ def needed_box(frozen: Globals, tiles: list[int]) -> Box | None:
     )  # fmt: skip
 
 
-def cut_tiles(part: np.ndarray, held: Box, frozen: Globals, tiles: list[int]) -> np.ndarray:
-    """Network inputs: normalised, rescaled, zero beyond the picture.
+def cut_tiles(part: np.ndarray, held: Box, frozen: Globals, tiles: Sequence[int]) -> np.ndarray:
+    """Network inputs: rescaled, zero beyond the picture.
 
     Parameters
     ----------
-    part : (C, h, w)
-        Pixels `held` of the preprocessed image.
-    tiles : list of int
+    part : (C, h, w) float32
+        Normalised pixels `held` of the preprocessed image.
+    tiles
         Tiles to cut; `held` must cover ``needed_box(frozen, tiles)``.
 
     Returns
@@ -48,7 +50,6 @@ def cut_tiles(part: np.ndarray, held: Box, frozen: Globals, tiles: list[int]) ->
     (len(tiles), C, 256, 256) float32
     """
     grid = frozen.tiles
-    part = frozen.normalise(part)
     out = np.zeros((len(tiles), part.shape[0], TILE, TILE), np.float32)
     for n, tile in enumerate(tiles):
         box = grid.box(tile)
@@ -57,10 +58,17 @@ def cut_tiles(part: np.ndarray, held: Box, frozen: Globals, tiles: list[int]) ->
     return out
 
 
-def run_network(network: Any, inputs: np.ndarray, batch_size: int | None = None) -> np.ndarray:
-    """Every tile through the network, once, in batches of one fixed shape.
+def tiles_at_once(network: Any) -> int:
+    """How many tiles a network is best given: on a CPU, one tile's activations stay in the cache."""
+    import torch
 
-    Convolutions may choose another algorithm, and with it other last bits, for another batch size: the last
+    return 1 if torch.device(network.device).type == "cpu" else 8
+
+
+def run_network(network: Any, inputs: np.ndarray, batch_size: int) -> np.ndarray:
+    """One batch of tiles through the network.
+
+    Convolutions may choose another algorithm, and with it other last bits, for another batch size: a short
     batch is filled up with zeros, so a tile's output does not depend on how many tiles its block has.
 
     Parameters
@@ -68,8 +76,7 @@ def run_network(network: Any, inputs: np.ndarray, batch_size: int | None = None)
     network : torch.nn.Module
         With ``.device`` and ``.dtype``; returns flows and cell probability ``(N, 3, 256, 256)`` first.
     inputs : (N, C, 256, 256) float32
-    batch_size
-        None: 8 on a GPU; 1 on a CPU, where the activations of one tile stay in the cache.
+        At most `batch_size` tiles.
 
     Returns
     -------
@@ -77,27 +84,20 @@ def run_network(network: Any, inputs: np.ndarray, batch_size: int | None = None)
     """
     import torch
 
-    if batch_size is None:
-        batch_size = 1 if torch.device(network.device).type == "cpu" else 8
-
-    outputs = np.empty((len(inputs), 3, *inputs.shape[2:]), np.float32)
+    batch = torch.zeros(batch_size, *inputs.shape[1:])
+    batch[: len(inputs)] = torch.from_numpy(inputs)
     network.eval()
     with torch.no_grad():
-        for start in range(0, len(inputs), batch_size):
-            batch = inputs[start : start + batch_size]
-            count = len(batch)
-            if count < batch_size:
-                batch = np.concatenate([batch, np.zeros((batch_size - count, *batch.shape[1:]), np.float32)])
-            result = network(torch.from_numpy(batch).to(network.device, dtype=network.dtype))[0]
-            outputs[start : start + count] = result[:count, :3].detach().to("cpu", torch.float32).numpy()
-    return outputs
+        result = network(batch.to(network.device, dtype=network.dtype))[0]
+    return result[: len(inputs), :3].detach().to("cpu", torch.float32).numpy()
 
 
 def blend(outputs: Mapping[int, np.ndarray], frozen: Globals, box: Box) -> np.ndarray:
     """Network output over `box` of the image: tapered tiles summed in the grid's order, then rescaled back.
 
     The order of the sum is the grid's, not the blocks', so every block gets the same bits. It is the
-    arithmetic of `cellpose.transforms.average_tiles`: products in float64, sums in float32.
+    arithmetic of `cellpose.transforms.average_tiles`: products in float64, sums in float32. Worked off strip
+    by strip, as small cells make the rescaled picture many times larger than the image.
 
     Parameters
     ----------
@@ -108,6 +108,15 @@ def blend(outputs: Mapping[int, np.ndarray], frozen: Globals, box: Box) -> np.nd
     -------
     (3, h, w) float32 : flow along y, flow along x, cell probability
     """
+    blended = np.empty((3, *box.shape), np.float32)
+    rows = max(64, _STRIP * frozen.tiles.image[0] // frozen.tiles.scaled[0])
+    for y in range(box.y0, box.y1, rows):
+        strip = Box(y, box.x0, min(y + rows, box.y1), box.x1)
+        blended[(slice(None), *strip.within(box))] = _blend(outputs, frozen, strip)
+    return blended
+
+
+def _blend(outputs: Mapping[int, np.ndarray], frozen: Globals, box: Box) -> np.ndarray:
     grid = frozen.tiles
     scaled = grid.to_scaled(box)
     total = np.zeros((3, *scaled.shape), np.float32)

@@ -1,0 +1,196 @@
+"""What workers do for `segment_slide`: a function for each kind of task, from files to one file.
+
+Every task writes under a temporary name and renames, so it may run twice, and a run that was killed goes on
+where it was. Which tasks there are, and when, is the engine's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from daskcell.config import SegmentSettings
+from daskcell.disk import write_json
+from daskcell.geometry import Box, Grid
+from daskcell.images import image_info, read_block, write_labels_block
+from daskcell.preprocess.plan import Plan, apply_block
+from daskcell.segmentation.cells import (
+    Thresholds,
+    check_block,
+    load_candidates,
+    load_cells,
+    own_labels,
+    save,
+)
+from daskcell.segmentation.diameter import estimate_diameter
+from daskcell.segmentation.globals import Globals
+from daskcell.segmentation.methods import CellposeMethod, Method, Read, network_source
+from daskcell.segmentation.seams import SeamReport, paint_core
+from daskcell.segmentation.tiles import TILE
+from daskcell.segmentation.tissue import tiles_without, tissue_mask
+from daskcell.segmentation.watershed import WatershedMethod
+
+Index = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all tasks of one slide share; small, and fit to be sent to a worker."""
+
+    path: str
+    name: str
+    settings: SegmentSettings
+    plan: Plan
+    block: int
+    scratch: str
+    flows: str
+    device: str
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.plan.shape
+
+    @property
+    def grid(self) -> Grid:
+        return Grid.regular(self.shape, self.block)
+
+    def file(self, kind: str, at: Index) -> Path:
+        folder = self.flows if kind == "tiles" else self.scratch
+        return Path(folder, kind, f"{at[0]}_{at[1]}.{'npy' if kind in ('tiles', 'ids') else 'npz'}")
+
+    @property
+    def globals_file(self) -> Path:
+        return Path(self.flows, "globals.json")
+
+    def read(self, box: Box) -> np.ndarray:
+        """Preprocessed pixels ``(C, h, w)`` of `box`."""
+        grown = box.grow(self.plan.halo).clip(self.shape)
+        part = apply_block(read_block(self.path, grown), self.plan, grown)[(slice(None), *box.within(grown))]
+        return part if self.settings.channels is None else part[list(self.settings.channels)]
+
+    @property
+    def method(self) -> Method:
+        settings = self.settings
+        thresholds = Thresholds(
+            settings.cellprob_threshold,
+            settings.flow_threshold,
+            settings.min_size,
+            settings.max_size_fraction,
+        )
+        if settings.method == "watershed":
+            return WatershedMethod(settings.watershed, thresholds)
+        network = network_source(settings.model, self.device)
+        diameter = None if settings.diameter in (None, "auto") else float(settings.diameter)
+        return CellposeMethod(network, thresholds, diameter, settings.batch_size, settings.niter)
+
+
+def observe_row(job: Job, row: int) -> None:
+    """A row of blocks, one after another: what is kept of each is small, and so is the time."""
+    method, cores = job.method, [job.grid.core((row, j)) for j in range(job.grid.counts[1])]
+    observed = [method.observe(job.read(core), core, job.shape) for core in cores]
+    together = [np.concatenate(channel) for channel in zip(*observed, strict=True)]
+    write(job.file("observed", (row, 0)), lambda path: np.savez(path, *together))
+
+
+def freeze_globals(job: Job) -> None:
+    method = job.method
+    observed = []
+    for row in range(job.grid.counts[0]):
+        with np.load(job.file("observed", (row, 0)), allow_pickle=False) as arrays:
+            observed.append([arrays[name] for name in arrays.files])
+    if isinstance(method, CellposeMethod):
+        if job.settings.diameter == "auto":
+            method.diameter = estimate_diameter(method, job.read, job.shape)
+        frozen = method.freeze(observed, job.shape)
+        if job.settings.tissue_mask:
+            info = image_info(job.path)
+            small = info.levels[-1]
+            picture = read_block(job.path, Box(0, 0, *small), len(info.levels) - 1)
+            frozen = replace(frozen, skipped=tiles_without(tissue_mask(picture, info.is_rgb), frozen.tiles))
+        write_json(job.globals_file, frozen.to_json())
+    else:
+        write_json(job.globals_file, method.freeze(observed, job.shape).to_json())
+
+
+@lru_cache(maxsize=8)
+def read_globals(path: str) -> Any:
+    values = json.loads(Path(path).read_text())
+    return Globals.from_json(values) if "diameter" in values else WatershedMethod.globals_from_json(values)
+
+
+def run_tiles(job: Job, at: Index, tiles: list[int]) -> int:
+    frozen = read_globals(str(job.globals_file))
+    method = job.method
+    assert isinstance(method, CellposeMethod)
+    outputs = method.run(job.read, frozen, tiles)
+    write(job.file("tiles", at), lambda path: _save_tiles(path, len(tiles), outputs))
+    return len(tiles)
+
+
+def _save_tiles(path: Path, count: int, outputs: Iterable[np.ndarray]) -> None:
+    """As ``np.save`` of all in one array, which for small cells is larger than a worker's memory."""
+    header = {"descr": "<f4", "fortran_order": False, "shape": (count, 3, TILE, TILE)}
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for output in outputs:
+            output.tofile(file)
+
+
+class _Outputs(dict[int, Any]):
+    """Network outputs by tile; those on disk are read each time they are asked for, and not kept."""
+
+    def __getitem__(self, tile: int) -> np.ndarray:
+        found = super().__getitem__(tile)
+        return np.array(np.load(found[0], mmap_mode="r")[found[1]]) if isinstance(found, tuple) else found
+
+
+def label_block(job: Job, at: Index, halo: int, sources: list[Index]) -> tuple[SeamReport, int]:
+    frozen, method, grid = read_globals(str(job.globals_file)), job.method, job.grid
+    outputs = _Outputs()
+    for source in sources:
+        tiles = [tile for tile in frozen.tiles.owned(grid.core(source)) if tile not in frozen.skipped]
+        outputs |= {tile: (job.file("tiles", source), n) for n, tile in enumerate(tiles)}
+    known = len(outputs)
+    read: Read = job.read
+    look = method.look(frozen, read, outputs)
+    found, doublings = own_labels(grid.core(at), halo, job.shape, look, method.thresholds)
+    write(job.file("labels", at), lambda path: save(path, found))
+    return SeamReport(redone=int(doublings > 0), repeated=len(outputs) - known), found.extent
+
+
+def largest_extent(job: Job, at: Index) -> int:
+    return load_candidates(job.file("labels", at)).extent
+
+
+def check_blocks(job: Job, group: tuple[Index, ...], steps: int) -> list[tuple[np.ndarray, Box]]:
+    found, thresholds = [], job.method.thresholds
+    for at in group:
+        cells = check_block(load_candidates(job.file("labels", at)), steps, thresholds)
+        write(job.file("cells", at), partial(save, arrays=cells))
+        found.append((cells.anchors[:, 0] * job.shape[1] + cells.anchors[:, 1], cells.reach))
+    return found
+
+
+def paint_block(job: Job, at: Index, sources: list[Index]) -> SeamReport:
+    core = job.grid.core(at)
+    parts = [(load_cells(job.file("cells", source)), np.load(job.file("ids", source))) for source in sources]
+    labels, report = paint_core(parts, core, job.shape)
+    write_labels_block(job.path, job.name, core, labels)
+    return report
+
+
+def save_array(array: np.ndarray, path: Path) -> None:
+    np.save(path, array)
+
+
+def write(path: Path, write: Callable[[Path], None]) -> None:
+    """Write under a temporary name and rename: a file that is there is whole."""
+    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
+    write(temporary)
+    temporary.replace(path)
