@@ -6,15 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numcodecs import Blosc
 from zarr.codecs import BloscCodec, ZstdCodec
 
+from daskcell import images
 from daskcell.errors import InputError
 from daskcell.geometry import Box, Grid
-from daskcell.images import shards
+from daskcell.images import codecs, shards, store
 
 RNG = np.random.default_rng(3)
 CODECS = {
@@ -124,3 +126,72 @@ def test_boxes_that_cut_a_file_are_refused(tmp_path: Path) -> None:
     for box in (Box(0, 0, 16, 32), Box(8, 0, 32, 32), Box(0, 0, 32, 40)):
         with pytest.raises(InputError, match="two tasks would write one file"):
             shards.write_box(array, box, np.zeros((2, *box.shape), np.uint16))
+
+
+class TestZarrs:
+    """The pipeline of the extra ``fast`` reads the same pixels; it must not write."""
+
+    @pytest.fixture(autouse=True)
+    def there(self) -> None:
+        pytest.importorskip("zarrs")
+
+    @pytest.fixture(params=["0.5", "0.4"])
+    def image(self, request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, np.ndarray]:
+        """An image with an empty file, and borders that no chunk ends at."""
+        pixels = RNG.integers(0, 4000, (2, 1300, 700), np.uint16)
+        pixels[:, :512, :512] = 0
+        tifffile.imwrite(tmp_path / "a.ome.tif", pixels, metadata={"axes": "CYX"})
+        images.convert(tmp_path / "a.ome.tif", tmp_path / "a.zarr", version=request.param)
+        return tmp_path / "a.zarr", pixels
+
+    def test_pixels_and_files_are_the_same_with_and_without(
+        self, image: tuple[Path, np.ndarray], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path, pixels = image
+        monkeypatch.setattr(codecs, "zarrs_is_there", lambda: False)
+        plain = store.OmeZarr(str(path))
+        images.convert(path, path.parent / "plain.zarr")
+        monkeypatch.setattr(codecs, "zarrs_is_there", lambda: True)
+        fast = store.OmeZarr(str(path))
+        images.convert(path, path.parent / "fast.zarr")
+        pipelines = [type(one.arrays[0].async_array.codec_pipeline).__name__ for one in (plain, fast)]
+        assert pipelines == ["BatchedCodecPipeline", "ZarrsCodecPipeline"]
+        for box in (
+            Box(0, 0, 1300, 700),
+            Box(0, 0, 10, 10),
+            Box(500, 500, 1200, 700),
+            Box(1299, 699, 1300, 700),
+        ):
+            for one in (plain, fast):
+                np.testing.assert_array_equal(one.read(0, box), pixels[(slice(None), *box.slices)])
+        written = [
+            {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+            for folder in (path.parent / "plain.zarr", path.parent / "fast.zarr")
+        ]
+        assert written[0] == written[1]
+
+    def test_a_file_that_is_not_there_reads_as_zeros(self, image: tuple[Path, np.ndarray]) -> None:
+        path, pixels = image
+        victim = next(path.glob("0/c/0/0/0" if (path / "zarr.json").exists() else "0/1/2/1"))
+        victim.unlink()
+        fast = store.OmeZarr(str(path))
+        got = fast.read(0, Box(0, 0, 1300, 700))
+        assert not np.array_equal(got, pixels)
+        np.testing.assert_array_equal(got[got != pixels], 0)
+
+    @pytest.mark.parametrize("shards_", [None, (1, 32, 32)])
+    def test_why_it_must_not_write(self, tmp_path: Path, shards_: tuple[int, ...] | None) -> None:
+        """It leaves out what is all zero though told not to. If this fails, `codecs` can be had simpler."""
+        options = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "array.write_empty_chunks": True}
+        with zarr.config.set(options):
+            array = zarr.create_array(
+                tmp_path / "a.zarr", shape=(1, 64, 64), chunks=(1, 16, 16), shards=shards_, dtype="uint16"
+            )
+        array[:] = np.zeros(array.shape, array.dtype)
+        assert not (tmp_path / "a.zarr" / "c").exists()
+        ours = zarr.create_array(
+            tmp_path / "b.zarr", shape=(1, 64, 64), chunks=(1, 16, 16), shards=(1, 32, 32), dtype="uint16",
+            compressors=CODECS["zstd"],
+        )  # fmt: skip
+        assert write_all(ours, np.zeros(ours.shape, ours.dtype)) == 4
+        assert len([one for one in (tmp_path / "b.zarr" / "c").rglob("*") if one.is_file()]) == 4

@@ -24,6 +24,7 @@ from zarr.codecs import BloscCodec, ZstdCodec
 from daskcell import places
 from daskcell.errors import ImageError, InputError
 from daskcell.geometry import Box, Grid
+from daskcell.images.codecs import fast_reading
 from daskcell.images.readers import check_inside
 
 CHUNK = 512
@@ -144,7 +145,8 @@ class OmeZarr:
             raise ImageError(f"{self.path} has axes {self.axes}, of which daskcell reads only t, c, z, y, x.")
         self.arrays: list[zarr.Array] = []
         for dataset in scale["datasets"]:
-            array = self.group[dataset["path"]]
+            with fast_reading(self.path):
+                array = self.group[dataset["path"]]
             assert isinstance(array, zarr.Array)
             if array.ndim != len(self.axes) or 0 in array.shape:
                 raise ImageError(f"{self.path} has a level of shape {array.shape} with axes {self.axes}.")
@@ -308,7 +310,8 @@ def grid_of(array: zarr.Array) -> Grid:
 
 def writable(path: str | Path, level: int) -> zarr.Array:
     """One level, opened for writing."""
-    return zarr.open_array(str(path), path=str(level), mode="r+")
+    with fast_reading(str(path)):
+        return zarr.open_array(str(path), path=str(level), mode="r+")
 
 
 def level_of(group: zarr.Group, level: int) -> zarr.Array:
