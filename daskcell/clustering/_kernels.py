@@ -26,6 +26,23 @@ def row_hashes(bits, seed):  # pragma: no cover (compiled)
 
 
 @njit(cache=True, nogil=True)
+def moments(rows):  # pragma: no cover (compiled)
+    """Mean of each feature of ``(n, d)`` rows, n > 0, and sum of squared deviations from it: float64 each."""
+    n, d = rows.shape
+    mean = np.zeros(d, np.float64)
+    squares = np.zeros(d, np.float64)
+    for i in range(n):
+        for j in range(d):
+            mean[j] += np.float64(rows[i, j])
+    mean /= n
+    for i in range(n):
+        for j in range(d):
+            difference = np.float64(rows[i, j]) - mean[j]
+            squares[j] += difference * difference
+    return mean, squares
+
+
+@njit(cache=True, nogil=True)
 def project(rows, mean, factor, axes, unit, parts, steps):  # pragma: no cover (compiled)
     """``((rows - mean) * factor) @ axes``, each part to length 1 if asked; ``(n, d)`` float32 to ``(n, c)``
     float32, in whole multiples of `steps` (c,)."""

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from daskcell.clustering.choose import choose_k
 from daskcell.clustering.engines import incremental, inertia, rounds
 from daskcell.clustering.model import ClusterModel
-from daskcell.clustering.nearest import Nearest, one_thread, steps
-from daskcell.clustering.rows import ArrayRows, FileRows, Rows, cut, gather, in_order, survey
+from daskcell.clustering.nearest import Nearest, steps
+from daskcell.clustering.rows import ArrayRows, FileRows, Rows, cut, finite, gather, in_order, survey
 from daskcell.errors import InputError
 
 if TYPE_CHECKING:
@@ -127,8 +128,7 @@ def reduce_to_file(i: int, block: Rows, model: ClusterModel, folder: str) -> tup
 
 def usable(block: Rows, model: ClusterModel) -> np.ndarray:
     """Scaled and projected rows of a block, without those with missing features."""
-    rows = block.read()
-    return model.transform(rows[np.isfinite(rows).all(axis=1)])
+    return model.transform(finite(block.read())[1])
 
 
 def fit_blocks(
@@ -163,7 +163,7 @@ def fit_blocks(
             "Choose a smaller k or give more images."
         )
     sample = gather(blocks, seen.sample, seed, workers)
-    with one_thread():
+    with threadpool_limits(1):  # more threads give scikit-learn's sums other last bits
         kinds = kinds or [Kind(sample.shape[1], standardise)]
         model = _prepare(sample, seen.mean, seen.deviation, kinds, components, unit_length)
         model.steps_ = steps(model.transform(sample))
@@ -177,7 +177,7 @@ def fit_blocks(
         if block is not None and n:
             reduced.append(block)
             sizes.append(n)
-    with one_thread():
+    with threadpool_limits(1):  # more threads give scikit-learn's sums other last bits
         if engine == "incremental":
             centers = incremental(reduced, sizes, centers, seed, workers)
         else:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -92,11 +94,16 @@ class Nearest:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Matrix products in one thread: workers are many already, and sums change in the last bits with it."""
-    from threadpoolctl import threadpool_limits
-
-    with threadpool_limits(1):
+    """NumPy's matrix products in one thread: the workers are many already."""
+    with _products().limit(limits=1):
         yield
+
+
+@lru_cache(maxsize=1)
+def _products() -> Any:
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController().select(user_api="blas")  # looking for it takes as long as a block of rows
 
 
 def steps(rows: np.ndarray) -> np.ndarray:

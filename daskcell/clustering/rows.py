@@ -173,14 +173,17 @@ def _survey_block(
     _: int, block: Rows, size: int, seed: int
 ) -> tuple[int, int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     rows = block.read()
-    good = np.flatnonzero(np.isfinite(rows).all(axis=1))
-    usable = np.ascontiguousarray(rows[good])
+    good, usable = finite(rows)
     hashes = content_hashes(usable, seed)
     smallest = np.argsort(hashes, kind="stable")[:size]
-    values = usable.astype(np.float64)
-    mean = values.mean(axis=0) if len(good) else np.zeros(rows.shape[1])
-    squares = ((values - mean) ** 2).sum(axis=0)
+    mean, squares = _kernels.moments(usable) if len(good) else np.zeros((2, rows.shape[1]))
     return len(good), len(rows) - len(good), mean, squares, hashes[smallest], good[smallest]
+
+
+def finite(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the rows without NaN and infinity, and these rows; no copy if it is all."""
+    good = np.flatnonzero(np.isfinite(rows).all(axis=1))
+    return good, rows if len(good) == len(rows) else np.ascontiguousarray(rows[good])
 
 
 def content_hashes(rows: np.ndarray, seed: int) -> np.ndarray:
