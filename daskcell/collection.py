@@ -28,6 +28,7 @@ from daskcell.images.sources import Source
 from daskcell.keys import cluster_key
 from daskcell.lock import Lock
 from daskcell.progress import Progress
+from daskcell.segmentation.memory import refuse_too_little_memory
 from daskcell.slide import Job, Outcome, missing_stages, process_batch, process_slide, sentence, trace
 from daskcell.study import CLUSTERS, Study
 from daskcell.transfer import Given, origin, set_named_aside
@@ -396,10 +397,12 @@ class LazyWorkers:
         if self._workers is None:
             seconds = self._config.compute.task_seconds
             if self._client is not None:
-                self._workers = Workers(self._client, on_task=self._on_task, task_seconds=seconds)
+                workers = Workers(self._client, on_task=self._on_task, task_seconds=seconds)
             else:
                 started = self._stack.enter_context(start_workers(self._config.compute))
-                self._workers = started.watched(self._on_task, seconds)
+                workers = started.watched(self._on_task, seconds)
+            refuse_too_little_memory(workers.memory, self._config.compute.block)
+            self._workers = workers
         return self._workers
 
 

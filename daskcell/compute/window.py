@@ -80,6 +80,14 @@ class Workers:
         return self._look()[1]
 
     @property
+    def memory(self) -> int | None:
+        """Bytes of the worker with the least; None: no limit, none there yet, or this process."""
+        if self.client is None:
+            return None
+        workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
+        return min((worker["memory_limit"] for worker in workers if worker["memory_limit"]), default=None)
+
+    @property
     def alive(self) -> bool:
         """Whether the scheduler still answers (always True in this process)."""
         return self.client is None or self.client.status == "running"

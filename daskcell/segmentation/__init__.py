@@ -4,8 +4,8 @@ tiles, rescale, globals     the whole picture's coordinates and facts
 network, dynamics           tiles through the network; pixels along the flows
 methods                     Cellpose, watershed, or any function of a block
 cells, flowcheck            ownership, checks, painting
-lazy, engine                the two drivers: dask arrays, and OME-Zarr on disk
-seams                       what the cutting did (it should be nothing)
+lazy, engine, tasks         the two drivers: dask arrays; OME-Zarr on disk, and what its workers do
+seams, memory               what the cutting did (it should be nothing), and what a block takes
 """
 
 from daskcell.segmentation.lazy import segment
