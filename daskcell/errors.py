@@ -44,5 +44,9 @@ class ComputeError(DaskcellError):
     """The machine asked for is not there."""
 
 
+class MemoryWarning(UserWarning):
+    """An image takes more memory than others do, since its file can only be read whole."""
+
+
 class DriftWarning(UserWarning):
     """New cells lie far from those a model was fitted on: what their groups mean is in doubt."""

@@ -17,7 +17,7 @@ import daskcell as dc
 from daskcell import images
 from daskcell.compute import start_workers
 from daskcell.config import ComputeSettings
-from daskcell.errors import InputError
+from daskcell.errors import InputError, MemoryWarning
 from daskcell.geometry import Box, Grid
 from daskcell.images import conversion, store
 from daskcell.images.levels import plan_levels
@@ -291,3 +291,22 @@ def test_either_version_opens_in_naparis_reader(written) -> None:
     assert options["name"].endswith("clusters")
     assert options["colormap"][1] == [1.0, 0.0, 0.0, 1.0]
     assert list(options["properties"]["name"]) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"compression": "zlib"}, {"compression": "zlib", "rowsperstrip": 64}]
+)
+def test_a_large_single_strip_is_announced_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict
+) -> None:
+    monkeypatch.setattr(conversion, "MEMORY_BYTES", 8 * 100_000)
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((400, 300), np.uint8), **({"rowsperstrip": 400} | options))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        dc.convert(tmp_path / "a.tif", tmp_path / "a.zarr")
+    told = [str(one.message) for one in caught if one.category is MemoryWarning]
+    if options == {"compression": "zlib"}:
+        (sentence,) = told
+        assert sentence.startswith(f"{tmp_path / 'a.tif'} is one compressed piece")
+    else:
+        assert not told

@@ -6,6 +6,7 @@ reading. What has the final name is complete (see `target`).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, partial
 from itertools import takewhile
@@ -15,14 +16,15 @@ from typing import Any
 import numpy as np
 import zarr
 
+from daskcell import places
 from daskcell.config import InputSettings
-from daskcell.errors import DaskcellError
+from daskcell.errors import DaskcellError, MemoryWarning
 from daskcell.geometry import Box, Grid
 from daskcell.images import metadata, store
 from daskcell.images.levels import Level, downscale_block, halved_box, plan_levels
 from daskcell.images.pyramid import halve_mean
 from daskcell.images.readers import Reader
-from daskcell.images.sandbox import open_safely
+from daskcell.images.sandbox import MEMORY_BYTES, open_safely
 from daskcell.images.shards import Position, write_box
 from daskcell.images.sources import Source
 from daskcell.images.summary import Part, Summary, describe, remember
@@ -69,6 +71,7 @@ def convert_slide(
         height, width = reader.levels[0]
         strips = reader.piece[1] >= width and reader.piece[0] < height
         levels = plan_levels(reader.levels, count, dtype, strips=strips)
+        _announce(source, reader)
         header = metadata.Header(source.name, reader.channels, reader.pixel_size, reader.is_rgb)
     finally:
         reader.close()
@@ -102,6 +105,20 @@ def convert_slide(
         "files": summary.files,
         "fingerprint": fingerprint,
     }
+
+
+def _announce(source: Source, reader: Reader) -> None:
+    """Warn of a file that is one large compressed piece: a worker must hold all of it, at any block size."""
+    height, width = reader.piece
+    size = height * width * len(reader.channels) * reader.dtype.itemsize
+    whole = height >= reader.levels[0][0] and width >= reader.levels[0][1]
+    if whole and size > MEMORY_BYTES // 8 and size > sum(places.version(f)[0] for f in source.files):
+        warnings.warn(
+            f"{', '.join(source.files)} is one compressed piece, which every task must read as a whole: that takes "
+            f"{2 * size / 1e9:.1f} GB and time, and would not if it were saved in tiles or strips.",
+            MemoryWarning,
+            stacklevel=3,
+        )
 
 
 def _stages(
