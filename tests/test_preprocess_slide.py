@@ -7,13 +7,20 @@ import pytest
 import tifffile
 from scipy import ndimage
 
+import daskcell.preprocess.engine
 import daskcell.preprocess.surveys
 from daskcell import images
 from daskcell.compute import Workers
-from daskcell.config import GaussianSettings, HistogramSettings, PreprocessSettings
+from daskcell.config import BackgroundSettings, GaussianSettings, HistogramSettings, PreprocessSettings
 from daskcell.errors import ConfigError, InputError
 from daskcell.images import convert, open_image
-from daskcell.preprocess import apply_block, freeze, freeze_slide, preprocess_slide_to_tiff
+from daskcell.preprocess import (
+    apply_block,
+    freeze,
+    freeze_slide,
+    preprocess_slide,
+    preprocess_slide_to_tiff,
+)
 
 
 @pytest.fixture(scope="module", params=[np.uint8, np.uint16, np.float32], ids=lambda d: np.dtype(d).name)
@@ -67,6 +74,38 @@ def test_the_tif_is_the_preprocessed_picture(slide, tmp_path):
         np.moveaxis(tifffile.imread(tmp_path / "made" / "x.tif"), -1, 0), apply_block(x, plan)
     )
     assert [f.name for f in (tmp_path / "made").iterdir()] == ["x.tif"]
+
+
+@pytest.mark.parametrize("workers", [None, Workers()], ids=["loop", "window"])
+def test_a_slide_becomes_the_preprocessed_slide(slide, tmp_path, workers):
+    path, x = slide
+    even = BackgroundSettings(radius=30)
+    plan = freeze_slide(path, PreprocessSettings(background=even, gaussian=GaussianSettings(sigma=2.0)))
+    preprocess_slide(path, plan, tmp_path / "made.zarr", workers)
+    made = open_image(tmp_path / "made.zarr")
+    np.testing.assert_array_equal(made.data.compute(), apply_block(x, plan))
+    assert made.is_rgb
+    assert len(images.image_info(tmp_path / "made.zarr").levels) == 2
+    with pytest.raises(InputError, match="exists already"):
+        preprocess_slide(path, plan, tmp_path / "made.zarr")
+
+
+def test_a_failed_slide_leaves_nothing(slide, tmp_path, monkeypatch):
+    path, _ = slide
+    monkeypatch.setattr(daskcell.preprocess.engine, "apply_block", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        preprocess_slide(path, freeze_slide(path), tmp_path / "made.zarr")
+    assert not list(tmp_path.iterdir())
+
+
+def test_blocks_are_counted_with_their_halo(slide, monkeypatch):
+    """What lies below the cells is the same for blocks of 256 pixels and for the whole."""
+    path, x = slide
+    settings = PreprocessSettings(background=BackgroundSettings(radius=40))
+    monkeypatch.setattr(daskcell.preprocess.surveys, "COUNT_BLOCK", 256)
+    blocks = freeze_slide(path, settings)
+    monkeypatch.setattr(daskcell.preprocess.surveys, "COUNT_BLOCK", 4096)
+    assert freeze(x, settings) == blocks
 
 
 def test_channels_that_are_not_three_become_pages(slide, tmp_path):

@@ -36,6 +36,24 @@ def convert(
 
 
 @app.command()
+def flat(
+    pictures: Annotated[str, typer.Argument(help="Folder or pattern of pictures one camera took.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Picture to write.")] = Path("flat.tif"),
+    dark: Annotated[float, typer.Option(min=0.0, help="What the camera gives without light.")] = 0.0,
+) -> None:
+    """Find how a microscope's light falls off, from many pictures; for preprocess.background.flat."""
+    import tifffile
+
+    from daskcell.images.target import refuse_existing
+    from daskcell.preprocess import estimate_flat
+
+    refuse_existing(out)
+    field = estimate_flat(pictures, dark)
+    tifffile.imwrite(out, field, photometric="minisblack", metadata={"axes": "CYX"}, ome=True)
+    print(f"{out}: use it with -s preprocess.background.flat={out} -s preprocess.background.dark={dark:g}")
+
+
+@app.command()
 def segment(
     source: Annotated[str, typer.Argument(help="A picture, or a folder with one file per channel.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="OME-Zarr to write; the cells are labels/cells.")],

@@ -8,12 +8,13 @@ plan                 all steps of one image, frozen, and `apply_block`
 surveys, freezing    reading an image for its statistics; from settings to a plan: `freeze`, `freeze_slide`
 flat                 the flat field of a camera, from many pictures
 graphs, lazy         the same on dask arrays: `reconstruct`, `adjust_histogram`, `gaussian`, ...
-export               from disk to disk
+engine, export       from disk to disk: OME-Zarr, TIFF
 """
 
 from __future__ import annotations
 
 from daskcell.preprocess.colors import auto_colors
+from daskcell.preprocess.engine import preprocess_slide
 from daskcell.preprocess.export import preprocess_slide_to_tiff
 from daskcell.preprocess.flat import estimate_flat
 from daskcell.preprocess.freezing import freeze, freeze_slide
@@ -39,6 +40,7 @@ __all__ = [
     "freeze_slide",
     "gaussian",
     "preprocess",
+    "preprocess_slide",
     "preprocess_slide_to_tiff",
     "reconstruct",
 ]

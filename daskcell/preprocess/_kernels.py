@@ -7,7 +7,7 @@ from numba import njit
 
 
 @njit(cache=True, nogil=True)
-def correlate_symmetric(plane, weights, between, out):  # pragma: no cover (compiled)
+def correlate_symmetric(plane, weights, between, out, rounded):  # pragma: no cover (compiled)
     """Correlate rows and columns with symmetric weights, reflected at the border (``d c b a | a b c d``).
 
     Sums run from the outermost weights inwards, in double precision and without contraction: those of
@@ -15,22 +15,34 @@ def correlate_symmetric(plane, weights, between, out):  # pragma: no cover (comp
 
     Parameters
     ----------
-    plane : (h, w) float64
+    plane : (h, w) array of numbers
     weights : (r + 1,) float64
         From the middle outwards.
     between : (w + 2 r,) float32 or float64
         Room for a row; its type is what the first axis' sums are kept in.
     out : (h, w), written
+    rounded : bool
+        Round to nearest, for integers.
     """
     height, width = plane.shape
     reach = len(weights) - 1
     total = np.empty(width, np.float64)
-    for y in range(height):
-        row = plane[y]
+    rows = np.empty(
+        (2 * reach + 1, width), np.float64
+    )  # of the plane, the one that is row y at y % (2 r + 1)
+    count = 2 * reach + 1
+    for y in range(-reach, height + reach):
+        source, target = plane[_reflect(y, height)], rows[y % count]
+        for x in range(width):
+            target[x] = source[x]
+        if y < reach:
+            continue
+        middle = y - reach
+        row = rows[middle % count]
         for x in range(width):
             total[x] = row[x] * weights[0]
         for k in range(reach, 0, -1):
-            above, below, weight = plane[_reflect(y - k, height)], plane[_reflect(y + k, height)], weights[k]
+            above, below, weight = rows[(middle - k) % count], rows[(middle + k) % count], weights[k]
             for x in range(width):
                 total[x] += (above[x] + below[x]) * weight
         for x in range(width):
@@ -44,8 +56,12 @@ def correlate_symmetric(plane, weights, between, out):  # pragma: no cover (comp
             weight = weights[k]
             for x in range(width):
                 total[x] += (np.float64(between[reach + x - k]) + np.float64(between[reach + x + k])) * weight
-        for x in range(width):
-            out[y, x] = total[x]
+        if rounded:
+            for x in range(width):
+                out[middle, x] = np.rint(total[x])
+        else:
+            for x in range(width):
+                out[middle, x] = total[x]
 
 
 @njit(inline="always")

@@ -206,13 +206,16 @@ def smooth(block: np.ndarray, sigma: float) -> np.ndarray:
     weights = np.exp(-0.5 / (sigma * sigma) * offsets**2)
     weights = (weights / weights.sum())[reach:]
     kind = block.dtype if block.dtype.kind == "f" else np.dtype(np.float64)
-    out = np.empty_like(block)
     between = np.empty(block.shape[2] + 2 * reach, kind)
-    exact = np.empty(block.shape[1:], kind)
+    out = np.empty_like(block, order="C")
     for target, plane in zip(out, block, strict=True):
-        correlate_symmetric(plane.astype(np.float64), weights, between, exact)
-        # SciPy would round integers down after each axis.
-        target[...] = to_dtype(exact, block.dtype)
+        if block.dtype.kind == "f" or is_small(block.dtype):
+            # SciPy would round integers down after each axis.
+            correlate_symmetric(plane, weights, between, target, block.dtype.kind != "f")
+        else:
+            exact = np.empty(plane.shape, np.float64)
+            correlate_symmetric(plane, weights, between, exact, False)
+            target[...] = to_dtype(exact, block.dtype)
     return out
 
 
