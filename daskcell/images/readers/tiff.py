@@ -13,6 +13,7 @@ nobody names are channels up to `PAGES_AS_CHANNELS` of them, and planes of a sta
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections import OrderedDict
@@ -27,8 +28,8 @@ from numpy.typing import NDArray
 from daskcell import places
 from daskcell.errors import ImageError, InputError
 from daskcell.geometry import Box
-from daskcell.images.readers import ZChoice, check_inside, guarded, tiffmeta
-from daskcell.images.readers.tiffcheck import Complaints, check_data, check_page
+from daskcell.images.readers import ZChoice, check_inside, guarded, tiffmeta, tiffstreams
+from daskcell.images.readers.tiffcheck import check_data, check_page, check_pages
 
 SUFFIXES = (
     ".tif",
@@ -44,6 +45,8 @@ SUFFIXES = (
     ".qptiff",
     ".bif",
 )
+logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what is wrong is told by errors
+
 PAGES_AS_CHANNELS = 8
 CACHE_BYTES = 64 * 2**20
 """Decoded strips kept, so that neighbouring boxes do not decode them again."""
@@ -99,12 +102,8 @@ class TiffReader:
         self._stream: Any = places.open_file(path) if self.remote else path
         self.file = tifffile.TiffFile(self._stream, name=Path(path).name if self.remote else None)
         try:
-            with Complaints() as complaints:
-                self._open(t, z)
-                if not self.file.is_ndpi:  # whose last page points to vendor data
-                    len(self.file.pages)  # makes tifffile go through all of them
-            if complaints.lost_pages:
-                raise ImageError(f"Cannot read {path}: pages may be lost ({complaints.lost_pages}).")
+            check_pages(self.file, path)
+            self._open(t, z)
         except BaseException:
             self.close()
             raise
@@ -310,6 +309,8 @@ class TiffReader:
                 continue
             covers = Box(y, x, y + piece.shape[0], x + piece.shape[1])
             part = covers & box
+            if part != Box(y, x, y + height, x + width) & box:
+                raise ImageError(f"Cannot read {self.path}: a piece of it is too small, data are missing.")
             pixels = piece[part.within(covers)]
             rows, columns = part.within(box)
             if planar:
@@ -346,13 +347,30 @@ class TiffReader:
         options: dict[str, Any] = {}
         if int(key.compression) in _JPEG:
             options = {"jpegtables": page.jpegtables, "jpegheader": key.jpegheader}
-        decoded, _, _ = key.decode(data, index, **options)
+        decoded = self._decode(key, data, index, options)
         piece = decoded.reshape(decoded.shape[-3:])
         if not key.is_tiled and decoded.nbytes <= CACHE_BYTES // 2:
             self._strips[name] = piece
             while sum(strip.nbytes for strip in self._strips.values()) > CACHE_BYTES:
                 self._strips.popitem(last=False)
         return piece
+
+    def _decode(self, key: Any, data: bytes, index: int, options: dict[str, Any]) -> NDArray:
+        """One tile or strip; refuses data that end early."""
+        compression, reverse = int(key.compression), key.fillorder == 2
+        size = math.prod(key.chunks) * key.dtype.itemsize
+        abbreviated = bool(options.get("jpegheader"))
+        reason = tiffstreams.defect(data, compression, size, reverse_bits=reverse, abbreviated=abbreviated)
+        if reason:
+            raise ImageError(f"Cannot read {self.path}: damaged, {reason}.")
+
+        def decode(encoded: bytes) -> NDArray:
+            return np.asarray(key.decode(encoded, index, **options)[0])
+
+        decoded = decode(data)
+        if tiffstreams.runs_out(data, compression, decoded, decode, reverse_bits=reverse):
+            raise ImageError(f"Cannot read {self.path}: damaged, a fax piece of it is too short.")
+        return decoded
 
     def _read_raw(self, series: Any, number: int, box: Box, planar: bool) -> NDArray:
         """Part of a page of a file whose pixels lie uncompressed one after another."""

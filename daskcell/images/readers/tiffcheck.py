@@ -5,33 +5,37 @@ tifffile opens many damaged files, and gives zeros for what is not there: that m
 
 from __future__ import annotations
 
-import logging
 import math
+import struct
 from typing import Any
 
 from daskcell.errors import ImageError
 
 
-class Complaints(logging.Handler):
-    """What tifffile says on its logger while it goes on: some of it means that pages are lost."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.lost_pages = ""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        if "circular reference" in message or "invalid page offset" in message:
-            self.lost_pages = "a page points to itself or to no page"
-
-    def __enter__(self) -> Complaints:
-        logger = logging.getLogger("tifffile")
-        logger.addHandler(self)
-        logger.propagate = False
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        logging.getLogger("tifffile").removeHandler(self)
+def check_pages(file: Any, path: str) -> None:
+    """Refuse a file whose chain of pages breaks off, or leads back: tifffile would leave out what follows."""
+    handle, tiff = file.filehandle, file.tiff
+    if tiff.is_ndpi:  # whose last page points to vendor data
+        return
+    seen: set[int] = set()
+    handle.seek(4 if tiff.offsetsize == 4 else 8)
+    at = tiff.offsetsize
+    (offset,) = struct.unpack(tiff.offsetformat, handle.read(at))
+    while offset:
+        if offset in seen:
+            raise ImageError(f"Cannot read {path}: damaged, a page points back to one before.")
+        seen.add(offset)
+        count = b""
+        if offset < handle.size:
+            handle.seek(offset)
+            count = handle.read(tiff.tagnosize)
+        if len(count) == tiff.tagnosize:
+            (tags,) = struct.unpack(tiff.tagnoformat, count)
+            handle.seek(offset + tiff.tagnosize + tags * tiff.tagsize)
+            following = handle.read(at)
+        if len(count) < tiff.tagnosize or len(following) < at:
+            raise ImageError(f"Cannot read {path}: the file is truncated, a page lies beyond its end.")
+        (offset,) = struct.unpack(tiff.offsetformat, following)
 
 
 def check_page(page: Any, path: str) -> None:
@@ -98,7 +102,7 @@ def _check_segments(page: Any, path: str) -> None:
     for offset, count in zip(offsets[:segments], counts[:segments], strict=True):
         if offset == 0 and count == 0:
             continue  # a legal empty tile: zeros
-        if count == 0 or offset == 0:
+        if count == 0 or offset < 8:
             raise ImageError(f"Cannot read {path}: a piece of the picture is empty (0 bytes).")
         if offset + count > end:
             raise ImageError(f"Cannot read {path}: the file is truncated.")

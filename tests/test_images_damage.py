@@ -1,0 +1,209 @@
+"""Damage put into sound TIFF files: refused in one sentence, or the sound file's pixels; never filled up."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+
+from daskcell.errors import ImageError
+from daskcell.geometry import Box
+from daskcell.images.readers import open_reader, tiffstreams
+
+STRIPS, TILES = {"rowsperstrip": 20}, {"tile": (64, 48)}
+SOUND: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
+    f"{codec} {'tiles' if layout is TILES else 'strips'} {dtype}": (
+        dtype,
+        (150, 170),
+        {**layout, "compression": codec, "predictor": predictor},
+    )
+    for codec in ("lzw", "zlib", "zstd", "lzma")
+    for layout in (STRIPS, TILES)
+    for dtype, predictor in (("uint8", 1), ("uint16", 2), ("float32", 3))
+}
+SOUND |= {
+    "packbits": ("uint8", (150, 170), {**STRIPS, "compression": "packbits"}),
+    "bits": ("bool", (150, 170), {**STRIPS, "compression": "packbits"}),
+    "jpeg": ("uint8", (150, 170), {"rowsperstrip": 32, "compression": "jpeg"}),
+    "colour jpeg": ("uint8", (150, 170, 3), {"tile": (64, 64), "compression": "jpeg", "photometric": "rgb"}),
+    "webp": ("uint8", (150, 170, 3), {"tile": (64, 64), "compression": "webp", "photometric": "rgb"}),
+    "jpeg2000": ("uint8", (150, 170), {"tile": (64, 64), "compression": "jpeg2000"}),
+    "jpegxl": ("uint8", (150, 170), {"tile": (64, 64), "compression": "jpegxl"}),
+    "png": ("uint16", (150, 170), {"tile": (64, 64), "compression": "png"}),
+    "planes": ("uint8", (3, 150, 170), {**STRIPS, "compression": "lzw", "planarconfig": "separate"}),
+    "big": ("uint16", (150, 170), {"bigtiff": True, "compression": "zlib", "tile": (64, 64)}),
+    "pages": ("uint16", (3, 150, 170), {**STRIPS, "compression": "zlib"}),
+    "raw pages": ("uint16", (3, 150, 170), {}),
+    "turned": ("uint8", (150, 170), {**STRIPS, "compression": "lzw", "extratags": [(274, 3, 1, 6, True)]}),
+}
+
+
+def picture(dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Waves and some noise: nothing that is zero, and nothing that compresses to nothing."""
+    rng = np.random.default_rng(3)
+    axes = [np.arange(side) for side in shape]
+    wave = sum(np.sin(a.reshape(-1, *[1] * (len(shape) - k - 1)) / 9 + k) for k, a in enumerate(axes))
+    values = 0.2 + 0.7 * (wave + len(shape)) / (2 * len(shape)) + rng.random(shape) * 0.05
+    if dtype == "bool":
+        return values > 0.55
+    return (values * {"u": 250, "f": 1}[np.dtype(dtype).kind]).astype(dtype)
+
+
+def written(name: str) -> bytes:
+    dtype, shape, options = SOUND[name]
+    if options.get("planarconfig"):
+        options = {**options, "photometric": "rgb"}
+    file = io.BytesIO()
+    tifffile.imwrite(file, picture(dtype, shape), **{"photometric": "minisblack", **options})
+    return file.getvalue()
+
+
+def pixels(path: Path, content: bytes) -> np.ndarray:
+    path.write_bytes(content)
+    reader = open_reader(path)
+    try:
+        return reader.read(0, Box(0, 0, *reader.levels[0]))
+    finally:
+        reader.close()
+
+
+def segments(content: bytes | bytearray) -> list[tuple[int, int]]:
+    with tifffile.TiffFile(io.BytesIO(content)) as file:
+        pages = file.series[0].pages
+        return [pair for page in pages for pair in zip(page.dataoffsets, page.databytecounts, strict=True)]
+
+
+def count_place(content: bytes, rng: np.random.Generator) -> tuple[int, str]:
+    """Where in the file one of the counts of bytes stands, and its format."""
+    with tifffile.TiffFile(io.BytesIO(content)) as file:
+        tags = file.pages[0].tags
+        tag = tags[279] if 279 in tags else tags[325]
+        form = {3: "H", 4: "I", 16: "Q"}[int(tag.dtype)]
+        return tag.valueoffset + int(rng.integers(tag.count)) * struct.calcsize(form), form
+
+
+def damaged(content: bytes, kind: str, rng: np.random.Generator) -> bytes:
+    start, count = segments(content)[rng.integers(len(segments(content)))]
+    changed = bytearray(content)
+    if kind == "cut":
+        return content[: rng.integers(9, len(content))]
+    if kind == "zeros":
+        changed[start : start + count] = bytes(count)
+    if kind == "zeros at the end":
+        kept = int(count * rng.uniform(0.1, 0.9))
+        changed[start + kept : start + count] = bytes(count - kept)
+    if kind == "short":
+        place, form = count_place(content, rng)
+        (value,) = struct.unpack_from("<" + form, content, place)
+        struct.pack_into("<" + form, changed, place, max(1, int(value * rng.uniform(0.1, 0.95))))
+    if kind == "flips":
+        for _ in range(3):
+            changed[start + rng.integers(count)] ^= 1 << rng.integers(8)
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_missing_data_are_never_filled_up(tmp_path: Path, name: str) -> None:
+    """What is missing (cut, never written, a count too small) is refused.
+
+    Not tested, since nothing in the file tells: zeros among raw pixels, single bits where the codec has no
+    checksum.
+    """
+    rng = np.random.default_rng(0)
+    content = written(name)
+    expected = pixels(tmp_path / "sound.tif", content)
+    raw = name.startswith("raw")
+    kinds = ["cut"] if raw else ["cut", "zeros", "zeros at the end", "short"]
+    if SOUND[name][2].get("compression") in ("zlib", "lzma", "png"):
+        kinds.append("flips")
+    refused: Counter[str] = Counter()
+    for kind in kinds:
+        for _ in range(6):
+            try:
+                got = pixels(tmp_path / "damaged.tif", damaged(content, kind, rng))
+            except ImageError as error:
+                refused[kind] += "damaged.tif" in str(error) and "\n" not in str(error)
+                continue
+            np.testing.assert_array_equal(got, expected, err_msg=kind)
+    assert all(refused[kind] >= 4 for kind in kinds), refused
+
+
+@pytest.mark.parametrize("codec", ["jpeg", "webp", "jpeg2000"])
+def test_without_the_check_of_streams_their_ends_are_made_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str
+) -> None:
+    """The control: what decoders give for data that end in zeros passes for a picture."""
+    content = written(codec)
+    expected = pixels(tmp_path / "sound.tif", content)
+    monkeypatch.setattr(tiffstreams, "defect", lambda *_, **__: "")
+    rng = np.random.default_rng(0)
+    wrong = 0
+    for _ in range(10):
+        try:
+            got = pixels(tmp_path / "damaged.tif", damaged(content, "zeros at the end", rng))
+        except ImageError:
+            continue
+        wrong += got.shape == expected.shape and bool((got != expected).any())
+    assert wrong
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["", "fill order 2"])
+@pytest.mark.parametrize("compression", ["group4", "group3", "tiff_ccitt"])
+def test_fax_that_ends_early_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: str, reverse: bool
+) -> None:
+    """Fax decoders give white for what is missing."""
+    from PIL import Image
+
+    bits = picture("bool", (150, 170))
+    order = {"tiffinfo": {266: 2}} if reverse else {}
+    Image.fromarray(bits).save(tmp_path / "a.tif", compression=compression, **order)
+    content = (tmp_path / "a.tif").read_bytes()
+    ((start, count),) = segments(content)
+    encoded = content[start : start + count]
+
+    def read(strip: bytes) -> np.ndarray:
+        return pixels(tmp_path / "b.tif", content[:start] + strip + content[start + count :])[0]
+
+    np.testing.assert_array_equal(read(encoded), bits)
+    wrong = 0
+    for kept in np.random.default_rng(0).integers(1, count - 3, 20):
+        with pytest.raises(ImageError, match=r"fax piece|damaged"):
+            read(encoded[:kept] + bytes(count - kept))
+        with monkeypatch.context() as patch, contextlib.suppress(ImageError):
+            patch.setattr(tiffstreams, "defect", lambda *_, **__: "")
+            patch.setattr(tiffstreams, "runs_out", lambda *_, **__: False)
+            wrong += bool((read(encoded[:kept] + bytes(count - kept)) != bits).any())
+    assert wrong > 15  # without the checks
+
+
+@pytest.mark.parametrize("name", ["jpeg", "colour jpeg", "webp", "jpeg2000", "lzw strips uint8"])
+def test_padding_after_the_end_is_let_pass(tmp_path: Path, name: str) -> None:
+    """Some writers fill up compressed tiles."""
+    content = written(name)
+    with tifffile.TiffFile(io.BytesIO(content)) as file:
+        codec = int(file.pages[0].compression)
+    for start, count in segments(content):
+        data = content[start : start + count]
+        for padding in (b"", bytes(tiffstreams.MOST_PADDING - 1)):
+            assert not tiffstreams.defect(data + padding, codec, 0, reverse_bits=False, abbreviated=False)
+
+
+def test_pages_that_are_lost_or_lead_back_are_refused(tmp_path: Path) -> None:
+    content = written("pages")
+    with tifffile.TiffFile(io.BytesIO(content)) as file:
+        first, second, _ = (page.offset for page in file.pages)
+        place = first + 2 + len(file.pages[0].tags) * 12
+    assert struct.unpack_from("<I", content, place) == (second,)
+    for target, reason in ((len(content) + 5, "beyond its end"), (first, "points back"), (3, "Cannot read")):
+        changed = bytearray(content)
+        struct.pack_into("<I", changed, place, target)
+        with pytest.raises(ImageError, match=reason):
+            pixels(tmp_path / "a.tif", bytes(changed))
