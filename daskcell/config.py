@@ -186,7 +186,8 @@ class SegmentSettings(Settings):
 
 class FeatureSettings(Settings):
     encoder: str = "tiny"
-    """``tiny`` (embedded), any torchvision name (``resnet152``), or a TorchScript or torch.export file."""
+    """``tiny`` (embedded), any torchvision name (``resnet152``), ``timm:NAME``, or a TorchScript or
+    torch.export file."""
     layer: Literal["output", "pool"] = "output"
     """The network's outputs (1000 for ImageNet's), or the vector before its last layer (2048)."""
     size: Annotated[int, Field(ge=8)] | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,11 +14,14 @@ from daskcell.features.crops import (
     Framing,
     background_sample,
     crop_batches,
+    cut_cells,
     freeze_framing,
     resize,
+    resize_together,
     sample_boxes,
     three_channels,
 )
+from daskcell.features.encoders import Encoder
 from daskcell.features.objects import block_records, merge_records, plan_readings
 from daskcell.geometry import Box, Grid
 
@@ -171,3 +176,31 @@ def test_samples_cover_a_small_image_and_bound_a_large_one():
     assert sum(np.prod([-(-side // step) for side in box.shape]) for box in boxes) < 1.1 * 2**20
     assert boxes[-1].y1 == 100_000
     assert boxes[-1].x1 == 80_000
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_crops_resized_together_equal_those_resized_one_by_one(size):
+    """What a GPU does, here on the CPU: crops that grow, shrink and stay."""
+    rng = np.random.default_rng(0)
+    crops = [rng.random((3, side, side)).astype(np.float32) for side in (1, 5, 16, 23, 64, 150)]
+    together = resize_together(crops, size, "cpu").numpy()
+    assert together.shape == (6, 3, size, size)
+    for got, crop in zip(together, crops, strict=True):
+        np.testing.assert_allclose(got, resize(crop, size), atol=2e-5)
+
+
+def test_an_encoder_on_a_device_sees_the_same_crops():
+    image, labels = two_cells()
+    frame = framing(size=24, margin=0.1)
+    seen = []
+
+    def see(batch):
+        seen.append(np.asarray(batch))
+        return np.zeros((len(batch), 1), np.float32)
+
+    cells = list(cut_cells(image, labels, Box(0, 0, 40, 40), block_records(labels), frame))
+    encoder = Encoder("test", see, size=24, batch_size=4, mean=(0.5,) * 3, std=(0.2,) * 3)
+    list(encoder.stream(resize(cell, 24) for cell in cells))
+    # torch's "meta" aside, every device but "cpu" takes this way: the name of a CPU with a number will do.
+    list(dataclasses.replace(encoder, device="cpu:0").stream(cells))
+    np.testing.assert_allclose(seen[1][:2], seen[0][:2], atol=1e-3)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import zipfile
+
 import dask.array as da
 import numpy as np
 import pytest
@@ -121,6 +125,121 @@ def test_a_pickle_in_place_of_weights_is_not_run(weights_home, tmp_path):
     with pytest.raises(WeightsError, match="neither a TorchScript"):
         embed(*field(2), tmp_path / "trap.pt")
     assert not (tmp_path / "sprung").exists()
+
+
+def _changed(source, target, change):
+    """A copy of an archive, each member's bytes as `change` gives them; further members from its items."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        root = old.namelist()[0].split("/")[0]
+        for name in old.namelist():
+            new.writestr(name, change.get(name.removeprefix(root + "/"), lambda data: data)(old.read(name)))
+        for name, data in change.items():
+            if f"{root}/{name}" not in old.namelist():
+                new.writestr(f"{root}/{name}", data(b""))
+
+
+@pytest.fixture
+def exported(tmp_path):
+    program = torch.export.export(small_network(), (torch.rand(32, 3, 40, 40),))
+    torch.export.save(program, tmp_path / "net.pt2")
+    return tmp_path / "net.pt2"
+
+
+class Trap:
+    """Opens a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_an_exports_sample_inputs_are_not_unpickled(exported, tmp_path):
+    def trap(_):
+        buffer = io.BytesIO()
+        torch.save(((Trap(tmp_path / "sprung"),), {}), buffer)
+        return buffer.getvalue()
+
+    _changed(exported, tmp_path / "trap.pt2", {"data/sample_inputs/model.pt": trap})
+    with pytest.raises(WeightsError):
+        encoders.as_encoder(tmp_path / "trap.pt2")
+    assert not (tmp_path / "sprung").exists()
+    with contextlib.suppress(Exception):
+        torch.export.load(tmp_path / "trap.pt2")
+    assert (tmp_path / "sprung").exists(), "control: torch's own reader falls into the trap"
+
+
+@pytest.mark.parametrize(
+    ("member", "change", "words"),
+    [
+        ("data/constants/opaque_obj_0", lambda _: b"x", "opaque_obj_0"),
+        ("data/aotinductor/model/code.so", lambda _: b"x", "code.so"),
+        ("models/model.json", lambda data: data.replace(b"torch.ops.aten.relu.default", b"torch.os.system"),
+         "torch.os.system"),
+        ("models/model.json", lambda data: data[:-1] + b', "a": {"expr_str": "eval(chr(120))"}}', "eval"),
+        ("models/model.json", lambda data: data[:-1] + b', "a": {"expr_str": "().__class__"}}', "class"),
+        ("data/weights/model_weights_config.json",
+         lambda data: data.replace(b'"use_pickle": false', b'"use_pickle": true', 1), "a pickle"),
+    ],
+)  # fmt: skip
+def test_an_export_that_could_run_code_is_refused(exported, tmp_path, member, change, words):
+    _changed(exported, tmp_path / "bad.pt2", {member: change})
+    with pytest.raises(WeightsError, match=f"holds .*{words}.*could run code"):
+        encoders.as_encoder(tmp_path / "bad.pt2")
+
+
+def test_an_export_for_batches_of_any_length_is_taken(tmp_path):
+    length = torch.export.Dim("n", min=2, max=64)
+    example = (torch.rand(4, 3, 40, 40),)
+    program = torch.export.export(small_network(), example, dynamic_shapes=({0: length},))
+    torch.export.save(program, tmp_path / "net.pt2")
+    assert embed(*field(), tmp_path / "net.pt2", size=40, batch_size=5).shape == (25, 33)
+
+
+def test_timm_networks_take_weights_from_a_file(tmp_path, monkeypatch):
+    timm = pytest.importorskip("timm")
+    from safetensors.torch import save_file
+
+    monkeypatch.setenv("DASKCELL_WEIGHTS", str(tmp_path))
+    image, labels = field(2)
+    with pytest.raises(WeightsError, match=r"huggingface\.co/timm/resnet10t.*resnet10t\.safetensors"):
+        embed(image, labels, "timm:resnet10t")
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", pretrained=False).eval()
+    (tmp_path / "timm").mkdir()
+    save_file(model.state_dict(), tmp_path / "timm" / "resnet10t.safetensors")
+    recipe = timm.data.resolve_model_data_config(model)
+    crops = plain_crops(image, labels, recipe["input_size"][1])
+    tensor = torchvision.transforms.functional.normalize(
+        torch.from_numpy(crops), recipe["mean"], recipe["std"]
+    )
+    with torch.inference_mode():
+        expected = model(tensor).numpy()
+    np.testing.assert_allclose(embed(image, labels, "timm:resnet10t", batch_size=4), expected, atol=1e-4)
+    assert embed(image, labels, "timm:resnet10t", layer="pool", batch_size=4).shape == (4, 512)
+
+
+def test_bfloat16_is_near_and_for_networks_only(weights_home):
+    save_random("resnet18", weights_home)
+    image, labels = field(2)
+    exact = embed(image, labels, "resnet18", batch_size=4)
+    near = embed(image, labels, "resnet18", batch_size=4, precision="bfloat16")
+    assert near.dtype == np.float32
+    assert not np.array_equal(near, exact)
+    assert np.abs(near - exact).max() < 0.05 * np.abs(exact).max()
+    assert embed(image, labels, "resnet18", pooling="mask", precision="bfloat16").shape == (4, 1920)
+    with pytest.raises(InputError, match="precision is for networks"):
+        embed(image, labels, lambda batch: batch[:, 0, 0], precision="bfloat16")
+
+
+def test_an_encoder_that_fails_while_crops_are_cut_ahead_says_why():
+    def cut():
+        yield np.zeros((3, 4, 4), np.float32)
+        raise ValueError("no more pixels")
+
+    with pytest.raises(ValueError, match="no more pixels"):
+        list(Encoder("test", lambda batch: batch[:, 0, 0], size=4, batch_size=1).stream(cut()))
 
 
 @pytest.mark.parametrize("name", ["resnet5", "imagenet", "lraspp_mobilenet_v3_large"])

@@ -1,15 +1,14 @@
 """Networks that turn the picture of a cell into a vector.
 
-An encoder is named ``tiny`` (embedded), by a torchvision classification model (``resnet152``), or by a file:
-TorchScript, or ``torch.export`` (``.pt2``). In Python it may also be a torch module or any callable from
-``(n, 3, size, size)`` float32 to ``(n, d)``.
+An encoder is named ``tiny`` (embedded), by a torchvision classification model (``resnet152``), by one of timm
+(``timm:NAME``), or by a file: TorchScript, or ``torch.export`` (``.pt2``). In Python it may also be a torch
+module or any callable from ``(n, 3, size, size)`` float32 to ``(n, d)``.
 
 A network's answer changes in the last bits with the number of pictures in a batch. So a batch always has the
 same number, the last filled up with zeros; then a cell's vector does not depend on the cells beside it.
 
-A file cannot run Python code: TorchScript and export archives hold a network's operations and arrays, and are
-read by torch's restricted readers, never by pickle. Such a network still computes whatever it was made to, so
-take files from people you trust.
+A file cannot bring along code that is run (see `archives`). Such a network still computes whatever it was
+made to.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from __future__ import annotations
 import inspect
 import os
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -186,9 +184,9 @@ def encoder_spec(
 
     name = os.fspath(name)
     fingerprint = encoder_fingerprint(name)
-    if layer == "pool" and kind_of(name) != "torchvision":
+    if layer == "pool" and kind_of(name) not in {"torchvision", "timm"}:
         raise InputError(
-            f"layer='pool' is for torchvision's networks; the encoder {name} has one output only."
+            f"layer='pool' is for torchvision's and timm's networks; the encoder {name} has one output only."
         )
     if pooling == "mask":
         from daskcell.features.stages import shows_stages
@@ -240,8 +238,10 @@ def build(spec: EncoderSpec) -> tuple[Any, int, tuple[float, ...] | None, tuple[
         own: Any = load_encoder(spec.name, spec.device)
         return own, own.size, own.mean, own.std
     if kind == "archive":
-        return _open_archive(spec.name), 224, IMAGENET_MEAN, IMAGENET_STD
-    return _torchvision(spec)
+        from daskcell.features.archives import open_archive
+
+        return open_archive(spec.name), 224, IMAGENET_MEAN, IMAGENET_STD
+    return _timm(spec) if kind == "timm" else _torchvision(spec)
 
 
 def as_encoder(
@@ -309,28 +309,14 @@ def _module_function(
     return function
 
 
-def kind_of(name: str) -> Literal["own", "archive", "torchvision"]:
+def kind_of(name: str) -> Literal["own", "archive", "torchvision", "timm"]:
     """Where an encoder of this name comes from."""
+    if name.startswith("timm:"):
+        return "timm"
     suffix = Path(name).suffix.lower()
     if name == "tiny" or suffix == ".npz":
         return "own"
     return "archive" if suffix or Path(name).is_file() else "torchvision"
-
-
-def _open_archive(name: str) -> torch.nn.Module:
-    import torch
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch calls TorchScript deprecated; people have such files
-            if name.lower().endswith(".pt2"):
-                return torch.export.load(name).module()
-            return torch.jit.load(name, map_location="cpu")
-    except Exception as error:
-        raise WeightsError(
-            f"{name} is neither a TorchScript nor a torch.export file ({str(error).splitlines()[0]}). "
-            "Save the network with torch.export.save or torch.jit.save; weights alone are not enough."
-        ) from error
 
 
 def _torchvision(
@@ -364,3 +350,36 @@ def _torchvision(
             raise InputError(f"layer='pool' cannot be had from {spec.name}: it has no last linear layer.")
         model.set_submodule(last[0], torch.nn.Identity())
     return model, int(recipe.crop_size[0]), tuple(recipe.mean), tuple(recipe.std)
+
+
+def _timm(spec: EncoderSpec) -> tuple[torch.nn.Module, int, tuple[float, ...], tuple[float, ...]]:
+    import torch
+
+    from daskcell.models import find_encoder
+
+    path = find_encoder(spec.name)
+    try:
+        import timm
+        from timm.data import resolve_model_data_config
+    except ImportError:
+        raise WeightsError(
+            f"{spec.name} needs timm, which is not installed. Please run: pip install 'daskcell[timm]'"
+        ) from None
+    try:
+        model = timm.create_model(spec.name.removeprefix("timm:"), pretrained=False)
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state, strict=True)
+    except Exception as error:
+        raise WeightsError(
+            f"{path} does not hold the weights of {spec.name} ({str(error).splitlines()[0]}). "
+            "Please check the name and the file."
+        ) from error
+    if spec.layer == "pool":
+        model.reset_classifier(0)
+    recipe = resolve_model_data_config(model)
+    return model, int(recipe["input_size"][1]), tuple(recipe["mean"]), tuple(recipe["std"])

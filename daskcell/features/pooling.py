@@ -24,10 +24,15 @@ _CORE = 0.3  # deviations above a cell's mean difference from the background at 
 
 
 def natural_scale(records: np.ndarray, cell: float) -> float:
-    """Scale at which the median cell has a diameter of `cell` network pixels; 1 where there is no cell."""
+    """Scale at which the median cell has a diameter of `cell` network pixels, at most 4; 1 without cells.
+
+    The median of the cells' pixels, so that crumbs of a poor segmentation do not count for much.
+    """
     if not len(records):
         return 1.0
-    return float(cell / np.median(np.sqrt(records["area"] * (4 / np.pi))))
+    areas = np.sort(records["area"])
+    middle = areas[np.searchsorted(np.cumsum(areas), areas.sum() / 2)]
+    return min(4.0, float(cell / np.sqrt(middle * (4 / np.pi))))
 
 
 def pool_cells(

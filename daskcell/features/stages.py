@@ -126,14 +126,15 @@ def _wrap(
     batch = 1 if device == "cpu" else max(1, batch_size // 4)
 
     def function(pictures: np.ndarray, background: np.ndarray) -> list[np.ndarray]:
-        with torch.inference_mode(), autocast(device, precision):
+        with torch.inference_mode():
             x = torch.from_numpy(pictures).to(device)
             if own:
                 x = _signal(module, x, background)
             if mean is not None and std is not None:
                 middle, spread = (torch.tensor(v, device=x.device)[:, None, None] for v in (mean, std))
                 x = (x - middle) / spread
-            maps = module.stages(x) if own else _resnet_stages(module, x)
+            with autocast(device, precision):
+                maps = module.stages(x) if own else _resnet_stages(module, x)
             return [_fold(stage.float()).permute(0, 2, 3, 1).contiguous().cpu().numpy() for stage in maps]
 
     return Stages(name, function, cell=48.0 if own else 32.0, batch_size=batch)
@@ -179,7 +180,7 @@ def _fold(maps: torch.Tensor) -> torch.Tensor:
 
 @lru_cache
 def _signs(channels: int) -> np.ndarray:
-    random = np.random.RandomState(channels)  # noqa: NPY002 (its stream stays the same in all versions)
+    random = np.random.RandomState(channels)
     matrix = np.zeros((WIDTH, channels, 1, 1), np.float32)
     signs = random.choice([-1.0, 1.0], channels)
     matrix[np.arange(channels) % WIDTH, np.arange(channels), 0, 0] = signs

@@ -111,7 +111,8 @@ def find_encoder(name: str | Path) -> Path:
 
     A torchvision name means ``IMAGENET1K_V1`` where that is at hand, the weights that ``pretrained=True``
     stood for when the method was published, and else what is at hand of that network;
-    ``resnet152@IMAGENET1K_V2`` means that and nothing else. The fingerprint tells them apart.
+    ``resnet152@IMAGENET1K_V2`` means that and nothing else. The fingerprint tells them apart. ``timm:NAME``
+    means a file of that name in `cache_folder`: timm's weights have many makers and licences.
 
     Raises
     ------
@@ -121,6 +122,8 @@ def find_encoder(name: str | Path) -> Path:
     text = os.fspath(name)
     if text == "tiny":
         return EMBEDDED / "tiny_encoder.npz"
+    if text.startswith("timm:"):
+        return _find_timm(text)
     path = Path(text).expanduser()
     if path.suffix or path.is_file():
         if path.is_file():
@@ -144,6 +147,18 @@ def find_encoder(name: str | Path) -> Path:
     raise WeightsError(
         f"The weights of {bare} ({release}) are not in {torch_folder()}. Please run "
         f"'daskcell weights fetch {text}', or {instead}."
+    )
+
+
+def _find_timm(text: str) -> Path:
+    name = text.removeprefix("timm:")
+    places = [cache_folder() / "timm" / f"{name}{suffix}" for suffix in (".safetensors", ".pth", ".bin")]
+    for place in places:
+        if place.is_file():
+            return place
+    raise WeightsError(
+        f"The weights of {text} are not on this machine. Please read their licence at "
+        f"https://huggingface.co/timm/{name}, and save model.safetensors from there as {places[0]}."
     )
 
 
