@@ -34,7 +34,8 @@ UPSTREAM: dict[str, str | None] = {
 SLIDE_STAGES = ("convert", "freeze", "export", "segment", "describe")
 """Stages that need no other slide; `assign` and `paint` wait for the clusters of all."""
 
-STAGE_VERSIONS = dict.fromkeys((*UPSTREAM, "cluster"), 1) | {"convert": 2, "segment": 2, "describe": 2, "assign": 2, "cluster": 2}
+STAGE_VERSIONS = dict.fromkeys((*UPSTREAM, "cluster"), 1)
+STAGE_VERSIONS |= {"convert": 2, "segment": 2, "describe": 2, "assign": 2, "cluster": 2}
 """Raised by one when a stage gives another result for the same input and settings: studies redo it."""
 
 

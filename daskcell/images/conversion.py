@@ -114,8 +114,8 @@ def _announce(source: Source, reader: Reader) -> None:
     whole = height >= reader.levels[0][0] and width >= reader.levels[0][1]
     if whole and size > MEMORY_BYTES // 8 and size > sum(places.version(f)[0] for f in source.files):
         warnings.warn(
-            f"{', '.join(source.files)} is one compressed piece, which every task must read as a whole: that takes "
-            f"{2 * size / 1e9:.1f} GB and time, and would not if it were saved in tiles or strips.",
+            f"{', '.join(source.files)} is one compressed piece, which every task must read as a whole: that "
+            f"takes {2 * size / 1e9:.1f} GB and time, and would not if it were saved in tiles or strips.",
             MemoryWarning,
             stacklevel=3,
         )

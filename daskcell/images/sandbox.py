@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import mmap
 import os
 import signal
 import subprocess
@@ -22,7 +21,6 @@ import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
 from multiprocessing.connection import Connection, Pipe
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +31,7 @@ from daskcell import places
 from daskcell.errors import DaskcellError, ImageError
 from daskcell.geometry import Box
 from daskcell.images.readers import Reader
+from daskcell.images.sheets import Sheets, possible
 
 if TYPE_CHECKING:
     from daskcell.images.sources import Source
@@ -82,6 +81,7 @@ class Sandbox:
         self._child: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
         self._lock = threading.Lock()
+        self._sheets = Sheets()
         self._owner = os.getpid()
 
     def ask(
@@ -96,14 +96,15 @@ class Sandbox:
             assert self._child is not None
             assert self._pipe is not None
             try:
-                with _shared(size) as (place, memory):
-                    self._pipe.send((source, identity, what, place))
-                    self._wait(seconds, source)
-                    answer = self._pipe.recv()
+                sheet = self._sheets.lend(size) if size and possible() else None
+                self._pipe.send((source, identity, what, sheet and sheet.path))
+                self._wait(seconds, source)
+                answer = self._pipe.recv()
                 if isinstance(answer, tuple):
                     shape, dtype = answer
-                    pixels = self._pipe.recv_bytes() if memory is None else memory
-                    return np.frombuffer(pixels, dtype).reshape(shape)
+                    if sheet is not None:
+                        return self._sheets.array(sheet, shape, dtype)
+                    return np.frombuffer(self._pipe.recv_bytes(), dtype).reshape(shape)
             except (EOFError, OSError):
                 code = self._child.wait()
                 self.stop()
@@ -174,23 +175,6 @@ def sandbox() -> Sandbox:
         _sandbox = Sandbox()
         atexit.register(_sandbox.stop)
     return _sandbox
-
-
-@contextlib.contextmanager
-def _shared(size: int) -> Iterator[tuple[str | None, mmap.mmap | None]]:
-    """Memory of `size` bytes that the child can write into and that nobody has to clean up, and its path.
-
-    Nothing where the system has none (only Linux has): pixels go through the pipe then, which is slower.
-    """
-    if not size or not hasattr(os, "memfd_create"):
-        yield None, None
-        return
-    handle = os.memfd_create("daskcell")
-    try:
-        os.ftruncate(handle, size)
-        yield f"/proc/{os.getpid()}/fd/{handle}", mmap.mmap(handle, size)
-    finally:
-        os.close(handle)  # what is mapped stays as long as an array looks at it
 
 
 def _files(source: Source) -> str:
