@@ -24,7 +24,7 @@ from daskcell.features.crops import Sample, background_sample, sample_boxes
 from daskcell.features.encoders import EncoderSpec, encoder_spec, load
 from daskcell.features.files import locate, save, write_features, write_table
 from daskcell.features.measurements import measure_block, measurement_columns
-from daskcell.features.objects import block_records, merge_records
+from daskcell.features.objects import Reading, block_records, merge_records
 from daskcell.features.textures import Greys, freeze_greys, grey_sample
 from daskcell.features.vectors import Piece, Task, Vectors, choose_vectors, share_out
 from daskcell.geometry import Box, Grid
@@ -247,9 +247,15 @@ def _describe(
     ]
     done = 0
     window = workers.window()
+    # Measuring is no work for a GPU; where both are done by the same workers, pixels are read once.
+    apart = "GPU" in workers.labels
     for task, (measured, vectors) in zip(tasks, parts, strict=True):
-        if os.path.exists(measured) and os.path.exists(vectors):
+        if not os.path.exists(measured) and (apart or os.path.exists(vectors)):
+            window.submit(0, _measure, slide, task, greys, measured)
+        if os.path.exists(vectors):
             done += task.count
+        elif apart or os.path.exists(measured):
+            window.submit(task.count, _encode, slide, task, way, vectors, kind="network")
         else:
             window.submit(task.count, _task, slide, task, way, greys, measured, vectors, kind="network")
     for count, _ in window:
@@ -263,17 +269,36 @@ def _describe(
 
 def _task(slide: Slide, task: Task, way: Vectors, greys: Greys, measured: str, vectors: str) -> None:
     rows: list[np.ndarray] = []
-    found = list(way.stream(_pieces(slide, task, greys, rows)))
+
+    def pieces() -> Iterator[Piece]:
+        for reading, cells, raw, prepared in _read(slide, task):
+            rows.append(_measure_reading(slide, reading, cells, raw, greys))
+            yield reading, cells, prepared
+
+    found = list(way.stream(pieces()))
     save(measured, np.concatenate(rows))
     save(vectors, np.concatenate(found))
 
 
-def _pieces(slide: Slide, task: Task, greys: Greys, rows: list[np.ndarray]) -> Iterator[Piece]:
-    """A task's readings, one in memory at a time; their measurements are put into `rows`."""
-    kinds = slide.settings.measured
+def _measure(slide: Slide, task: Task, greys: Greys, measured: str) -> None:
+    rows = [_measure_reading(slide, r, cells, raw, greys) for r, cells, raw, _ in _read(slide, task)]
+    save(measured, np.concatenate(rows))
+
+
+def _encode(slide: Slide, task: Task, way: Vectors, vectors: str) -> None:
+    pieces = ((reading, cells, prepared) for reading, cells, _, prepared in _read(slide, task))
+    save(vectors, np.concatenate(list(way.stream(pieces))))
+
+
+def _read(slide: Slide, task: Task) -> Iterator[tuple[Reading, np.ndarray, np.ndarray, np.ndarray]]:
+    """A task's readings with their cells, raw and preprocessed pixels, one in memory at a time."""
     for reading in task.readings:
-        cells = slide.cells(reading.box)
-        raw, prepared = slide.pixels(reading.box)
-        image = raw if {"intensity", "texture"} & set(kinds) else None
-        rows.append(measure_block(cells, image, reading.box, reading.records, slide.shape, greys, kinds))
-        yield reading, cells, prepared
+        yield reading, slide.cells(reading.box), *slide.pixels(reading.box)
+
+
+def _measure_reading(
+    slide: Slide, reading: Reading, cells: np.ndarray, raw: np.ndarray, greys: Greys
+) -> np.ndarray:
+    kinds = slide.settings.measured
+    image = raw if {"intensity", "texture"} & set(kinds) else None
+    return measure_block(cells, image, reading.box, reading.records, slide.shape, greys, kinds)

@@ -1,0 +1,72 @@
+"""A whole study on one worker labelled GPU and two labelled CPU: every task runs where it belongs."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import tifffile
+from distributed import Client, Nanny, Scheduler, SpecCluster
+from distributed.diagnostics.plugin import SchedulerPlugin
+
+from daskcell.compute import Window
+from daskcell.pipeline import run
+from daskcell.synthetic import CHANNELS, synthesize_field
+
+
+class Log(SchedulerPlugin):
+    """Which function ran on which worker, how often."""
+
+    name = "log"
+
+    def __init__(self):
+        self.ran: dict[str, Counter[str]] = {}
+
+    def transition(self, key, start, finish, *args, worker=None, **kwargs):
+        if finish == "memory":
+            function = str(key).rsplit("-", 2)[0]
+            self.ran.setdefault(function, Counter())[worker] += 1
+
+
+@pytest.mark.slow
+def test_network_tasks_run_on_gpu_workers_and_all_others_on_cpu_workers(tmp_path, monkeypatch):
+    field = synthesize_field((400, 400), seed=3)
+    (tmp_path / "in").mkdir()
+    for channel, pixels in zip(CHANNELS, field.channels, strict=True):
+        tifffile.imwrite(tmp_path / "in" / f"f_{channel}.tif", pixels)
+    kinds: dict[str, set[str]] = {"cpu": set(), "network": set()}
+    submit = Window.submit
+
+    def noted(self, key, function, *args, kind="cpu"):
+        kinds[kind].add(f"{function.__module__}.{function.__name__}")
+        submit(self, key, function, *args, kind=kind)
+
+    monkeypatch.setattr(Window, "submit", noted)
+    options = {"host": "127.0.0.1", "nthreads": 1, "dashboard": False}
+    spec = {
+        name: {"cls": Nanny, "options": options | {"resources": {label: 1}}}
+        for name, label in (("gpu", "GPU"), ("cpu-0", "CPU"), ("cpu-1", "CPU"))
+    }
+    quiet = {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": "127.0.0.1:0"}
+    with SpecCluster(workers=spec, scheduler={"cls": Scheduler, "options": quiet}) as cluster:
+        log = Log()
+        cluster.scheduler.add_plugin(log)
+        with Client(cluster) as client:
+            client.wait_for_workers(3)
+            workers = client.scheduler_info(n_workers=-1)["workers"]
+            labels = {address: next(iter(worker["resources"])) for address, worker in workers.items()}
+            study = run(
+                tmp_path / "in", tmp_path / "out", {"cluster": {"k": 2}, "compute": {"block": 256}}, client
+            )
+    assert study.failures == []
+    assert any("_encode" in name for name in kinds["network"])
+    assert any("_measure" in name for name in kinds["cpu"])
+    names = {kind: {name.rpartition(".")[2] for name in found} for kind, found in kinds.items()}
+    assert not names["cpu"] & names["network"]  # else this test could not tell them apart
+    seen = {"cpu": set(), "network": set()}
+    for function, ran in log.ran.items():
+        for kind, found in names.items():
+            if function in found:
+                seen[kind] |= {labels[worker] for worker in ran}
+    assert seen == {"cpu": {"CPU"}, "network": {"GPU"}}
+    assert names["network"] | names["cpu"] <= set(log.ran)
