@@ -121,11 +121,11 @@ def engines(rows: int, features: int, k: int, workers: int) -> dict[str, Any]:
             found["incremental_seconds"] = time.perf_counter() - start
             start = time.perf_counter()
             counted = _Count()
-            centers = room.rounds(blocks, first, tolerance, team.watched(counted))
+            centers = room.rounds(blocks, first, tolerance, folder, team.watched(counted))
             found["parallel_seconds"] = time.perf_counter() - start
             found["rounds"] = counted.tasks // -(-len(blocks) // 16)
             start = time.perf_counter()
-            one = room.rounds(blocks, first, float("inf"), team)
+            one = room.rounds(blocks, first, float("inf"), folder, team)
             found["one_round_seconds"] = time.perf_counter() - start
         del one
         found["inertia"] = room.inertia(blocks, centers, team)[1]
@@ -191,7 +191,7 @@ def peak(rows: int, features: int, components: int | None) -> float:
             seed=0,
             info=None,
             reduce_block=reduce_to_file,
-            reduce_args=(folder,),
+            folder=folder,
         )
     assert model.counts_.sum() == rows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

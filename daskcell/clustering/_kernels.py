@@ -177,10 +177,28 @@ def square_distances(rows, centers, labels):  # pragma: no cover (compiled)
 
 
 @njit(cache=True, nogil=True)
-def add_by_label(rows, labels, sums, counts):  # pragma: no cover (compiled)
-    """Add the rows of every label to `sums` ``(k, c)`` float64 and their numbers to `counts` ``(k,)``."""
+def leads(best, second, length, share, longest, out):  # pragma: no cover (compiled)
+    """How much farther, at least, the second nearest centre is than the nearest; from what `decide` left.
+
+    Squared distances are ``length**2 + 2 * best``, and wrong by no more than ``2 * share * (length +
+    longest)**2``.
+    """
+    for i in range(len(out)):
+        square = np.float64(length[i]) ** 2
+        wrong = 2 * share * (length[i] + longest) ** 2
+        near = max(0.0, square + 2 * np.float64(best[i]) + wrong)
+        far = max(0.0, square + 2 * np.float64(second[i]) - wrong)
+        out[i] = np.sqrt(far) - np.sqrt(near)
+
+
+@njit(cache=True, nogil=True)
+def add_by_label(rows, labels, sums, counts, sign):  # pragma: no cover (compiled)
+    """Add the rows of every label to `sums` ``(k, c)`` float64 and their numbers to `counts` ``(k,)``.
+
+    `sign` -1 takes them away.
+    """
     for i in range(len(rows)):
         m = labels[i]
-        counts[m] += 1
+        counts[m] += sign
         for j in range(rows.shape[1]):
-            sums[m, j] += np.float64(rows[i, j])
+            sums[m, j] += sign * np.float64(rows[i, j])

@@ -11,12 +11,14 @@ are exact (see `nearest`), so its centres have the same bits for any order, bloc
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from daskcell.clustering import _kernels
 from daskcell.clustering.nearest import Nearest, one_thread
 from daskcell.clustering.rows import Rows, in_groups, in_order
 
@@ -79,30 +81,77 @@ def _scheduler(workers: Workers | None) -> Any:
 
 
 def rounds(
-    blocks: Sequence[Rows], centers: np.ndarray, tolerance: float, workers: Workers | None = None
+    blocks: Sequence[Rows],
+    centers: np.ndarray,
+    tolerance: float,
+    folder: str,
+    workers: Workers | None = None,
 ) -> np.ndarray:
-    """Centres ``(k, c)`` after k-means over all rows, until they stand: the squares of their steps come to no
-    more than `tolerance` in all (or 100 rounds)."""
-    for _ in range(_ROUNDS):
-        sums, counts = np.zeros(centers.shape), np.zeros(len(centers), np.int64)
-        for some_sums, some_counts in in_groups(workers, blocks, _add_up, centers):
-            sums += some_sums
-            counts += some_counts
+    """Centres ``(k, c)`` after k-means over all rows, until they stand.
+
+    That is, until the squares of their steps come to no more than `tolerance` in all (or 100 rounds). Only
+    rows that may have come nearer to another centre are looked at again: a row whose second nearest centre
+    is farther by more than all steps since (Hamerly 2010) keeps its own. `folder`, seen by all workers, takes
+    two numbers a row; a task that is repeated finds what it found before.
+    """
+    sums, counts = np.zeros(centers.shape), np.zeros(len(centers), np.int64)
+    spent = np.zeros(
+        len(centers)
+    )  # by how much a lead in each group has shrunk, at most, since the first round
+    numbered = list(enumerate(blocks))
+    for number in range(_ROUNDS):
+        for more, cells in in_groups(workers, numbered, _follow, centers, spent, folder, number):
+            sums += more
+            counts += cells
         moved = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], centers)
-        step = float(((moved - centers) ** 2).sum())
+        steps = np.sqrt(((moved - centers) ** 2).sum(axis=1))
         centers = moved
-        if step <= tolerance:
+        if float((steps**2).sum()) <= tolerance:
             break
+        others = [np.delete(steps, i).max(initial=0.0) for i in range(len(steps))]
+        spent = spent + (steps + others) * (1 + 1e-9)
     return centers
 
 
-def _add_up(blocks: Sequence[Rows], centers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _follow(
+    blocks: Sequence[tuple[int, Rows]], centers: np.ndarray, spent: np.ndarray, folder: str, number: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What a round changes in the sums ``(k, c)`` and numbers ``(k,)`` of the rows of all centres."""
     sums, counts = np.zeros(centers.shape), np.zeros(len(centers), np.int64)
     nearest = Nearest(centers)
     with one_thread():
-        for block in blocks:
-            nearest.add(block.read(), sums, counts)
+        for i, block in blocks:
+            path = os.path.join(folder, f"{i}.{{}}.leads")
+            if number == 0:
+                labels, ends = nearest.add(block.read(), sums, counts)
+            else:
+                labels, ends = _read(path.format(number - 1))
+                # A lead ends when as much is spent; what is not a number has none.
+                again = np.flatnonzero(~(ends > spent[labels]))
+                if len(again):
+                    rows = block.read()[again]
+                    _kernels.add_by_label(rows, labels[again], sums, counts, -1)
+                    labels[again], leads = nearest.add(rows, sums, counts)
+                    ends[again] = leads + spent[labels[again]]
+            _write(path.format(number), labels, ends)
+            if number > 1:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path.format(number - 2))
     return sums, counts
+
+
+_STATE = np.dtype([("label", np.int32), ("end", np.float64)])
+
+
+def _write(path: str, labels: np.ndarray, ends: np.ndarray) -> None:
+    state = np.empty(len(labels), _STATE)
+    state["label"], state["end"] = labels, ends
+    state.tofile(path)
+
+
+def _read(path: str) -> tuple[np.ndarray, np.ndarray]:
+    state = np.fromfile(path, _STATE)
+    return state["label"].copy(), state["end"].copy()
 
 
 def inertia(

@@ -111,11 +111,11 @@ def fit_clusters(
             seed=seed,
             info=info,
             reduce_block=_reduce_here if small else reduce_to_file,
-            reduce_args=() if small else (folder,),
+            folder=folder,
         )
 
 
-def _reduce_here(_: int, block: Rows, model: ClusterModel) -> tuple[Rows, int]:
+def _reduce_here(_: int, block: Rows, model: ClusterModel, folder: str) -> tuple[Rows, int]:
     rows = usable(block, model)
     return ArrayRows(rows, 0, len(rows)), len(rows)
 
@@ -142,11 +142,13 @@ def fit_blocks(
     seed: int,
     info: dict[str, Any] | None,
     reduce_block: Callable[..., tuple[Rows | None, int]],
-    reduce_args: tuple[Any, ...] = (),
+    folder: str,
     workers: Workers | None = None,
     kinds: Sequence[Kind] | None = None,
 ) -> ClusterModel:
     """`fit_clusters` on blocks of rows; `reduce_block` puts the scaled and projected rows somewhere.
+
+    `folder`, which all workers see, takes what is kept from one round to the next.
 
     With several `kinds` of features side by side, each is scaled and projected by itself, and all count the
     same.
@@ -173,7 +175,7 @@ def fit_blocks(
         centers = _start(reduced_sample, k, seed)
     reduced: list[Rows] = []
     sizes: list[int] = []
-    for block, n in in_order(workers, blocks, reduce_block, model, *reduce_args):
+    for block, n in in_order(workers, blocks, reduce_block, model, folder):
         if block is not None and n:
             reduced.append(block)
             sizes.append(n)
@@ -182,7 +184,7 @@ def fit_blocks(
             centers = incremental(reduced, sizes, centers, seed, workers)
         else:
             tolerance = _TOLERANCE * float(reduced_sample.var(axis=0, dtype=np.float64).mean())
-            centers = rounds(reduced, centers, tolerance, workers)
+            centers = rounds(reduced, centers, tolerance, folder, workers)
     counts, total = inertia(reduced, centers, workers)
     order = np.lexsort(
         (*centers.T[::-1], -counts)

@@ -40,8 +40,8 @@ class Nearest:
             self._single = self.centers.astype(np.float32)
             self._half = (squares / 2).astype(np.float32)
         # A product of c terms is wrong by c half-ulps of |x| |c|; rounding of centres and sums adds a few.
-        longest = float(np.sqrt(squares.max(initial=0.0)))
-        share = 2 * (c + 8) * _HALF_ULP * (1 + 1e-3)
+        self._longest = longest = float(np.sqrt(squares.max(initial=0.0)))
+        self._share = share = 2 * (c + 8) * _HALF_ULP * (1 + 1e-3)
         self._slope, self._offset = share * longest, share * longest**2 + c * _TINY
         self._product = np.empty((k, TILE), np.float32)
         self._best, self._second, self._length = (np.empty(TILE, np.float32) for _ in range(3))
@@ -56,10 +56,23 @@ class Nearest:
             out[start : start + len(labels)] = labels
         return out
 
-    def add(self, rows: np.ndarray, sums: np.ndarray, counts: np.ndarray) -> None:
-        """Add rows to the `sums` ``(k, c)`` float64 and `counts` ``(k,)`` int64 of their centres."""
+    def add(self, rows: np.ndarray, sums: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Add rows to the `sums` ``(k, c)`` float64 and `counts` ``(k,)`` int64 of their centres.
+
+        Returns
+        -------
+        labels : (n,) int32
+        leads : (n,) float64
+            How much farther, at least, the second nearest centre is.
+        """
+        every, leads = np.empty(len(rows), np.int32), np.empty(len(rows))
         for start, labels in self._tiles(rows):
-            _kernels.add_by_label(rows[start : start + len(labels)], labels, sums, counts)
+            n = len(labels)
+            tile = slice(start, start + n)
+            _kernels.add_by_label(rows[tile], labels, sums, counts, 1)
+            _kernels.leads(self._best, self._second, self._length, self._share, self._longest, leads[tile])
+            every[tile] = labels
+        return every, leads
 
     def squares(self, rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Squared distance of each row to its centre, ``(n,)`` float64."""

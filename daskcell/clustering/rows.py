@@ -114,7 +114,7 @@ def _group(
 
 
 def in_groups(
-    workers: Workers | None, blocks: Sequence[Rows], function: Callable[..., Any], *args: Any
+    workers: Workers | None, blocks: Sequence[Any], function: Callable[..., Any], *args: Any
 ) -> Iterable[Any]:
     """``function(some blocks, *args)`` for all blocks, in any order: for what can be added up exactly."""
     from daskcell.compute import Workers

@@ -105,7 +105,7 @@ def fit_features(
             seed=settings.seed,
             info=info,
             reduce_block=reduce_to_file,
-            reduce_args=(str(folder),),
+            folder=str(folder),
             workers=workers,
             kinds=kinds,
         )
