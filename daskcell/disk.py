@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import uuid
 from pathlib import Path
 from typing import Any
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -34,3 +37,13 @@ def remove(*paths: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or the one it came from, says that a disk takes no more."""
+    while error is not None:
+        # numpy counts what was written, and forgets why it was less.
+        if isinstance(error, OSError) and (error.errno in _NO_ROOM or " requested and " in str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

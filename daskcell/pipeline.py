@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from daskcell import places
 from daskcell.collection import Run
 from daskcell.config import Config, load_config, parse_config
-from daskcell.disk import remove
+from daskcell.disk import is_full, remove
 from daskcell.errors import ConfigError, DaskcellError, DriftWarning, ImageError, InputError, StudyError
 from daskcell.images import find_images
 from daskcell.images.sources import Source
@@ -20,6 +20,7 @@ from daskcell.lock import Lock
 from daskcell.progress import Progress
 from daskcell.scoring.truth import read_truth, score_study
 from daskcell.status import drift_sentences
+from daskcell.slide import no_room
 from daskcell.study import Study, check_folder, sweep
 from daskcell.transfer import Given
 
@@ -225,6 +226,12 @@ def _nothing_left_behind(out: Path, *, new: bool) -> Iterator[None]:
             if not existed and out.is_dir() and not any(out.iterdir()):
                 out.rmdir()
         raise
+    except Exception as error:
+        if not is_full(error):
+            raise
+        full = no_room(out, error)
+        full.after_start = True  # type: ignore[attr-defined]
+        raise full from error
 
 
 __all__ = ["Study", "StudyError", "as_config", "assign", "fingerprints", "open_study", "run"]

@@ -6,7 +6,6 @@ block by block over all workers. Knows no other slides; `collection` does.
 
 from __future__ import annotations
 
-import errno
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ from daskcell.checksums import damaged, sums
 from daskcell.compute import Workers
 from daskcell.compute.overtime import renew
 from daskcell.config import Config
-from daskcell.disk import remove
+from daskcell.disk import is_full, remove
 from daskcell.errors import ComputeError, ConfigError, DaskcellError, StudyError, WeightsError
 from daskcell.images.sources import Source
 from daskcell.keys import SLIDE_STAGES, UPSTREAM, descendants, identify, late_keys, slide_keys, unchanged
@@ -26,7 +25,6 @@ from daskcell.study import CLUSTERS, Ledger, Study
 
 LABELS = "cells"
 _NOT_THE_SLIDES_FAULT = (ComputeError, ConfigError, StudyError, WeightsError)
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
 @dataclass(frozen=True)
@@ -153,12 +151,18 @@ def process_slide(
     except _NOT_THE_SLIDES_FAULT:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-            raise StudyError(
-                f"{job.out} cannot be written to ({error.strerror}). Please make room."
-            ) from error
+        if is_full(error):
+            raise no_room(job.out, error) from error
         ledger.fail(stage, sentence(error), trace(error))
     return replace(_outcome(job, ledger, seconds), notes=tuple(notes))
+
+
+def no_room(out: str | Path, error: BaseException) -> StudyError:
+    """What to say when the disk takes no more."""
+    why = getattr(error, "strerror", None) or "no space left"
+    return StudyError(
+        f"{out} cannot be written to ({why}). Please make room; the same command continues the study."
+    )
 
 
 def sentence(error: BaseException) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,3 +156,48 @@ def workers_of(pid: int) -> list[int]:
             if "spawn_main" in command:
                 children.setdefault(int(fields[1]), []).append(int(folder.name))
     return sorted(children.get(pid, []))
+
+
+# ---------------------------------------------------------------------- a full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of half a megabyte, and how to make it larger."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mount(options: str) -> bool:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    if shutil.which("mount") is None or not mount("size=512k"):
+        pytest.skip("only root can mount a small disk")
+    yield disk, lambda size: mount(f"remount,size={size}k")
+    subprocess.run(["umount", str(disk)], check=False)
+
+
+def refused_for_room(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, output
+    assert "Traceback" not in output
+    told = [line for line in output.splitlines() if line.startswith("daskcell:")]
+    assert len(told) == 1, output
+    assert "make room; the same command continues" in told[0]
+    return output
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_sentence_and_after_making_room_it_goes_on(pictures, undisturbed, small_disk):
+    disk, resize = small_disk
+    out = disk / "study"
+    stages = set()
+    for size in (512, 2048):  # each run comes farther
+        resize(size)
+        refused_for_room(start(pictures, out, "--workers", "2"))
+        ledgers = [json.loads(file.read_text()) for file in (out / "ledger").glob("*.json")]
+        stages.add(frozenset(ledger["began"] for ledger in ledgers if ledger["began"]))
+    assert len(stages) > 1
+    resize(1 << 18)
+    finish(start(pictures, out, "--workers", "2"))
+    assert results(out) == undisturbed
