@@ -19,8 +19,8 @@ from daskcell.images.sources import Source
 from daskcell.lock import Lock
 from daskcell.progress import Progress
 from daskcell.scoring.truth import read_truth, score_study
-from daskcell.status import drift_sentences
 from daskcell.slide import no_room
+from daskcell.status import drift_sentences
 from daskcell.study import Study, check_folder, sweep
 from daskcell.transfer import Given
 
