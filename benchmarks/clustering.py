@@ -1,12 +1,15 @@
 """k-means: our step against the matrix product it cannot do without, against dask-ml, and memory by rows.
 
-    python benchmarks/clustering.py [--rows 1000000] [--features 256] [-k 16] [--workers 2] [--memory]
+    python benchmarks/clustering.py [step] [engines] [memory] [auto] [--rows 1000000] [--features 256] [-k 16]
 
-Prints as JSON. ``step``: rows/s of one thread for the bare product ``x @ centers.T`` in float32, for our
-assignment and sums of the same rows in memory and in mapped files, and their ratios to the product.
-``engines``: seconds and rows/s of dask-ml's ``Incremental(MiniBatchKMeans)`` and of `rounds` from the same
-first centres over the same rows on the same workers. ``memory`` (with ``--memory``; minutes): peak MiB of a
-process that fits more and more rows, which are made as they are read.
+The first two, unless told. Prints as JSON.
+
+``step``: rows/s of one thread for the bare product ``x @ centers.T`` in float32, for our assignment and
+sums of the same rows in memory and in mapped files, and their ratios to the product. ``engines``: seconds
+and rows/s of dask-ml's ``Incremental(MiniBatchKMeans)`` and of `rounds` from the same first centres over
+the same rows on the same workers. ``memory`` (minutes): peak MiB of a process that fits more and more rows,
+which are made as they are read. ``auto`` (minutes): how often ``k="auto"`` finds the number of separated
+groups, 3 to 15 of them, with several seeds.
 """
 
 from __future__ import annotations
@@ -217,22 +220,42 @@ def memory() -> dict[str, Any]:
     return found
 
 
+def auto(seeds: int = 3) -> dict[str, Any]:
+    from sklearn.datasets import make_blobs
+
+    from daskcell.clustering import fit_clusters
+
+    wrong, tried = [], 0
+    for k in range(3, 16):
+        for seed in range(seeds):
+            x, _ = make_blobs(1500, 16, centers=k, cluster_std=1.0, random_state=100 * seed + k)
+            found = fit_clusters(x.astype(np.float32), "auto", seed=seed).k
+            tried += 1
+            if found != k:
+                wrong.append({"groups": k, "seed": seed, "found": found})
+    return {"tried": tried, "right": tried - len(wrong), "wrong": wrong}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("parts", nargs="*", help="step, engines, memory, auto")
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--features", type=int, default=256)
     parser.add_argument("-k", type=int, default=16)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--memory", action="store_true")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     figures: dict[str, Any] = {"features": options.features, "k": options.k}
-    figures["step"] = step(options.features, options.k)
-    figures["engines"] = engines(options.rows, options.features, options.k, options.workers)
-    if options.memory:
-        figures["memory"] = memory()
+    parts: dict[str, Callable[[], Any]] = {
+        "step": lambda: step(options.features, options.k),
+        "engines": lambda: engines(options.rows, options.features, options.k, options.workers),
+        "memory": memory,
+        "auto": auto,
+    }
+    for part in options.parts or ("step", "engines"):
+        figures[part] = parts[part]()
     print(json.dumps(figures, indent=None if options.json else 1))
 
 

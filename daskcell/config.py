@@ -228,8 +228,9 @@ class ClusterSettings(Settings):
     use: list[Literal["encoder", "measurements"]] = ["encoder"]
     """What cells are compared by: the encoder's vectors, the table's measurements, or both at equal
     weight."""
-    engine: Literal["incremental", "parallel"] = "incremental"
-    """One pass of mini-batches (dask-ml), or rounds over all cells until nothing moves."""
+    engine: Literal["incremental", "parallel"] = "parallel"
+    """Rounds over all cells until the centres stand: the same bits in any order; or one pass of mini-batches
+    (dask-ml's ``Incremental``)."""
     standardise: bool = True
     """Bring every feature to mean 0 and deviation 1."""
     components: Annotated[int, Field(ge=1)] | None = 32

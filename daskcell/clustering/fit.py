@@ -45,7 +45,7 @@ def fit_clusters(
     features: np.ndarray | da.Array,
     k: int | Literal["auto"] = 11,
     *,
-    engine: Engine = "incremental",
+    engine: Engine = "parallel",
     standardise: bool = False,
     components: int | None = None,
     unit_length: bool = False,
@@ -57,13 +57,14 @@ def fit_clusters(
     Parameters
     ----------
     features : (n, d) numpy or Dask array
-        A row a cell. A Dask array above 1 GiB stays where it is, and is read block by block, four times.
+        A row a cell. A Dask array above 1 GiB stays where it is, and is read block by block, three times.
         Cells with a missing or infinite feature are left out of the fit (counted in ``missing_``).
     k : int or "auto"
         Number of groups; "auto": the one from 2 to 20 with the best silhouette and stability.
-    engine : {"incremental", "parallel"}
-        One pass of dask-ml's ``Incremental(MiniBatchKMeans)``, or rounds of full k-means over all rows until
-        nothing moves; the same for any chunks.
+    engine : {"parallel", "incremental"}
+        Rounds of full k-means over all rows until the centres stand, the same in every bit for any order
+        and chunks of the rows; or one pass of dask-ml's ``Incremental(MiniBatchKMeans)``, the same for any
+        chunks.
     standardise : bool
         Bring every feature to mean 0 and deviation 1 first.
     components : int or None
