@@ -78,7 +78,8 @@ def timed(workers: Workers, function: Any, *arguments: Any) -> tuple[float, floa
     workers.client.restart()
     workers.client.run(_warm)
     start = time.perf_counter()
-    function(*arguments)
+    with workers.client.as_current():
+        function(*arguments)
     seconds = time.perf_counter() - start
     return seconds, max(workers.client.run(_peak).values())
 

@@ -202,6 +202,27 @@ def test_flat_fields_come_from_files_too(tmp_path):
     np.testing.assert_array_equal(dc.estimate_flat(tmp_path), dc.estimate_flat(pictures))
 
 
+def test_the_command_writes_a_flat_field_that_a_run_can_use(tmp_path):
+    from typer.testing import CliRunner
+
+    from daskcell.cli import app
+
+    pictures, _ = fields(6)
+    (tmp_path / "pictures").mkdir()
+    for i, one in enumerate(pictures):
+        tifffile.imwrite(tmp_path / "pictures" / f"{i}.tif", one[0])
+    made = tmp_path / "flat.tif"
+    command = ["flat", str(tmp_path / "pictures"), "-o", str(made), "--dark", "20"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert "preprocess.background.dark=20" in done.output
+    chosen = BackgroundSettings(flat=str(made), dark=20)
+    plan = freeze(pictures[0], PreprocessSettings(background=chosen, histogram=None))
+    expected = dc.correct_background(pictures[0], flat=dc.estimate_flat(pictures, 20), dark=20)
+    np.testing.assert_array_equal(apply_block(pictures[0], plan), expected.compute())
+    assert CliRunner().invoke(app, command).exit_code != 0, "what is there is not replaced"
+
+
 @pytest.mark.parametrize(
     ("pictures", "named"),
     [

@@ -49,8 +49,8 @@ if TYPE_CHECKING:
 _SIGNAL_PERCENTILE = 99.8
 _DEAD = 0.05
 """A channel of a colour picture whose bright pixels reach less of the brightest channel's holds no signal."""
-_SPARSE = 0.1
-"""A stain is rare if its 99th percentile is not this far towards its 99.9th."""
+_OVERDRIVEN = 10.0
+"""A stain is rare if contrast up to its 99th percentile would show its 99.9th this many times too bright."""
 
 
 def freeze(
@@ -190,7 +190,9 @@ def _without_noise(survey: Survey, steps: tuple[Step, ...], dtype: np.dtype) -> 
     """A step that keeps of a rare stain only what is stained, if there is one beside others.
 
     Of a marker that few cells carry, the 99th percentile is still background, and whatever adjusts contrast
-    between percentiles later, such as Cellpose, would make a full channel of its noise.
+    between percentiles later, such as Cellpose, would make a full channel of its noise. What is asked is how
+    far such contrast would miss the signal, and not how far the signal lies above the noise: where cells are
+    dense, nothing in a histogram says which pixels are background.
     """
     if not is_small(dtype):
         return []
@@ -198,7 +200,7 @@ def _without_noise(survey: Survey, steps: tuple[Step, ...], dtype: np.dtype) -> 
     counts = survey(counting, steps)
     usual = np.array(counting.limits(counts, Stretching(1.0, 99.0)))
     rare = np.array(counting.limits(counts, Stretching(1.0, 99.9)))
-    sparse = usual[:, 1] - usual[:, 0] < _SPARSE * (rare[:, 1] - rare[:, 0])
+    sparse = _OVERDRIVEN * (usual[:, 1] - usual[:, 0]) < rare[:, 1] - rare[:, 0]
     if sparse.all() or not sparse.any():
         return []
     return [Floor(tuple(int(high) if few else 0 for high, few in zip(usual[:, 1], sparse, strict=True)))]
