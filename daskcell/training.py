@@ -1,64 +1,246 @@
-"""Crops of a study's own cells, to train an encoder on."""
+"""Crops of a study's own cells, on disk, to train an encoder on.
+
+Each slide's cells are cut once, as the study's settings cut them for its encoder, into one file; the training
+reads a batch at a time from there. Cells are drawn evenly over the slides, so neither the memory nor the
+files grow with the collection.
+
+    study/tables/cells  ->  which cells  ->  images/<slide>.zarr, block by block  ->  crops/<key>.npy
+
+A file belongs to the segmentation it was cut from and is used again as long as that holds.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from daskcell.disk import remove
 from daskcell.errors import StudyError
-from daskcell.geometry import Grid
+from daskcell.geometry import Box, Grid
 
 if TYPE_CHECKING:
+    from daskcell.config import FeatureSettings
+    from daskcell.preprocess import Plan
     from daskcell.study import Study
 
 BLOCK = 2048
+SMALLEST = 40
+"""Cells of fewer pixels show nothing."""
+_SET = 512
+"""Slides of fewer cells are put together: cells of one set are compared with each other."""
+_VERSION = 1
 
 
-def study_crops(study: Study, per_slide: int = 4000) -> list[np.ndarray]:
-    """Crops of cells, as the encoder wants them: for each slide ``(n, 3, side, side)`` uint8.
+@dataclass(frozen=True)
+class SlideCells:
+    """Some cells of one slide that are to be cut."""
 
-    Cells are taken from blocks in a fixed random order, at most `per_slide`; memory does not grow with the
-    slide. Slides with fewer than 16 cells are left out.
+    image: Path
+    table: Path
+    plan: Plan
+    settings: FeatureSettings
+    count: int
+    """Of cells to cut at most."""
+    key: str
+
+    def records(self) -> np.ndarray:
+        """Whole cells of a useful size, drawn at random, as `features.objects.RECORD`."""
+        import pyarrow.parquet as pq
+
+        from daskcell.features.objects import RECORD
+
+        boxes = [f"bbox-{i}" for i in range(4)]
+        table = pq.read_table(self.table, columns=["label", *boxes, "area", "touches_edge"])
+        values = {name: table[name].to_numpy() for name in table.column_names}
+        good = np.flatnonzero((values["area"] >= SMALLEST) & ~values["touches_edge"])
+        if len(good) > self.count:
+            good = np.sort(np.random.default_rng(0).choice(good, self.count, replace=False))
+        records = np.zeros(len(good), RECORD)
+        for name, column in zip(("label", "y0", "x0", "y1", "x1"), ("label", *boxes), strict=True):
+            records[name] = values[column][good]
+        # Any point of a cell will do to say which block cuts it.
+        records["anchor_y"], records["anchor_x"] = records["y0"], records["x0"]
+        records["area"] = values["area"][good]
+        return records
+
+    def pixels(self, box: Box) -> np.ndarray:
+        from daskcell.images import read_block
+        from daskcell.preprocess import apply_block
+
+        grown = box.grow(self.plan.halo).clip(self.plan.shape)
+        block = apply_block(read_block(self.image, grown), self.plan, grown)
+        return block[(slice(None), *box.within(grown))]
+
+    def labels(self, box: Box) -> np.ndarray:
+        from daskcell.images import read_labels
+
+        return read_labels(self.image, "cells", box)
+
+    def cut(self) -> Iterator[np.ndarray]:
+        """Crops ``(m, 3, side, side)`` uint8 of all cells that were drawn, some at a time."""
+        from daskcell.features.crops import background_sample, crop_batches, freeze_framing, sample_boxes
+        from daskcell.features.objects import plan_readings
+        from daskcell.models.encoder import SIZE
+
+        chosen = self.settings
+        boxes, step = sample_boxes(self.plan.shape)
+        framing = freeze_framing(
+            [background_sample(self.pixels(box), self.labels(box), step) for box in boxes],
+            size=SIZE,
+            margin=chosen.margin,
+            window=chosen.window,
+            mask=True,  # the encoder must see where the cell ends
+            channels=chosen.channels,
+        )
+        grid = Grid.regular(self.plan.shape, BLOCK)
+        for readings in plan_readings(self.records(), grid, chosen.margin, chosen.window).values():
+            for reading in readings:
+                pixels, labels = self.pixels(reading.box), self.labels(reading.box)
+                for crops in crop_batches(pixels, labels, reading.box, reading.records, framing):
+                    yield np.rint(crops * 255).astype(np.uint8)
+
+
+def study_crops(
+    studies: Sequence[Study],
+    folder: str | Path,
+    cells: int = 100_000,
+    report: Callable[[str], None] = print,
+) -> tuple[list[Joined], str]:
+    """Crops of cells of some studies as files in `folder`, read when they are asked for.
+
+    Parameters
+    ----------
+    cells
+        At most, over all slides (12 KB each).
+
+    Returns
+    -------
+    sets : list of `Joined`
+        ``(n, 3, 64, 64)`` uint8 each, from one study.
+    key : str
+        Changes with the cells that are in them.
 
     Raises
     ------
     StudyError
-        No slide has enough cells.
+        No study has enough cells.
     """
-    found = []
-    for name in study.slides:
-        ledger = study.ledger(name)
-        if "segment" in ledger.stages and ledger.result("segment").get("cells", 0):
-            crops = slide_crops(study.image(name), ledger.result("freeze")["plan"], per_slide)
-            if len(crops) >= 16:
-                found.append(crops)
-    if not found:
-        raise StudyError(f"{study.out} has no slide with 16 whole cells to train on. Please run it first.")
-    return found
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = [_slides(study) for study in studies]
+    most = _fair([count for slides in found for _, count in slides], cells)
+    sets: list[Joined] = []
+    keys = []
+    for study, slides in zip(studies, found, strict=True):
+        files = []
+        for name, count in slides:
+            slide = _slide_cells(study, name, min(count, most))
+            files.append(_on_disk(slide, folder, f"{study.out.name}/{name}", report))
+            keys.append(slide.key)
+        sets += join([file for file in files if len(file)], _SET)
+    sets = [one for one in sets if len(one) >= 16]
+    if not sets:
+        names = ", ".join(str(study.out) for study in studies)
+        raise StudyError(f"{names} has no 16 whole cells to learn from. Please run the study first.")
+    remove(*(file for file in folder.glob("*.npy") if file.stem not in keys))
+    return sets, hashlib.sha256(" ".join(keys).encode()).hexdigest()
 
 
-def slide_crops(path: Any, plan: Any, most: int) -> np.ndarray:
-    """Crops of at most `most` cells of one OME-Zarr image with ``labels/cells``."""
-    from daskcell.features.crops import three_channels
-    from daskcell.images import read_block, read_labels
-    from daskcell.models.encoder_data import cell_crops
-    from daskcell.preprocess import Plan, apply_block
+def _slides(study: Study) -> list[tuple[str, int]]:
+    """Slides that are described, and how many cells each has."""
+    import pyarrow.parquet as pq
 
-    plan = Plan.from_json(plan)
-    grid = Grid.regular(plan.shape, BLOCK)
-    order = list(grid)
-    np.random.default_rng(0).shuffle(order)
-    scale = 1.0 if plan.out_dtype.kind == "f" else float(np.iinfo(plan.out_dtype).max)
-    parts, count = [], 0
-    for at in order:
-        core = grid.core(at)
-        grown = core.grow(plan.halo).clip(plan.shape)
-        block = apply_block(read_block(path, grown), plan, grown)[(slice(None), *core.within(grown))]
-        picture = three_channels(block.astype(np.float32) / np.float32(scale))
-        crops, _ = cell_crops(picture, read_labels(path, "cells", core))
-        parts.append(crops[: most - count])
-        count += len(parts[-1])
-        if count >= most:
-            break
-    return np.concatenate(parts)
+    done = [name for name in study.slides if "describe" in study.ledger(name).stages]
+    return [(name, pq.read_metadata(study.table(name)).num_rows) for name in done]
+
+
+def _fair(counts: Sequence[int], total: int) -> int:
+    """The largest number such that taking at most so many of each gives at most `total`."""
+    low, high = 0, max(counts, default=0)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if sum(min(c, middle) for c in counts) <= total else (low, middle - 1)
+    return max(low, 1)
+
+
+def _slide_cells(study: Study, name: str, count: int) -> SlideCells:
+    from daskcell.preprocess import Plan
+
+    ledger, settings = study.ledger(name), study.config.features
+    entry = ledger.entry("segment")
+    assert entry is not None
+    cut: list[Any] = [_VERSION, entry["key"], count, settings.margin, settings.window, settings.channels]
+    key = hashlib.sha256(json.dumps(cut).encode()).hexdigest()[:32]
+    plan = Plan.from_json(ledger.result("freeze")["plan"])
+    return SlideCells(study.image(name), study.table(name), plan, settings, count, key)
+
+
+def _on_disk(slide: SlideCells, folder: Path, name: str, report: Callable[[str], None]) -> np.ndarray:
+    """A slide's crops, memory-mapped; cut now if they are not there."""
+    from daskcell.models.encoder import SIZE
+
+    path = folder / f"{slide.key}.npy"
+    if not path.exists():
+        part = folder / f".{slide.key}.{os.getpid()}.tmp"
+        count = len(slide.records())
+        shape = (count, 3, SIZE, SIZE)
+        out = np.lib.format.open_memmap(part, "w+", np.uint8, shape) if count else np.zeros(shape, np.uint8)
+        at = 0
+        for crops in slide.cut() if count else ():
+            out[at : at + len(crops)] = crops
+            at += len(crops)
+        if count:
+            out.flush()  # type: ignore[attr-defined]
+        else:
+            with open(part, "wb") as file:
+                np.save(file, out)
+        os.replace(part, path)
+        report(f"{name}: {count} cells cut")
+    # An empty file cannot be mapped.
+    return np.load(path, mmap_mode="r") if path.stat().st_size > 512 else np.load(path)
+
+
+class Joined:
+    """Arrays of the same row shape as one, read where rows are asked for."""
+
+    def __init__(self, parts: Sequence[np.ndarray]):
+        self.parts = list(parts)
+        self.ends = np.cumsum([len(part) for part in self.parts])
+        self.shape = (int(self.ends[-1]), *self.parts[0].shape[1:])
+        self.ndim, self.dtype = len(self.shape), self.parts[0].dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        return f"Joined({self.shape} {self.dtype}, {len(self.parts)} files)"
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        rows = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows)
+        out = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        which = np.searchsorted(self.ends, rows, side="right")
+        for i in np.unique(which):
+            some = which == i
+            start = self.ends[i] - len(self.parts[i])
+            out[some] = self.parts[i][rows[some] - start]
+        return out
+
+
+def join(files: Sequence[np.ndarray], least: int) -> list[Joined]:
+    """Files put together, in order, to sets of at least `least` rows; what is left over joins the last."""
+    sets: list[list[np.ndarray]] = []
+    for file in files:
+        if sets and sum(map(len, sets[-1])) < least:
+            sets[-1].append(file)
+        else:
+            sets.append([file])
+    if len(sets) > 1 and sum(map(len, sets[-1])) < least:
+        sets[-2:] = [sets[-2] + sets[-1]]
+    return [Joined(parts) for parts in sets]

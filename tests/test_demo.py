@@ -11,7 +11,6 @@ import tifffile
 from daskcell.demo import compare, demo, draw, names
 from daskcell.errors import StudyError
 from daskcell.synthetic import CELL_TYPES
-from daskcell.training import study_crops
 
 
 def test_data_sets_are_named_by_letters():
@@ -80,15 +79,3 @@ def test_a_second_demo_continues_and_finds_all_done(result):
     again = demo(result.study.out.parent, fields=2, size=384, workers=2)
     assert again.scores == result.scores
     assert {path: path.stat().st_mtime_ns for path in times} == times
-
-
-@pytest.mark.slow
-def test_crops_to_train_an_encoder_come_from_the_study(result):
-    crops = study_crops(result.study)
-    assert len(crops) == 2
-    for part, name in zip(crops, ("setA", "setB"), strict=True):
-        assert part.dtype == np.uint8
-        assert part.shape[1:] == (3, 64, 64)
-        inner = ~result.study.cells(name)["touches_edge"]
-        assert 16 <= len(part) <= inner.sum()
-    assert sum(len(part) for part in study_crops(result.study, 16)) == 32

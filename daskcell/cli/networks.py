@@ -62,14 +62,32 @@ def encoder(
         "encoder"
     ),
     minutes: Annotated[float, typer.Option(min=0.0, help="Training time.")] = 20.0,
-    per_slide: Annotated[int, typer.Option(min=16, help="Most cells taken from a slide.")] = 4000,
+    steps: Annotated[int | None, typer.Option(min=1, help="Number of steps, in place of a time.")] = None,
+    cells: Annotated[
+        int, typer.Option(min=16, help="Most cells to learn from; 12 KB of disk each.")
+    ] = 100_000,
+    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
     seed: int = 0,
 ) -> None:
     """Train a small encoder on your own cells, without labels; the same command continues."""
+    from rich.progress import Progress
+
     from daskcell.models import EncoderRecipe, train_encoder
     from daskcell.study import Study
     from daskcell.training import study_crops
 
-    crops = [part for path in studies for part in study_crops(Study(path), per_slide)]
-    trained = train_encoder(crops, out, EncoderRecipe(minutes=minutes, seed=seed))
+    found = [Study(path) for path in studies]
+    with Progress(transient=True) as bar:
+        say = bar.console.print
+        crops, key = study_crops(found, out / "crops", cells, say)
+        recipe = EncoderRecipe(minutes=minutes, steps=steps, seed=seed, cells=key)
+        task = bar.add_task("training", total=1.0)
+        trained = train_encoder(
+            crops,
+            out,
+            recipe,
+            device=device,
+            report=say,
+            progress=lambda done: bar.update(task, completed=done),
+        )
     print(f"{trained.path}: use it with --encoder {trained.path}")

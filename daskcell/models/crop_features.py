@@ -6,6 +6,8 @@ measurements users get, with names and units, are in `daskcell.features`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,8 +19,8 @@ MEASUREMENTS = 69
 
 
 @torch.no_grad()
-def describe_crops(crops: np.ndarray, batch: int = 256) -> np.ndarray:
-    """`measure_signal` of crops: ``(n, MEASUREMENTS)`` float32."""
+def describe_crops(crops: Any, batch: int = 256) -> np.ndarray:
+    """`measure_signal` of crops, read a batch at a time: ``(n, MEASUREMENTS)`` float32."""
     parts = [measure_signal(signal_of(as_input(crops[i : i + batch]))) for i in range(0, len(crops), batch)]
     return torch.cat(parts).numpy()
 
@@ -74,7 +76,7 @@ def _correlations(flat: Tensor, weights: Tensor) -> Tensor:
 
 
 def _histogram(flat: Tensor, weights: Tensor, bins: int = 8) -> Tensor:
-    centres = torch.linspace(0.0, 1.2, bins)
+    centres = torch.linspace(0.0, 1.2, bins, device=flat.device)
     near = torch.exp(-(((flat[..., None] - centres) / 0.12) ** 2))
     near = near / near.sum(-1, keepdim=True).clamp_min(1e-6)
     return torch.einsum("np,ncpb->ncb", weights, near).flatten(1)
@@ -83,7 +85,8 @@ def _histogram(flat: Tensor, weights: Tensor, bins: int = 8) -> Tensor:
 def _shape(regions: Tensor) -> Tensor:
     """Axes, compactness, outline of cell and core, and how far the core lies off the cell's centre."""
     height, width = regions.shape[-2:]
-    y, x = torch.meshgrid(torch.arange(height) / height, torch.arange(width) / width, indexing="ij")
+    sides = (torch.arange(side, device=regions.device) / side for side in (height, width))
+    y, x = torch.meshgrid(*sides, indexing="ij")
     area = regions.sum((2, 3)).clamp_min(1)
     centre = torch.stack([(regions * p).sum((2, 3)) / area for p in (y, x)], -1)
     dy, dx = y - centre[..., 0, None, None], x - centre[..., 1, None, None]
@@ -101,7 +104,7 @@ def _shape(regions: Tensor) -> Tensor:
 
 def _blur(x: Tensor, sigma: float) -> Tensor:
     reach = int(3 * sigma + 0.5)
-    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
+    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=x.device) / sigma) ** 2)
     kernel = kernel / kernel.sum()
     count = x.shape[1]
     x = F.conv2d(F.pad(x, (reach, reach, 0, 0)), kernel.expand(count, 1, 1, -1), groups=count)

@@ -147,8 +147,12 @@ def fit_projection(net: TinyEncoder, crops: np.ndarray, seed: int = 0, batch: in
     not blow up the weakest axes (which would be whitening).
     """
     net.eval()
-    signals = [signal_of(as_input(crops[i : i + batch])) for i in range(0, len(crops), batch)]
-    net.maps.fit(torch.cat([net.pooled(signal) for signal in signals]))
-    net.measurements.fit(torch.cat([measure_signal(signal) for signal in signals]))
+    pooled, measured = [], []
+    for i in range(0, len(crops), batch):
+        signal = signal_of(as_input(crops[i : i + batch]).to(net.device))
+        pooled.append(net.pooled(signal))
+        measured.append(measure_signal(signal))
+    net.maps.fit(torch.cat(pooled))
+    net.measurements.fit(torch.cat(measured))
     generator = torch.Generator().manual_seed(seed)
-    net.turn.copy_(torch.linalg.qr(torch.randn(net.dim, net.dim, generator=generator)).Q)
+    net.turn.copy_(torch.linalg.qr(torch.randn(net.dim, net.dim, generator=generator, device="cpu")).Q)

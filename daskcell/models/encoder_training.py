@@ -10,18 +10,30 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from daskcell.errors import InputError
+from daskcell.errors import ComputeError, InputError
 from daskcell.models.arrays import save_arrays
 from daskcell.models.crop_features import describe_crops, neighbours
 from daskcell.models.crop_signal import as_input, signal_of
 from daskcell.models.encoder import DIMENSIONS, KIND, TinyEncoder, fit_projection
 from daskcell.models.training import Schedule, Trained, Trainer
+
+
+class Rows(Protocol):
+    """Crops that are read when rows are asked for, such as an array."""
+
+    shape: tuple[int, ...]
+    ndim: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any, /) -> Any: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +51,8 @@ class EncoderRecipe(Schedule):
     itself: float = 0.25
     """Chance that a cell's partner is the cell itself."""
     temperature: float = 0.2
+    cells: str = ""
+    """Which cells are learnt from, in a few letters; a checkpoint of others is refused."""
     widths: tuple[int, ...] = (32, 64, 112, 176)
     dim: int = DIMENSIONS
 
@@ -63,11 +77,13 @@ class _Student(nn.Module):
 
 
 def train_encoder(
-    crops: np.ndarray | Sequence[np.ndarray],
+    crops: Rows | Sequence[Rows],
     out: str | Path,
     recipe: EncoderRecipe | None = None,
     *,
+    device: str = "cpu",
     report: Callable[[str], None] = print,
+    progress: Callable[[float], None] | None = None,
 ) -> Trained:
     """Train an encoder on crops of single cells.
 
@@ -78,9 +94,16 @@ def train_encoder(
     ----------
     crops
         ``(n, 3, H, W)`` uint8 or float 0..1, as the encoder wants them (`daskcell.models.encoder`), or one
-        such array for each data set (memory-mapped ones will do). A step compares cells of one data set only.
+        such array for each data set. A step compares cells of one data set only. They need not be in memory:
+        whatever has a shape and gives rows (memory-mapped arrays, `daskcell.training.Joined`) is read a batch
+        at a time.
     out
         Folder for ``encoder.npz`` (usable as ``encoder=``), ``checkpoint.pt`` and ``log.csv``.
+    device
+        ``cpu``, where a recipe gives the same weights bit for bit, interrupted or not (with a number of
+        `steps`, and one thread); or ``cuda``.
+    report, progress
+        Called with a line now and then, and with the share that is done after every step.
 
     Raises
     ------
@@ -88,9 +111,13 @@ def train_encoder(
         If the crops are of a wrong shape or fewer than 16.
     WeightsError
         If the checkpoint in `out` is damaged or belongs to another recipe.
+    ComputeError
+        If a GPU is asked for that is not there.
     """
     recipe = recipe or EncoderRecipe()
-    sets = [crops] if isinstance(crops, np.ndarray) else list(crops)
+    sets: list[Rows] = list(crops) if isinstance(crops, list | tuple) else [crops]  # type: ignore[list-item]
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ComputeError(f"There is no GPU for device={device!r} here. Please take device='cpu'.")
     for one in sets:
         if one.ndim != 4 or one.shape[1] != 3 or len(one) < 16:
             raise InputError(f"Crops must be (n, 3, H, W) with n of at least 16, but are {one.shape}.")
@@ -99,7 +126,7 @@ def train_encoder(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
-    net, mean = (_Student(TinyEncoder(recipe.widths, recipe.dim)) for _ in range(2))
+    net, mean = (_Student(TinyEncoder(recipe.widths, recipe.dim)).to(device) for _ in range(2))
     sample = _mixture(sets, 4096, recipe.seed)
 
     def export(student: nn.Module, note: str) -> Path:
@@ -112,6 +139,7 @@ def train_encoder(
     if trainer.left() <= 0:
         return Trained(trainer.save(), trainer.step, trainer.loss)
     near = [neighbours(describe_crops(one), recipe.neighbours) for one in sets]
+    home = torch.device(device)
     report(f"{sum(map(len, sets))} cells of {len(sets)} data sets; from step {trainer.step}")
     # Large sets rule little more than small ones.
     share = np.array([len(one) for one in sets]) ** 0.25
@@ -126,13 +154,13 @@ def train_encoder(
         # Sorted reading: memory-mapped crops are read in order.
         pair = np.concatenate([chosen, partners])
         rows, back = np.unique(pair, return_inverse=True)
-        signal = signal_of(as_input(np.asarray(sets[which][rows])))[torch.from_numpy(back)]
+        signal = signal_of(as_input(np.asarray(sets[which][rows])).to(home))[torch.from_numpy(back)]
         view = alter(signal, rng)
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bfloat16):
+        with torch.autocast(home.type, torch.bfloat16, enabled=recipe.bfloat16):
             z = net(view)
-        return _contrast(z.float(), torch.from_numpy(pair), recipe.temperature)
+        return _contrast(z.float(), torch.from_numpy(pair).to(home), recipe.temperature)
 
-    return trainer.run(loss_of, report)
+    return trainer.run(loss_of, report, progress=progress)
 
 
 def alter(signal: Tensor, rng: np.random.Generator) -> Tensor:
@@ -151,14 +179,13 @@ def alter(signal: Tensor, rng: np.random.Generator) -> Tensor:
         ],
         1,
     ).astype(np.float32)
-    grid = F.affine_grid(torch.from_numpy(turn), list(signal.shape), align_corners=False)
+    grid = F.affine_grid(torch.from_numpy(turn).to(signal.device), list(signal.shape), align_corners=False)
     view = F.grid_sample(signal, grid, align_corners=False)
     inside = (view.abs().amax(1, keepdim=True) > 0.004).float()
     gain = np.exp(rng.normal(0, 0.18, (n, 1, 1, 1)) + rng.normal(0, 0.06, (n, 3, 1, 1))).astype(np.float32)
     noise = rng.standard_normal(tuple(view.shape), dtype=np.float32) * rng.uniform(0, 0.05, (n, 1, 1, 1))
-    return (view * torch.from_numpy(gain) + inside * torch.from_numpy(noise.astype(np.float32))).clamp(
-        -0.5, 1.5
-    )
+    light, grain = (torch.from_numpy(part.astype(np.float32)).to(signal.device) for part in (gain, noise))
+    return (view * light + inside * grain).clamp(-0.5, 1.5)
 
 
 def _contrast(z: Tensor, cells: Tensor, temperature: float) -> Tensor:
@@ -166,12 +193,13 @@ def _contrast(z: Tensor, cells: Tensor, temperature: float) -> Tensor:
     n = len(z) // 2
     similar = z @ z.T / temperature
     same = cells[:, None] == cells[None, :]
-    partner = torch.cat([torch.arange(n, 2 * n), torch.arange(n)])
-    same[torch.arange(2 * n), partner] = False
+    both = torch.arange(2 * n, device=z.device)
+    partner = both.roll(-n)
+    same[both, partner] = False
     return F.cross_entropy(similar.masked_fill(same, -1e4), partner)
 
 
-def _mixture(sets: Sequence[np.ndarray], count: int, seed: int) -> np.ndarray:
+def _mixture(sets: Sequence[Rows], count: int, seed: int) -> np.ndarray:
     """Up to `count` crops as bytes, the same number of each data set where it has them."""
     rng, each = np.random.default_rng(seed), max(1, count // len(sets))
     parts = []

@@ -96,15 +96,18 @@ class Trainer:
         loss_of: Callable[[nn.Module, int], Tensor],
         report: Callable[[str], None],
         check: Callable[[], None] = lambda: None,
+        progress: Callable[[float], None] | None = None,
     ) -> Trained:
         """Train to the end: `loss_of` gives the loss of a step; `check` is called with every fifth
-        checkpoint."""
+        checkpoint, `progress` with the share that is done."""
         saves, last, lined = 0, time.monotonic(), time.monotonic()
         while (left := self.left()) > 0:
             start = time.monotonic()
             self._learn(loss_of, 1 - left)
             now = time.monotonic()
             self.elapsed += now - start
+            if progress is not None:
+                progress(1 - max(0.0, self.left()))
             if now - lined > 30:
                 lined = now
                 done = f"{100 * (1 - left):.0f} %"
