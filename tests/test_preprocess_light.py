@@ -404,6 +404,9 @@ def test_a_flat_field_that_changed_is_not_used_unasked(tmp_path):
     tifffile.imwrite(tmp_path / "flat.tif", np.full((61, 83), 91, np.uint8))
     with pytest.raises(InputError, match="changed"):
         apply_block(x, plan)
+    (tmp_path / "flat.tif").unlink()
+    with pytest.raises(InputError, match="cannot be read"):
+        apply_block(x, plan)
 
 
 def test_stains_are_for_colour_pictures():

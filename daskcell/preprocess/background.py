@@ -168,13 +168,8 @@ class FlatFile(_Pointwise):
     @classmethod
     def open(cls, path: str, dark: float, shape: tuple[int, int, int], dtype: np.dtype) -> FlatFile:
         """Check that the file fits, and note what it holds."""
-        from daskcell.keys import digest
-
         where = Path(path).expanduser().absolute()  # workers may run elsewhere
-        try:
-            step = cls(str(where), digest(where), float(dark), shape)
-        except OSError as error:
-            raise InputError(f"The flat field {path} cannot be read: {error.strerror}.") from None
+        step = cls(str(where), _digest(where), float(dark), shape)
         _flat(step, dtype)
         return step
 
@@ -182,8 +177,16 @@ class FlatFile(_Pointwise):
 @lru_cache(maxsize=2)
 def _flat(step: FlatFile, dtype: np.dtype) -> Flat:
     from daskcell import images
-    from daskcell.keys import digest
 
-    if digest(Path(step.path)) != step.digest:
+    if _digest(Path(step.path)) != step.digest:
         raise InputError(f"The flat field {step.path} has changed since it was first read: run anew.")
     return Flat.of(np.asarray(images.open_image(step.path).data), step.dark, step.shape, dtype)
+
+
+def _digest(path: Path) -> str:
+    from daskcell.keys import digest
+
+    try:
+        return digest(path)
+    except OSError as error:
+        raise InputError(f"The flat field {path} cannot be read: {error.strerror}.") from None
