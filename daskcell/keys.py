@@ -68,7 +68,7 @@ def slide_keys(
     weights
         Fingerprints of other files by stage: networks for ``segment`` and ``describe``.
     """
-    identity = [[file["name"], file["digest"]] for file in files]
+    identity = [[file["name"], file["digest"], *file.get("said", ())] for file in files]
     keys = {"convert": content_key("convert", identity, _dump(config.input))}
     keys["freeze"] = content_key(
         "freeze", keys["convert"], _dump(config.preprocess), weights.get("freeze", "")
@@ -110,11 +110,13 @@ def segment_settings(config: Config) -> dict[str, Any]:
     return values
 
 
-def identify(paths: Iterable[str | Path], known: Iterable[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
+def identify(
+    paths: Iterable[str | Path], known: Iterable[Mapping[str, Any]] = (), said: Iterable[str] = ()
+) -> list[dict[str, Any]]:
     """Name, size, time and digest of each input file; a folder (Zarr) counts as all its files.
 
-    `known` is an earlier answer: a file of the same size and time is not read again. Nothing
-    on object storage is read for this: the digest is that of names, sizes and ETags.
+    `said` is what a manifest says of them. `known` is an earlier answer: a file of the same size and time is
+    not read again. Nothing on object storage is read for this: the digest is that of names, sizes and ETags.
     """
     earlier = {entry["path"]: entry for entry in known}
     found = []
@@ -133,13 +135,16 @@ def identify(paths: Iterable[str | Path], known: Iterable[Mapping[str, Any]] = (
                 "digest": content,
             }
             found.append(entry)
+    for entry in found[:1]:
+        entry.pop("said", None)
+        entry |= {"said": list(said)} if said else {}
     return found
 
 
-def unchanged(paths: Iterable[str | Path], known: list[dict[str, Any]]) -> bool:
-    """Whether files are as `known` says, by size and time alone."""
+def unchanged(paths: Iterable[str | Path], known: list[dict[str, Any]], said: Iterable[str] = ()) -> bool:
+    """Whether files are as `known` says, by size and time alone, and so is what a manifest says of them."""
     found = [str(path) for path in paths]
-    if [entry["path"] for entry in known] != found:
+    if [entry["path"] for entry in known] != found or (known and known[0].get("said", []) != list(said)):
         return False
     with contextlib.suppress(OSError, ImageError):
         return all(_weigh(p) == (e["size"], e["mtime_ns"]) for p, e in zip(found, known, strict=True))

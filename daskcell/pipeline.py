@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from daskcell import places
+from daskcell.arrays import given_inputs, keep_arrays
 from daskcell.collection import Run
 from daskcell.config import Config, load_config, parse_config
 from daskcell.disk import is_full, remove
@@ -27,7 +28,7 @@ from daskcell.transfer import Given
 if TYPE_CHECKING:
     from distributed import Client
 
-Inputs = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+Inputs = str | os.PathLike[str] | Iterable[str | os.PathLike[str] | tuple[str, Any]]
 
 
 def run(
@@ -49,7 +50,9 @@ def run(
     Parameters
     ----------
     inputs
-        Files, folders, patterns with ``*``, or OME-Zarr images; one or several.
+        Files, folders, patterns with ``*``, OME-Zarr images, or tables of images (CSV, Parquet; see
+        `daskcell.images.manifest`); one or several. Any iterable of these; or of ``(name, array)``, with
+        ``(Y, X)`` or ``(C, Y, X)`` arrays, which are kept in the study's folder ``inputs``.
     config
         Settings: a `Config`, nested dictionaries, or a YAML file. None: the defaults.
     client
@@ -126,12 +129,13 @@ def _go(
     truth: str | os.PathLike[str] | None,
     verify: bool = False,
 ) -> Study:
-    given = [os.fspath(path) for path in ([inputs] if isinstance(inputs, (str, os.PathLike)) else inputs)]
+    given, arrays = given_inputs(inputs, out)
     if not given:
         raise InputError("There is no input: please name files, folders or patterns.")
     out = Path(out)
     known = check_folder(out, given)
     _check_kind(out, known, model)
+    keep_arrays(arrays, out)
     sources = find_images(given, settings.input)
     _check_readable(sources)
     if truth is not None:
@@ -140,7 +144,8 @@ def _go(
     progress = progress or Progress()
     with _nothing_left_behind(out, new=known is None), Lock(out) as lock:
         study = Study.create(out, given, settings)
-        study.update(slides=sorted(source.name for source in sources), weights=weights)
+        groups = {source.name: source.group for source in sources if source.group is not None}
+        study.update(slides=sorted(source.name for source in sources), weights=weights, groups=groups)
         if model is not None:
             study.update(model=os.path.abspath(model.folder))
         sweep(out)

@@ -76,7 +76,7 @@ class Outcome:
 def missing_stages(job: Job, study: Study) -> list[str]:
     """Stages of `job` that are still to do, told by small files alone; all of them if the input changed."""
     ledger = study.ledger(job.slide)
-    if job.cluster_key is None and not unchanged(job.source.files, ledger.files):
+    if job.cluster_key is None and not unchanged(job.source.files, ledger.files, job.source.said):
         return list(job.stages)
     keys = job.keys(ledger)
     found = {stage for stage in job.stages if not ledger.is_done(stage, keys[stage])}
@@ -129,7 +129,7 @@ def process_slide(
         if limit is not None and _pixels(job, ledger) > limit:
             return Outcome(job.slide, too_large=True)
         if job.cluster_key is None:
-            files = identify(job.source.files, ledger.files)
+            files = identify(job.source.files, ledger.files, job.source.said)
             if files != ledger.files:
                 ledger.files = files
                 ledger.save()
@@ -179,7 +179,7 @@ def trace(error: BaseException) -> str:
 def _pixels(job: Job, ledger: Ledger) -> int:
     """Pixels of one channel, from the ledger where the slide was opened before."""
     shape = ledger.result("convert").get("shape")
-    known = job.cluster_key is not None or unchanged(job.source.files, ledger.files)
+    known = job.cluster_key is not None or unchanged(job.source.files, ledger.files, job.source.said)
     if shape is None or not known:
         reader = job.source.open()
         shape = (0, *reader.levels[0])

@@ -7,6 +7,7 @@
       features/<slide>.zarr
       clusters/                  the fitted model, and names.json: names of groups
       overlays/  preprocessed/  channels/
+      inputs/                    pictures that were given as arrays
       scores.json                the groups against known types, where a truth was given
       failures.jsonl             slides that were set aside, with the reason
       ledger/<slide>.json        content key and result of every finished stage
@@ -48,7 +49,7 @@ _PACKAGES = (
     "cellpose",
 )
 
-_HARMLESS = {".DS_Store", "Thumbs.db", "desktop.ini"}
+_HARMLESS = {".DS_Store", "Thumbs.db", "desktop.ini", "inputs"}
 
 
 class Study:
@@ -193,7 +194,8 @@ class Study:
         if slide is not None:
             if slide not in self.slides or not self.table(slide).exists():
                 raise StudyError(f"{self.out} has no cells table of {slide!r}.")
-            return pd.read_parquet(self.table(slide))
+            table, group = pd.read_parquet(self.table(slide)), self.record.get("groups", {}).get(slide)
+            return table if group is None else table.assign(group=group)
         tables = [self.cells(name).assign(slide=name) for name in self.slides if self.table(name).exists()]
         return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 

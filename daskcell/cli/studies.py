@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def run(
-    inputs: Annotated[list[str], typer.Argument(help="Files, folders, patterns with *, or OME-Zarr images.")],
+    inputs: Annotated[list[str], typer.Argument(help="Files, folders, patterns, OME-Zarr, or a CSV.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the study; continued if it is there.")],
     config: ConfigFile = None,
     changes: Changes = None,

@@ -34,6 +34,10 @@ class Source:
     """``(y, x)`` in micrometres where the settings say; None: as in the file."""
     t: int = 0
     z: ZChoice = "max"
+    group: str | None = None
+    """What a manifest says it belongs to, such as a treatment; changes nothing."""
+    said: tuple[str, ...] = ()
+    """What else a manifest says of it and the settings do not: part of the content keys."""
 
     def open(self) -> Reader:
         """Open for reading, in this process.

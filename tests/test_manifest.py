@@ -1,0 +1,139 @@
+"""Collections that are told: tables of images, generators of paths, arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import tifffile
+
+from daskcell.errors import ImageError, InputError
+from daskcell.images import find_images
+from daskcell.pipeline import run
+
+SETTINGS = {"segment": {"method": "watershed"}, "cluster": {"k": 2}, "compute": {"kind": "inline"}}
+
+
+def picture(seed: int = 0) -> np.ndarray:
+    pixels = np.random.default_rng(seed).integers(0, 20, (120, 120), np.uint8)
+    pixels[20:50, 20:50] = pixels[70:100, 60:90] = 200
+    return pixels
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a", "b", "c"):
+        tifffile.imwrite(tmp_path / f"{name}.tif", picture())
+    return tmp_path
+
+
+def write(folder, text: str):
+    (folder / "list.csv").write_text(text)
+    return folder / "list.csv"
+
+
+def test_a_row_is_an_image_and_says_what_the_file_does_not(folder):
+    one, two = find_images(write(folder, "path,pixel_size,group,note\na.tif,0.5,007,x\nb.tif,,drug,\n"))
+    assert (one.name, one.files, one.pixel_size, one.group) == (
+        "a",
+        (str(folder / "a.tif"),),
+        (0.5, 0.5),
+        "007",
+    )
+    assert (two.name, two.pixel_size, two.group) == ("b", None, "drug")
+
+
+def test_rows_of_one_image_are_its_channels(folder):
+    text = "image;channel;path;channels\nx;DNA;a.tif;actin\nx;actin;b.tif;actin\ny;DNA;c.tif;\n"
+    x, y = find_images(write(folder, text))
+    assert (x.name, x.file_channels, x.take) == ("x", ("DNA", "actin"), ("actin",))
+    assert (y.name, y.file_channels, y.take) == ("y", ("DNA",), None)
+
+
+def test_parquet_does_as_csv_does(folder):
+    table = pd.DataFrame({"path": ["a.tif", "b.tif"], "pixel_size": [0.5, None], "group": ["one", None]})
+    table.to_parquet(folder / "list.parquet")
+    one, two = find_images(folder / "list.parquet")
+    assert (one.pixel_size, one.group, two.pixel_size, two.group) == ((0.5, 0.5), "one", None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("file\na.tif\n", "no column 'path'"),
+        ("path\nnowhere.tif\n", "row 2: there is no file .*nowhere.tif"),
+        ("path,pixel_size\na.tif,wide\n", "row 2: pixel_size must be micrometres above 0, not 'wide'"),
+        ("path,pixel_size\na.tif,-1\n", "must be micrometres above 0"),
+        ("path,channel\na.tif,DNA\n", "row 2 has a channel, but no image"),
+        ("path,image\na.tif,x\nb.tif,x\n", "image 'x' has 2 files"),
+        ("path,image,channel\na.tif,x,DNA\nb.tif,x,DNA\n", "a channel of their own"),
+        ("path,image,channel,group\na.tif,x,D,1\nb.tif,x,E,2\n", "row 3: image 'x' has another group"),
+        ("path\n\n", "no picture"),
+        ("", "is not a table"),
+    ],
+)
+def test_a_row_that_cannot_be_is_one_sentence(folder, text, says):
+    with pytest.raises(ImageError, match=says):
+        find_images(write(folder, text))
+
+
+def test_names_that_would_leave_the_study_stay_inside(folder):
+    names = ["../../escape", "/etc/passwd", "..", "a/b", "C:\\x", "con\0"]
+    rows = "".join(f'a.tif,"{name}"\n' for name in names)
+    sources = find_images(write(folder, "path,image\n" + rows))
+    for source in sources:
+        assert "/" not in source.name
+        assert "\\" not in source.name
+        assert not source.name.startswith(".")
+        assert (
+            folder / "out" / "images" / f"{source.name}.zarr"
+        ).resolve().parent == folder / "out" / "images"
+    assert len({source.name for source in sources}) == len(names)
+
+
+def test_what_a_table_says_is_part_of_what_a_slide_depends_on(folder):
+    table = write(folder, "path,pixel_size,group\na.tif,0.5,one\nb.tif,0.5,one\n")
+    study = run(table, folder / "out", SETTINGS)
+    assert study.failures == []
+    assert study.cells().groupby("group").size().to_dict() == {"one": 4}
+    before = {name: study.ledger(name).stages["convert"]["key"] for name in study.slides}
+    write(folder, "path,pixel_size,group\na.tif,0.25,one\nb.tif,0.5,two\n")
+    study = run(table, folder / "out", SETTINGS)
+    after = {name: study.ledger(name).stages["convert"]["key"] for name in study.slides}
+    assert after["a"] != before["a"]
+    assert after["b"] == before["b"]
+    assert study.open_image("a").pixel_size == (0.25, 0.25)
+    assert study.cells().groupby("group").size().to_dict() == {"one": 2, "two": 2}
+
+
+def test_a_generator_of_paths_does_as_a_list_does(folder):
+    study = run((folder / f"{name}.tif" for name in "ab"), folder / "out", SETTINGS)
+    assert (study.slides, study.failures) == (["a", "b"], [])
+
+
+def test_arrays_from_a_generator_are_kept_and_continued(folder):
+    def arrays(seed: int = 1):
+        yield "flat", picture()
+        yield "../stack", np.stack([picture(), picture(seed)])
+
+    study = run(arrays(), folder / "out", SETTINGS)
+    assert (study.slides, study.failures) == (["flat", "stack"], [])
+    assert study.open_image("stack").data.shape == (2, 120, 120)
+    before = {name: (study.out / "ledger" / f"{name}.json").stat().st_mtime_ns for name in study.slides}
+    study = run(arrays(), folder / "out", SETTINGS)
+    after = {name: (study.out / "ledger" / f"{name}.json").stat().st_mtime_ns for name in study.slides}
+    assert after == before
+    study = run(arrays(2), folder / "out", SETTINGS)
+    keys = [study.ledger(name).stages["convert"]["key"] for name in study.slides]
+    assert study.failures == []
+    assert len(set(keys)) == 2
+    np.testing.assert_array_equal(np.asarray(study.open_image("stack").data)[1], picture(2))
+
+
+@pytest.mark.parametrize(
+    "inputs", [["a.tif", 3], [("a", np.zeros(3))], [("a", np.zeros((4, 4))), "b.tif"], [("a", "b", "c")]]
+)
+def test_inputs_of_other_kinds_are_refused(tmp_path, inputs):
+    with pytest.raises(InputError):
+        run(inputs, tmp_path / "out", SETTINGS)
+    assert not (tmp_path / "out" / "study.json").exists()
