@@ -13,6 +13,7 @@ from daskcell import places
 from daskcell.config import InputSettings
 from daskcell.errors import DaskcellError, ImageError
 from daskcell.images import channels as names
+from daskcell.images.manifest import is_manifest, read_manifest
 from daskcell.images.readers import ZChoice, suffixes
 from daskcell.images.readers.omezarr import images_within, is_zarr
 from daskcell.images.sandbox import open_safely
@@ -22,7 +23,8 @@ from daskcell.images.sources import Source, find_channel
 def find_images(
     inputs: str | Path | Sequence[str | Path], settings: InputSettings | None = None
 ) -> list[Source]:
-    """All images among `inputs`: files, folders (searched to the bottom), patterns with ``*``, OME-Zarr.
+    """All images among `inputs`: files, folders (searched to the bottom), patterns with ``*``, OME-Zarr, and
+    tables of images (`daskcell.images.manifest`).
 
     Raises
     ------
@@ -34,10 +36,13 @@ def find_images(
     if isinstance(inputs, (str, Path)):
         inputs = [inputs]
     singles: dict[str, list[str]] = {}
+    listed: list[Source] = []
     for given in inputs:
         text = places.absolute(given)  # workers may run elsewhere
         if places.is_folder(text) and not is_zarr(text):
             groups += _in_folder(text, settings.pattern)
+        elif is_manifest(text) and places.exists(text):
+            listed += read_manifest(text)
         elif places.exists(text):
             singles.setdefault(os.path.dirname(text), []).append(text)
         elif glob.has_magic(text) and (found := sorted(places.matching(text), key=names.natural_key)):
@@ -53,7 +58,7 @@ def find_images(
             groups += names.group_by_pattern(named, settings.pattern)
         else:
             groups += _grouped(files)
-    if not groups:
+    if not groups and not listed:
         raise ImageError(
             f"There is no picture in {', '.join(os.fspath(i) for i in inputs)}; these kinds are looked for: "
             f"{' '.join(sorted(suffixes()))}."
@@ -71,6 +76,9 @@ def find_images(
             for name in take:
                 find_channel(name, group.channels, source)
         sources += _planes(source, settings)
+    for source in listed:
+        chosen = replace(source, take=source.take or take, pixel_size=source.pixel_size or pixel_size)
+        sources += _planes(chosen, settings)
     unique = names.unique_names(source.name for source in sources)
     return [replace(source, name=name) for source, name in zip(sources, unique, strict=True)]
 
