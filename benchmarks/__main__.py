@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-RUNS = [["preprocessing.py"], ["segmentation.py"], ["clustering.py"]]
+RUNS = [["preprocessing.py"], ["segmentation.py"], ["clustering.py"], ["conversion.py"]]
 
 for command in RUNS:
     print("#", *command, flush=True)

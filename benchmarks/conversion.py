@@ -8,10 +8,11 @@ core**: each measurement is a process that may use one core only, with all the p
 decode      every tile or strip with tifffile, nothing kept
 encode      chunks of level 0 with the codec of the converted image, nothing kept
 bound       the slower of the two, as if both could go on at the same time
-serial      one after the other, as one core must: 1 / (1 / decode + 1 / encode); level 0 alone
+serial      one after the other, as one core must, a third more for the pyramid: 1 / (1/decode + 4/3/encode)
 convert     `convert_slide`, from the file to the finished OME-Zarr with its pyramid
 ome_zarr    `ome_zarr.writer.write_image` of the lazy dask array over tifffile's own Zarr view
 workers     `convert_slide` on one worker a core, all cores at once; per core
+process     `convert_slide` in one process that may use all cores; in all, not per core
 
 Memory is the largest resident size of a worker, and that of the process that opens files for it, while
 pictures of growing sides are converted.
@@ -206,7 +207,8 @@ def measure(folder: Path, kind: str, file: Path, warm: Path, decoded: float) -> 
     convert = decoded / ours["seconds"]
     theirs = decoded / on_one_core(ome_zarr_seconds, str(file), str(folder / f"{kind}-ome.zarr"))
     seconds, count = workers_seconds(str(file), str(folder / f"{kind}-workers.zarr"), str(warm))
-    bound, serial = min(decode, encode), 1 / (1 / decode + 1 / encode)
+    free = convert_seconds(str(file), str(folder / f"{kind}-free.zarr"), str(warm))
+    bound, serial = min(decode, encode), 1 / (1 / decode + 4 / 3 / encode)
     size = sum(path.stat().st_size for path in (image / "0").rglob("*") if path.is_file())
     return {
         "decode": decode,
@@ -219,6 +221,8 @@ def measure(folder: Path, kind: str, file: Path, warm: Path, decoded: float) -> 
         "ome_zarr": theirs,
         "times_ome_zarr": convert / theirs,
         "workers": decoded / seconds / count,
+        "process": decoded / free["seconds"],
+        "cores": count,
         "compressed": decoded * 1e6 / size,
         "files": ours["files"],
         "files_found": ours["found"],
