@@ -101,7 +101,7 @@ class Run:
             shape = ledger.result("convert").get("shape") or (0, 0, 0)
             self.progress.counts(name, shape[1] * shape[2], ledger.result("segment").get("cells", 0))
         with contextlib.ExitStack() as stack:
-            workers = LazyWorkers(client, self.config, stack, self.tick)
+            workers = LazyWorkers(client, self.config, stack, self.tick, self.progress.say)
             try:
                 self.work([self.job(name) for name in slides if missing[name] or self.verify], workers)
                 if not self.is_grouped(slides):  # the fit would take damaged features for good ones
@@ -384,8 +384,10 @@ class LazyWorkers:
         config: Config,
         stack: contextlib.ExitStack,
         on_task: Callable[[], None],
+        tell: Callable[[str], None] | None = None,
     ):
         self._client, self._config, self._stack, self._on_task = client, config, stack, on_task
+        self._tell = tell
         self._workers: Workers | None = None
 
     @property
@@ -399,7 +401,7 @@ class LazyWorkers:
             if self._client is not None:
                 workers = Workers(self._client, on_task=self._on_task, task_seconds=seconds)
             else:
-                started = self._stack.enter_context(start_workers(self._config.compute))
+                started = self._stack.enter_context(start_workers(self._config.compute, self._tell))
                 workers = started.watched(self._on_task, seconds)
             refuse_too_little_memory(workers.memory, self._config.compute.block)
             self._workers = workers

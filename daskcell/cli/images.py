@@ -91,7 +91,10 @@ def segment(
         plan = freeze_slide(whole, settings.preprocess, workers)
         block = settings.compute.block
         rest = Path(scratch) / "scratch"
-        report = segment_slide(whole, "cells", settings.segment, plan, workers, block, rest)
+        device = settings.compute.network_device
+        report = segment_slide(
+            whole, "cells", settings.segment, plan, workers, block, rest, device=device
+        )
         remove(rest)
         whole.rename(out)
     print(f"{out}: {report['cells']:,} cells in labels/cells")
@@ -183,6 +186,8 @@ def _method(settings: Any) -> Any:
     if settings.segment.method == "watershed":
         chosen = {name: chosen[name] for name in ("method", "channels", "min_size", "max_size_fraction")}
         chosen |= settings.segment.watershed.model_dump()
+    else:
+        chosen["device"] = settings.compute.network_device
 
     def find(picture: Any) -> Any:
         plan = freeze(picture, settings.preprocess, is_rgb=len(picture) == 3)

@@ -41,7 +41,7 @@ def run(
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes; one per core unless told.")] = None,
     compute: Annotated[
-        str | None, typer.Option(help="local, inline, or the address of a Dask scheduler.")
+        str | None, typer.Option(help="local, gpu, inline, slurm, pbs, lsf, sge, or a scheduler's address.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     retry_failed: Annotated[
