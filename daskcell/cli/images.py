@@ -92,9 +92,7 @@ def segment(
         block = settings.compute.block
         rest = Path(scratch) / "scratch"
         device = settings.compute.network_device
-        report = segment_slide(
-            whole, "cells", settings.segment, plan, workers, block, rest, device=device
-        )
+        report = segment_slide(whole, "cells", settings.segment, plan, workers, block, rest, device=device)
         remove(rest)
         whole.rename(out)
     print(f"{out}: {report['cells']:,} cells in labels/cells")
