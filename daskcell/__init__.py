@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from daskcell.clustering import ClusterModel, fit_clusters, load_clusters
     from daskcell.config import Config, load_config
     from daskcell.errors import DaskcellError
-    from daskcell.features import embed, measure
+    from daskcell.features import embed, export_crops, measure
     from daskcell.images import Image, convert, open_image
     from daskcell.models import load_encoder, load_network
     from daskcell.overlays import overlay
@@ -52,6 +52,7 @@ _WHERE = {
     "correct_background": "preprocess",
     "embed": "features",
     "estimate_flat": "preprocess",
+    "export_crops": "features",
     "fit_clusters": "clustering",
     "gaussian": "preprocess",
     "load_clusters": "clustering",
@@ -80,6 +81,7 @@ __all__ = [
     "correct_background",
     "embed",
     "estimate_flat",
+    "export_crops",
     "fit_clusters",
     "gaussian",
     "load_clusters",

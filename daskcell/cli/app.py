@@ -128,4 +128,4 @@ def _options(
 
 
 # The commands enter themselves into `app`.
-from daskcell.cli import clusters, doctor, images, networks, studies  # noqa: E402, F401
+from daskcell.cli import clusters, doctor, exports, images, networks, studies  # noqa: E402, F401
