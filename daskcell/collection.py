@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
 NAMES = "names.json"
+_TELL_SECONDS = 5.0
 _BLOCKS_AT_ONCE = 2
 """A slide of so many blocks or fewer is one task."""
 _TOGETHER = 64
@@ -73,6 +75,7 @@ class Run:
         self.retry_failed = retry_failed
         self.given = given
         self.verify = verify
+        self.told = time.monotonic()
         self.looked: set[str] = set()
         """Slides whose checksums were compared in this run."""
         self.stop = threading.Event()
@@ -119,14 +122,18 @@ class Run:
                 raise
             finally:
                 self.stop.set()
+                self.study.tell(None)
                 if workers.started:
                     self.write_failures()
         self.write_failures()
         remove(self.study.out / "scratch")
 
     def tick(self) -> None:
-        """After every task: stop if we must."""
+        """After every task: stop if we must; leave word for `status` now and then."""
         self.lock.check()
+        if time.monotonic() - self.told > _TELL_SECONDS:
+            self.told = time.monotonic()
+            self.study.tell(self.progress.fraction, self.progress.seconds_left)
         if self.stop.is_set():
             raise ComputeError("The run was stopped; the same command continues it.")
 

@@ -9,6 +9,7 @@ from daskcell.checksums import damaged
 from daskcell.compute import Workers
 from daskcell.keys import UPSTREAM, late_keys, slide_keys
 from daskcell.lock import holder
+from daskcell.progress import clock
 from daskcell.study import CLUSTERS, Ledger, Study
 
 FAR = 5.0
@@ -45,7 +46,7 @@ def report(study: Study) -> dict[str, Any]:
         )
     return {
         "study": str(study.out),
-        "running": owner,
+        "running": owner and owner | {"progress": study.told},
         "slides": rows,
         "model": study.record.get("model"),
         "drift": drift(study),
@@ -135,7 +136,12 @@ def table(found: dict[str, Any], limit: int | None = None) -> str:
             lines.append("(the command that made the study makes them again when given --verify)")
     if found["running"]:
         owner = found["running"]
-        lines.append(f"a run is at work (process {owner.get('pid')} on {owner.get('host')})")
+        line = f"a run is at work (process {owner.get('pid')} on {owner.get('host')})"
+        word = owner.get("progress")
+        if word:
+            line += f": {word['fraction']:.0%} done"
+            line += "" if word["seconds_left"] is None else f", about {clock(word['seconds_left'])} left"
+        lines.append(line)
     scores = found["scores"]
     if scores and scores["ari"] is not None:
         lines.append(

@@ -451,6 +451,29 @@ def test_lines_come_at_intervals_even_when_nothing_was_finished():
     assert "38%, 1/2 slides, 2.0 Mpx, 1,234 cells" in lines[-1]
 
 
+def test_the_status_tells_how_far_a_run_is_while_it_lasts(fakes, folder, tmp_path, monkeypatch):
+    from daskcell.status import report, table
+
+    monkeypatch.setattr(collection, "_TELL_SECONDS", -1)
+    seen = []
+    describe = slide.STAGES["describe"]
+
+    def look(job, *args):
+        seen.append(report(open_study(tmp_path / "out")))
+        return describe(job, *args)
+
+    monkeypatch.setitem(slide.STAGES, "describe", look)
+    study = run(folder, tmp_path / "out", INLINE)
+    assert seen[0]["running"]["progress"] is None
+    last = seen[-1]["running"]["progress"]
+    assert 0.3 < last["fraction"] < 1
+    assert last["seconds_left"] >= 0
+    assert "% done, about" in table(seen[-1])
+    assert seen[-1]["slides"][-1]["stages"]["describe"] == "running"
+    assert report(study)["running"] is None
+    assert not (study.out / ".progress.json").exists()
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(3, "3 s"), (59.6, "1 min 00 s"), (190, "3 min 10 s"), (3720, "1 h 02 min")]
 )
