@@ -245,7 +245,8 @@ def _quiet_logs() -> Iterator[None]:
     """Dask's own log lines off while we run: what a user should know is said by daskcell."""
     import distributed  # noqa: F401  (sets its own levels when it is imported)
 
-    names = ("distributed", "tornado", "asyncio")
+    # Those below the first have levels of their own in Dask's settings.
+    names = ("distributed", "distributed.client", "tornado", "tornado.application", "asyncio")
     before = {name: logging.getLogger(name).level for name in names}
     for name in names:
         logging.getLogger(name).setLevel(logging.CRITICAL)
