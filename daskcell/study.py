@@ -349,7 +349,7 @@ class Ledger:
         }
         if self.held:
             values["held"] = self.held
-        write_json(self.path, values)
+        write_json(self.path, values, indent=None)
 
 
 def read_record(out: Path) -> dict[str, Any] | None:
