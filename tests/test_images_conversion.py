@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -310,3 +312,38 @@ def test_a_large_single_strip_is_announced_in_a_sentence(
         assert sentence.startswith(f"{tmp_path / 'a.tif'} is one compressed piece")
     else:
         assert not told
+
+
+def test_tasks_here_run_at_the_same_time_but_few_and_stop_at_a_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(conversion, "THREADS", 2)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    begun: list[int] = []
+    both = threading.Barrier(2, timeout=20)
+
+    def task(number: int) -> int:
+        begun.append(number)
+        if number < 2:
+            both.wait()  # one alone would wait for ever
+        if number == 5:
+            raise OSError("disk full")
+        return number
+
+    def tasks(count: int) -> Iterator:
+        for number in range(count):
+            assert number <= len(done) + 2  # asked for when there is room
+            yield number, task, (number,)
+
+    done: list[int] = []
+    for key, result in conversion.run_tasks(None, tasks(5)):
+        assert key == result
+        done.append(key)
+    assert sorted(done) == [0, 1, 2, 3, 4]
+    begun.clear()
+    done.clear()
+    both.reset()
+    with pytest.raises(OSError, match="disk full"):
+        for key, _ in conversion.run_tasks(None, tasks(100)):
+            done.append(key)
+    assert len(begun) <= 8

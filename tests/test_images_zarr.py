@@ -255,7 +255,7 @@ def test_a_strip_is_decoded_once_for_a_whole_row_of_files(
     counting = Counting()
     monkeypatch.setattr(conversion, "cached_reader", lambda *args: counting)
     result = images.convert_slide(source, tmp_path / "a.zarr")
-    assert reads == [Box(0, 0, 64, 400), Box(64, 0, 128, 400), Box(128, 0, 130, 400)]
+    assert sorted(reads) == [Box(0, 0, 64, 400), Box(64, 0, 128, 400), Box(128, 0, 130, 400)]
     assert result["files"] == len(files_of_pixels(tmp_path / "a.zarr"))
     np.testing.assert_array_equal(images.read_block(tmp_path / "a.zarr", Box(0, 0, 130, 400)), pixels)
     reads.clear()

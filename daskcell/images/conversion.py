@@ -6,11 +6,14 @@ reading. What has the final name is complete (see `target`).
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import lru_cache, partial
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -31,6 +34,11 @@ from daskcell.images.summary import Part, Summary, describe, remember
 from daskcell.images.target import new_image, refuse_existing
 
 Task = tuple[Any, Callable[..., Any], tuple[Any, ...]]
+
+THREADS = 4
+"""Blocks at work at the same time, where there are no workers."""
+_reading = Lock()
+"""Readers are no friends of threads, and the process that opens files answers one question at a time."""
 
 
 def convert_slide(
@@ -139,10 +147,9 @@ def _stages(
 
 
 def run_tasks(workers: Any, tasks: Iterable[Task]) -> Iterator[tuple[Any, Any]]:
-    """Run tasks on workers (a few at a time) or, without, here; yields key and result as they come."""
+    """Run tasks on workers, a few at a time, or in threads here; yields key and result as they come."""
     if workers is None:
-        for key, function, arguments in tasks:
-            yield key, function(*arguments)
+        yield from _run_here(tasks)
         return
     window = workers.window()
     for key, function, arguments in tasks:
@@ -150,12 +157,32 @@ def run_tasks(workers: Any, tasks: Iterable[Task]) -> Iterator[tuple[Any, Any]]:
     yield from window
 
 
+def _run_here(tasks: Iterable[Task]) -> Iterator[tuple[Any, Any]]:
+    """One thread for each core, up to `THREADS`: while one waits for pixels, another encodes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    waiting = iter(tasks)
+    running: dict[Future[Any], Any] = {}
+    with ThreadPoolExecutor(min(cores, THREADS)) as pool:
+        while True:
+            for key, function, arguments in islice(waiting, THREADS - len(running)):
+                running[pool.submit(function, *arguments)] = key
+            if not running:
+                return
+            try:
+                for done in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(done), done.result()
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+
 def _convert_run(
     source: Source, identity: str, path: str, level: int, last: int, boxes: tuple[Box, ...]
 ) -> Part:
     """Read a run of blocks that lie side by side; write each as one file of every level up to `last`."""
     run = Box(boxes[0].y0, boxes[0].x0, boxes[-1].y1, boxes[-1].x1)
-    pixels = cached_reader(source, identity).read(level, run)
+    with _reading:
+        pixels = cached_reader(source, identity).read(level, run)
     hashes: dict[Position, bytes] = {}
     look = partial(remember, hashes) if level == 0 else None
     files = 0
