@@ -537,3 +537,31 @@ def test_a_slide_that_kills_its_worker_is_set_aside_and_the_others_finish(tmp_pa
     assert [(f["slide"], f["stage"]) for f in study.failures] == [(name, "convert") for name in bad]
     assert "killed its worker" in study.failures[0]["error"]
     assert [len(study.cells(name)) for name in good] == [2] * 3
+
+
+def test_many_small_slides_share_tasks(fakes, tmp_path, monkeypatch):
+    from distributed import Client
+
+    from daskcell.compute.window import Window
+
+    (tmp_path / "in").mkdir()
+    for number in range(120):
+        tifffile.imwrite(tmp_path / "in" / f"{number:03d}.tif", np.full((20, 30), number, np.uint8))
+    lengths = []
+    submit = Window.submit
+
+    def counted(window, key, function, *args, **kind):
+        if function is slide.process_batch:
+            lengths.append(len(args[0]))
+        submit(window, key, function, *args, **kind)
+
+    monkeypatch.setattr(Window, "submit", counted)
+    with Client(processes=False, n_workers=2, threads_per_worker=1, dashboard_address=None) as client:
+        study = run(tmp_path / "in", tmp_path / "out", INLINE, client)
+        tasks = client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks))
+    assert (len(study.slides), study.failures) == (120, [])
+    assert sum(lengths) == 2 * 120  # once up to the features, once after the groups
+    assert len(lengths) < 90
+    assert max(lengths) > 5
+    assert lengths[0] == lengths[-1] == 1  # the pace is not known yet; at the end all workers have some
+    assert tasks == 0
