@@ -383,3 +383,38 @@ def test_plain_arrays_are_pictures(tmp_path: Path) -> None:
     for name, reason in (("objects", "objects.npy"), ("line", r"\(5,\) is no picture"), ("long", "int64")):
         with pytest.raises(ImageError, match=reason):
             open_image(tmp_path / f"{name}.npy")
+
+
+def test_files_that_are_no_stacks_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import Image
+
+    from daskcell.images import search
+    from daskcell.images.readers import may_be_stack
+
+    plain = np.zeros((20, 30), np.uint8)
+    for name, options in {
+        "plain": {},
+        "big": {"bigtiff": True},
+        "other": {"byteorder": ">", "metadata": None},
+        "described": {"description": "x" * 9000, "metadata": None},
+        "slide": {"description": "Aperio Image Library", "metadata": None, "tile": (16, 16)},
+    }.items():
+        tifffile.imwrite(tmp_path / f"{name}.tif", plain, **options)
+    Image.fromarray(plain).save(tmp_path / "a.png")
+    stacks = tmp_path / "stacks"
+    stacks.mkdir()
+    many = np.zeros((3, 20, 30), np.uint8)
+    tifffile.imwrite(stacks / "pages.tif", many, photometric="minisblack")
+    tifffile.imwrite(stacks / "imagej.tif", many, imagej=True, metadata={"axes": "TYX"})
+    tifffile.imwrite(stacks / "ome.ome.tif", many, metadata={"axes": "TYX"})
+    tifffile.imwrite(stacks / "truncated.tif", many, metadata={"truncate": True}, photometric="minisblack")
+    (stacks / "broken.tif").write_bytes(b"II*\0\xff\xff\xff\xff")
+    assert all(may_be_stack(str(file)) for file in stacks.iterdir())
+
+    def opened(_: object) -> None:
+        raise AssertionError("a file was opened")
+
+    monkeypatch.setattr(search, "open_safely", opened)
+    assert len(find_images([file for file in tmp_path.iterdir() if file.is_file()])) == 6
+    with pytest.raises(AssertionError, match="opened"):
+        find_images(stacks)

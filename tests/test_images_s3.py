@@ -12,11 +12,11 @@ import pytest
 import tifffile
 from s3server import Server
 
-from daskcell import keys, places
+from daskcell import images, keys, places
 from daskcell.config import InputSettings
 from daskcell.errors import ImageError, StudyError
 from daskcell.geometry import Box
-from daskcell.images import find_images, open_image
+from daskcell.images import convert, find_images, open_image
 from daskcell.images.readers import open_reader
 
 RNG = np.random.default_rng(0)
@@ -114,6 +114,67 @@ def test_pictures_and_folders_and_patterns(server: Server, bucket: str, tmp_path
         find_images(f"{bucket}/deep/w*.tif")
 
 
+def test_one_object_a_shard_and_metadata_last(server: Server, bucket: str, tmp_path: Path) -> None:
+    pixels = tiff(tmp_path / "a.tif", (2, 1100, 1300), tile=(256, 256), metadata={"axes": "CYX"})
+    with server.asked() as requests:
+        image = convert(tmp_path / "a.tif", f"{bucket}/out/a.zarr")
+    assert image.path == f"{bucket}/out/a.zarr"
+    np.testing.assert_array_equal(image.data.compute(), pixels)
+    written = [path for method, path, *_ in requests if method in ("PUT", "POST")]
+    chunks = [path for path in written if "/c/" in path]
+    local = convert(tmp_path / "a.tif", tmp_path / "b.zarr")
+    assert len(chunks) == len(set(chunks)) == sum(p.is_file() for p in Path(local.path).rglob("c/**/*"))
+    assert written[-2].endswith("/out/a.zarr/zarr.json")  # and then the word that it is unfinished is removed
+    assert "delete" in [query for method, _, query, _ in requests if method == "POST"][-1]
+    assert places.children(f"{bucket}/out") == {"a.zarr"}
+    for inside in Path(local.path).rglob("c/**/*"):
+        if inside.is_file():
+            there = places.read(f"{bucket}/out/a.zarr/{inside.relative_to(local.path)}")
+            assert there == inside.read_bytes()
+
+
+def test_back_from_object_storage(server: Server, bucket: str, tmp_path: Path) -> None:
+    pixels = tiff(tmp_path / "a.tif", (600, 700))
+    convert(put(bucket, tmp_path / "a.tif"), f"{bucket}/a.zarr")
+    back = convert(f"{bucket}/a.zarr", tmp_path / "back.zarr")
+    np.testing.assert_array_equal(back.data.compute(), pixels)
+    assert images.image_info(f"{bucket}/a.zarr").shape == (1, 600, 700)
+    with pytest.raises(ImageError, match="exists already"):
+        convert(tmp_path / "a.tif", f"{bucket}/a.zarr")
+
+
+def test_a_conversion_that_was_killed_opens_nowhere_and_is_begun_again(
+    server: Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from daskcell.images import conversion, target
+
+    pixels = tiff(tmp_path / "a.tif", (600, 700))
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: object, **__: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion.metadata, "write", killed)
+        patch.setattr(target.RemoteTarget, "abandon", lambda self: None)  # nobody cleans up after a kill
+        with pytest.raises(Killed):
+            convert(tmp_path / "a.tif", f"{bucket}/a.zarr")
+    assert any("/c/" in key for key in places.versions_below(f"{bucket}/a.zarr"))
+    with pytest.raises(ImageError):
+        open_image(f"{bucket}/a.zarr")
+    np.testing.assert_array_equal(convert(tmp_path / "a.tif", f"{bucket}/a.zarr").data.compute(), pixels)
+
+
+def test_what_is_not_ours_is_never_removed(server: Server, bucket: str, tmp_path: Path) -> None:
+    tiff(tmp_path / "a.tif")
+    put(f"{bucket}/precious", tmp_path / "a.tif")
+    with pytest.raises(ImageError, match="exists already"):
+        convert(tmp_path / "a.tif", f"{bucket}/precious")
+    assert places.exists(f"{bucket}/precious/a.tif")
+
+
 def test_identity_goes_by_size_and_etag(server: Server, bucket: str, tmp_path: Path) -> None:
     tiff(tmp_path / "a.tif", (30, 40))
     url = put(bucket, tmp_path / "a.tif")
@@ -143,6 +204,9 @@ def test_errors_are_one_sentence(server: Server, bucket: str, tmp_path: Path, mo
         with pytest.raises(ImageError, match=reason) as error:
             open_image(url)
         assert "\n" not in str(error.value)
+    tiff(tmp_path / "b.tif")
+    with pytest.raises(ImageError, match=r"no-such-bucket-here.*bucket does not exist"):
+        convert(tmp_path / "b.tif", "s3://no-such-bucket-here/a.zarr")
     from daskcell import pipeline
 
     tiff(tmp_path / "a.tif")
@@ -171,3 +235,27 @@ def test_wrong_endpoint_is_a_sentence(server: Server, monkeypatch: pytest.Monkey
     monkeypatch.setattr(fsspec.get_filesystem_class("s3"), "retries", 1)
     with pytest.raises(ImageError, match=r"s3://bucket/a\.tif cannot be accessed"):
         open_image("s3://bucket/a.tif")
+
+
+@pytest.mark.slow
+def test_a_run_over_a_bucket_on_workers_ends_and_continues(
+    server: Server, bucket: str, tmp_path: Path
+) -> None:
+    """Workers are other processes: they find the server by fsspec's own variables."""
+    from skimage.data import binary_blobs
+
+    for k in range(2):
+        cells = binary_blobs(200, 0.1, volume_fraction=0.2, rng=k)
+        tifffile.imwrite(tmp_path / f"{k}.tif", (cells * 200).astype(np.uint8))
+        put(f"{bucket}/in", tmp_path / f"{k}.tif")
+    command = [sys.executable, "-m", "daskcell", "run", f"{bucket}/in/*.tif", "-o", str(tmp_path / "study")]
+    command += ["--method", "watershed", "-k", "2", "--workers", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    assert "2 slides" in done.stdout
+    with server.asked() as requests:
+        again = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert again.returncode == 0
+    # A glance at each file, and no pixels: those that were converted are known by their ETags.
+    assert all(asked for method, path, _, asked in requests if method == "GET" and path.endswith(".tif"))
+    assert sum(path.endswith("/0.tif") for _, path, *_ in requests) <= 6

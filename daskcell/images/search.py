@@ -6,6 +6,7 @@ import glob
 import os
 import posixpath
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,13 @@ from daskcell.config import InputSettings
 from daskcell.errors import DaskcellError, ImageError
 from daskcell.images import channels as names
 from daskcell.images.manifest import is_manifest, read_manifest
-from daskcell.images.readers import ZChoice, suffixes
+from daskcell.images.readers import ZChoice, may_be_stack, suffixes
 from daskcell.images.readers.omezarr import images_within, is_zarr
 from daskcell.images.sandbox import open_safely
 from daskcell.images.sources import Source, find_channel
+
+REQUESTS_AT_ONCE = 16
+"""Remote files that are looked at together."""
 
 
 def find_images(
@@ -69,16 +73,15 @@ def find_images(
     size = settings.pixel_size
     pixel_size = (size, size) if isinstance(size, (int, float)) else size
     take = tuple(settings.channels) if settings.channels is not None else None
-    sources = []
-    for group in groups:
-        source = Source(group.name, group.files, group.channels, take, pixel_size)
-        if take and group.channels:
+    found = [Source(group.name, group.files, group.channels, take, pixel_size) for group in groups]
+    found += [replace(s, take=s.take or take, pixel_size=s.pixel_size or pixel_size) for s in listed]
+    for source in found:
+        if take and source.file_channels:
             for name in take:
-                find_channel(name, group.channels, source)
-        sources += _planes(source, settings)
-    for source in listed:
-        chosen = replace(source, take=source.take or take, pixel_size=source.pixel_size or pixel_size)
-        sources += _planes(chosen, settings)
+                find_channel(name, source.file_channels, source)
+    sources = []
+    for source, is_stack in _stacks_marked(found, settings):
+        sources += _planes(source, is_stack, settings)
     unique = names.unique_names(source.name for source in sources)
     return [replace(source, name=name) for source, name in zip(sources, unique, strict=True)]
 
@@ -112,12 +115,23 @@ def _channels_inside(source: Source) -> str:
     return ", ".join(reader.channels) + note
 
 
-def _planes(source: Source, settings: InputSettings) -> list[Source]:
+def _stacks_marked(sources: list[Source], settings: InputSettings) -> list[tuple[Source, bool]]:
+    """Each source, and whether it must be opened to know how many images the settings make of it."""
+    if settings.z != "all" and settings.t != "all":
+        return [(source, False) for source in sources]
+    first = [source.files[0] for source in sources]
+    if not any(places.is_remote(file) for file in first):
+        return [(source, may_be_stack(file)) for source, file in zip(sources, first, strict=True)]
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+        return list(zip(sources, pool.map(may_be_stack, first), strict=True))
+
+
+def _planes(source: Source, is_stack: bool, settings: InputSettings) -> list[Source]:
     """One source for each time point and plane that the settings want."""
     z: ZChoice = 0 if settings.z == "all" else settings.z
     t = 0 if settings.t == "all" else settings.t
     chosen = replace(source, t=t, z=z)
-    if settings.z != "all" and settings.t != "all":
+    if not is_stack:
         return [chosen]
     try:
         reader = open_safely(Source(source.name, source.files[:1]))

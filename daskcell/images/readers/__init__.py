@@ -54,7 +54,11 @@ class Reader(Protocol):
 
 
 class Kind(Protocol):
-    """A kind of file; modules serve as kinds."""
+    """A kind of file; modules serve as kinds.
+
+    A kind may also have ``may_be_stack(path) -> bool``, which quickly says (False) that a file is one plane
+    at one time; without it, files are opened to know.
+    """
 
     SUFFIXES: tuple[str, ...]
 
@@ -82,6 +86,15 @@ def kinds() -> tuple[Any, ...]:
 def suffixes() -> tuple[str, ...]:
     """Endings of the files that a folder is searched for; a file that is named may have any."""
     return tuple(suffix for kind in kinds() for suffix in getattr(kind, "SUFFIXES", ()))
+
+
+def may_be_stack(path: str) -> bool:
+    """Whether a file may hold several time points or planes; told by its name or a glance where that does."""
+    for kind in kinds():
+        if path.lower().endswith(tuple(kind.SUFFIXES)):
+            look = getattr(kind, "may_be_stack", None)
+            return look is None or bool(look(path))
+    return True
 
 
 def open_reader(path: str | Path, *, t: int = 0, z: ZChoice = "max") -> Reader:

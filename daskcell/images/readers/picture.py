@@ -28,6 +28,10 @@ def matches(path: str, head: bytes) -> bool:
     return head.startswith((_PNG, _JPEG)) or (head.startswith(_BMP) and path.lower().endswith(".bmp"))
 
 
+def may_be_stack(path: str) -> bool:
+    return False
+
+
 class PictureReader:
     """A picture held in memory."""
 

@@ -28,9 +28,10 @@ from numpy.typing import NDArray
 from daskcell import places
 from daskcell.errors import ImageError, InputError
 from daskcell.geometry import Box
-from daskcell.images.readers import ZChoice, check_inside, guarded, tiffmeta, tiffstreams
+from daskcell.images.readers import ZChoice, check_inside, guarded, tiffmeta, tiffpeek, tiffstreams
 from daskcell.images.readers.tiffcheck import check_data, check_page, check_pages
 
+_SLIDES = (".svs", ".ndpi", ".scn", ".qptiff", ".bif")
 SUFFIXES = (
     ".tif",
     ".tiff",
@@ -39,11 +40,7 @@ SUFFIXES = (
     ".tf2",
     ".stk",
     ".lsm",
-    ".svs",
-    ".ndpi",
-    ".scn",
-    ".qptiff",
-    ".bif",
+    *_SLIDES,
 )
 logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what is wrong is told by errors
 
@@ -60,6 +57,10 @@ _JPEG = {6, 7, 34892, 33007}
 
 def matches(path: str, head: bytes) -> bool:
     return head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+def may_be_stack(path: str) -> bool:
+    return not path.lower().endswith(_SLIDES) and tiffpeek.may_be_stack(path)
 
 
 def open(path: str, *, t: int = 0, z: ZChoice = "max") -> TiffReader:
