@@ -305,8 +305,8 @@ class ComputeSettings(Settings):
     other workers where there are, and its slide set aside."""
     wait: Positive | None = None
     """Seconds until workers must be there; None: a minute, an hour for jobs."""
-    dashboard: str | None = None
-    """Where Dask's dashboard listens, such as ``8787`` (on 127.0.0.1) or ``0.0.0.0:8787``; it asks for no
+    dashboard: int | str | None = None
+    """Where Dask's dashboard listens, such as 8787 (on 127.0.0.1) or ``0.0.0.0:8787``; it asks for no
     password. None: no dashboard."""
     jobs: JobSettings = JobSettings()
     """Jobs of kind slurm, pbs, lsf or sge."""

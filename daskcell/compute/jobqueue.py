@@ -49,8 +49,8 @@ def job_cluster(settings: ComputeSettings) -> Any:
             "that may submit jobs."
         )
     options = job_options(settings, settings.jobs, gpu=False)
-    scheduler = dashboard_options(settings.dashboard) | (_site(kind, "scheduler-options") or {})
-    if settings.dashboard is not None:
+    scheduler = dict(_site(kind, "scheduler-options") or {})
+    if settings.dashboard is not None or "dashboard_address" not in scheduler:
         scheduler |= dashboard_options(settings.dashboard)
     return getattr(jobqueue, f"{kind.upper()}Cluster")(
         **options, scheduler_options=scheduler, name=f"daskcell-{os.getpid()}"

@@ -68,11 +68,11 @@ def _spec(threads: int, count: int, gpus: list[str], memory: str) -> dict[str, d
     return spec
 
 
-def dashboard_options(address: str | None) -> dict[str, Any]:
+def dashboard_options(address: int | str | None) -> dict[str, Any]:
     """Options of a Dask scheduler: no dashboard, or one on 127.0.0.1 unless `address` names another host."""
     if address is None:
         return {"dashboard": False, "dashboard_address": "127.0.0.1:0"}
-    host, colon, port = address.rpartition(":")
+    host, colon, port = str(address).rpartition(":")
     if not port.isdigit():
         raise ConfigError(
             f"compute.dashboard is {address!r}, not a port or an address such as 127.0.0.1:8787."
