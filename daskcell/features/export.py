@@ -50,9 +50,9 @@ def export_crops(
     out : path
         New or empty folder.
     format : {"parquet", "png"}
-        ``parquet``: shards ``<slide>-00000.parquet`` with a row a cell: ``slide``, ``label``,
-        ``centroid-0``, ``centroid-1`` (pixels), ``cluster`` (-1: none) and ``image``, a PNG. ``png``: for small studies, files
-        ``cluster-<c>/<slide>-<label>.png``, and `cells.csv` with the same columns and the file.
+        ``parquet``: shards ``<slide>-00000.parquet`` with a row a cell: ``slide``, ``label``, ``centroid-0``
+        and ``centroid-1`` in pixels, ``cluster`` (-1: none) and ``image``, a PNG. ``png``, for small studies:
+        files ``cluster-<c>/<slide>-<label>.png``, and `cells.csv` with the same columns and the file.
     size : int
         Side of the pictures; None: the encoder's, so that the pictures are those the features were made from
         (rounded to 8 bits).
