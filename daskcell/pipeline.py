@@ -204,7 +204,8 @@ def fingerprints(config: Config) -> dict[str, str]:
     if pictures is not None:
         found["freeze"] = pictures
     features = config.features
-    found["describe"] = encoder_spec(features.encoder, layer=features.layer, size=features.size).fingerprint
+    spec = encoder_spec(features.encoder, layer=features.layer, size=features.size, pooling=features.pooling)
+    found["describe"] = spec.fingerprint
     return found
 
 
