@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import uuid
 from pathlib import Path
 from typing import Any
 
+_CUT = re.compile("[0-9]+ requested and [0-9]+ written|problem writing element [0-9]+ to file")
+"""What numpy says when less was written than it should; it forgets why."""
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
@@ -43,8 +46,7 @@ def remove(*paths: Path) -> None:
 def is_full(error: BaseException | None) -> bool:
     """Whether an error, or the one it came from, says that a disk takes no more."""
     while error is not None:
-        # numpy counts what was written, and forgets why it was less.
-        if isinstance(error, OSError) and (error.errno in _NO_ROOM or " requested and " in str(error)):
+        if isinstance(error, OSError) and (error.errno in _NO_ROOM or _CUT.search(str(error))):
             return True
         error = error.__cause__ or error.__context__
     return False

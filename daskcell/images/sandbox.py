@@ -96,7 +96,7 @@ class Sandbox:
             assert self._child is not None
             assert self._pipe is not None
             try:
-                sheet = self._sheets.lend(size) if size and possible() else None
+                sheet = self._lend(size)
                 self._pipe.send((source, identity, what, sheet and sheet.path))
                 self._wait(seconds, source)
                 answer = self._pipe.recv()
@@ -115,6 +115,13 @@ class Sandbox:
         if isinstance(answer, BaseException):
             raise answer
         return answer
+
+    def _lend(self, size: int) -> Any:
+        """Shared memory for the pixels; None where there is none, or none left: they come through the pipe."""
+        try:
+            return self._sheets.lend(size) if size and possible() else None
+        except OSError:
+            return None
 
     def _wait(self, seconds: float, source: Source) -> None:
         """Wait for an answer, as long as the child does not compute too long."""
