@@ -117,7 +117,7 @@ class Sandbox:
         return answer
 
     def _lend(self, size: int) -> Any:
-        """Shared memory for the pixels; None where there is none, or none left: they come through the pipe."""
+        """Shared memory for the pixels; None where there is none left, and they come through the pipe."""
         try:
             return self._sheets.lend(size) if size and possible() else None
         except OSError:
