@@ -2,7 +2,7 @@
 
 A reader is opened on the worker that reads and is never pickled. Which reader opens a file is decided by the
 file's content, in this order: readers registered by other packages under the entry point group
-``daskcell.readers`` (modules or objects like `Kind`), then the ones here.
+``daskcell.readers`` (modules or objects like `Kind`), then the ones here and those of `extras`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Kind(Protocol):
 @cache
 def kinds() -> tuple[Any, ...]:
     """All kinds of files that can be read; those of other packages come first."""
-    from daskcell.images.readers import array, omezarr, picture, tiff
+    from daskcell.images.readers import array, extras, omezarr, picture, tiff
 
     registered = []
     for point in entry_points(group="daskcell.readers"):
@@ -79,7 +79,7 @@ def kinds() -> tuple[Any, ...]:
         except Exception as error:  # of another package: what it would read is not read, all else is
             message = f"The reader '{point.name}' ({point.value}) cannot be used: {error}."
             warnings.warn(message, stacklevel=2)
-    return (*registered, omezarr, array, tiff, picture)
+    return (*registered, omezarr, array, tiff, *extras.KINDS, picture)
 
 
 @cache

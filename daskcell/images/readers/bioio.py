@@ -1,0 +1,78 @@
+"""CZI, ND2, LIF and what else bioio has a plugin for (extra ``bioio``): the first scene of a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from daskcell import places
+from daskcell.errors import ImageError, InputError
+from daskcell.geometry import Box
+from daskcell.images.readers import ZChoice, check_inside
+
+
+class BioioReader:
+    """A picture of axes T, C, Z, Y, X, and S for the samples of a colour picture."""
+
+    def __init__(self, path: str, t: int = 0, z: ZChoice = "max") -> None:
+        from bioio import BioImage
+
+        self.image: Any = BioImage(path)
+        self.path, self.name = path, Path(path).stem
+        dims = self.image.dims
+        self.axes = str(dims.order)
+        self.sizes = {"t": int(dims.T), "z": int(dims.Z)}
+        if not 0 <= t < self.sizes["t"]:
+            raise InputError(f"{path} has {self.sizes['t']} time points; there is none with number {t}.")
+        if z != "max" and not 0 <= z < self.sizes["z"]:
+            raise InputError(f"{path} has {self.sizes['z']} planes; there is none with number {z}.")
+        self.t, self.z = t, z
+        samples = int(dims.S) if "S" in self.axes else 1
+        if samples not in (1, 3) or (samples == 3 and dims.C > 1):
+            raise ImageError(f"Cannot read {path}: {dims.C} channels of {samples} samples are not supported.")
+        self.is_rgb = samples == 3
+        self.dtype = np.dtype(self.image.dtype).newbyteorder("=")
+        names = tuple(str(name) for name in self.image.channel_names or ())
+        if len(names) != dims.C or len(set(names)) != len(names) or not all(names):
+            names = tuple(f"channel {i + 1}" for i in range(dims.C)) if dims.C > 1 else ("grey",)
+        self.channels = ("red", "green", "blue") if self.is_rgb else names
+        self.levels = self._levels()
+        sizes = self.image.physical_pixel_sizes
+        self.pixel_size = (float(sizes.Y), float(sizes.X)) if sizes.Y and sizes.X else None
+        self.files = (places.real(path),)
+        chunks = self.image.dask_data.chunksize
+        self.piece = (int(chunks[self.axes.index("Y")]), int(chunks[self.axes.index("X")]))
+
+    def _levels(self) -> tuple[tuple[int, int], ...]:
+        dims = self.image.resolution_level_dims
+        y, x = self.axes.index("Y"), self.axes.index("X")
+        return tuple((int(dims[level][y]), int(dims[level][x])) for level in sorted(dims))
+
+    def read(self, level: int, box: Box) -> NDArray:
+        check_inside(box, self.levels[level], self.path)
+        self.image.set_resolution_level(level)
+        rows, columns = box.slices
+        planes = slice(None) if self.z == "max" else slice(self.z, self.z + 1)
+        pick = {"T": self.t, "C": slice(None), "Z": planes, "Y": rows, "X": columns, "S": slice(None)}
+        lazy = self.image.dask_data[tuple(pick[axis] for axis in self.axes)]
+        # One plane at a time, so that a deep stack takes little memory.
+        at = self.axes.replace("T", "").index("Z")
+        pixels: NDArray | None = None
+        for plane in range(lazy.shape[at]):
+            index = [slice(None)] * lazy.ndim
+            one = np.asarray(lazy[(*index[:at], plane)].compute(scheduler="synchronous"))
+            pixels = one if pixels is None else np.maximum(pixels, one)
+        assert pixels is not None
+        if self.is_rgb:  # C, Y, X, S with a single C
+            pixels = np.moveaxis(pixels[0], -1, 0)
+        return np.ascontiguousarray(pixels.astype(self.dtype, copy=False))
+
+    def close(self) -> None:
+        self.image = None
+
+
+def open(path: str, *, t: int = 0, z: ZChoice = "max") -> BioioReader:
+    return BioioReader(path, t, z)
