@@ -342,7 +342,7 @@ def test_a_full_disk_is_told_from_other_errors(tmp_path):
     assert disk.is_full(OSError(errno.EDQUOT, "Disk quota exceeded"))
     assert not disk.is_full(OSError(errno.EACCES, "Permission denied"))
     assert not disk.is_full(ValueError("No space left on device"))
-    with pytest.raises(OSError, match="writ|space") as caught, open("/dev/full", "wb") as file:
+    with pytest.raises(OSError, match=r"writ|space") as caught, open("/dev/full", "wb") as file:
         np.save(file, np.zeros(100_000))
     assert disk.is_full(caught.value)
     outer = RuntimeError("the stage failed")
