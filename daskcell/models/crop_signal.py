@@ -42,5 +42,5 @@ def cell_regions(signal: Tensor) -> Tensor:
 
 def as_input(crops: np.ndarray) -> Tensor:
     """Crops as the network takes them: float32; bytes are divided by 255."""
-    x = torch.from_numpy(np.ascontiguousarray(crops))
+    x = torch.from_numpy(np.require(crops, requirements=["C", "W"]))  # mapped files cannot be written to
     return x.float() / 255 if x.dtype == torch.uint8 else x.float()
