@@ -26,7 +26,7 @@ from daskcell.config import Config
 from daskcell.disk import remove, write_atomic
 from daskcell.errors import ComputeError, DaskcellError, InputError
 from daskcell.images.sources import Source
-from daskcell.keys import cluster_key
+from daskcell.keys import UPSTREAM, cluster_key
 from daskcell.lock import Lock
 from daskcell.progress import Progress
 from daskcell.segmentation.memory import refuse_too_little_memory
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from distributed import Client
 
 NAMES = "names.json"
+_READ_LATE = frozenset(UPSTREAM) - {"convert", "freeze", "export"}
+"""What the fit and the stages after it read whole; the picture is much larger, and read in part."""
 _TELL_SECONDS = 5.0
 _BLOCKS_AT_ONCE = 2
 """A slide of so many blocks or fewer is one task."""
@@ -82,8 +84,10 @@ class Run:
         self.general: list[dict[str, Any]] = []
         """Failures that are no slide's."""
 
-    def job(self, slide: str, cluster: str | None = None) -> Job:
-        verify = slide not in self.looked
+    def job(
+        self, slide: str, cluster: str | None = None, stages: frozenset[str] = frozenset(UPSTREAM)
+    ) -> Job:
+        verify = frozenset() if slide in self.looked else stages
         return Job(str(self.study.out), self.sources[slide], self.config, self.weights, cluster, verify)
 
     def go(self, client: Client | None) -> None:
@@ -108,7 +112,8 @@ class Run:
             try:
                 self.work([self.job(name) for name in slides if missing[name] or self.verify], workers)
                 if not self.is_grouped(slides):  # the fit would take damaged features for good ones
-                    self.work([self.job(name) for name in slides if name not in self.looked], workers)
+                    rest = [name for name in slides if name not in self.looked]
+                    self.work([self.job(name, stages=_READ_LATE) for name in rest], workers)
                 # Slides with nothing missing at the start need no second look.
                 late = [name for name in slides if missing[name] or name in self.looked]
                 lost = {name for name in late if missing_stages(self.job(name), self.study)}

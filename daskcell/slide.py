@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,8 @@ class Job:
     cluster_key: str | None = None
     """Content key of the groups (`Study.grouping`), for the stages that follow them. These read nothing of
     the input, which may have gone since."""
-    verify: bool = False
-    """Compare checksums of what is done; without, names and sizes."""
+    verify: frozenset[str] = frozenset()
+    """Stages whose checksums are compared where they are done; of the others, names and sizes."""
 
     @property
     def slide(self) -> str:
@@ -85,12 +85,14 @@ def missing_stages(job: Job, study: Study) -> list[str]:
     return [stage for stage in job.stages if stage in found]
 
 
-def damage(ledger: Ledger, study: Study, workers: Workers | None = None) -> dict[str, list[str]]:
-    """Files that are not as they were left, by the first stage that writes them; with `workers`, checksums
-    are compared, else names and sizes."""
+def damage(
+    ledger: Ledger, study: Study, workers: Workers | None = None, verify: Container[str] = ()
+) -> dict[str, list[str]]:
+    """Files that are not as they were left, by the first stage that writes them: by their names and sizes,
+    and of the stages `verify` by their checksums."""
     found: dict[str, list[str]] = {}
-    for entry in ledger.stages.values():
-        for file in damaged(study.out, entry.get("files", {}), workers):
+    for stage, entry in ledger.stages.items():
+        for file in damaged(study.out, entry.get("files", {}), workers if stage in verify else None):
             first = next(s for s in UPSTREAM if file in ledger.stages.get(s, {}).get("files", {}))
             found.setdefault(first, []).append(file)
     return found
@@ -133,7 +135,7 @@ def process_slide(
             if files != ledger.files:
                 ledger.files = files
                 ledger.save()
-        notes = _take_out_damaged(ledger, study, workers if job.verify else None)
+        notes = _take_out_damaged(job, ledger, study, workers)
         keys = job.keys(ledger)
         for number, stage in enumerate(job.stages):
             if ledger.is_done(stage, keys[stage]):
@@ -194,10 +196,10 @@ def _outcome(job: Job, ledger: Ledger, seconds: Mapping[str, float]) -> Outcome:
     return Outcome(job.slide, shape[1] * shape[2], cells, failure, dict(seconds))
 
 
-def _take_out_damaged(ledger: Ledger, study: Study, workers: Workers | None) -> list[str]:
+def _take_out_damaged(job: Job, ledger: Ledger, study: Study, workers: Workers) -> list[str]:
     """Take stages whose files are damaged out of the ledger, and the files away; returns what to tell."""
     notes = []
-    for stage, files in damage(ledger, study, workers).items():
+    for stage, files in damage(ledger, study, workers, job.verify).items():
         ledger.lose(stage)
         remove(*(study.out / file for file in files))
         more = f" and {len(files) - 1} more" if len(files) > 1 else ""
