@@ -115,7 +115,7 @@ def nearest_exactly(rows, centers, which, labels):  # pragma: no cover (compiled
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
 def lengths(rows, out):  # pragma: no cover (compiled)
     """Length of each row, to a few last bits: sums are in no fixed order."""
-    for i in range(rows.shape[0]):
+    for i in range(len(rows)):
         total = np.float32(0)
         for j in range(rows.shape[1]):
             total += rows[i, j] * rows[i, j]
@@ -202,3 +202,35 @@ def add_by_label(rows, labels, sums, counts, sign):  # pragma: no cover (compile
         counts[m] += sign
         for j in range(rows.shape[1]):
             sums[m, j] += sign * np.float64(rows[i, j])
+
+
+@njit(cache=True, nogil=True)
+def assign(
+    rows, single, half, columns, slope, offset, share, longest, tile, labels, ends, sums, counts
+):  # pragma: no cover (compiled)
+    """Nearest centres of ``(n, c)`` rows, a tile at a time; one call, as Python's lock is slow to come back.
+
+    Fills `labels` (n,). Where `ends` is (n,) and not empty, fills it with `leads`, and adds the rows to
+    `sums` and `counts`. The others are as `Nearest` has them. Returns how many rows were doubtful.
+    """
+    k = len(single)
+    best, second, length = np.empty(tile, np.float32), np.empty(tile, np.float32), np.empty(tile, np.float32)
+    doubtful = np.empty(tile, np.int64)
+    product = np.empty((k, tile), np.float32)
+    doubted = 0
+    for start in range(0, len(rows), tile):
+        some = rows[start : start + tile]
+        n = len(some)
+        if n < tile:
+            product = np.empty((k, n), np.float32)
+        np.dot(single, some.T, product)
+        lengths(some, length)
+        found = labels[start : start + n]
+        count = decide(product, half, length, slope, offset, found, best, second, doubtful)
+        if count:
+            doubted += count
+            nearest_exactly(some, columns, doubtful[:count], found)
+        if len(ends):
+            leads(best, second, length, share, longest, ends[start : start + n])
+            add_by_label(some, found, sums, counts, 1)
+    return doubted

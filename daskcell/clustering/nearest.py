@@ -29,10 +29,10 @@ _TINY = 2.0**-125
 
 
 class Nearest:
-    """Finds the nearest of `centers`, (k, c) float64, for rows ``(n, c)`` float32; keeps room for a tile."""
+    """Finds the nearest of `centers`, (k, c) float64, for rows ``(n, c)`` float32."""
 
     def __init__(self, centers: np.ndarray):
-        k, c = centers.shape
+        c = centers.shape[1]
         self.centers = np.ascontiguousarray(centers, np.float64)
         self._columns = np.ascontiguousarray(self.centers.T)
         squares = (self.centers**2).sum(axis=1)
@@ -43,18 +43,13 @@ class Nearest:
         self._longest = longest = float(np.sqrt(squares.max(initial=0.0)))
         self._share = share = 2 * (c + 8) * _HALF_ULP * (1 + 1e-3)
         self._slope, self._offset = share * longest, share * longest**2 + c * _TINY
-        self._product = np.empty((k, TILE), np.float32)
-        self._best, self._second, self._length = (np.empty(TILE, np.float32) for _ in range(3))
-        self._doubtful = np.empty(TILE, np.int64)
         self.doubted = 0
         """Rows that had to be worked out in double precision, so far."""
 
     def labels(self, rows: np.ndarray) -> np.ndarray:
         """``(n,)`` int32; of equally near centres the first."""
-        out = np.empty(len(rows), np.int32)
-        for start, labels in self._tiles(rows):
-            out[start : start + len(labels)] = labels
-        return out
+        nothing = np.zeros((0, rows.shape[1]))
+        return self._assign(rows, np.zeros(0), nothing, np.zeros(0, np.int64))
 
     def add(self, rows: np.ndarray, sums: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Add rows to the `sums` ``(k, c)`` float64 and `counts` ``(k,)`` int64 of their centres.
@@ -65,55 +60,45 @@ class Nearest:
         leads : (n,) float64
             How much farther, at least, the second nearest centre is.
         """
-        every, leads = np.empty(len(rows), np.int32), np.empty(len(rows))
-        for start, labels in self._tiles(rows):
-            n = len(labels)
-            tile = slice(start, start + n)
-            _kernels.add_by_label(rows[tile], labels, sums, counts, 1)
-            _kernels.leads(self._best, self._second, self._length, self._share, self._longest, leads[tile])
-            every[tile] = labels
-        return every, leads
+        leads = np.empty(len(rows))
+        return self._assign(rows, leads, sums, counts), leads
 
     def squares(self, rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Squared distance of each row to its centre, ``(n,)`` float64."""
         return _kernels.square_distances(rows, self.centers, labels)
 
-    def _tiles(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        labels = np.empty(TILE, np.int32)
-        with np.errstate(all="ignore"):
-            for start in range(0, len(rows), TILE):
-                tile = rows[start : start + TILE]
-                n = len(tile)
-                product = self._product if n == TILE else np.empty((len(self._single), n), np.float32)
-                np.dot(self._single, tile.T, out=product)
-                _kernels.lengths(tile, self._length)
-                found = labels[:n]
-                count = _kernels.decide(
-                    product,
-                    self._half,
-                    self._length,
-                    self._slope,
-                    self._offset,
-                    found,
-                    self._best,
-                    self._second,
-                    self._doubtful,
-                )
-                if count:
-                    self.doubted += count
-                    _kernels.nearest_exactly(tile, self._columns, self._doubtful[:count], found)
-                yield start, found
+    def _assign(
+        self, rows: np.ndarray, leads: np.ndarray, sums: np.ndarray, counts: np.ndarray
+    ) -> np.ndarray:
+        labels = np.empty(len(rows), np.int32)
+        self.doubted += _kernels.assign(
+            np.asarray(rows),
+            self._single,
+            self._half,
+            self._columns,
+            self._slope,
+            self._offset,
+            self._share,
+            self._longest,
+            TILE,
+            labels,
+            leads,
+            sums,
+            counts,
+        )
+        return labels
 
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """NumPy's matrix products in one thread: the workers are many already."""
+    """Matrix products in one thread: the workers are many already."""
     with _products().limit(limits=1):
         yield
 
 
 @lru_cache(maxsize=1)
 def _products() -> Any:
+    import scipy.linalg  # noqa: F401 (whose products compiled code uses)
     from threadpoolctl import ThreadpoolController
 
     return ThreadpoolController().select(user_api="blas")  # looking for it takes as long as a block of rows
