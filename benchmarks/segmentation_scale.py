@@ -38,12 +38,12 @@ class Clocks(WorkerPlugin):
     name = "clocks"
 
     def setup(self, worker: Any) -> None:
-        from daskcell.segmentation import cells, methods, tasks
+        from daskcell.segmentation import methods, ownership, tasks
 
         self.seconds = Counter[str]()
         self.clock(methods, "run_network", "network")
         self.clock(methods.CellposeMethod, "_label", "dynamics")
-        self.clock(cells, "choose_owned", "dynamics")
+        self.clock(ownership, "choose_owned", "dynamics")
         self.clock(tasks, "check_block", "dynamics")
 
     def clock(self, place: Any, name: str, kind: str) -> None:

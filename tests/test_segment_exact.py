@@ -214,7 +214,8 @@ def test_ids_run_in_reading_order_from_one():
 
 def test_a_ring_swallows_what_lies_in_it_whoever_owns_it():
     from daskcell.geometry import Box
-    from daskcell.segmentation.cells import Thresholds, check_block, choose_owned, paint
+    from daskcell.segmentation.cells import check_block, paint
+    from daskcell.segmentation.ownership import Thresholds, choose_owned
 
     picture = np.zeros((60, 60), np.int32)
     picture[10:50, 10:50] = 1

@@ -14,8 +14,9 @@ from itertools import pairwise
 import numpy as np
 
 from daskcell.geometry import Box
-from daskcell.segmentation.cells import Thresholds, check_block, own_labels
+from daskcell.segmentation.cells import check_block
 from daskcell.segmentation.methods import CellposeMethod, Read
+from daskcell.segmentation.ownership import Thresholds, own_labels
 
 WHOLE_UP_TO = 2048 * 2048
 """Pixels up to which the first pass sees the whole picture."""

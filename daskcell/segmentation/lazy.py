@@ -14,16 +14,9 @@ import numpy as np
 
 from daskcell.errors import InputError
 from daskcell.geometry import Box, Grid
-from daskcell.segmentation.cells import (
-    Candidates,
-    Cells,
-    Thresholds,
-    check_block,
-    number,
-    own_labels,
-    refuse_too_many,
-)
+from daskcell.segmentation.cells import Cells, check_block, number, refuse_too_many
 from daskcell.segmentation.methods import BlockMethod, CellposeMethod, Method, network_source
+from daskcell.segmentation.ownership import Candidates, Thresholds, own_labels
 from daskcell.segmentation.seams import SeamReport, paint_core
 from daskcell.segmentation.tiles import TileGrid
 

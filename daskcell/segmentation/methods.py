@@ -5,7 +5,7 @@
     look(frozen, read)      labels of any box, and where they depend on what lies outside it
 
 A method knows neither Dask nor files: `read` is handed in. Ownership, checks, ids and painting are the same
-for all (`daskcell.segmentation.cells`), so any function from a block to labels becomes a method without seams
+for all (`ownership`, `cells`), so any function from a block to labels becomes a method without seams
 (`BlockMethod`).
 """
 
@@ -22,7 +22,6 @@ from tlz import partition_all
 from daskcell.errors import InputError
 from daskcell.geometry import Box
 from daskcell.segmentation import dynamics
-from daskcell.segmentation.cells import Thresholds
 from daskcell.segmentation.globals import Globals, intensity_bounds, sampling_step
 from daskcell.segmentation.network import (
     CELLPROB,
@@ -32,6 +31,7 @@ from daskcell.segmentation.network import (
     run_network,
     tiles_at_once,
 )
+from daskcell.segmentation.ownership import Thresholds
 
 Read = Callable[[Box], np.ndarray]
 Look = Callable[[Box], tuple[np.ndarray, np.ndarray, np.ndarray | None]]

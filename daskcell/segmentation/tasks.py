@@ -20,17 +20,11 @@ from daskcell.disk import write_json
 from daskcell.geometry import Box, Grid
 from daskcell.images import image_info, read_block, write_labels_block
 from daskcell.preprocess.plan import Plan, apply_block
-from daskcell.segmentation.cells import (
-    Thresholds,
-    check_block,
-    load_candidates,
-    load_cells,
-    own_labels,
-    save,
-)
+from daskcell.segmentation.cells import check_block, load_cells, save
 from daskcell.segmentation.diameter import estimate_diameter
 from daskcell.segmentation.globals import Globals
 from daskcell.segmentation.methods import CellposeMethod, Method, Read, network_source
+from daskcell.segmentation.ownership import Thresholds, load_candidates, own_labels
 from daskcell.segmentation.seams import SeamReport, paint_core
 from daskcell.segmentation.tiles import TILE
 from daskcell.segmentation.tissue import tiles_without, tissue_mask

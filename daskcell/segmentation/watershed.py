@@ -23,9 +23,9 @@ from daskcell.config import WatershedSettings
 from daskcell.errors import InputError
 from daskcell.geometry import Box
 from daskcell.segmentation import dynamics
-from daskcell.segmentation.cells import Thresholds
 from daskcell.segmentation.globals import sampling_step
 from daskcell.segmentation.methods import Look, Read, refuse_unusable
+from daskcell.segmentation.ownership import Thresholds
 
 
 @dataclass(frozen=True)

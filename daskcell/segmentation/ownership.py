@@ -1,0 +1,230 @@
+"""Which labels around a block are its own, and whether they are certain.
+
+A block labels its core and a halo around it. It owns the cells whose anchor, their first pixel in reading
+order, lies in its core; its neighbours see the same cells with the same pixels, so every cell has exactly one
+owner and nothing is stitched. What makes that true is checked, not assumed: a cell that could look different
+if more were known makes the block ask for a larger halo.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numba import njit
+
+from daskcell.geometry import Box
+from daskcell.segmentation import dynamics, flowcheck
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What turns network outputs into cells; changing these needs no network."""
+
+    cellprob: float = 0.0
+    flow: float = 0.4
+    min_size: int = 15
+    max_size_fraction: float = 0.4
+
+
+@dataclass
+class Candidates:
+    """Labels around one block, before the checks that need the whole picture.
+
+    `labels` ``(h, w)`` int32 and `flows` ``(2, h, w)`` float32 cover the box `held` ``(4,)``; `boxes` ``(n,
+    4)`` are ``y0, x0, y1, x1`` of each label within it. `owned` and `mates` ``(n,)`` say which labels are the
+    block's own and which foreign ones may swallow pixels of those. `flows` is empty when there is no flow
+    check to come.
+    """
+
+    held: np.ndarray
+    labels: np.ndarray
+    flows: np.ndarray
+    boxes: np.ndarray
+    owned: np.ndarray
+    mates: np.ndarray
+
+    @property
+    def extent(self) -> int:
+        """Largest extent of an owned label, for the diffusion's global number of steps."""
+        return flowcheck.extent(self.boxes, self.owned)
+
+
+def load_candidates(path: str | Path) -> Candidates:
+    with np.load(path, allow_pickle=False) as arrays:
+        return Candidates(**arrays)
+
+
+def own_labels(
+    core: Box,
+    halo: int,
+    shape: tuple[int, int],
+    look: Callable[[Box], tuple[np.ndarray, np.ndarray, np.ndarray | None]],
+    thresholds: Thresholds,
+) -> tuple[Candidates, int]:
+    """Labels that the block `core` owns, looking as far beyond it as that takes.
+
+    Parameters
+    ----------
+    halo : int
+        Pixels around the core to look at first; doubled until every owned cell is certain.
+    shape : (Y, X)
+        Size of the whole picture.
+    look
+        Box -> labels ``(h, w)`` int32 in reading order, doubtful pixels ``(h, w)`` bool, flows or None.
+
+    Returns
+    -------
+    Candidates, and how often the halo was doubled
+    """
+    for doublings in itertools.count():
+        held = core.grow(halo << doublings).clip(shape)
+        labels, unsafe, flows = look(held)
+        found = choose_owned(labels, unsafe, flows, held, core, shape, thresholds)
+        if found is not None:
+            return found, doublings
+        assert held != Box(0, 0, *shape), "nothing lies outside the whole picture"
+    raise AssertionError
+
+
+def choose_owned(
+    labels: np.ndarray,
+    unsafe: np.ndarray,
+    flows: np.ndarray | None,
+    held: Box,
+    core: Box,
+    shape: tuple[int, int],
+    thresholds: Thresholds,
+) -> Candidates | None:
+    """Choose the owned labels, if nothing beyond `held` can change them; else None.
+
+    `labels` are numbered in reading order; `unsafe` marks pixels whose label depends on what lies outside.
+    `flows` None: no flow check is wanted.
+    """
+    limit = thresholds.max_size_fraction * shape[0] * shape[1]
+    counts = np.bincount(labels.ravel())
+    # A label above the limit is dropped however much of it lies outside.
+    too_large = counts > limit
+    too_large[0] = False
+    if too_large.any():
+        unsafe = unsafe & ~too_large[labels]
+        labels = np.where(too_large[labels], 0, labels).astype(np.int32)
+        dynamics.renumber(labels)
+    inner = core.within(held)
+    if (unsafe[inner] & (labels[inner] == 0)).any():
+        return None
+    boxes, anchors = _locate(labels)
+    doubtful, in_core = np.zeros((2, len(boxes) + 1), bool)
+    doubtful[labels[unsafe]] = True
+    in_core[labels[inner]] = True
+    doubtful, in_core = doubtful[1:], in_core[1:]
+    if (doubtful & in_core).any():
+        return None
+    low, high = (core.y0 - held.y0, core.x0 - held.x0), (core.y1 - held.y0, core.x1 - held.x0)
+    owned = ((anchors >= low) & (anchors < high)).all(axis=1)
+    mates = _outer_cells(labels, boxes, owned)
+    wanted = owned | mates
+    near = wanted if flows is None else wanted | flowcheck.touching(labels, wanted)
+    if doubtful[near].any():
+        return None
+    if not near.any():
+        empty = np.zeros((0, 4), np.int64)
+        none = np.zeros(0, bool)
+        crop = Box(core.y0, core.x0, core.y0, core.x0)
+        return Candidates(
+            _array(crop), np.zeros((0, 0), np.int32), np.zeros((2, 0, 0), np.float32), empty, none, none
+        )
+    low, high = boxes[near, :2].min(axis=0), boxes[near, 2:].max(axis=0)
+    crop = Box(int(low[0]), int(low[1]), int(high[0]), int(high[1]))
+    keep = np.concatenate([[0], np.cumsum(near) * near]).astype(np.int32)
+    return Candidates(
+        held=_array(Box(crop.y0 + held.y0, crop.x0 + held.x0, crop.y1 + held.y0, crop.x1 + held.x0)),
+        labels=keep[labels[crop.slices]],
+        flows=np.zeros((2, 0, 0), np.float32) if flows is None else flows[(slice(None), *crop.slices)],
+        boxes=boxes[near] - [crop.y0, crop.x0, crop.y0, crop.x0],
+        owned=owned[near],
+        mates=mates[near],
+    )
+
+
+def _array(box: Box) -> np.ndarray:
+    return np.array([box.y0, box.x0, box.y1, box.x1], np.int64)
+
+
+@njit(cache=True, nogil=True)
+def _locate(labels):  # pragma: no cover - compiled
+    count = labels.max() if labels.size else 0
+    boxes = np.zeros((count, 4), np.int64)
+    anchors = np.full((count, 2), -1, np.int64)
+    for y in range(labels.shape[0]):
+        for x in range(labels.shape[1]):
+            n = labels[y, x] - 1
+            if n < 0:
+                continue
+            if anchors[n, 0] < 0:
+                anchors[n, 0], anchors[n, 1] = y, x
+                boxes[n, 0], boxes[n, 1] = y, x
+            boxes[n, 1] = min(boxes[n, 1], x)
+            boxes[n, 2], boxes[n, 3] = y + 1, max(boxes[n, 3], x + 1)
+    return boxes, anchors
+
+
+def _outer_cells(labels: np.ndarray, boxes: np.ndarray, owned: np.ndarray) -> np.ndarray:
+    """Foreign labels with an owned one in a hole of theirs, and those around these in turn."""
+    pairs = _holes_with_others(labels, boxes)
+    wanted = owned.copy()
+    while True:
+        outer = pairs[wanted[pairs[:, 1]], 0]
+        if wanted[outer].all():
+            return wanted & ~owned
+        wanted[outer] = True
+
+
+@njit(cache=True, nogil=True)
+def _holes_with_others(labels, boxes):  # pragma: no cover - compiled
+    """Pairs (outer, inner) of label indices where a pixel of `inner` lies in a hole of `outer`."""
+    pairs = []
+    for n in range(len(boxes)):
+        box = boxes[n]
+        part = labels[box[0] : box[2], box[1] : box[3]]
+        hole = find_hole(part, n + 1)
+        last = 0
+        for y in range(part.shape[0]):
+            for x in range(part.shape[1]):
+                other = part[y, x]
+                if hole[y, x] and other > 0 and other != last:
+                    pairs.append((n, other - 1))
+                    last = other
+    out = np.zeros((len(pairs), 2), np.int64)
+    for n, (outer, inner) in enumerate(pairs):
+        out[n, 0], out[n, 1] = outer, inner
+    return out
+
+
+@njit(cache=True, nogil=True)
+def find_hole(part, label):  # pragma: no cover - compiled
+    """Pixels of a label's box that are not the label and not joined to the box's rim side by side."""
+    rows, columns = part.shape
+    hole = np.ones((rows, columns), np.bool_)
+    stack = np.empty((rows * columns, 2), np.int32)
+    top = 0
+    for y in range(rows):
+        for x in range(columns):
+            if part[y, x] == label:
+                hole[y, x] = False
+            elif y in (0, rows - 1) or x in (0, columns - 1):
+                hole[y, x] = False
+                stack[top, 0], stack[top, 1] = y, x
+                top += 1
+    while top > 0:
+        top -= 1
+        b, a = np.int64(stack[top, 0]), np.int64(stack[top, 1])
+        for v, u in ((b - 1, a), (b + 1, a), (b, a - 1), (b, a + 1)):
+            if v >= 0 and v < rows and u >= 0 and u < columns and hole[v, u]:
+                hole[v, u] = False
+                stack[top, 0], stack[top, 1] = v, u
+                top += 1
+    return hole
