@@ -7,7 +7,13 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-RUNS = [["preprocessing.py"], ["segmentation.py"], ["features.py", "--cells", "16", "--batch", "8"], ["clustering.py"], ["conversion.py"]]
+RUNS = [
+    ["preprocessing.py"],
+    ["segmentation.py"],
+    ["features.py", "--cells", "16", "--batch", "8"],
+    ["clustering.py"],
+    ["conversion.py"],
+]
 
 for command in RUNS:
     print("#", *command, flush=True)

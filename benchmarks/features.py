@@ -4,7 +4,8 @@
 
 Prints as JSON, for the encoder with random weights where none are at hand (speed is the same):
 `crop.ratio`, cells/s of `embed` over pictures/s of the network fed with ready tensors, in turns;
-`mask.faster`, cells/s of ``pooling="mask"`` over those of ``pooling="crop"``, on a dense field of 30-pixel cells.
+`mask.faster`, cells/s of ``pooling="mask"`` over those of ``pooling="crop"``, on a dense field of
+30-pixel cells.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def crop_speed(module: Any, cells: int, batch: int, rounds: int) -> dict[str, An
     }
 
 
-def mask_speed(module: Any, side: int, scale: float | str) -> dict[str, Any]:
+def mask_speed(module: Any, side: int, scale: float) -> dict[str, Any]:
     """Cells/s of pooling over the cells of a whole field."""
     from daskcell.features import embed
 
@@ -119,7 +120,7 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=32, help="cells to crop; a multiple of the batch")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--side", type=int, default=768, help="of the field that is pooled, in pixels")
-    parser.add_argument("--scale", type=float, help="network pixels per pixel; automatic unless told")
+    parser.add_argument("--scale", type=float, default=1.0, help="network pixels per pixel")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true")
@@ -127,7 +128,7 @@ def main() -> None:
     with threads_limited(options.threads):
         module = network(options.encoder)
         crop = crop_speed(module, options.cells, options.batch, options.rounds)
-        mask = mask_speed(module, options.side, options.scale or "auto")
+        mask = mask_speed(module, options.side, options.scale)
     mask["faster"] = mask["whole"] / crop["whole"]
     figures = {"encoder": options.encoder, "threads": options.threads, "crop": crop, "mask": mask}
     print(json.dumps(figures, indent=None if options.json else 1))

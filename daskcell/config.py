@@ -205,9 +205,10 @@ class FeatureSettings(Settings):
     """``crop``: every cell's picture by itself through the network; ``mask``: the network once over the
     picture, and the maps of its stages pooled over each cell. Many times faster where cells are small; for
     ``tiny`` and torchvision's ResNets."""
-    scale: Positive | Literal["auto"] = "auto"
-    """Network pixels per pixel of the image (mask); auto: so that the slide's median cell is shown at the
-    size that suits the network. Give a number where cells are to be compared in size between slides."""
+    scale: Positive | Literal["auto"] = 1.0
+    """Network pixels per pixel of the image (mask), the same for all slides; cells 30 to 100 network pixels
+    wide are described best. auto: by the median cell of each slide by itself, for slides of various
+    magnifications; slides of few cells are then hard to compare."""
     batch_size: Annotated[int, Field(ge=1)] = 32
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 is faster where the processor has it, and moves features by about a hundredth."""

@@ -209,7 +209,7 @@ def test_automatic_scale_shows_the_median_cell_at_the_networks_size():
         labels[i * 40 : i * 40 + 20, 10:30] = i + 1
     assert natural_scale(block_records(labels), 32) == pytest.approx(32 / np.sqrt(400 * 4 / np.pi))
     image = np.random.default_rng(0).random((3, 400, 400)).astype(np.float32)
-    auto = embed(image, labels, Small(), pooling="mask")
+    auto = embed(image, labels, Small(), pooling="mask", scale="auto")
     told = embed(image, labels, Small(), pooling="mask", scale=48 / np.sqrt(400 * 4 / np.pi))
     np.testing.assert_array_equal(auto, told)
 

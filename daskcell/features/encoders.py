@@ -366,7 +366,7 @@ def _timm(spec: EncoderSpec) -> tuple[torch.nn.Module, int, tuple[float, ...], t
             f"{spec.name} needs timm, which is not installed. Please run: pip install 'daskcell[timm]'"
         ) from None
     try:
-        model = timm.create_model(spec.name.removeprefix("timm:"), pretrained=False)
+        model: Any = timm.create_model(spec.name.removeprefix("timm:"), pretrained=False)
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 

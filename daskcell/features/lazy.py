@@ -11,7 +11,7 @@ import numpy as np
 from daskcell.errors import InputError
 from daskcell.features.crops import Sample, background_sample, sample_boxes
 from daskcell.features.encoders import Encoder, as_encoder, encoder_spec, load
-from daskcell.features.measurements import KINDS, measure_block, measurement_columns, to_table
+from daskcell.features.measurements import KINDS, Kind, measure_block, measurement_columns, to_table
 from daskcell.features.objects import Reading, block_records, merge_records, plan_readings
 from daskcell.features.stages import as_stages
 from daskcell.features.textures import Greys, freeze_greys, grey_sample
@@ -32,7 +32,7 @@ def measure(
     image: ArrayLike | None = None,
     pixel_size: tuple[float, float] | float | None = None,
     channels: Sequence[str] | None = None,
-    kinds: Collection[Literal["shape", "intensity", "texture"]] = KINDS,
+    kinds: Collection[Kind] = KINDS,
 ) -> pd.DataFrame:
     """Where every cell is, its shape, its brightness and its texture.
 
@@ -100,7 +100,7 @@ def embed(
     *,
     layer: Literal["output", "pool"] = "output",
     pooling: Literal["crop", "mask"] = "crop",
-    scale: float | Literal["auto"] = "auto",
+    scale: float | Literal["auto"] = 1.0,
     size: int | None = None,
     margin: float = 0.1,
     window: int | None = None,
@@ -130,8 +130,8 @@ def embed(
         deviation, see `pooling.pool_cells`); for ``tiny``, torchvision's ResNets, and modules with a method
         ``stages(x)``.
     scale : float or "auto"
-        Network pixels per pixel of the image, for ``mask``; "auto": the median cell is shown 48 pixels wide
-        to ``tiny``, and 32 to others.
+        Network pixels per pixel of the image, for ``mask``; "auto": the image's median cell is shown 48
+        pixels wide to ``tiny``, and 32 to others.
     size : int
         Side of a crop in pixels; None: the encoder's own.
     margin : float

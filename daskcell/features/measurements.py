@@ -8,7 +8,7 @@ blocks are cut.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -44,7 +44,8 @@ _WHOLE = ("bbox-0", "bbox-1", "bbox-2", "bbox-3")
 _LENGTHS = ("perimeter", "axis_major_length", "axis_minor_length", "equivalent_diameter_area")
 
 
-KINDS = ("shape", "intensity", "texture")
+Kind = Literal["shape", "intensity", "texture"]
+KINDS: tuple[Kind, ...] = ("shape", "intensity", "texture")
 """Kinds of measurements that can be asked for; where a cell is, and how large, is always told."""
 
 

@@ -20,7 +20,7 @@ from daskcell.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from daskcell.features.encoders import EncoderSpec
+    from daskcell.features.encoders import EncoderSpec, Precision
 
 WIDTH = 64
 """Numbers kept of each stage's channels, see `_fold`."""
@@ -99,7 +99,7 @@ def _load(spec: EncoderSpec) -> Stages:
 
 
 def as_stages(
-    encoder: Any, *, batch_size: int = 32, device: str = "cpu", precision: str = "float32"
+    encoder: Any, *, batch_size: int = 32, device: str = "cpu", precision: Precision = "float32"
 ) -> Stages:
     """`Stages` of a torch module; raises `InputError` for anything that shows no stages."""
     name = getattr(encoder, "__name__", type(encoder).__name__)
@@ -114,7 +114,7 @@ def as_stages(
 
 
 def _wrap(
-    module: Any, name: str, mean: Any, std: Any, device: str, batch_size: int, precision: str
+    module: Any, name: str, mean: Any, std: Any, device: str, batch_size: int, precision: Precision
 ) -> Stages:
     import torch
 

@@ -107,7 +107,7 @@ def choose_vectors(
     *,
     size: int | None = None,
     pooling: Literal["crop", "mask"] = "crop",
-    scale: float | Literal["auto"] = "auto",
+    scale: float | Literal["auto"] = 1.0,
     margin: float = 0.1,
     window: int | None = None,
     mask: bool = True,
