@@ -99,7 +99,7 @@ def write(
     ome = multiscales(header.name, shapes, header.pixel_size, "cyx", method)
     ome = checked("image.ImageAttrs", ome, version)
     ome["omero"] = {"channels": entries, "rdefs": {"model": "color"}}
-    own = {"is_rgb": header.is_rgb, "fingerprint": fingerprint}
+    own: Any = {"is_rgb": header.is_rgb, "fingerprint": fingerprint}
     group.attrs.put({**enveloped(ome, version), "daskcell": own})
 
 

@@ -22,7 +22,7 @@ import threading
 import time
 from collections import OrderedDict
 from multiprocessing.connection import Connection, Pipe
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,10 +46,21 @@ SLOWEST = 2 * 2**20
 WALL_SECONDS = 600.0
 """Longest wait for slow storage."""
 KEPT = 2
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    # Memory that is given back to the system for every tile, and cleared when it comes again, takes as long
+    # as decoding (glibc; others do not know these).
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20),
+}
 
 
-class SandboxReader(Reader):
-    """A `Source` opened in the child, whose reader's header is copied here."""
+class SandboxReader:
+    """A `Source` opened in the child; what its reader says of itself is copied here."""
+
+    channels: tuple[str, ...]
+    dtype: np.dtype
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -71,7 +82,7 @@ def open_safely(source: Source) -> Reader:
     """Open `source` in the sandbox; OME-Zarr, and everything where pipes are not POSIX, here."""
     if os.name != "posix" or all(places.is_folder(file) for file in source.files):
         return source.open()
-    return SandboxReader(source)
+    return cast(Reader, SandboxReader(source))
 
 
 class Sandbox:
@@ -146,7 +157,7 @@ class Sandbox:
             return
         self.stop()
         self._pipe, theirs = Pipe()
-        environment = dict(os.environ, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+        environment = dict(os.environ, **ENVIRONMENT)
         self._child = subprocess.Popen(
             [sys.executable, "-m", "daskcell.images.sandbox", str(theirs.fileno())],
             pass_fds=(theirs.fileno(),),
