@@ -167,10 +167,15 @@ def workers_seconds(file: str, image: str, warm: str) -> tuple[float, int]:
 
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with start_workers(ComputeSettings(workers=count)) as workers:
-        convert_slide(find_images(warm)[0], image + ".warm", workers)
+        assert workers.client is not None
+        workers.client.run(_warm_up, warm, image)
         start = time.perf_counter()
         convert_slide(find_images(file)[0], image, workers)
         return time.perf_counter() - start, count
+
+
+def _warm_up(file: str, image: str) -> None:
+    convert_seconds(file, f"{image}.{os.getpid()}", file)
 
 
 def peak_megabytes(file: str, image: str) -> dict[str, int]:
