@@ -73,14 +73,14 @@ def find_images(
     size = settings.pixel_size
     pixel_size = (size, size) if isinstance(size, (int, float)) else size
     take = tuple(settings.channels) if settings.channels is not None else None
-    found = [Source(group.name, group.files, group.channels, take, pixel_size) for group in groups]
-    found += [replace(s, take=s.take or take, pixel_size=s.pixel_size or pixel_size) for s in listed]
-    for source in found:
+    whole = [Source(group.name, group.files, group.channels, take, pixel_size) for group in groups]
+    whole += [replace(s, take=s.take or take, pixel_size=s.pixel_size or pixel_size) for s in listed]
+    for source in whole:
         if take and source.file_channels:
             for name in take:
                 find_channel(name, source.file_channels, source)
     sources = []
-    for source, is_stack in _stacks_marked(found, settings):
+    for source, is_stack in _stacks_marked(whole, settings):
         sources += _planes(source, is_stack, settings)
     unique = names.unique_names(source.name for source in sources)
     return [replace(source, name=name) for source, name in zip(sources, unique, strict=True)]
