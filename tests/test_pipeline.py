@@ -509,6 +509,16 @@ class Deadly(Source):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Hungry(Source):
+    """A picture that fills its worker's memory until the nanny ends it."""
+
+    def open(self):
+        held = []
+        while True:
+            held.append(np.ones(1 << 23))  # 64 MB
+            time.sleep(0.05)
+
+
 def paint_cells(folder, names):
     folder.mkdir()
     generator = np.random.default_rng(0)
@@ -521,7 +531,7 @@ def paint_cells(folder, names):
 @pytest.mark.slow
 def test_a_slide_that_kills_its_worker_is_set_aside_and_the_others_finish(tmp_path, monkeypatch):
     """Also those that wait on the same worker, against which Dask counts its deaths."""
-    bad, good = [f"bad{i}" for i in range(2)], [f"good{i}" for i in range(3)]
+    bad, good = {"bad0": Deadly, "bad1": Hungry}, [f"good{i}" for i in range(3)]
     paint_cells(tmp_path / "in", [*bad, *good])
     sources = [
         Deadly(source.name, source.files) if source.name in bad else source
@@ -531,11 +541,13 @@ def test_a_slide_that_kills_its_worker_is_set_aside_and_the_others_finish(tmp_pa
     settings = {
         "segment": {"method": "watershed"},
         "cluster": {"k": 2},
-        "compute": {"workers": 1},
+        "compute": {"workers": 1, "memory": "2GB"},
     }
     study = run(tmp_path / "in", tmp_path / "out", settings)
     assert [(f["slide"], f["stage"]) for f in study.failures] == [(name, "convert") for name in bad]
-    assert "killed its worker" in study.failures[0]["error"]
+    for failure in study.failures:
+        assert "killed its worker" in failure["error"]
+        assert "compute.memory" in failure["error"]
     assert [len(study.cells(name)) for name in good] == [2] * 3
 
 
