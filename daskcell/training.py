@@ -149,7 +149,8 @@ def study_crops(
     if not sets:
         names = ", ".join(str(study.out) for study in studies)
         raise StudyError(f"{names} has no 16 whole cells to learn from. Please run the study first.")
-    remove(*(file for file in folder.glob("*.npy") if file.stem not in keys))
+    stale = [file for file in folder.glob("*.npy") if file.stem not in keys]
+    remove(*stale, *folder.glob(".*.tmp"))  # of other cells, and of runs that were killed
     return sets, hashlib.sha256(" ".join(keys).encode()).hexdigest()
 
 
@@ -190,17 +191,16 @@ def _on_disk(slide: SlideCells, folder: Path, name: str, report: Callable[[str],
     if not path.exists():
         part = folder / f".{slide.key}.{os.getpid()}.tmp"
         count = len(slide.records())
-        shape = (count, 3, SIZE, SIZE)
-        out = np.lib.format.open_memmap(part, "w+", np.uint8, shape) if count else np.zeros(shape, np.uint8)
-        at = 0
-        for crops in slide.cut() if count else ():
-            out[at : at + len(crops)] = crops
-            at += len(crops)
         if count:
-            out.flush()  # type: ignore[attr-defined]
+            out = np.lib.format.open_memmap(part, "w+", np.uint8, (count, 3, SIZE, SIZE))
+            at = 0
+            for crops in slide.cut():
+                out[at : at + len(crops)] = crops
+                at += len(crops)
+            out.flush()
         else:
             with open(part, "wb") as file:
-                np.save(file, out)
+                np.save(file, np.zeros((0, 3, SIZE, SIZE), np.uint8))
         os.replace(part, path)
         report(f"{name}: {count} cells cut")
     # An empty file cannot be mapped.

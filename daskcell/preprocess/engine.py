@@ -62,13 +62,19 @@ def preprocess_slide(
         names = names if len(names) == plan.out_channels else tuple(map(str, range(plan.out_channels)))
         header = metadata.Header(Path(target).name.split(".")[0], names, info.pixel_size, colour)
         small = np.asarray(store.level_of(group, -1))
-        windows = [tuple(map(float, np.percentile(plane, [0, 100, 1, 99.8]))) for plane in small]
+        windows = [_window(plane) for plane in small]
         shapes = [level.shape for level in levels]
         metadata.write(group, header, shapes, windows, plan.key, "mean")
         place.finish()
     except BaseException:
         place.abandon()
         raise
+
+
+def _window(plane: np.ndarray) -> tuple[float, float, float, float]:
+    """Least, most, and what is shown from and to."""
+    least, most, low, high = (float(v) for v in np.percentile(plane, [0, 100, 1, 99.8]))
+    return least, most, low, high
 
 
 def _write_block(zarr_path: str, plan: Plan, target: str, box: Box) -> None:

@@ -57,8 +57,8 @@ def estimate_flat(pictures: Any, dark: float = 0.0) -> np.ndarray:
                 "pictures of one size."
             )
         check_finite(picture)
-        lattice = Lattice(shape[1:], max(1, max(shape[1:]) // _CELLS))
-        whole = Box(0, 0, *shape[1:])
+        lattice = Lattice((shape[1], shape[2]), max(1, max(shape[1:]) // _CELLS))
+        whole = Box(0, 0, shape[1], shape[2])
         light = np.stack([lattice.means(plane, whole) for plane in picture]) - dark
         level = light.mean(axis=(1, 2), keepdims=True)
         if not (level > 0).all():
@@ -78,12 +78,14 @@ def _each(pictures: Any) -> Iterator[np.ndarray]:
     from daskcell import images
 
     if isinstance(pictures, str | os.PathLike):
-        pictures = images.find_images(pictures)
+        pictures = images.find_images(os.fspath(pictures))
     if not isinstance(pictures, Iterable):
         raise InputError(f"A flat field comes from pictures or a folder of them, not from {pictures!r}.")
     for one in pictures:
         pixels = one
-        if isinstance(one, str | os.PathLike | images.Source):
+        if isinstance(one, str | os.PathLike):
+            pixels = images.open_image(os.fspath(one)).data
+        elif isinstance(one, images.Source):
             pixels = images.open_image(one).data
         pixels = np.asarray(pixels)
         pixels = pixels[None] if pixels.ndim == 2 else pixels

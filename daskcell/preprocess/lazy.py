@@ -223,7 +223,13 @@ def adjust_histogram(
     """
     from dask.delayed import delayed
 
-    values = {"method": method, "low": low, "high": high, "tiles": tiles, "clip_limit": clip_limit}
+    values: dict[str, Any] = {
+        "method": method,
+        "low": low,
+        "high": high,
+        "tiles": tiles,
+        "clip_limit": clip_limit,
+    }
     values |= {"bins": bins, "reference": "given" if method == "match" else None}
     settings = _checked(HistogramSettings, "adjust_histogram", values)
     planes = as_planes(x, allow_2d=True)

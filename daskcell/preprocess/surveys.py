@@ -62,7 +62,7 @@ def count_set(pictures: Sequence[Any], counting: Pass, steps: tuple[Step, ...]) 
 
 def _on(step: Step, shape: tuple[int, ...]) -> Step:
     """The same step for an image of another shape."""
-    return replace(step, shape=shape[1:]) if isinstance(step, Background) else step
+    return replace(step, shape=(shape[1], shape[2])) if isinstance(step, Background) else step
 
 
 def count_array(image: Any, counting: Pass, steps: tuple[Step, ...]) -> Any:
