@@ -239,7 +239,7 @@ def test_inputs_may_be_files_globs_and_folders(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="There is no file or folder"):
         find_images(tmp_path / "absent")
     (tmp_path / "void").mkdir()
-    (tmp_path / "void" / "a.czi").write_bytes(b"some other kind")
+    (tmp_path / "void" / "a.xyz").write_bytes(b"some other kind")
     with pytest.raises(ImageError, match=r"There is no picture in .*void; .* \.tif"):
         find_images(tmp_path / "void")
     assert len(find_images([tmp_path, tmp_path / "a.tif", tmp_path / "c"])) == 3

@@ -10,7 +10,6 @@ None is imported before a file of its kind comes. Where it is not installed, one
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
 
 from daskcell import places
 from daskcell.errors import ImageError
@@ -53,8 +52,8 @@ class Extra:
                 f"Cannot read {path}: files of this kind need an extra. Please: pip install "
                 f"'daskcell[{self.name}]' ({error})."
             ) from None
-        reader: Any = import_module(f"daskcell.images.readers.{self.name}")
-        return reader.open(path, t=t, z=z)  # type: ignore[no-any-return]
+        opened: Reader = import_module(f"daskcell.images.readers.{self.name}").open(path, t=t, z=z)
+        return opened
 
 
 OPENSLIDE = Extra("openslide", "openslide", (".mrxs", ".vms", ".vmu", ".svslide"))

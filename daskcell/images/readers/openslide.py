@@ -27,8 +27,8 @@ class OpenSlideReader:
         self.path, self.name, self.axes = path, Path(path).stem, "YXS"
         self.levels = tuple((height, width) for width, height in self.slide.level_dimensions)
         self.channels = ("red", "green", "blue")
-        sizes = [properties.get(f"openslide.mpp-{axis}") for axis in "yx"]
-        self.pixel_size = (float(sizes[0]), float(sizes[1])) if all(sizes) else None
+        sizes = [float(properties.get(f"openslide.mpp-{axis}") or 0) for axis in "yx"]
+        self.pixel_size = (sizes[0], sizes[1]) if all(sizes) else None
         self.dtype = np.dtype(np.uint8)
         self.is_rgb = True
         self.sizes = {"t": 1, "z": 1}

@@ -11,7 +11,12 @@ import struct
 from daskcell import places
 from daskcell.errors import DaskcellError
 
-_FORMATS = {b"II*\0": "<HI", b"MM\0*": ">HI", b"II+\0": "<QQ", b"MM\0+": ">QQ"}
+_FORMATS = {
+    b"II*\0": ("<", "H", "I"),
+    b"MM\0*": (">", "H", "I"),
+    b"II+\0": ("<", "Q", "Q"),
+    b"MM\0+": (">", "Q", "Q"),
+}
 """Order of bytes, and how the number of tags and how an offset are stored."""
 _SAY_PLANES = (b"<OME", b"openmicroscopy", b"ImageJ=", b"truncated", b"SCANIMAGE", b"MetaMorph")
 _DESCRIPTION = 270
