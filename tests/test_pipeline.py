@@ -533,10 +533,8 @@ def test_a_slide_that_kills_its_worker_is_set_aside_and_the_others_finish(tmp_pa
     """Also those that wait on the same worker, against which Dask counts its deaths."""
     bad, good = {"bad0": Deadly, "bad1": Hungry}, [f"good{i}" for i in range(3)]
     paint_cells(tmp_path / "in", [*bad, *good])
-    sources = [
-        Deadly(source.name, source.files) if source.name in bad else source
-        for source in find_images(tmp_path / "in")
-    ]
+    found = find_images(tmp_path / "in")
+    sources = [bad.get(source.name, Source)(source.name, source.files) for source in found]
     monkeypatch.setattr(pipeline, "find_images", lambda *args: sources)
     settings = {
         "segment": {"method": "watershed"},
