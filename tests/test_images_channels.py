@@ -338,19 +338,21 @@ def test_files_that_name_each_other_are_one_image(tmp_path: Path) -> None:
     assert image.data[:, 0, 0].compute().tolist() == [1, 2]
 
 
-def test_every_field_of_a_plate_is_an_image(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_every_field_of_a_plate_is_an_image(tmp_path: Path, version: str) -> None:
     import zarr
-    from ome_zarr.format import FormatV05
+    from ome_zarr.format import FormatV04, FormatV05
     from ome_zarr.writer import write_image, write_plate_metadata, write_well_metadata
 
-    plate = zarr.open_group(tmp_path / "plate.zarr", mode="w")
-    write_plate_metadata(plate, ["A", "B"], ["1"], ["A/1", "B/1"], fmt=FormatV05())
+    form, number = (FormatV04(), 2) if version == "0.4" else (FormatV05(), 3)
+    plate = zarr.open_group(tmp_path / "plate.zarr", mode="w", zarr_format=number)
+    write_plate_metadata(plate, ["A", "B"], ["1"], ["A/1", "B/1"], fmt=form)
     for value, well in enumerate(("A/1", "B/1"), 1):
         group = plate.require_group(well)
-        write_well_metadata(group, ["0", "1"], fmt=FormatV05())
+        write_well_metadata(group, ["0", "1"], fmt=form)
         for field in range(2):
             pixels = np.full((1, 20, 30), 10 * value + field, np.uint8)
-            write_image(pixels, group.require_group(str(field)), axes="cyx", fmt=FormatV05(), scaler=None)
+            write_image(pixels, group.require_group(str(field)), axes="cyx", fmt=form, scaler=None)
     for inputs in (tmp_path, tmp_path / "plate.zarr"):
         sources = find_images(inputs)
         assert [source.name for source in sources] == [

@@ -185,6 +185,47 @@ def test_one_bit_becomes_zero_and_one(tmp_path: Path) -> None:
     check_reader(open_reader(tmp_path / "a.tif"), pixels[None].astype(np.uint8))
 
 
+@pytest.mark.parametrize("bits", [10, 12, 14])
+def test_packed_bits_are_unpacked(tmp_path: Path, bits: int) -> None:
+    """Cameras of 10 to 14 bits: no writer here makes such files, so the tags of another are changed."""
+    import imagecodecs
+
+    height, width = 20, 32
+    pixels = RNG.integers(0, 2**bits, (height, width), np.uint16)
+    packed = np.frombuffer(imagecodecs.packints_encode(pixels, bits, runlen=width), np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", packed.reshape(height, -1), rowsperstrip=5, metadata=None)
+    with tifffile.TiffFile(tmp_path / "a.tif", mode="r+") as file:
+        file.pages[0].tags[256].overwrite(width)
+        file.pages[0].tags[258].overwrite(bits)
+    check_reader(open_reader(tmp_path / "a.tif"), pixels[None])
+
+
+def test_the_largest_picture_of_a_slide_is_read_and_not_its_label(tmp_path: Path) -> None:
+    """QPTIFF: channels as pages of one kind, a thumbnail among them, smaller levels after."""
+    pixels = RNG.integers(0, 255, (2, 128, 192), np.uint8)
+    describe = (
+        '<?xml version="1.0" encoding="utf-16"?><PerkinElmer-QPI-ImageDescription>'
+        "<ImageType>{}</ImageType></PerkinElmer-QPI-ImageDescription>"
+    )
+    with tifffile.TiffWriter(tmp_path / "a.qptiff") as writer:
+        options = {"tile": (64, 64), "photometric": "minisblack", "metadata": None}
+        software = {"software": "PerkinElmer-QPI"}
+        for page in pixels:
+            writer.write(page, description=describe.format("FullResolution"), **options, **software)
+        thumbnail = {"photometric": "rgb", "metadata": None}
+        writer.write(
+            np.zeros((16, 24, 3), np.uint8), description=describe.format("Thumbnail"), **thumbnail, **software
+        )
+        for page in pixels[:, ::2, ::2]:
+            writer.write(page.copy(), description=describe.format("ReducedResolution"), **options, **software)
+    with tifffile.TiffFile(tmp_path / "a.qptiff") as file:
+        assert file.is_qpi
+    reader = open_reader(tmp_path / "a.qptiff")
+    assert reader.levels == ((128, 192), (64, 96))
+    np.testing.assert_array_equal(whole(reader, 1), pixels[:, ::2, ::2])
+    check_reader(reader, pixels)
+
+
 def test_alpha_is_left_out_and_other_samples_are_kept(tmp_path: Path) -> None:
     pixels = RNG.integers(0, 255, (20, 30, 4), np.uint8)
     tifffile.imwrite(tmp_path / "alpha.tif", pixels, photometric="rgb", extrasamples=["unassalpha"])
