@@ -380,13 +380,13 @@ def test_failure_in_the_middle_leaves_nothing_and_keeps_the_old(
 
 
 KILLED = """
-import sys, time
+import os, sys, time
 from daskcell import images
 from daskcell.images import conversion, store
 store.SHARD, write = 512, conversion._convert_run
 def slowly(*args):
     result = write(*args)
-    print("written", flush=True)
+    os.write(1, b"written\\n")  # at once: there are several threads
     time.sleep(0.2)
     return result
 conversion._convert_run = slowly
