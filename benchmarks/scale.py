@@ -47,6 +47,7 @@ def cluster(workers: int) -> Iterator[Any]:
 
     quiet = {"distributed.worker.memory.target": False, "distributed.worker.memory.spill": False}
     quiet |= {"distributed.worker.memory.pause": False, "distributed.worker.memory.terminate": False}
+    quiet |= {"distributed.worker.http.routes": [], "distributed.scheduler.http.routes": []}
     with (
         dask.config.set(quiet),
         LocalCluster(
@@ -57,7 +58,7 @@ def cluster(workers: int) -> Iterator[Any]:
         yield client
 
 
-def nothing(*args: Any) -> None:
+def nothing(*args: Any, **options: Any) -> None:
     """A task without work."""
 
 
