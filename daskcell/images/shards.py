@@ -85,7 +85,7 @@ def encoder(array: zarr.Array) -> Callable[[NDArray], bytes | bytearray]:
     shuffle = _SHUFFLE.get(settings["shuffle"], settings["shuffle"])
     options: dict[str, Any] = {"level": level, "compressor": settings["cname"], "shuffle": shuffle}
     options |= {"typesize": array.dtype.itemsize, "numthreads": 1}
-    return lambda chunk: imagecodecs.blosc_encode(chunk, **options)
+    return lambda chunk: imagecodecs.blosc_encode(chunk, **options)  # type: ignore[arg-type]
 
 
 def _chunks(
