@@ -131,9 +131,11 @@ def test_cpu_and_gpu_jobs_ask_for_what_was_said_and_join_one_scheduler(queue):
         "#SBATCH --gres=gpu:1",
         "--resources GPU=1",
         "export OMP_NUM_THREADS=2",
+        "export DASKCELL_NEEDS_GPU=1",
     ):
         assert line in found["gpu"]
     assert "--nworkers" not in found["gpu"]
+    assert "NEEDS_GPU" not in found["cpu"]
     for script in found.values():  # the last one counts
         assert re.findall(r"--nthreads (\d+)", script)[-1] == "1"
 

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import time
 from typing import Any
 
 from distributed import Status, Worker, WorkerPlugin
 
-from daskcell.compute.threads import limit_threads
+from daskcell.compute.threads import NEEDS_GPU, limit_threads
 from daskcell.errors import ComputeError
 
 
 class Care(WorkerPlugin):
-    """For every worker there is and every one that comes: threads, the GPU it promised, and a clean end."""
+    """For every worker there is and every one that comes: threads, and a clean end."""
 
     name = "daskcell"
 
-    def __init__(self, threads: int, cuda: bool):
-        self.threads, self.cuda = threads, cuda
+    def __init__(self, threads: int):
+        self.threads = threads
 
     def setup(self, worker: Worker) -> None:
         limit_threads(self.threads)
-        if self.cuda and "GPU" in worker.state.total_resources and not gpu_found():
-            # Refused now, it is asked for again; later it would fail slide after slide.
-            raise ComputeError(f"torch finds no CUDA GPU on {worker.ip}, which should have one.")
 
     def teardown(self, worker: Worker) -> None:
         # A worker that leaves lets its running task go on for up to 30 s, while the scheduler gives the same
@@ -38,8 +36,14 @@ class Care(WorkerPlugin):
 class JobWorker(Worker):
     """A worker that finishes the task it is at when its lifetime is over.
 
-    Dask's own leaves at once, and the task starts again elsewhere.
+    Dask's own leaves at once, and the task starts again elsewhere. With the variable `NEEDS_GPU` it does not
+    start where torch finds no GPU: it would fail slide after slide.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        if os.environ.get(NEEDS_GPU) and not gpu_found():
+            raise ComputeError(f"torch finds no CUDA GPU on {socket.gethostname()}, which should have one.")
+        super().__init__(*args, **kwargs)
 
     async def close_gracefully(
         self, restart: bool | None = None, reason: str = "worker-close-gracefully"

@@ -14,7 +14,7 @@ import subprocess
 from typing import Any
 
 from daskcell.compute.local import dashboard_options
-from daskcell.compute.threads import THREAD_VARIABLES
+from daskcell.compute.threads import NEEDS_GPU, THREAD_VARIABLES
 from daskcell.config import ComputeSettings, JobSettings
 from daskcell.errors import ComputeError, ConfigError
 
@@ -84,6 +84,8 @@ def job_options(settings: ComputeSettings, job: JobSettings, *, gpu: bool) -> di
     if cores < threads:
         raise ConfigError(f"A job has {cores} cores, but compute.threads is {threads}. Please change one.")
     prologue = _given(job.job_script_prologue, kind, "job-script-prologue", "env-extra")
+    if gpu and settings.network_device == "cuda":
+        prologue.append(f"export {NEEDS_GPU}=1")
     directives = _given(job.job_extra_directives, kind, "job-extra-directives", "job-extra")
     if gpu:
         directives = [*directives, *_gpu_directives(settings)]

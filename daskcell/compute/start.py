@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from daskcell.compute.jobqueue import SUBMIT, job_cluster, job_specs, reason
@@ -162,12 +164,13 @@ def _remote_workers(settings: ComputeSettings) -> Iterator[Workers]:
     limit = settings.wait or _WAIT_SECONDS
     with _quiet_logs(), contextlib.ExitStack() as stack:
         try:
+            _must_answer(settings.kind)
             client = Client(settings.kind, timeout=_CONNECT_SECONDS, set_as_default=False)
         except (OSError, ValueError, TimeoutError) as error:
+            why = f" ({_first_line(error)})" if _first_line(error) else ""
             raise ComputeError(
-                f"No Dask scheduler answers at {settings.kind} within {_CONNECT_SECONDS:.0f} s "
-                f"({_first_line(error)}). Please look whether it runs and whether this machine can "
-                "reach it, or set compute.kind to 'local'."
+                f"No Dask scheduler answers at {settings.kind} within {_CONNECT_SECONDS:.0f} s{why}. Please "
+                "look whether it runs and whether this machine can reach it, or set compute.kind to 'local'."
             ) from None
         stack.callback(_close, client, timeout=5)
         try:
@@ -184,6 +187,19 @@ def _remote_workers(settings: ComputeSettings) -> Iterator[Workers]:
                 "those that have a GPU with: dask worker --resources 'GPU=1' --nthreads 1."
             )
         yield workers
+
+
+def _must_answer(address: str) -> None:
+    """Ask a scheduler for its name; a `Client` would wait for ever for one that takes the call and hangs."""
+    from distributed import rpc
+    from distributed.security import Security
+
+    async def ask() -> None:
+        async with rpc(address, connection_args=Security().get_connection_args("client")) as scheduler:
+            await asyncio.wait_for(scheduler.identity(), _CONNECT_SECONDS)
+
+    with ThreadPoolExecutor(1) as thread:  # a notebook runs a loop in this one
+        thread.submit(asyncio.run, ask()).result()
 
 
 def _client_of(cluster: Any, stack: contextlib.ExitStack) -> Client:
@@ -203,8 +219,7 @@ def _ready(
     """Workers that were looked at: threads held, and the GPUs that were promised are there."""
     from daskcell.compute._worker import Care, gpu_found
 
-    cuda = settings.network_device == "cuda"
-    if cuda:
+    if settings.network_device == "cuda":
         workers = client.scheduler_info(n_workers=-1)["workers"]
         promised = [address for address, worker in workers.items() if "GPU" in (worker["resources"] or {})]
         found = client.run(gpu_found, workers=promised) if promised else {}
@@ -214,7 +229,7 @@ def _ready(
                     f"The worker at {address} is labelled GPU, but torch finds no CUDA GPU there. Please "
                     "check its driver and that the job asks for a GPU, or set compute.device to 'cpu'."
                 )
-    client.register_plugin(Care(settings.threads, cuda))
+    client.register_plugin(Care(settings.threads))
     return Workers(client, labels=labels, trouble=trouble)
 
 

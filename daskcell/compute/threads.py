@@ -20,6 +20,10 @@ THREAD_VARIABLES = (
 CHANGEABLE = THREAD_VARIABLES[:-1]
 
 
+NEEDS_GPU = "DASKCELL_NEEDS_GPU"
+"""Variable of a job that has to find a GPU."""
+
+
 @contextlib.contextmanager
 def threads_limited(threads: int) -> Iterator[None]:
     """This process's BLAS, OpenMP and torch held to `threads` threads, and put back on leaving."""
