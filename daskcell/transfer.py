@@ -91,9 +91,8 @@ class Given:
 
     def check(self, config: Config, weights: Mapping[str, str]) -> None:
         """Raise `InputError` if networks are not those that made the model's features."""
-        histogram = config.preprocess.histogram
         names = {
-            "freeze": ("histogram reference", histogram.reference if histogram else None),
+            "freeze": ("pictures that preprocessing refers to", ""),
             "segment": ("network", config.segment.model),
             "describe": ("encoder", config.features.encoder),
         }
@@ -103,12 +102,12 @@ class Given:
         for stage, known in fitted.items():
             here = weights.get(stage, "")
             if here != known:
-                what, name = names[stage]
+                what, name = names.get(stage, (f"files of {stage}", ""))
                 before = self.model.info.get("encoder", name) if stage == "describe" else name
                 raise InputError(
-                    f"The model {self.folder} was fitted on cells of the {what} {before} (weights "
-                    f"{known[:12]}), but here is {name} ({here[:12] or 'none'}). Please use the same "
-                    f"{what}, or fit a new model."
+                    f"The model {self.folder} was fitted with the {what}{before and f' {before}'} (hash "
+                    f"{known[:12]}), but here is {name or 'another'} ({here[:12] or 'none'}). Please use the "
+                    "same, or fit a new model."
                 )
 
     def outdated(self) -> str | None:

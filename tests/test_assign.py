@@ -172,9 +172,7 @@ def test_features_of_an_encoder_of_the_same_name_but_other_weights_are_refused(
     fitted, folder, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(pipeline, "fingerprints", lambda config: {"describe": "f" * 40})
-    with pytest.raises(
-        InputError, match=r"encoder tiny \(weights [0-9a-f]{12}\), but here is tiny \(f{12}\)"
-    ):
+    with pytest.raises(InputError, match=r"encoder tiny \(hash [0-9a-f]{12}\), but here is tiny \(f{12}\)"):
         dc.assign(folder / "new", tmp_path / "out", model=fitted.out, config=WHERE)
     assert not (tmp_path / "out").exists()
 

@@ -132,8 +132,8 @@ def score_study(study: Study, truth: str | Path) -> dict[str, Any]:
 
 def _of_slide(study: Study, slide: str, known: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """Types and groups of the cells of one slide that were found and grouped."""
-    cells = study.cells(slide) if study.table(slide).exists() else {}
-    if "cluster" not in cells:
+    cells = study.cells(slide) if study.table(slide).exists() else None
+    if cells is None or "cluster" not in cells:
         return np.zeros(0, object), np.zeros(0, np.int64)
     labels = known["label"].to_numpy(np.int64) if "label" in known else _labels_at(study, slide, known, cells)
     at = labels - 1  # row i of the table is label i + 1
