@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -201,3 +202,19 @@ def test_a_full_disk_is_one_sentence_and_after_making_room_it_goes_on(pictures, 
     resize(1 << 18)
     finish(start(pictures, out, "--workers", "2"))
     assert results(out) == undisturbed
+
+
+# ---------------------------------------------------------------------- a scheduler of its own
+
+
+@pytest.mark.slow
+def test_a_scheduler_and_a_worker_that_are_killed_change_nothing():
+    """As `benchmarks/soak.py`, which does it at random, thirty times and more."""
+    path = Path(__file__).parents[1] / "benchmarks" / "soak.py"
+    spec = importlib.util.spec_from_file_location("soak", path)
+    soak = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(soak)
+    found = soak.soak(2, seed=3, sides=[256], local=False, kinds=("scheduler", "worker"))
+    assert found["kills"] == {"scheduler": 1, "worker": 1}
+    assert found["different"] == []
+    assert found["files"] > 20
