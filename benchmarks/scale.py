@@ -238,13 +238,10 @@ def simulate_slide(client: Any, seconds: dict[str, float], workers: int, blocks:
 
     rows = max(1, min(-(-SIDES[0] // BLOCK), -(-blocks // -(-SIDES[1] // BLOCK))))
     shape = (min(SIDES[0], rows * BLOCK), SIDES[1])
-    spent: list[float] = []
 
     def stub(name: str, result: Callable[..., Any]) -> Callable[..., Any]:
         def work(job: Any, at: Any, *args: Any) -> Any:
-            one = seconds[name] * (len(at) if name == "check_blocks" else 1)
-            spent.append(one)
-            time.sleep(one)
+            time.sleep(seconds[name] * (len(at) if name == "check_blocks" else 1))
             return result(job, at, *args)
 
         work.__name__ = name
@@ -276,10 +273,12 @@ def simulate_slide(client: Any, seconds: dict[str, float], workers: int, blocks:
             engine._label(job, team, keep=True)
             engine._check_and_paint(job, team, 60)
             wall = time.perf_counter() - start
+            count = len(job.grid)
+            work = sum(seconds.values()) * count
         finally:
             for function, original in kept.items():
                 setattr(engine, function, original)
-    return figures(wall, time.process_time() - cpu, sum(spent), len(spent), workers)
+    return figures(wall, time.process_time() - cpu, work, 3 * count, workers)
 
 
 def simulate_slides(client: Any, seconds: float, workers: int, count: int) -> dict[str, float]:
