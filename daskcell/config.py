@@ -87,8 +87,8 @@ class BackgroundSettings(Settings):
     dark: Annotated[float, Field(ge=0)] = 0.0
     """What the camera gives without light; taken off the image and the flat field."""
     radius: Annotated[float, Field(ge=1)] | None = None
-    """Radius in pixels of the disc that the background is rolled with, larger than the largest clump of cells: low
-    follows the light closer and eats into cells; high leaves more of it. None: no such background."""
+    """Radius in pixels of the disc that the background is rolled with, larger than the largest clump of
+    cells: low follows the light closer and eats into cells; high leaves more of it. None: not taken off."""
     light: bool = False
     """The ground is bright (bright field): pixels are divided by it and it becomes white."""
 

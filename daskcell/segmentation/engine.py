@@ -248,7 +248,7 @@ def _check_and_paint(job: Job, workers: Workers, steps: int) -> SeamReport:
     create_labels(job.path, job.name, block=job.block, dtype=np.uint32)
     window = workers.window()
     order = list(grid)
-    y0, x0, y1, x1 = np.array([[box.y0, box.x0, box.y1, box.x1] for box in map(reaches.get, order)]).T
+    y0, x0, y1, x1 = np.array([[box.y0, box.x0, box.y1, box.x1] for box in map(reaches.__getitem__, order)]).T
     for at in grid:
         # One pixel more than the core: the seam report looks across its lower and right border.
         core = grid.core(at)
