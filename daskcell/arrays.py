@@ -38,9 +38,9 @@ def given_inputs(inputs: Any, out: str | os.PathLike[str]) -> tuple[list[str], I
 def keep_arrays(arrays: Iterable[tuple[str, Any]], out: str | os.PathLike[str]) -> None:
     """Write arrays into the study, and remove those that are no longer given; equal ones stay as they are."""
     folder = Path(out, FOLDER)
-    kept = set()
+    kept: set[Path] = set()
     for name, array in arrays:
-        if not kept and (owner := holder(out) if Path(out).is_dir() else None) is not None:
+        if not kept and (owner := holder(Path(out)) if Path(out).is_dir() else None) is not None:
             raise StudyError(
                 f"Another run works on {out} (process {owner.get('pid')}). Please wait until it ends."
             )

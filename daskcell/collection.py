@@ -156,16 +156,15 @@ class Run:
         # With fewer slides than workers, blocks are what keeps all of them busy.
         blocks = _BLOCKS_AT_ONCE if len(jobs) >= 2 * team.count else 1
         self.looked.update(job.slide for job in jobs)
-        suspects = []
+        together: list[Job] = []
+        suspects: list[Job] = []
         for job, error, others in self.round(jobs, team, blocks):
             if isinstance(error, Overtime) and error.item in (job.slide, None):
                 self.set_aside(job, error)
             else:
-                suspects.append((job, others))
+                (together if others else suspects).append(job)
         # Slides that were in one task are tried one by one, at the same time, before each is tried alone.
-        single = [job for job, others in suspects if others]
-        suspects = [job for job, others in suspects if not others]
-        suspects += [job for job, _, _ in self.round(single, team, blocks, together=1)]
+        suspects += [job for job, _, _ in self.round(together, team, blocks, together=1)]
         for suspect in suspects:
             for job, error, _ in self.round([suspect], team, blocks):
                 self.set_aside(job, error)
@@ -204,7 +203,8 @@ class Run:
         """Slides as tasks of some seconds each: many small ones in one, as soon as their pace is known."""
         at_once = min(_TASKS_PER_WORKER * team.count, _MOST_TASKS)
         window = team.window(at_once, keep_going=True)
-        waiting, flying = deque(jobs), {}
+        waiting = deque(jobs)
+        flying: dict[int, list[Job]] = {}
         pace = _SECONDS
 
         def refill() -> None:

@@ -144,10 +144,10 @@ def process_slide(
             rewrites = [str(file.relative_to(study.out)) for file in _rewritten(stage, study, job.slide)]
             ledger.begin(stage, rewrites)
             result = STAGES[stage](job, study, ledger, keys, workers)
-            files = sums(study.out, _outputs(stage, result, study, job.slide), workers)
+            written = sums(study.out, _outputs(stage, result, study, job.slide), workers)
             seconds[stage] = time.perf_counter() - start
             later = (s for s in job.stages[number + 1 :] if not ledger.is_done(s, keys[s]))
-            ledger.finish(stage, keys[stage], result, seconds[stage], next(later, None), files)
+            ledger.finish(stage, keys[stage], result, seconds[stage], next(later, None), written)
             if on_stage is not None:
                 on_stage(job.slide, stage, _outcome(job, ledger, seconds))
     except _NOT_THE_SLIDES_FAULT:

@@ -344,6 +344,5 @@ def test_tasks_here_run_at_the_same_time_but_few_and_stop_at_a_failure(
     done.clear()
     both.reset()
     with pytest.raises(OSError, match="disk full"):
-        for key, _ in conversion.run_tasks(None, tasks(100)):
-            done.append(key)
+        done.extend(key for key, _ in conversion.run_tasks(None, tasks(100)))
     assert len(begun) <= 8

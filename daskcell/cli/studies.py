@@ -142,13 +142,14 @@ def status(
     """
     import json
 
-    from daskcell.status import report, table
+    from daskcell.status import damages, report, table
     from daskcell.study import Study
 
     found = report(Study(study))
     if verify:
         found["damaged"] = sorted(damages(study))
     print(json.dumps(found, indent=1) if as_json else table(found, None if every else 50))
+    raise typer.Exit(3 if found.get("damaged") else 0)
 
 
 @app.command()

@@ -34,10 +34,12 @@ def read_manifest(path: str) -> list[Source]:
     """The images of a table, in its order; raises `ImageError` for a row that cannot be, with its number."""
     table = _read(path)
     if "path" not in table:
-        raise ImageError(f"{path} has no column 'path' (its columns: {', '.join(table) or 'none'}).")
+        raise ImageError(
+            f"{path} has no column 'path' (it has: {', '.join(map(str, table)) or 'none'})."
+        )
     images: dict[str, list[tuple[int, dict[str, str]]]] = {}
     for number, row in enumerate(table.to_dict("records"), start=2):  # row 1 is the header
-        values = {name: str(value).strip() for name, value in row.items() if str(value).strip()}
+        values = {str(name): str(value).strip() for name, value in row.items() if str(value).strip()}
         if "path" not in values:
             raise ImageError(f"{path}, row {number} names no file.")
         file = places.join(os.path.dirname(path), values["path"])

@@ -6,6 +6,7 @@ several points in one cell, have no found cell and are counted as missed.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ _ALIASES = {
 _TILE = 1024
 
 
-def read_truth(path: str | Path, slides: Iterable[str]) -> pd.DataFrame:
+def read_truth(path: str | os.PathLike[str], slides: Iterable[str]) -> pd.DataFrame:
     """Cells with known types from a CSV file.
 
     Parameters
@@ -87,7 +88,7 @@ def read_truth(path: str | Path, slides: Iterable[str]) -> pd.DataFrame:
     return table[table["slide"].isin(known)].reset_index(drop=True)
 
 
-def score_study(study: Study, truth: str | Path) -> dict[str, Any]:
+def score_study(study: Study, truth: str | os.PathLike[str]) -> dict[str, Any]:
     """Compare a study's groups with known types, and keep the result in its ``scores.json``.
 
     Returns
