@@ -17,7 +17,7 @@ from typing import Any
 from daskcell.config import parse_config
 from daskcell.disk import write_atomic, write_json
 from daskcell.errors import StudyError
-from daskcell.progress import Progress
+from daskcell.pipeline.progress import Progress
 from daskcell.study import Study
 
 SETTINGS: dict[str, Any] = {

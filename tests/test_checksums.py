@@ -8,12 +8,11 @@ import shutil
 import pytest
 import tifffile
 
-from daskcell import slide
-from daskcell.checksums import damaged, sums
 from daskcell.compute import Workers
-from daskcell.pipeline import run
-from daskcell.progress import Progress
-from daskcell.status import damages
+from daskcell.pipeline import run, slide
+from daskcell.pipeline.progress import Progress
+from daskcell.pipeline.status import damages
+from daskcell.study.checksums import damaged, sums
 from daskcell.synthetic import CHANNELS, synthesize_field
 
 SETTINGS = {

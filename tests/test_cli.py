@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import tifffile
 
-from daskcell import collection, pipeline, slide
 from daskcell.errors import ImageError
+from daskcell.pipeline import collection, launch, slide
 from daskcell.study import Study
 
 COMMANDS = [
@@ -103,7 +103,7 @@ def fakes(monkeypatch):
 
     for name in slide.STAGES:
         monkeypatch.setitem(slide.STAGES, name, make(name))
-    monkeypatch.setattr(pipeline, "fingerprints", lambda config: {})
+    monkeypatch.setattr(launch, "fingerprints", lambda config: {})
 
     def fit(slides, study, config, workers):
         study.clusters.mkdir()

@@ -12,12 +12,13 @@ import pytest
 import tifffile
 from s3server import Server
 
-from daskcell import images, keys, places
+from daskcell import images, places
 from daskcell.config import InputSettings
 from daskcell.errors import ImageError, StudyError
 from daskcell.geometry import Box
 from daskcell.images import convert, find_images, open_image
 from daskcell.images.readers import open_reader
+from daskcell.study import keys
 
 RNG = np.random.default_rng(0)
 
@@ -207,12 +208,12 @@ def test_errors_are_one_sentence(server: Server, bucket: str, tmp_path: Path, mo
     tiff(tmp_path / "b.tif")
     with pytest.raises(ImageError, match=r"no-such-bucket-here.*bucket does not exist"):
         convert(tmp_path / "b.tif", "s3://no-such-bucket-here/a.zarr")
-    from daskcell import pipeline
+    from daskcell.pipeline import launch
 
     tiff(tmp_path / "a.tif")
     for out in ("s3://bucket/study", Path("s3://bucket/study")):
         with pytest.raises(StudyError, match="must be a folder on disk"):
-            pipeline.run(tmp_path / "a.tif", out)
+            launch.run(tmp_path / "a.tif", out)
     assert not Path("s3:").exists()
 
 

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import tifffile
 
-from daskcell import pipeline
 from daskcell.compute import Failed, Workers
 from daskcell.compute.overtime import Overtime, renew
 from daskcell.images import Source, find_images
-from daskcell.pipeline import run
+from daskcell.pipeline import launch, run
 
 
 def hang_once(mark: str) -> str:
@@ -102,7 +101,7 @@ def test_a_slide_whose_reading_hangs_is_set_aside_and_the_others_finish(client, 
         tifffile.imwrite(tmp_path / "in" / f"{name}.tif", picture)
     found = find_images(tmp_path / "in")
     sources = [Hung(s.name, s.files) if s.name == "hung" else s for s in found]
-    monkeypatch.setattr(pipeline, "find_images", lambda *args: sources)
+    monkeypatch.setattr(launch, "find_images", lambda *args: sources)
     client.run_on_scheduler(lambda dask_scheduler: setattr(dask_scheduler, "allowed_failures", 0))
     settings = {"segment": {"method": "watershed"}, "cluster": {"k": 2}, "compute": {"task_seconds": 25}}
     study = run(tmp_path / "in", tmp_path / "out", settings, client)

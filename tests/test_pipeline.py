@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 import tifffile
 
-from daskcell import collection, pipeline, slide
 from daskcell.errors import ConfigError, DaskcellError, ImageError, InputError, StudyError, WeightsError
 from daskcell.images import Source, find_images
-from daskcell.lock import Lock
-from daskcell.pipeline import open_study, run
-from daskcell.progress import STAGE_SHARES, Lines, Progress, clock
+from daskcell.pipeline import collection, launch, open_study, run, slide
+from daskcell.pipeline.progress import STAGE_SHARES, Lines, Progress, clock
+from daskcell.study.lock import Lock
 
 INLINE = {"compute": {"kind": "inline"}, "cluster": {"k": 2}}
 
@@ -93,7 +92,7 @@ def fakes(monkeypatch):
     for name in slide.STAGES:
         monkeypatch.setitem(slide.STAGES, name, fakes.stage(name))
     monkeypatch.setattr(collection, "fit", fakes.fit)
-    monkeypatch.setattr(pipeline, "fingerprints", lambda config: {"segment": "a", "describe": "b"})
+    monkeypatch.setattr(launch, "fingerprints", lambda config: {"segment": "a", "describe": "b"})
     return fakes
 
 
@@ -452,7 +451,7 @@ def test_lines_come_at_intervals_even_when_nothing_was_finished():
 
 
 def test_the_status_tells_how_far_a_run_is_while_it_lasts(fakes, folder, tmp_path, monkeypatch):
-    from daskcell.status import report, table
+    from daskcell.pipeline.status import report, table
 
     monkeypatch.setattr(collection, "_TELL_SECONDS", -1)
     seen = []
@@ -483,7 +482,7 @@ def test_times_are_told_in_words(seconds, text):
 
 def test_the_time_left_is_told_once_something_was_done(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("daskcell.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("daskcell.pipeline.progress.time.monotonic", lambda: now[0])
     progress = Progress()
     progress.begin({"a": 1.0, "b": 1.0}, {"a": list(STAGE_SHARES), "b": list(STAGE_SHARES)})
     assert progress.seconds_left is None
@@ -535,7 +534,7 @@ def test_a_slide_that_kills_its_worker_is_set_aside_and_the_others_finish(tmp_pa
     paint_cells(tmp_path / "in", [*bad, *good])
     found = find_images(tmp_path / "in")
     sources = [bad.get(source.name, Source)(source.name, source.files) for source in found]
-    monkeypatch.setattr(pipeline, "find_images", lambda *args: sources)
+    monkeypatch.setattr(launch, "find_images", lambda *args: sources)
     settings = {
         "segment": {"method": "watershed"},
         "cluster": {"k": 2},

@@ -11,10 +11,11 @@ import threading
 
 import pytest
 
-from daskcell import disk, lock
+from daskcell import disk
 from daskcell.config import parse_config
 from daskcell.errors import StudyError
-from daskcell.keys import (
+from daskcell.study import Study, check_folder, lock, sweep
+from daskcell.study.keys import (
     UPSTREAM,
     cluster_key,
     content_key,
@@ -24,8 +25,7 @@ from daskcell.keys import (
     slide_keys,
     unchanged,
 )
-from daskcell.lock import Lock
-from daskcell.study import Study, check_folder, sweep
+from daskcell.study.lock import Lock
 
 FILES = [{"path": "/a/x.tif", "name": "x.tif", "size": 3, "mtime_ns": 5, "digest": "d1"}]
 WEIGHTS = {"segment": "w1", "describe": "w2"}
@@ -86,7 +86,7 @@ def test_clusters_do_not_depend_on_the_order_of_slides():
 
 def test_a_new_stage_version_changes_its_key(monkeypatch):
     before = content_key("segment", 1)
-    monkeypatch.setitem(__import__("daskcell.keys").keys.STAGE_VERSIONS, "segment", 99)
+    monkeypatch.setitem(keys.STAGE_VERSIONS, "segment", 99)
     assert content_key("segment", 1) != before
 
 
@@ -97,14 +97,12 @@ def test_descendants_follow_the_stages():
 
 
 def test_files_are_read_again_only_when_size_or_time_changed(tmp_path, monkeypatch):
-    from daskcell import keys as module
-
     file = tmp_path / "a.tif"
     file.write_bytes(b"one")
     first = identify([file])
     read = []
-    original = module.digest
-    monkeypatch.setattr(module, "digest", lambda path: read.append(path) or original(path))
+    original = keys.digest
+    monkeypatch.setattr(keys, "digest", lambda path: read.append(path) or original(path))
     assert identify([file], first) == first
     assert unchanged([file], first)
     assert read == []
@@ -270,7 +268,9 @@ def test_a_second_run_on_the_same_study_is_refused(tmp_path):
 
 
 def test_the_lock_of_a_dead_process_is_broken(tmp_path):
-    code = f"import os; from daskcell.lock import Lock; Lock({str(tmp_path)!r}).__enter__(); os._exit(9)"
+    code = (
+        f"import os; from daskcell.study.lock import Lock; Lock({str(tmp_path)!r}).__enter__(); os._exit(9)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
     assert (tmp_path / ".lock").exists()
     with Lock(tmp_path):

@@ -9,7 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from daskcell.config import Config
-    from daskcell.progress import Progress
+    from daskcell.pipeline.progress import Progress
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -103,7 +103,7 @@ def make_progress(quiet: bool, interval: float) -> Progress:
     """Bars on a terminal, lines elsewhere, nothing when quiet."""
     import sys
 
-    from daskcell.progress import Bars, Lines, Progress
+    from daskcell.pipeline.progress import Bars, Lines, Progress
 
     if quiet:
         return Progress()

@@ -90,7 +90,7 @@ def assign(
 def show(where: Where) -> None:
     """List groups with their names, cells, and the fitted groups that were merged into each."""
     from daskcell.cli.images import _aligned
-    from daskcell.regroup import group_rows
+    from daskcell.pipeline.regroup import group_rows
 
     rows = [["group", "name", "cells", "share", "merged from"]]
     for row in group_rows(where):
@@ -135,7 +135,7 @@ def split(
 
 def _change(where: Path, change: Callable[[Naming, int], Naming], quiet: bool) -> None:
     from daskcell.cli.studies import told
-    from daskcell.regroup import change_groups
+    from daskcell.pipeline.regroup import change_groups
 
     with told(quiet, 30.0) as progress:
         change_groups(where, change, progress)

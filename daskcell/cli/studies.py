@@ -22,7 +22,7 @@ from daskcell.cli.app import (
 )
 
 if TYPE_CHECKING:
-    from daskcell.progress import Progress
+    from daskcell.pipeline.progress import Progress
 
 
 @app.command()
@@ -108,7 +108,7 @@ def told(quiet: bool, interval: float) -> Iterator[Progress]:
 
 def ending(study: Any) -> str:
     """What a run came to, in a few lines."""
-    from daskcell.status import counts
+    from daskcell.pipeline.status import counts
 
     total = counts(study)
     groups = f", {total['clusters']} groups" if total["clusters"] else ""
@@ -142,7 +142,7 @@ def status(
     """
     import json
 
-    from daskcell.status import damages, report, table
+    from daskcell.pipeline.status import damages, report, table
     from daskcell.study import Study
 
     found = report(Study(study))

@@ -34,9 +34,7 @@ def read_manifest(path: str) -> list[Source]:
     """The images of a table, in its order; raises `ImageError` for a row that cannot be, with its number."""
     table = _read(path)
     if "path" not in table:
-        raise ImageError(
-            f"{path} has no column 'path' (it has: {', '.join(map(str, table)) or 'none'})."
-        )
+        raise ImageError(f"{path} has no column 'path' (it has: {', '.join(map(str, table)) or 'none'}).")
     images: dict[str, list[tuple[int, dict[str, str]]]] = {}
     for number, row in enumerate(table.to_dict("records"), start=2):  # row 1 is the header
         values = {str(name): str(value).strip() for name, value in row.items() if str(value).strip()}

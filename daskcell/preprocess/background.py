@@ -184,7 +184,7 @@ def _flat(step: FlatFile, dtype: np.dtype) -> Flat:
 
 
 def _digest(path: Path) -> str:
-    from daskcell.keys import digest
+    from daskcell.study.keys import digest
 
     try:
         return digest(path)

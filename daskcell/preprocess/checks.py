@@ -7,8 +7,8 @@ from pathlib import Path
 
 from daskcell.config import PreprocessSettings
 from daskcell.errors import ConfigError, InputError
-from daskcell.keys import digest
 from daskcell.preprocess.colors import color_rgb
+from daskcell.study.keys import digest
 
 
 def check_names(settings: PreprocessSettings) -> str | None:

@@ -45,7 +45,7 @@ def estimate_diameter(method: CellposeMethod, read: Read, shape: tuple[int, int]
         # Glass has no cells to measure; of equals the first in reading order.
         windows.sort(key=lambda window: -float(np.std(window[1].astype(np.float32))))
         windows = windows[:WINDOWS]
-    samples = [method.observe(part, Box(0, 0, *box.shape), box.shape) for box, part in windows]
+    samples = [method.observe(part, box, box.shape) for box, part in windows]
     areas = []
     for box, part in windows:
         frozen = method.freeze(samples, box.shape)

@@ -1,6 +1,7 @@
 """`segment_slide`: cells of an OME-Zarr image, block by block, from disk to disk.
 
-    observe(row) ── freeze ──> globals.json
+    observe(blocks) ─┐
+    diameter        ─┴ freeze ──> globals.json
     network(block) ─┐                        tiles owned by the block           (GPU workers, where there are)
                     ├──> labels(block)       when all tiles around it are there (CPU workers)
     network(...)   ─┘         │
@@ -30,7 +31,6 @@ from daskcell.disk import remove
 from daskcell.errors import InputError
 from daskcell.geometry import Box
 from daskcell.images import build_label_pyramid, create_labels
-from daskcell.keys import STAGE_VERSIONS
 from daskcell.preprocess.plan import Plan
 from daskcell.segmentation.cells import number, refuse_too_many
 from daskcell.segmentation.globals import Globals
@@ -43,15 +43,19 @@ from daskcell.segmentation.tasks import (
     freeze_globals,
     label_block,
     largest_extent,
-    observe_row,
+    measure_diameter,
+    observe_blocks,
     paint_block,
     read_globals,
     run_tiles,
     save_array,
     write,
 )
+from daskcell.study.keys import STAGE_VERSIONS
 
 _CHECKS_A_TASK = 4
+_OBSERVED_A_TASK = 8
+"""The same for any number of workers: a run goes on from the files of another."""
 
 
 def segment_slide(
@@ -103,7 +107,7 @@ def segment_slide(
     scratch = Path(scratch)
     flows = scratch / "flows" if flows is None else Path(flows) / key
     job = Job(str(path), name, settings, plan, block, str(scratch), str(flows), device)
-    for kind in ("observed", "labels", "cells", "ids"):
+    for kind in ("samples", "labels", "cells", "ids"):
         (scratch / kind).mkdir(parents=True, exist_ok=True)
     (flows / "tiles").mkdir(parents=True, exist_ok=True)
 
@@ -133,14 +137,19 @@ def _flows_key(settings: SegmentSettings, plan: Plan, block: int) -> str:
 def _globals(job: Job, workers: Workers) -> None:
     if job.globals_file.exists():
         return
+    diameter = None
     window = workers.window()
-    for row in range(job.grid.counts[0]):
-        if not job.file("observed", (row, 0)).exists():
-            window.submit(row, observe_row, job, row)
-    for _ in window:
-        pass
+    if job.measures_diameter:  # as long as some of the others together, so first
+        window.submit("diameter", measure_diameter, job, kind="network")
+    groups = list(partition_all(_OBSERVED_A_TASK, job.grid))
+    for group in groups:
+        if not job.file("samples", group[0]).exists():
+            window.submit(group, observe_blocks, job, group)
+    for key, result in window:
+        if key == "diameter":
+            diameter = result
     window = workers.window()
-    window.submit("freeze", freeze_globals, job, kind="network")
+    window.submit("freeze", freeze_globals, job, groups, diameter)
     for _ in window:
         pass
 

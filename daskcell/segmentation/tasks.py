@@ -69,6 +69,10 @@ class Job:
         return part if self.settings.channels is None else part[list(self.settings.channels)]
 
     @property
+    def measures_diameter(self) -> bool:
+        return self.settings.method == "cellpose" and self.settings.diameter == "auto"
+
+    @property
     def method(self) -> Method:
         settings = self.settings
         thresholds = Thresholds(
@@ -84,23 +88,31 @@ class Job:
         return CellposeMethod(network, thresholds, diameter, settings.batch_size, settings.niter)
 
 
-def observe_row(job: Job, row: int) -> None:
-    """A row of blocks, one after another: what is kept of each is small, and so is the time."""
-    method, cores = job.method, [job.grid.core((row, j)) for j in range(job.grid.counts[1])]
+def observe_blocks(job: Job, group: tuple[Index, ...]) -> None:
+    """Some blocks, one after another: what is kept of each is small, and so is the time."""
+    method, cores = job.method, [job.grid.core(at) for at in group]
     observed = [method.observe(job.read(core), core, job.shape) for core in cores]
     together = [np.concatenate(channel) for channel in zip(*observed, strict=True)]
-    write(job.file("observed", (row, 0)), lambda path: np.savez(path, *together))
+    write(job.file("samples", group[0]), lambda path: np.savez(path, *together))
 
 
-def freeze_globals(job: Job) -> None:
+def measure_diameter(job: Job) -> float | None:
+    """Of the first pass, which reads the picture by itself."""
+    method = job.method
+    assert isinstance(method, CellposeMethod)
+    return estimate_diameter(method, job.read, job.shape)
+
+
+def freeze_globals(job: Job, groups: list[tuple[Index, ...]], diameter: float | None) -> None:
+    """Write the facts of the whole picture; `diameter` is the measured one, None where none was asked for."""
     method = job.method
     observed = []
-    for row in range(job.grid.counts[0]):
-        with np.load(job.file("observed", (row, 0)), allow_pickle=False) as arrays:
+    for group in groups:
+        with np.load(job.file("samples", group[0]), allow_pickle=False) as arrays:
             observed.append([arrays[name] for name in arrays.files])
     if isinstance(method, CellposeMethod):
-        if job.settings.diameter == "auto":
-            method.diameter = estimate_diameter(method, job.read, job.shape)
+        if job.measures_diameter:
+            method.diameter = diameter
         frozen = method.freeze(observed, job.shape)
         if job.settings.tissue_mask:
             info = image_info(job.path)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from daskcell.checksums import damaged
 from daskcell.compute import Workers
-from daskcell.keys import UPSTREAM, late_keys, slide_keys
-from daskcell.lock import holder
-from daskcell.progress import clock
+from daskcell.pipeline.progress import clock
 from daskcell.study import CLUSTERS, Ledger, Study
+from daskcell.study.checksums import damaged
+from daskcell.study.keys import UPSTREAM, late_keys, slide_keys
+from daskcell.study.lock import holder
 
 FAR = 5.0
 """So many times as many cells beyond the 99th percentile of the fit as expected make a slide unlike it."""

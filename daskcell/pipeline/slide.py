@@ -13,15 +13,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from daskcell.checksums import damaged, sums
 from daskcell.compute import Workers
 from daskcell.compute.overtime import renew
 from daskcell.config import Config
 from daskcell.disk import is_full, remove
 from daskcell.errors import ComputeError, ConfigError, DaskcellError, StudyError, WeightsError
 from daskcell.images.sources import Source
-from daskcell.keys import SLIDE_STAGES, UPSTREAM, descendants, identify, late_keys, slide_keys, unchanged
 from daskcell.study import CLUSTERS, Ledger, Study
+from daskcell.study.checksums import damaged, sums
+from daskcell.study.keys import (
+    SLIDE_STAGES,
+    UPSTREAM,
+    descendants,
+    identify,
+    late_keys,
+    slide_keys,
+    unchanged,
+)
 
 LABELS = "cells"
 _NOT_THE_SLIDES_FAULT = (ComputeError, ConfigError, StudyError, WeightsError)

@@ -19,20 +19,28 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 from daskcell import places
-from daskcell.checksums import damaged, sums
 from daskcell.compute import Failed, Workers, start_workers
 from daskcell.compute.overtime import Overtime
 from daskcell.config import Config
 from daskcell.disk import remove, write_atomic
 from daskcell.errors import ComputeError, DaskcellError, InputError
 from daskcell.images.sources import Source
-from daskcell.keys import UPSTREAM, cluster_key
-from daskcell.lock import Lock
-from daskcell.progress import Progress
+from daskcell.pipeline.progress import Progress
+from daskcell.pipeline.slide import (
+    Job,
+    Outcome,
+    missing_stages,
+    process_batch,
+    process_slide,
+    sentence,
+    trace,
+)
+from daskcell.pipeline.transfer import Given, origin, set_named_aside
 from daskcell.segmentation.memory import refuse_too_little_memory
-from daskcell.slide import Job, Outcome, missing_stages, process_batch, process_slide, sentence, trace
 from daskcell.study import CLUSTERS, Study
-from daskcell.transfer import Given, origin, set_named_aside
+from daskcell.study.checksums import damaged, sums
+from daskcell.study.keys import UPSTREAM, cluster_key
+from daskcell.study.lock import Lock
 
 if TYPE_CHECKING:
     from distributed import Client

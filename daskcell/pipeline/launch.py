@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from daskcell import places
-from daskcell.arrays import given_inputs, keep_arrays
-from daskcell.collection import Run
 from daskcell.config import Config, load_config, parse_config
 from daskcell.disk import is_full, remove
 from daskcell.errors import ConfigError, DaskcellError, DriftWarning, ImageError, InputError, StudyError
 from daskcell.images import find_images
 from daskcell.images.sources import Source
-from daskcell.lock import Lock
-from daskcell.progress import Progress
+from daskcell.pipeline.arrays import given_inputs, keep_arrays
+from daskcell.pipeline.collection import Run
+from daskcell.pipeline.progress import Progress
+from daskcell.pipeline.slide import no_room
+from daskcell.pipeline.status import drift_sentences
+from daskcell.pipeline.transfer import Given
 from daskcell.scoring.truth import read_truth, score_study
-from daskcell.slide import no_room
-from daskcell.status import drift_sentences
 from daskcell.study import Study, check_folder, sweep
-from daskcell.transfer import Given
+from daskcell.study.lock import Lock
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -238,6 +238,3 @@ def _nothing_left_behind(out: Path, *, new: bool) -> Iterator[None]:
         full = no_room(out, error)
         full.after_start = True  # type: ignore[attr-defined]
         raise full from error
-
-
-__all__ = ["Study", "StudyError", "as_config", "assign", "fingerprints", "open_study", "run"]

@@ -12,7 +12,7 @@
       failures.jsonl             slides that were set aside, with the reason
       ledger/<slide>.json        content key and result of every finished stage
 
-Whether a stage is done is told by its content key (see `daskcell.keys`), never by a file that exists. A
+Whether a stage is done is told by its content key (see `daskcell.study.keys`), never by a file that exists. A
 stage's entry leaves the ledger before its output is touched and comes back when the output is whole, so a run
 that is killed at any moment continues with nothing half-made taken for done.
 
@@ -33,7 +33,7 @@ from daskcell import places
 from daskcell.config import Config
 from daskcell.disk import remove, write_atomic, write_json
 from daskcell.errors import ConfigError, StudyError
-from daskcell.keys import UPSTREAM, descendants
+from daskcell.study.keys import UPSTREAM, descendants
 
 FORMAT = 1
 CLUSTERS = ".clusters"
@@ -230,7 +230,7 @@ class Ledger:
     """Finished stages of one slide, in one small file that is replaced whole.
 
     ``entry(stage)`` is ``{"key": content key, "result": what the stage returned, "seconds": ..., "files": see
-    `daskcell.checksums`}``.
+    `daskcell.study.checksums`}``.
 
     A stage whose files were damaged is taken out by `lose`, and so is all that was made from it; but that is
     held, and comes back when the stage gives the very files again.

@@ -10,7 +10,7 @@ from typing import Any
 from daskcell.disk import remove, write_atomic
 from daskcell.errors import InputError, StudyError
 from daskcell.images.channels import safe_name
-from daskcell.lock import holder
+from daskcell.study.lock import holder
 
 FOLDER = "inputs"
 

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from daskcell.clustering.naming import Naming
-from daskcell.collection import LazyWorkers, Run
 from daskcell.errors import InputError
 from daskcell.images.sources import Source
-from daskcell.lock import Lock
-from daskcell.progress import Progress
-from daskcell.slide import missing_stages
+from daskcell.pipeline.collection import LazyWorkers, Run
+from daskcell.pipeline.progress import Progress
+from daskcell.pipeline.slide import missing_stages
+from daskcell.pipeline.transfer import find_model
 from daskcell.study import Study, read_record
-from daskcell.transfer import find_model
+from daskcell.study.lock import Lock
 
 
 def change_groups(

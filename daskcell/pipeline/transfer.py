@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from daskcell.config import Config, parse_config
 from daskcell.disk import remove
 from daskcell.errors import ConfigError, InputError
-from daskcell.keys import STAGE_VERSIONS, content_key, digest
 from daskcell.study import Study, versions
+from daskcell.study.keys import STAGE_VERSIONS, content_key, digest
 
 if TYPE_CHECKING:
     from daskcell.clustering import ClusterModel
-    from daskcell.progress import Progress
+    from daskcell.pipeline.progress import Progress
 
 _BINDING = ("preprocess", "segment", "features", "cluster")
 """Sections that decide what a model's features mean."""

@@ -1,0 +1,13 @@
+"""Studies from outside to inside: refuse early, then slide by slide, and what is told meanwhile.
+
+launch            `run`, `assign`, `open_study`: settings, inputs and weights are checked before any work
+collection        many slides: a window of tasks, what fails is set aside
+slide             one slide: the stages, each with its content key
+transfer, regroup a model for other slides; other names for its groups
+arrays            pictures that are given from memory
+progress, status  how far it is, while it runs and afterwards
+"""
+
+from daskcell.pipeline.launch import as_config, assign, fingerprints, open_study, run
+
+__all__ = ["as_config", "assign", "fingerprints", "open_study", "run"]
