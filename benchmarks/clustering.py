@@ -30,7 +30,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 
 from daskcell.clustering.nearest import Nearest, steps
-from daskcell.clustering.rows import BLOCK, FileRows, Rows
+from daskcell.clustering.rows import BLOCK, FileRows, Rows, shares
 
 _POOL = 1 << 22
 
@@ -126,7 +126,7 @@ def engines(rows: int, features: int, k: int, workers: int) -> dict[str, Any]:
             counted = _Count()
             centers = room.rounds(blocks, first, tolerance, folder, team.watched(counted))
             found["parallel_seconds"] = time.perf_counter() - start
-            found["rounds"] = counted.tasks // -(-len(blocks) // 16)
+            found["rounds"] = counted.tasks // len(shares(team, blocks))
             start = time.perf_counter()
             one = room.rounds(blocks, first, float("inf"), folder, team)
             found["one_round_seconds"] = time.perf_counter() - start

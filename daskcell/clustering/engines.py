@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from daskcell.clustering import _kernels
 from daskcell.clustering.nearest import Nearest, one_thread
-from daskcell.clustering.rows import Rows, in_groups, in_order
+from daskcell.clustering.rows import Rows, in_any_order, in_order, shares
 
 if TYPE_CHECKING:
     from daskcell.compute import Workers
@@ -98,9 +97,9 @@ def rounds(
     spent = np.zeros(
         len(centers)
     )  # by how much a lead in each group has shrunk, at most, since the first round
-    numbered = list(enumerate(blocks))
+    parts = list(enumerate(shares(workers, blocks)))
     for number in range(_ROUNDS):
-        for more, cells in in_groups(workers, numbered, _follow, centers, spent, folder, number):
+        for more, cells in in_any_order(workers, parts, _follow, centers, spent, folder, number):
             sums += more
             counts += cells
         moved = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], centers)
@@ -114,44 +113,46 @@ def rounds(
 
 
 def _follow(
-    blocks: Sequence[tuple[int, Rows]], centers: np.ndarray, spent: np.ndarray, folder: str, number: int
+    part: tuple[int, Sequence[Rows]], centers: np.ndarray, spent: np.ndarray, folder: str, number: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """What a round changes in the sums ``(k, c)`` and numbers ``(k,)`` of the rows of all centres."""
+    i, blocks = part
+    path = os.path.join(folder, f"{i}.{{}}.leads")
     sums, counts = np.zeros(centers.shape), np.zeros(len(centers), np.int64)
     nearest = Nearest(centers)
     with one_thread():
-        for i, block in blocks:
-            path = os.path.join(folder, f"{i}.{{}}.leads")
-            if number == 0:
-                labels, ends = nearest.add(block.read(), sums, counts)
-            else:
-                labels, ends = _read(path.format(number - 1))
-                # A lead ends when as much is spent; what is not a number has none.
-                again = np.flatnonzero(~(ends > spent[labels]))
-                if len(again):
-                    rows = block.read()[again]
-                    _kernels.add_by_label(rows, labels[again], sums, counts, -1)
-                    labels[again], leads = nearest.add(rows, sums, counts)
-                    ends[again] = leads + spent[labels[again]]
-            _write(path.format(number), labels, ends)
-            if number > 1:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path.format(number - 2))
+        if number == 0:
+            found = [nearest.add(block.read(), sums, counts) for block in blocks]
+            stops = np.cumsum([len(labels) for labels, _ in found])
+            labels, ends = (np.concatenate(values) for values in zip(*found, strict=True))
+        else:
+            stops, labels, ends = _read(path.format(number - 1))
+            # A lead ends when as much is spent; what is not a number has none.
+            again = np.flatnonzero(~(ends > spent[labels]))
+            firsts = np.searchsorted(again, [0, *stops])
+            for j, block in enumerate(blocks):
+                which, start = again[firsts[j] : firsts[j + 1]], stops[j - 1] if j else 0
+                if len(which):
+                    own = slice(start, stops[j])
+                    nearest.look(block.read(), which - start, labels[own], ends[own], sums, counts)
+            ends[again] += spent[labels[again]]
+    _write(path.format(number), stops, labels, ends)
+    if number > 1:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path.format(number - 2))
     return sums, counts
 
 
-_STATE = np.dtype([("label", np.int32), ("end", np.float64)])
+def _write(path: str, *arrays: np.ndarray) -> None:
+    with open(path, "wb") as file:
+        for array in arrays:
+            np.save(file, array)
 
 
-def _write(path: str, labels: np.ndarray, ends: np.ndarray) -> None:
-    state = np.empty(len(labels), _STATE)
-    state["label"], state["end"] = labels, ends
-    state.tofile(path)
-
-
-def _read(path: str) -> tuple[np.ndarray, np.ndarray]:
-    state = np.fromfile(path, _STATE)
-    return state["label"].copy(), state["end"].copy()
+def _read(path: str) -> list[np.ndarray]:
+    """Where blocks end, and the label and the end of the lead of every row."""
+    with open(path, "rb") as file:
+        return [np.load(file) for _ in range(3)]
 
 
 def inertia(

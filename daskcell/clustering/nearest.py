@@ -37,7 +37,7 @@ class Nearest:
         self._columns = np.ascontiguousarray(self.centers.T)
         squares = (self.centers**2).sum(axis=1)
         with np.errstate(over="ignore"):  # what overflows is doubtful
-            self._single = self.centers.astype(np.float32)
+            self._single = self._columns.astype(np.float32)
             self._half = (squares / 2).astype(np.float32)
         # A product of c terms is wrong by c half-ulps of |x| |c|; rounding of centres and sums adds a few.
         self._longest = longest = float(np.sqrt(squares.max(initial=0.0)))
@@ -48,8 +48,10 @@ class Nearest:
 
     def labels(self, rows: np.ndarray) -> np.ndarray:
         """``(n,)`` int32; of equally near centres the first."""
+        labels = np.empty(len(rows), np.int32)
         nothing = np.zeros((0, rows.shape[1]))
-        return self._assign(rows, np.zeros(0), nothing, np.zeros(0, np.int64))
+        self.look(rows, np.arange(len(rows)), labels, np.zeros(0), nothing, np.zeros(0, np.int64))
+        return labels
 
     def add(self, rows: np.ndarray, sums: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Add rows to the `sums` ``(k, c)`` float64 and `counts` ``(k,)`` int64 of their centres.
@@ -60,19 +62,26 @@ class Nearest:
         leads : (n,) float64
             How much farther, at least, the second nearest centre is.
         """
-        leads = np.empty(len(rows))
-        return self._assign(rows, leads, sums, counts), leads
+        labels, leads = np.full(len(rows), -1, np.int32), np.empty(len(rows))
+        self.look(rows, np.arange(len(rows)), labels, leads, sums, counts)
+        return labels, leads
 
-    def squares(self, rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Squared distance of each row to its centre, ``(n,)`` float64."""
-        return _kernels.square_distances(rows, self.centers, labels)
+    def look(
+        self,
+        rows: np.ndarray,
+        again: np.ndarray,
+        labels: np.ndarray,
+        leads: np.ndarray,
+        sums: np.ndarray,
+        counts: np.ndarray,
+    ) -> None:
+        """Put the labels and leads of the rows numbered `again` (rising) in place of those they have.
 
-    def _assign(
-        self, rows: np.ndarray, leads: np.ndarray, sums: np.ndarray, counts: np.ndarray
-    ) -> np.ndarray:
-        labels = np.empty(len(rows), np.int32)
+        `sums` and `counts` follow those rows that change sides; without `leads` nothing does.
+        """
         self.doubted += _kernels.assign(
             np.asarray(rows),
+            again,
             self._single,
             self._half,
             self._columns,
@@ -86,7 +95,10 @@ class Nearest:
             sums,
             counts,
         )
-        return labels
+
+    def squares(self, rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Squared distance of each row to its centre, ``(n,)`` float64."""
+        return _kernels.square_distances(rows, self.centers, labels)
 
 
 @contextlib.contextmanager

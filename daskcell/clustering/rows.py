@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 BLOCK = 8192
 _GROUP = 16
+_LARGEST_SHARE = 64
 
 
 class Rows(Protocol):
@@ -113,15 +114,23 @@ def _group(
     return [function(start + i, block, *args) for i, block in enumerate(blocks)]
 
 
-def in_groups(
-    workers: Workers | None, blocks: Sequence[Any], function: Callable[..., Any], *args: Any
+def shares(workers: Workers | None, blocks: Sequence[Any]) -> list[Sequence[Any]]:
+    """Blocks in groups, two for each worker unless that makes long ones: a task costs milliseconds."""
+    from daskcell.compute import Workers
+
+    size = min(_LARGEST_SHARE, -(-len(blocks) // (2 * (workers or Workers()).count)))
+    return [blocks[start : start + size] for start in range(0, len(blocks), size)] if size else []
+
+
+def in_any_order(
+    workers: Workers | None, items: Sequence[Any], function: Callable[..., Any], *args: Any
 ) -> Iterable[Any]:
-    """``function(some blocks, *args)`` for all blocks, in any order: for what can be added up exactly."""
+    """``function(item, *args)``, a task for each item: for what can be added up exactly."""
     from daskcell.compute import Workers
 
     window = (workers or Workers()).window()
-    for start in range(0, len(blocks), _GROUP):
-        window.submit(start, function, blocks[start : start + _GROUP], *args)
+    for i, item in enumerate(items):
+        window.submit(i, function, item, *args)
     for _, result in window:
         yield result
 
