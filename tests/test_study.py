@@ -15,6 +15,7 @@ from daskcell import disk
 from daskcell.config import parse_config
 from daskcell.errors import StudyError
 from daskcell.study import Study, check_folder, lock, sweep
+from daskcell.study import keys as content_keys
 from daskcell.study.keys import (
     UPSTREAM,
     cluster_key,
@@ -86,7 +87,7 @@ def test_clusters_do_not_depend_on_the_order_of_slides():
 
 def test_a_new_stage_version_changes_its_key(monkeypatch):
     before = content_key("segment", 1)
-    monkeypatch.setitem(keys.STAGE_VERSIONS, "segment", 99)
+    monkeypatch.setitem(content_keys.STAGE_VERSIONS, "segment", 99)
     assert content_key("segment", 1) != before
 
 
@@ -101,8 +102,8 @@ def test_files_are_read_again_only_when_size_or_time_changed(tmp_path, monkeypat
     file.write_bytes(b"one")
     first = identify([file])
     read = []
-    original = keys.digest
-    monkeypatch.setattr(keys, "digest", lambda path: read.append(path) or original(path))
+    original = content_keys.digest
+    monkeypatch.setattr(content_keys, "digest", lambda path: read.append(path) or original(path))
     assert identify([file], first) == first
     assert unchanged([file], first)
     assert read == []
