@@ -6,12 +6,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from daskcell.config import Config
     from daskcell.pipeline.progress import Progress
 
+ORDER = [
+    "demo",
+    "run",
+    "status",
+    "assign",
+    "clusters",
+    "export",
+    "score",
+    "channels",
+    "convert",
+    "flat",
+    "segment",
+    "weights",
+    "train",
+    "doctor",
+]
+"""Commands as help lists them: what one does first comes first."""
+
+
+class _InOrder(TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=ORDER.index)
+
+
 app = typer.Typer(
+    cls=_InOrder,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
