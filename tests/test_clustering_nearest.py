@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -69,18 +71,27 @@ def test_few_rows_need_a_second_look():
 numbers = st.floats(-(2.0**60), 2.0**60, width=32) | st.sampled_from([0.0, -0.0, 1.0, -1.0, 3e38, 1e-40])
 
 
+def distances(row, centers):
+    """Squared, as exact fractions: the elements below differ by more than any float can hold."""
+    return [
+        sum((Fraction(float(a)) - Fraction(float(b))) ** 2 for a, b in zip(row, c, strict=True))
+        for c in centers
+    ]
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data(), st.integers(1, 9), st.integers(1, 7), st.integers(1, 12))
+@example(None, 1, 2, 1)
 def test_any_rows_and_centres(data, c, k, n):
-    rows = data.draw(arrays(np.float32, (n, c), elements=numbers))
-    centers = data.draw(arrays(np.float32, (k, c), elements=numbers)).astype(float)
-    labels = Nearest(centers).labels(rows)
-    distance = ((rows.astype(np.longdouble)[:, None] - centers) ** 2).sum(axis=-1)
-    chosen, least = distance[np.arange(n), labels], distance.min(axis=1)
-    assert (chosen <= least * (1 + 1e-12)).all()  # as near as double precision can tell
-    for i in range(n):
-        exact = np.flatnonzero(distance[i] == chosen[i])
-        assert labels[i] == exact[0]
+    if data is None:  # the second centre is nearer by less than a long double holds
+        rows, centers = np.array([[2.0**59]], np.float32), np.array([[0.0], [2.0**-5]])
+    else:
+        rows = data.draw(arrays(np.float32, (n, c), elements=numbers))
+        centers = data.draw(arrays(np.float32, (k, c), elements=numbers)).astype(float)
+    for row, label in zip(rows, Nearest(centers).labels(rows), strict=True):
+        distance = distances(row, centers)
+        assert distance[label] <= min(distance) * (1 + Fraction(1, 10**12))  # as double precision can tell
+        assert not any((centers[j] == centers[label]).all() for j in range(label)), "the first of equal ones"
 
 
 @pytest.mark.parametrize("tile", [1, 7, 512])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +170,17 @@ class TestZarrs:
             for folder in (path.parent / "plain.zarr", path.parent / "fast.zarr")
         ]
         assert written[0] == written[1]
+
+    def test_opening_in_many_threads_leaves_what_is_written_to_zarr(
+        self, image: tuple[Path, np.ndarray], tmp_path: Path
+    ) -> None:
+        path, pixels = image
+        with ThreadPoolExecutor(8) as pool:
+            opened = list(pool.map(lambda _: store.OmeZarr(str(path)), range(64)))
+        for one in opened:
+            np.testing.assert_array_equal(one.read(0, Box(500, 500, 600, 700)), pixels[:, 500:600, 500:700])
+        written = zarr.create_array(tmp_path / "new.zarr", shape=(8, 8), chunks=(4, 4), dtype="u2")
+        assert type(written.async_array.codec_pipeline).__name__ == "BatchedCodecPipeline"
 
     def test_a_file_that_is_not_there_reads_as_zeros(self, image: tuple[Path, np.ndarray]) -> None:
         path, pixels = image

@@ -13,6 +13,7 @@ THREAD_VARIABLES = (
     "OPENBLAS_NUM_THREADS",
     "VECLIB_MAXIMUM_THREADS",
     "NUMEXPR_NUM_THREADS",
+    "ZARR_THREADING__MAX_WORKERS",
     "NUMBA_NUM_THREADS",
 )
 # Numba looks its variable up again at every compilation and refuses another value than it began with; our

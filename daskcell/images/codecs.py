@@ -7,9 +7,6 @@ written". `shards` writes.
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 
@@ -23,15 +20,17 @@ def zarrs_is_there() -> bool:
     return find_spec("zarrs") is not None
 
 
-@contextlib.contextmanager
-def fast_reading(path: str) -> Iterator[None]:
-    """Arrays below `path` that are opened within are read with zarrs, if it is there and they are on disk."""
-    if places.is_remote(path) or not zarrs_is_there():
-        yield
-        return
-    settings: dict[str, object] = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}
-    threads = os.environ.get("OMP_NUM_THREADS", "")  # a worker's share, as `compute.threads` sets it
-    if threads.isdigit() and int(threads):
-        settings["threading.max_workers"] = int(threads)
-    with zarr.config.set(settings):
-        yield
+def read_fast(array: zarr.Array, path: str) -> zarr.Array:
+    """`array`, which lies below `path`, decoded by zarrs from now on, if it is there and the path on disk.
+
+    zarr's configuration could say so while an array is opened, but it belongs to the process: of two threads
+    that change it at a time the second would put the first's value back, and everything opened later,
+    for writing too, would get zarrs. Its threads are zarr's ``threading.max_workers``.
+    """
+    if not places.is_remote(path) and zarrs_is_there():
+        from zarrs import ZarrsCodecPipeline
+
+        opened = array.async_array
+        pipeline = ZarrsCodecPipeline.from_array_metadata_and_store(opened.metadata, opened.store)
+        object.__setattr__(opened, "codec_pipeline", pipeline)
+    return array

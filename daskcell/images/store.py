@@ -24,7 +24,7 @@ from zarr.codecs import BloscCodec, ZstdCodec
 from daskcell import places
 from daskcell.errors import ImageError, InputError
 from daskcell.geometry import Box, Grid
-from daskcell.images.codecs import fast_reading
+from daskcell.images.codecs import read_fast
 from daskcell.images.readers import check_inside
 
 CHUNK = 512
@@ -145,9 +145,9 @@ class OmeZarr:
             raise ImageError(f"{self.path} has axes {self.axes}, of which daskcell reads only t, c, z, y, x.")
         self.arrays: list[zarr.Array] = []
         for dataset in scale["datasets"]:
-            with fast_reading(self.path):
-                array = self.group[dataset["path"]]
+            array = self.group[dataset["path"]]
             assert isinstance(array, zarr.Array)
+            read_fast(array, self.path)
             if array.ndim != len(self.axes) or 0 in array.shape:
                 raise ImageError(f"{self.path} has a level of shape {array.shape} with axes {self.axes}.")
             self.arrays.append(array)
@@ -310,8 +310,7 @@ def grid_of(array: zarr.Array) -> Grid:
 
 def writable(path: str | Path, level: int) -> zarr.Array:
     """One level, opened for writing."""
-    with fast_reading(str(path)):
-        return zarr.open_array(str(path), path=str(level), mode="r+")
+    return read_fast(zarr.open_array(str(path), path=str(level), mode="r+"), str(path))
 
 
 def level_of(group: zarr.Group, level: int) -> zarr.Array:
