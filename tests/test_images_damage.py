@@ -17,6 +17,7 @@ from daskcell.errors import ImageError
 from daskcell.geometry import Box
 from daskcell.images.readers import open_reader, tiffstreams
 
+RNG = np.random.default_rng(0)
 STRIPS, TILES = {"rowsperstrip": 20}, {"tile": (64, 48)}
 SOUND: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     f"{codec} {'tiles' if layout is TILES else 'strips'} {dtype}": (
@@ -207,3 +208,107 @@ def test_pages_that_are_lost_or_lead_back_are_refused(tmp_path: Path) -> None:
         struct.pack_into("<I", changed, place, target)
         with pytest.raises(ImageError, match=reason):
             pixels(tmp_path / "a.tif", bytes(changed))
+
+
+TAGS_THAT_SAY_WHAT_PIXELS_MEAN = {
+    "palette": ({"photometric": "palette", "colormap": RNG.integers(0, 65535, (3, 256), np.uint16)}, 320),
+    "bits per sample": ({"photometric": "rgb"}, 258),
+    "sample format": ({"photometric": "rgb"}, 339),
+    "offsets": ({"rowsperstrip": 8, "compression": "zlib"}, 273),
+}
+
+
+@pytest.mark.parametrize("what", TAGS_THAT_SAY_WHAT_PIXELS_MEAN)
+@pytest.mark.parametrize("damage", ["beyond the end", "of no known type"])
+def test_tags_that_cannot_be_read_are_not_left_out(tmp_path: Path, what: str, damage: str) -> None:
+    """tifffile leaves out tags it cannot read: a palette's indices would pass for intensities."""
+    options, code = TAGS_THAT_SAY_WHAT_PIXELS_MEAN[what]
+    colours = options.get("photometric") == "rgb"
+    dtype = "float32" if what == "sample format" else "uint8"
+    file = io.BytesIO()
+    shape = (50, 60, 3) if colours else (50, 60)
+    tifffile.imwrite(file, picture(dtype, shape), metadata=None, **options)
+    content = file.getvalue()
+    assert pixels(tmp_path / "sound.tif", content).any()
+    with tifffile.TiffFile(io.BytesIO(content)) as tiff:
+        at = tiff.pages[0].tags[code].offset
+    changed = bytearray(content)
+    if damage == "beyond the end":
+        struct.pack_into("<I", changed, at + 8, len(content) - 1)
+    else:
+        struct.pack_into("<H", changed, at + 2, 99)
+    with pytest.raises(ImageError, match=f"tag {code}"):
+        pixels(tmp_path / "damaged.tif", bytes(changed))
+
+
+CONTRADICTIONS: dict[str, tuple[str, tuple[int, ...], dict[str, Any], dict[int, int]]] = {
+    "raw, fewer bits": ("uint16", (50, 60), {"rowsperstrip": 10}, {258: 8}),
+    "raw, narrower": ("uint8", (50, 60), {"rowsperstrip": 10}, {256: 30}),
+    "raw, lower": ("uint8", (50, 60), {"rowsperstrip": 50}, {257: 20}),
+    "raw, one more sample": ("uint8", (50, 60), {"rowsperstrip": 10}, {277: 2}),
+    "strips left over": ("uint8", (50, 60), {"rowsperstrip": 10, "compression": "zlib"}, {257: 20}),
+    "tiles left over": ("uint8", (64, 64), {"tile": (16, 16), "compression": "zlib"}, {256: 30}),
+    "lzw, narrower": ("uint8", (50, 60), {"rowsperstrip": 10, "compression": "lzw"}, {256: 30}),
+    "lzw, fewer bits": ("uint16", (50, 60), {"rowsperstrip": 10, "compression": "lzw"}, {258: 8}),
+    "packbits, lower": (
+        "uint8",
+        (50, 60),
+        {"rowsperstrip": 50, "compression": "packbits"},
+        {257: 20, 278: 20},
+    ),
+    "zstd, lower": ("uint8", (50, 60), {"rowsperstrip": 50, "compression": "zstd"}, {257: 20, 278: 20}),
+    "lzma, lower": ("uint8", (50, 60), {"rowsperstrip": 50, "compression": "lzma"}, {257: 20, 278: 20}),
+    "jpeg of another form": (
+        "uint8",
+        (64, 64),
+        {"tile": (64, 64), "compression": "jpeg"},
+        {322: 128, 323: 32},
+    ),
+    "jpeg cropped": ("uint8", (64, 64), {"rowsperstrip": 64, "compression": "jpeg"}, {257: 32, 278: 32}),
+    "jpeg of one bit": ("uint8", (64, 64), {"tile": (64, 64), "compression": "jpeg"}, {258: 1}),
+    "png of fewer bits": ("uint16", (64, 64), {"tile": (64, 64), "compression": "png"}, {258: 8}),
+    "unknown photometric": ("uint8", (50, 60), {"rowsperstrip": 10}, {262: 999}),
+    "unknown planar configuration": ("uint8", (50, 60), {"rowsperstrip": 10}, {284: 7}),
+    "unknown order of bits": ("uint8", (50, 60), {"rowsperstrip": 10}, {266: 9}),
+    "unknown predictor": ("uint8", (50, 60), {"compression": "zlib", "predictor": 2}, {317: 77}),
+    "unknown sample format": ("float32", (50, 60), {"rowsperstrip": 10}, {339: 77}),
+}
+
+
+@pytest.mark.parametrize("what", CONTRADICTIONS)
+def test_tags_that_contradict_the_data_are_refused(tmp_path: Path, what: str) -> None:
+    """Decoders give the first of too many bytes, or the right number in another form."""
+    dtype, shape, options, changes = CONTRADICTIONS[what]
+    path = tmp_path / "damaged.tif"
+    tifffile.imwrite(path, picture(dtype, shape), photometric="minisblack", metadata=None, **options)
+    assert pixels(path, path.read_bytes()).any()
+    with tifffile.TiffFile(path, mode="r+") as file:
+        for code, value in changes.items():
+            tags = file.pages[0].tags
+            (tags[code] if code in tags else tags[296]).overwrite(
+                value
+            )  # which says a unit of no meaning here
+            if code not in tags:
+                file.filehandle.seek(tags[296].offset)
+                file.filehandle.write(struct.pack("<H", code))
+    with pytest.raises(ImageError, match=r"damaged\.tif") as error:
+        pixels(path, path.read_bytes())
+    assert "\n" not in str(error.value)
+
+
+def test_directories_out_of_order_are_read_unless_a_tag_is_lost(tmp_path: Path) -> None:
+    """Some writers do not sort tags. A code that changed stands out of order, too, and the tag is missing."""
+    tifffile.imwrite(tmp_path / "a.tif", picture("uint16", (50, 60)), photometric="minisblack", metadata=None)
+    content = bytearray((tmp_path / "a.tif").read_bytes())
+    with tifffile.TiffFile(tmp_path / "a.tif") as file:
+        places = {tag.code: tag.offset for tag in file.pages[0].tags}
+    expected = pixels(tmp_path / "a.tif", bytes(content))
+    swapped = bytearray(content)
+    for one, other in ((256, 282), (282, 256)):
+        swapped[places[one] : places[one] + 12] = content[places[other] : places[other] + 12]
+    np.testing.assert_array_equal(pixels(tmp_path / "swapped.tif", bytes(swapped)), expected)
+    for code, changed in ((258, 2), (262, 263), (277, 1107), (256, 257)):
+        lost = bytearray(content)
+        struct.pack_into("<H", lost, places[code], changed)
+        with pytest.raises(ImageError, match=r"lost\.tif"):
+            pixels(tmp_path / "lost.tif", bytes(lost))

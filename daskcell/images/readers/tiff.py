@@ -21,6 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
@@ -29,7 +30,7 @@ from daskcell import places
 from daskcell.errors import ImageError, InputError
 from daskcell.geometry import Box
 from daskcell.images.readers import ZChoice, check_inside, guarded, tiffmeta, tiffpeek, tiffstreams
-from daskcell.images.readers.tiffcheck import check_data, check_page, check_pages
+from daskcell.images.readers.tiffcheck import check_data, check_page, check_pages, is_too_long, piece_bytes
 
 _SLIDES = (".svs", ".ndpi", ".scn", ".qptiff", ".bif")
 SUFFIXES = (
@@ -51,8 +52,13 @@ CACHE_BYTES = 64 * 2**20
 BAND_BYTES = 32 * 2**20
 """Stored pixels of one page that are in memory at a time."""
 
+MEASURED_BYTES = 16 * 2**20
+"""Larger pieces are not decoded a second time to learn whether their data are too many."""
+
 _WHITE_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR, _LAB = 0, 2, 3, 5, 6, 8
 _JPEG = {6, 7, 34892, 33007}
+_CUT_OFF = {5, 34925}
+"""LZW and LZMA."""
 
 
 def matches(path: str, head: bytes) -> bool:
@@ -99,6 +105,7 @@ class TiffReader:
             else Path(path).stem
         )
         self.remote = places.is_remote(path)
+        self._measured: list[Any] = []
         self._strips: OrderedDict[tuple[int, int, int], NDArray] = OrderedDict()
         self._stream: Any = places.open_file(path) if self.remote else path
         self.file = tifffile.TiffFile(self._stream, name=Path(path).name if self.remote else None)
@@ -369,9 +376,28 @@ class TiffReader:
             return np.asarray(key.decode(encoded, index, **options)[0])
 
         decoded = decode(data)
+        self._check_decoded(key, data, decoded)
         if tiffstreams.runs_out(data, compression, decoded, decode, reverse_bits=reverse):
             raise ImageError(f"Cannot read {self.path}: damaged, a fax piece of it is too short.")
         return decoded
+
+    def _check_decoded(self, key: Any, data: bytes, decoded: NDArray) -> None:
+        """Refuse a piece whose data are of another type, or more, than its page says."""
+        compression = int(key.compression)
+        typed = compression in _JPEG or compression in tifffile.TIFF.IMAGE_COMPRESSIONS
+        if typed and decoded.dtype.newbyteorder("=") != self.stored_dtype.newbyteorder("="):
+            raise ImageError(f"Cannot read {self.path}: damaged, a piece of it holds {decoded.dtype}.")
+        if compression in _JPEG and tiffstreams.exceeds(data, key.chunks[0], key.chunks[1]):
+            raise ImageError(
+                f"Cannot read {self.path}: damaged, a JPEG piece of it is larger than its place."
+            )
+        # Of too many bytes these decoders give the first; once a page is enough to know that its sizes lie.
+        if compression in _CUT_OFF and key not in self._measured:
+            self._measured.append(key)
+            if piece_bytes(key) <= MEASURED_BYTES:
+                encoded = imagecodecs.bitorder_decode(data) if key.fillorder == 2 else data
+                if is_too_long(key, len(tifffile.TIFF.DECOMPRESSORS[compression](encoded))):
+                    raise ImageError(f"Cannot read {self.path}: damaged, its data are more than its pixels.")
 
     def _read_raw(self, series: Any, number: int, box: Box, planar: bool) -> NDArray:
         """Part of a page of a file whose pixels lie uncompressed one after another."""

@@ -9,33 +9,77 @@ import math
 import struct
 from typing import Any
 
+import tifffile
+
 from daskcell.errors import ImageError
+
+_TYPE_BYTES = {int(kind): struct.calcsize("<" + form) for kind, form in tifffile.TIFF.DATA_FORMATS.items()}
+"""Size of a value of each type a tag can have."""
+_MEANING = {
+    *(254, 255, 256, 257, 258, 259, 262, 266, 270, 273, 274, 277, 278, 279, 284, 292, 317, 320, 322, 323),
+    *(324, 325, 330, 332, 338, 339, 347, 529, 530, 532, 32997),
+}
+"""Tags without which pixels would be other ones, or in another order."""
+_REQUIRED = {256, 257, 258, 262}
+_KNOWN = {
+    "photometric": frozenset(map(int, tifffile.PHOTOMETRIC)),
+    "planarconfig": frozenset((1, 2)),
+    "fillorder": frozenset((1, 2)),
+    "sampleformat": frozenset(range(1, 7)),
+}
+"""Values of tags that must be understood."""
+_PRIVATE = 32768
+"""Tags from here on are given to anybody who asks."""
+_SLACK = 64
+"""Bytes that a piece may hold beyond its pixels, and an eighth of them."""
 
 
 def check_pages(file: Any, path: str) -> None:
-    """Refuse a file whose chain of pages breaks off, or leads back: tifffile would leave out what follows."""
+    """Refuse a file whose chain of pages breaks off or leads back, or whose tags are not all there.
+
+    tifffile would leave out what follows, and read pixels as if there were no such tag.
+    """
     handle, tiff = file.filehandle, file.tiff
     if tiff.is_ndpi:  # whose last page points to vendor data
         return
     seen: set[int] = set()
     handle.seek(4 if tiff.offsetsize == 4 else 8)
-    at = tiff.offsetsize
-    (offset,) = struct.unpack(tiff.offsetformat, handle.read(at))
+    (offset,) = struct.unpack(tiff.offsetformat, handle.read(tiff.offsetsize))
     while offset:
         if offset in seen:
             raise ImageError(f"Cannot read {path}: damaged, a page points back to one before.")
         seen.add(offset)
-        count = b""
-        if offset < handle.size:
-            handle.seek(offset)
-            count = handle.read(tiff.tagnosize)
-        if len(count) == tiff.tagnosize:
-            (tags,) = struct.unpack(tiff.tagnoformat, count)
-            handle.seek(offset + tiff.tagnosize + tags * tiff.tagsize)
-            following = handle.read(at)
-        if len(count) < tiff.tagnosize or len(following) < at:
-            raise ImageError(f"Cannot read {path}: the file is truncated, a page lies beyond its end.")
-        (offset,) = struct.unpack(tiff.offsetformat, following)
+        offset = _check_directory(handle, tiff, offset, path)
+
+
+def _check_directory(handle: Any, tiff: Any, offset: int, path: str) -> int:
+    """Where the page after the one at `offset` is; 0 after the last. Refuses tags that cannot be read."""
+    handle.seek(min(offset, handle.size))
+    count = handle.read(tiff.tagnosize)
+    entries = following = b""
+    if len(count) == tiff.tagnosize:
+        (tags,) = struct.unpack(tiff.tagnoformat, count)
+        entries = handle.read(min(tags * tiff.tagsize, handle.size))
+        following = handle.read(tiff.offsetsize)
+    if len(following) < tiff.offsetsize:
+        raise ImageError(f"Cannot read {path}: the file is truncated, a page lies beyond its end.")
+    codes = [code for code, *_ in struct.iter_unpack(tiff.tagheaderformat, entries)]
+    strange = [code for code in codes if code < _PRIVATE and code not in tifffile.TIFF.TAGS]
+    # Some writers do not sort tags; what stands out of order and is no tag at all was another one.
+    if codes != sorted(codes) and (strange or not _REQUIRED.issubset(codes)):
+        raise ImageError(f"Cannot read {path}: damaged, its tags are out of order and some are lost.")
+    for code, kind, length, value in struct.iter_unpack(tiff.tagheaderformat, entries):
+        if code not in _MEANING:
+            continue
+        if kind not in _TYPE_BYTES:
+            raise ImageError(f"Cannot read {path}: damaged, its tag {code} has no known type ({kind}).")
+        size = length * _TYPE_BYTES[kind]
+        if size > len(value) and struct.unpack(tiff.offsetformat, value)[0] + size > handle.size:
+            raise ImageError(
+                f"Cannot read {path}: the file is truncated, its tag {code} lies beyond its end."
+            )
+    (next_offset,) = struct.unpack(tiff.offsetformat, following)
+    return int(next_offset)
 
 
 def check_page(page: Any, path: str) -> None:
@@ -49,6 +93,9 @@ def check_page(page: Any, path: str) -> None:
         )
     if min(page.imagelength, page.imagewidth) < 1 or 0 in page.shaped:
         raise ImageError(f"Cannot read {path}: its picture has no pixels ({page.shape}).")
+    if 262 not in page.tags or any(getattr(page, name) not in known for name, known in _KNOWN.items()):
+        said = ", ".join(f"{name} {getattr(page, name)!s}" for name in _KNOWN)
+        raise ImageError(f"Cannot read {path}: its tags do not tell what its numbers mean ({said}).")
     if page.imagedepth > 1:
         raise ImageError(f"Cannot read {path}: volumes within one page are not supported.")
     if page.dtype.kind not in "buif" or (page.dtype.kind in "iu" and page.dtype.itemsize > 4):
@@ -87,15 +134,35 @@ def check_data(series: Any, leading: int, path: str) -> None:
         _check_segments(page, path)
 
 
+def piece_bytes(page: Any) -> int:
+    """Uncompressed bytes of a whole strip or tile."""
+    rows, columns = page.chunks[:2]
+    bits = page.bitspersample
+    samples = page.samplesperpixel if page.planarconfig == 1 else 1
+    row = columns * (sum(bits) if isinstance(bits, tuple) else bits * samples)
+    return int(rows * -(-row // 8))
+
+
+def is_too_long(page: Any, count: int) -> bool:
+    """Whether `count` uncompressed bytes are clearly more than any strip or tile of a page needs."""
+    need = piece_bytes(page)
+    return count > need + max(_SLACK, need // 8)
+
+
 def _check_segments(page: Any, path: str) -> None:
     key = page.keyframe
     segments = math.prod(key.chunked)
     offsets, counts = page.dataoffsets, page.databytecounts
+    tag = page is key and (page.tags.get(273) or page.tags.get(324))
+    if tag and tag.count > segments and not (page.parent.is_stk or page.parent.is_lsm):
+        raise ImageError(f"Cannot read {path}: damaged, it holds {tag.count} pieces and needs {segments}.")
     if len(offsets) < segments or len(counts) < segments:
         raise ImageError(
             f"Cannot read {path}: {segments - min(len(offsets), len(counts))} of {segments} "
             "pieces are missing."
         )
+    if key.compression == 1 and is_too_long(key, max(counts[:segments])):
+        raise ImageError(f"Cannot read {path}: damaged, its data are more than its pixels need.")
     end = page.parent.filehandle.size
     if not any(counts[:segments]):
         raise ImageError(f"Cannot read {path}: a page holds no data at all.")

@@ -8,6 +8,7 @@ PackBits, Zstandard) is told by decoding.
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Callable
 
 from numpy.typing import NDArray
@@ -22,6 +23,8 @@ _JPEG = {7, 33007, 34892}
 _JPEG_2000 = {33003, 33004, 33005, 34712}
 _ZSTD = {34926, 50000}
 _WEBP = {34927, 50001}
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+"""JPEG markers that are followed by the size."""
 _END_OF_FAX = re.compile("000000000001" * 2 + "0*$")
 _RUNS = "011111" * 300
 """Short white and black runs, as fax codes."""
@@ -56,6 +59,21 @@ def defect(data: bytes, compression: int, size: int, *, reverse_bits: bool, abbr
         if zeros > max(MOST_PADDING, size // 32 if compression in _ZSTD else 0):
             return f"a compressed piece of it ends in {zeros} zeros"
     return ""
+
+
+def exceeds(data: bytes, rows: int, columns: int) -> bool:
+    """Whether JPEG `data` hold more than `rows` x `columns`, each rounded up to whole blocks of 16.
+
+    False where the size is not in them (NDPI).
+    """
+    at = 2
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker in _FRAMES:
+            height, width = struct.unpack_from(">HH", data, at + 5)
+            return height > -(-rows // 16) * 16 or width > -(-columns // 16) * 16
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big") if marker != 0xFF else 1
+    return False
 
 
 def runs_out(
