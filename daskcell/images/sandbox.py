@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from daskcell import places
 from daskcell.errors import DaskcellError, ImageError
 from daskcell.geometry import Box
-from daskcell.images.readers import Reader
+from daskcell.images.readers import Reader, kinds
 from daskcell.images.sheets import Sheets, possible
 
 if TYPE_CHECKING:
@@ -207,10 +207,10 @@ def _cause(code: int) -> str:
 
 def _serve(pipe: Connection) -> None:
     """The child: answer questions until nobody asks any more."""
-
     base = _limit_memory(0)
     threading.Thread(target=_follow_parent, args=(os.getppid(),), daemon=True).start()
     kept: OrderedDict[str, Reader] = OrderedDict()
+    kinds()  # their imports are no part of opening a file
     pipe.send("ready")
     while True:
         try:
