@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 import tifffile
 import zarr
+from typer.testing import CliRunner
 
 import daskcell as dc
 from daskcell import images
+from daskcell.cli import app
 from daskcell.compute import start_workers
 from daskcell.config import ComputeSettings
-from daskcell.errors import InputError, MemoryWarning
+from daskcell.errors import ImageError, InputError, MemoryWarning
 from daskcell.geometry import Box, Grid
 from daskcell.images import conversion, store
 from daskcell.images.levels import plan_levels
@@ -257,6 +259,24 @@ def test_a_version_that_is_none_is_refused(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((9, 9), np.uint8))
     with pytest.raises(InputError, match=r"0\.6 cannot be written; please choose 0\.5 or 0\.4"):
         dc.convert(tmp_path / "a.tif", tmp_path / "a.zarr", version="0.6")  # type: ignore[arg-type]
+
+
+def test_the_command_tells_of_a_damaged_file_before_it_starts_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", RNG.integers(0, 99, (40, 50), np.uint8))
+    (tmp_path / "b.tif").write_bytes((tmp_path / "a.tif").read_bytes()[:-9])
+
+    def start_workers(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("daskcell.compute.start_workers", start_workers)
+    runner = CliRunner()
+    done = runner.invoke(app, ["convert", str(tmp_path / "b.tif"), str(tmp_path / "b.zarr")])
+    assert isinstance(done.exception, ImageError)
+    assert "truncated" in str(done.exception)
+    done = runner.invoke(app, ["convert", str(tmp_path / "a.tif"), str(tmp_path / "a.zarr")])
+    assert isinstance(done.exception, AssertionError)
 
 
 @pytest.mark.slow

@@ -25,11 +25,13 @@ def convert(
     """Write a picture as OME-Zarr with pyramid, channel names and pixel size."""
     from daskcell.compute import start_workers
     from daskcell.images import convert_slide, image_info
+    from daskcell.images.sandbox import open_safely
     from daskcell.images.target import refuse_existing
 
     settings = read_settings(config, changes, {"input.ome_zarr": ome_zarr})
     found = _one_image(source, settings)
     refuse_existing(target)
+    open_safely(found).close()  # what cannot be read is told before workers are started
     with start_workers(settings.compute) as workers:
         convert_slide(found, target, workers, settings.input)
     print(f"{target}: {image_info(target)!r}")
@@ -154,7 +156,13 @@ def score(
         from daskcell.scoring.truth import score_study, tell
         from daskcell.study import Study
 
-        print(tell(score_study(Study(found), truth)))
+        study = Study(found)
+        print(tell(score_study(study, truth)))
+        if study.report.exists():
+            from daskcell.pipeline.status import drift_sentences
+            from daskcell.report import write_report
+
+            write_report(study, warnings=drift_sentences(study))
         return
     from daskcell.compute import threads_limited
     from daskcell.scoring import score_folder
