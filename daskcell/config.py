@@ -250,6 +250,8 @@ class OutputSettings(Settings):
     """Write the picture with cells coloured by cluster."""
     overlay_side: Annotated[int, Field(ge=256)] = 8192
     """Longest side in pixels of an overlay picture; larger images use a pyramid level."""
+    report: bool = True
+    """Write ``report.html``: the groups with their cells, the slides, and how well it went, on one page."""
 
 
 class JobSettings(Settings):

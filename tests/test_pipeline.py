@@ -92,6 +92,7 @@ def fakes(monkeypatch):
     for name in slide.STAGES:
         monkeypatch.setitem(slide.STAGES, name, fakes.stage(name))
     monkeypatch.setattr(collection, "fit", fakes.fit)
+    monkeypatch.setattr(launch, "bring_report_up_to_date", lambda study: None)
     monkeypatch.setattr(launch, "fingerprints", lambda config: {"segment": "a", "describe": "b"})
     return fakes
 

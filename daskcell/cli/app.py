@@ -16,6 +16,7 @@ ORDER = [
     "demo",
     "run",
     "status",
+    "report",
     "assign",
     "clusters",
     "export",

@@ -119,6 +119,8 @@ def ending(study: Any) -> str:
         lines.append(tell(study.scores))
     if study.overlays.is_dir():
         lines.append(f"pictures: {study.overlays}")
+    if study.report.exists():
+        lines.append(f"report: {study.report}")
     for failure in study.failures[:10]:
         name = failure["slide"] or "all slides"
         lines.append(f"set aside: {name} ({failure['stage']}): {failure['error']}")
@@ -150,6 +152,25 @@ def status(
         found["damaged"] = sorted(damages(study))
     print(json.dumps(found, indent=1) if as_json else table(found, None if every else 50))
     raise typer.Exit(3 if found.get("damaged") else 0)
+
+
+@app.command()
+def report(
+    study: Annotated[Path, typer.Argument(help="Folder of a study.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="HTML file; the study's own if not.")
+    ] = None,
+) -> None:
+    """Show what was found on one page: groups and their cells, slides, known types, seams.
+
+    A run writes it by itself (output.report); this is for studies under way, and for a copy elsewhere.
+    """
+    from daskcell.pipeline.status import drift_sentences
+    from daskcell.report import write_report
+    from daskcell.study import Study
+
+    found = Study(study)
+    print(write_report(found, out, drift_sentences(found)))
 
 
 @app.command()

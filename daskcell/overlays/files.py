@@ -60,7 +60,7 @@ def write_cluster_labels(
     """
     from daskcell import images
 
-    lookup = _lookup(str(table_path))
+    lookup = cluster_lookup(table_path)
     counts = np.bincount(lookup[1:], minlength=k + 1)[1:].tolist()
     palette = colors(k)
     titles = titled(names, k)
@@ -87,11 +87,13 @@ def write_cluster_labels(
 def _cluster_labels_task(zarr_path: str, table_path: str, labels: str, name: str, k: int, box: Box) -> None:
     from daskcell import images
 
-    values = _lookup(table_path)[images.read_labels(zarr_path, labels, box)]
+    values = cluster_lookup(table_path)[images.read_labels(zarr_path, labels, box)]
     images.write_labels_block(zarr_path, name, box, values.astype(np.uint8 if k < 255 else np.uint16))
 
 
-def _lookup(table_path: str) -> np.ndarray:
+def cluster_lookup(table_path: str | Path) -> np.ndarray:
+    """Cluster + 1 of every label, from a cells table; 0 for no cell and for cells of no cluster."""
+    table_path = str(table_path)
     return _read_lookup(table_path, os.stat(table_path).st_mtime_ns)
 
 
@@ -169,8 +171,8 @@ def _overlay_task(
     info = images.image_info(zarr_path)
     level = next((i for i, shape in enumerate(info.levels) if max(shape) <= side), len(info.levels) - 1)
     shape = info.levels[level]
-    lookup, palette = _lookup(table_path), colors(k)
-    read = _reader(zarr_path, level, shape, plan)
+    lookup, palette = cluster_lookup(table_path), colors(k)
+    read = pixel_reader(zarr_path, level, shape, plan)
     boxes, step = sample_boxes(shape)
     samples = [read(box)[:, ::step, ::step] for box in boxes]
     low, high = stretch_limits(samples, samples[0].dtype)
@@ -197,7 +199,7 @@ def _overlay_task(
             temporary.unlink(missing_ok=True)
 
 
-def _reader(
+def pixel_reader(
     zarr_path: str, level: int, shape: tuple[int, int], plan: Plan | None
 ) -> Callable[[Box], np.ndarray]:
     """Pixels ``(C, h, w)`` of a box of a level, preprocessed."""

@@ -18,6 +18,7 @@ from daskcell.images.sources import Source
 from daskcell.pipeline.arrays import given_inputs, keep_arrays
 from daskcell.pipeline.collection import Run
 from daskcell.pipeline.progress import Progress
+from daskcell.pipeline.reporting import bring_report_up_to_date
 from daskcell.pipeline.slide import no_room
 from daskcell.pipeline.status import drift_sentences
 from daskcell.pipeline.transfer import Given
@@ -152,6 +153,7 @@ def _go(
         Run(study, sources, settings, weights, lock, progress, retry_failed, model, verify).go(client)
         if truth is not None and study.grouping is not None:
             score_study(study, truth)
+        bring_report_up_to_date(study)
     return Study(out)
 
 

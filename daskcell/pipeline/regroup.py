@@ -13,6 +13,7 @@ from daskcell.errors import InputError
 from daskcell.images.sources import Source
 from daskcell.pipeline.collection import LazyWorkers, Run
 from daskcell.pipeline.progress import Progress
+from daskcell.pipeline.reporting import bring_report_up_to_date
 from daskcell.pipeline.slide import missing_stages
 from daskcell.pipeline.transfer import find_model
 from daskcell.study import Study, read_record
@@ -47,6 +48,7 @@ def change_groups(
     with Lock(study.out) as lock:
         change(Naming.load(folder), _size(folder)).save(folder)
         regroup(study, lock, progress)
+        bring_report_up_to_date(study)
 
 
 def regroup(study: Study, lock: Lock, progress: Progress) -> None:

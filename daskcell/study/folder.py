@@ -9,6 +9,7 @@
       overlays/  preprocessed/  channels/
       inputs/                    pictures that were given as arrays
       scores.json                the groups against known types, where a truth was given
+      report.html                all of it on one page, for people
       failures.jsonl             slides that were set aside, with the reason
       ledger/<slide>.json        content key and result of every finished stage
 
@@ -200,6 +201,11 @@ class Study:
     @property
     def preprocessed(self) -> Path:
         return self.out / "preprocessed"
+
+    @property
+    def report(self) -> Path:
+        """All of it on one page."""
+        return self.out / "report.html"
 
     @property
     def channels(self) -> Path:

@@ -1,0 +1,307 @@
+"""What the page says, from the small files of a study and one look at its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from daskcell.clustering.naming import Naming
+from daskcell.clustering.tables import shared_columns
+from daskcell.errors import InputError
+from daskcell.overlays.legend import titled
+from daskcell.overlays.palette import colors
+from daskcell.study import CLUSTERS, Study
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+TYPICAL = 10
+"""Cells nearest to a group's centre that are shown."""
+FAR = 4
+"""Cells farthest from it."""
+_BATCH = 1 << 16
+_MOST_TRAITS = 4
+_LEAST_TRAIT = 0.5
+_TURNS_OF_A_TRAIT = 0.9
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell to be shown."""
+
+    slide: str
+    label: int
+    centre: tuple[float, float]
+    """``(y, x)`` in pixels."""
+    side: int
+    """Of its bounding box, the longer one, in pixels."""
+    distance: float
+
+
+@dataclass(frozen=True)
+class Trait:
+    """A measurement by which a group differs from all cells."""
+
+    name: str
+    deviations: float
+    """Mean of the group less the mean of all cells, in standard deviations of all cells."""
+
+
+@dataclass
+class Group:
+    """One of the groups that are shown."""
+
+    number: int
+    title: str
+    color: str
+    """``#rrggbb``."""
+    cells: int = 0
+    share: float = 0.0
+    area: float | None = None
+    """Mean area, in the unit of `Facts.unit` squared."""
+    traits: list[Trait] = field(default_factory=list)
+    typical: list[Cell] = field(default_factory=list)
+    far: list[Cell] = field(default_factory=list)
+
+
+@dataclass
+class SlideRow:
+    """A slide, or a set of slides of one name in the manifest."""
+
+    name: str
+    slides: int
+    cells: int
+    counts: list[int]
+    """Cells of each of `Facts.groups`."""
+    megapixels: float
+
+
+@dataclass
+class Facts:
+    """All that the page says, but for pictures."""
+
+    slides: list[SlideRow]
+    sets: list[SlideRow]
+    """Slides of the same ``group`` in the manifest together; empty where there are none."""
+    groups: list[Group]
+    ungrouped: int
+    """Cells that belong to no group, as some of their features are no numbers."""
+    unit: str
+    """``µm``, or ``px`` where some slide's pixel size is not known."""
+    seams: dict[str, Any]
+    curve: list[dict[str, float]]
+    """Scores by number of groups, where ``cluster.k`` was ``auto``."""
+
+    @property
+    def cells(self) -> int:
+        return sum(row.cells for row in self.slides)
+
+    @property
+    def megapixels(self) -> float:
+        return sum(row.megapixels for row in self.slides)
+
+
+def gather(study: Study) -> Facts:
+    """Read what a study holds; slides that were set aside and groups that are not there are left out."""
+    ledgers = {name: study.ledger(name) for name in study.slides}
+    k = study.ledger(CLUSTERS).result("cluster").get("k") or 0
+    titles = titled(Naming.load(study.clusters).titles(k), k) if k else []
+    palette = colors(k)
+    groups = [Group(i, title, "#" + bytes(palette[i]).hex()) for i, title in titles]
+    rows = []
+    for name, ledger in ledgers.items():
+        shape = ledger.result("convert").get("shape")
+        if shape is None:
+            continue
+        counts = ledger.result("assign").get("counts") or [0] * k
+        cells = ledger.result("segment").get("cells") or 0
+        rows.append(SlideRow(name, 1, cells, [counts[g.number] for g in groups], shape[1] * shape[2] / 1e6))
+    for i, group in enumerate(groups):
+        group.cells = sum(row.counts[i] for row in rows)
+    total = sum(group.cells for group in groups)
+    for group in groups:
+        group.share = group.cells / max(total, 1)
+    facts = Facts(
+        rows,
+        _sets(study, rows),
+        groups,
+        sum(ledger.result("assign").get("unassigned") or 0 for ledger in ledgers.values()),
+        "px",
+        seams([ledger.result("segment") for ledger in ledgers.values()]),
+        _curve(study) if k else [],
+    )
+    _look_at_cells(study, [name for name, ledger in ledgers.items() if ledger.entry("assign")], facts)
+    return facts
+
+
+def _sets(study: Study, rows: Sequence[SlideRow]) -> list[SlideRow]:
+    of = study.record.get("groups") or {}
+    found: dict[str, SlideRow] = {}
+    for row in rows:
+        name = of.get(row.name)
+        if name is None:
+            continue
+        one = found.setdefault(str(name), SlideRow(str(name), 0, 0, [0] * len(row.counts), 0.0))
+        one.slides += 1
+        one.cells += row.cells
+        one.megapixels += row.megapixels
+        one.counts = [a + b for a, b in zip(one.counts, row.counts, strict=True)]
+    return [found[name] for name in sorted(found)]
+
+
+def seams(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Seam reports of many slides as one: sums, and the share of label changes at seams and beside them."""
+    names = (
+        "blocks",
+        "cells",
+        "redone",
+        "conflicts",
+        "seam_pairs",
+        "seam_changes",
+        "near_pairs",
+        "near_changes",
+    )
+    total: dict[str, Any] = {name: sum(report.get(name) or 0 for report in reports) for name in names}
+    for where in ("seam", "near"):
+        pairs = total[f"{where}_pairs"]
+        total[f"{where}_rate"] = total[f"{where}_changes"] / pairs if pairs else None
+    return total
+
+
+def _curve(study: Study) -> list[dict[str, float]]:
+    from daskcell.clustering import load_clusters
+
+    return list(load_clusters(study.clusters).curve_ or [])
+
+
+# -- cells -------------------------------------------------------------------------------------------------
+class _Tally:
+    """Sums of some measurements by group, slide by slide, and the nearest and farthest cells of each."""
+
+    def __init__(self, columns: Sequence[str], size: int):
+        self.columns = list(columns)
+        self.counts = np.zeros((size, len(columns)))
+        self.sums = np.zeros((size, len(columns)))
+        self.squares = np.zeros((size, len(columns)))
+        self.near: list[list[Cell]] = [[] for _ in range(size)]
+        self.far: list[list[Cell]] = [[] for _ in range(size)]
+
+    def add(self, slide: str, start: int, batch: pa.RecordBatch, cluster: np.ndarray) -> None:
+        values = {name: batch.column(name).to_numpy(zero_copy_only=False) for name in batch.schema.names}
+        good = cluster >= 0
+        for i, name in enumerate(self.columns):
+            numbers = values[name].astype(np.float64)
+            there = good & np.isfinite(numbers)
+            where, numbers = cluster[there], numbers[there]
+            size = len(self.sums)
+            self.counts[:, i] += np.bincount(where, minlength=size)
+            self.sums[:, i] += np.bincount(where, numbers, minlength=size)
+            self.squares[:, i] += np.bincount(where, numbers**2, minlength=size)
+        # A cell that the picture's border cuts is typical of nothing.
+        whole = good & ~values["touches_edge"] if "touches_edge" in values else good
+        for group in np.unique(cluster[whole]):
+            rows = np.flatnonzero(whole & (cluster == group))
+            order = rows[np.lexsort((rows, values["distance"][rows]))]
+            for kept, some, sign in (
+                (self.near, order[:TYPICAL], 1.0),
+                (self.far, order[::-1][:FAR], -1.0),
+            ):
+                every = kept[group] + [self._cell(slide, start, row, values) for row in some]
+                every.sort(key=lambda cell: (sign * cell.distance, cell.slide, cell.label))
+                kept[group] = every[: TYPICAL if kept is self.near else FAR]
+
+    @staticmethod
+    def _cell(slide: str, start: int, row: int, values: dict[str, np.ndarray]) -> Cell:
+        side = max(
+            values["bbox-2"][row] - values["bbox-0"][row], values["bbox-3"][row] - values["bbox-1"][row]
+        )
+        centre = float(values["centroid-0"][row]), float(values["centroid-1"][row])
+        return Cell(slide, start + int(row) + 1, centre, int(side), float(values["distance"][row]))
+
+
+_PLACES = ("centroid-0", "centroid-1", "bbox-0", "bbox-1", "bbox-2", "bbox-3", "touches_edge", "distance")
+
+
+def _look_at_cells(study: Study, slides: Sequence[str], facts: Facts) -> None:
+    """Fill in what only the tables tell: areas, traits, and which cells to show."""
+    if not slides or not facts.groups:
+        return
+    sizes = [study.ledger(name).result("convert").get("pixel_size") for name in slides]
+    micrometres = None not in sizes
+    facts.unit = "µm" if micrometres else "px"
+    area = "area_um2" if micrometres else "area"
+    try:
+        columns = [name for name in shared_columns([study.table(name) for name in slides]) if name != "area"]
+    except InputError:  # slides with other channels, or none measured
+        columns = []
+    tally = _Tally([area, *columns], max(group.number for group in facts.groups) + 1)
+    for name in slides:
+        for start, batch in _batches(study, name, [*tally.columns, *_PLACES]):
+            cluster = batch.column("cluster").to_numpy(zero_copy_only=False).astype(np.int64)
+            tally.add(name, start, batch, cluster)
+    counts, sums = tally.counts.sum(axis=0), tally.sums.sum(axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = sums / counts
+        deviation = np.sqrt(np.maximum(tally.squares.sum(axis=0) / counts - mean**2, 0))
+        means = tally.sums / tally.counts
+        apart = np.where(deviation > 1e-9 * np.abs(mean), (means - mean) / deviation, 0.0)
+    for group in facts.groups:
+        group.typical, group.far = tally.near[group.number], tally.far[group.number]
+        group.far = [cell for cell in group.far if cell not in group.typical]
+        value = means[group.number, 0]
+        group.area = float(value) if np.isfinite(value) else None
+        group.traits = _traits(tally.columns, np.nan_to_num(apart[group.number]), tally)
+
+
+def _traits(columns: Sequence[str], apart: np.ndarray, tally: _Tally) -> list[Trait]:
+    """The measurements that set a group apart most, each saying something that those before it do not.
+
+    Two measurements whose means over the groups go together (correlation above 0.9) say the same.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = np.nan_to_num(tally.sums / tally.counts)
+        together = np.nan_to_num(np.abs(np.corrcoef(means.T))) if len(means) > 2 else np.eye(len(columns))
+    found: list[int] = []
+    for i in np.lexsort((np.arange(len(columns)), -np.abs(apart))):
+        if abs(apart[i]) < _LEAST_TRAIT or len(found) == _MOST_TRAITS:
+            break
+        if all(together[i, j] < _TURNS_OF_A_TRAIT for j in found):
+            found.append(int(i))
+    return [Trait(columns[i].removesuffix("_um2"), float(apart[i])) for i in found]
+
+
+def _batches(study: Study, slide: str, columns: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(study.table(slide)) as table:
+        names = set(table.schema_arrow.names)
+        start = 0
+        wanted = [name for name in dict.fromkeys([*columns, "cluster"]) if name in names]
+        for batch in table.iter_batches(_BATCH, columns=wanted):
+            yield start, batch
+            start += len(batch)
+
+
+def best_of(curve: Sequence[dict[str, float]]) -> int | None:
+    """The number of groups whose score is best, the lower of two that are as good."""
+    return int(max(curve, key=lambda one: (one["score"], -one["k"]))["k"]) if curve else None
+
+
+def points(
+    curve: Sequence[dict[str, float]], name: str, width: float, height: float
+) -> list[tuple[float, float]]:
+    """A line of `curve`, from 0 to 1, as ``(x, y)`` of a chart `width` by `height`, y downwards."""
+    first, last = curve[0]["k"], curve[-1]["k"]
+    return [
+        (
+            round((one["k"] - first) / max(last - first, 1) * width, 1),
+            round((1 - min(max(one[name], 0.0), 1.0)) * height, 1),
+        )
+        for one in curve
+    ]
+
+
+__all__ = ["Cell", "Facts", "Group", "SlideRow", "Trait", "best_of", "gather", "points", "seams"]
