@@ -100,6 +100,9 @@ def damaged(content: bytes, kind: str, rng: np.random.Generator) -> bytes:
     if kind == "zeros at the end":
         kept = int(count * rng.uniform(0.1, 0.9))
         changed[start + kept : start + count] = bytes(count - kept)
+    if kind == "hole":  # of a file that was copied in blocks, one of which never came
+        first, length = start + int(count * rng.uniform(0.2, 0.6)), max(count // 4, 96)
+        changed[first : first + length] = bytes(length)
     if kind == "short":
         place, form = count_place(content, rng)
         (value,) = struct.unpack_from("<" + form, content, place)
@@ -121,7 +124,7 @@ def test_missing_data_are_never_filled_up(tmp_path: Path, name: str) -> None:
     content = written(name)
     expected = pixels(tmp_path / "sound.tif", content)
     raw = name.startswith("raw")
-    kinds = ["cut"] if raw else ["cut", "zeros", "zeros at the end", "short"]
+    kinds = ["cut"] if raw else ["cut", "zeros", "zeros at the end", "hole", "short"]
     if SOUND[name][2].get("compression") in ("zlib", "lzma", "png"):
         kinds.append("flips")
     refused: Counter[str] = Counter()
@@ -197,6 +200,21 @@ def test_padding_after_the_end_is_let_pass(tmp_path: Path, name: str) -> None:
             assert not tiffstreams.defect(data + padding, codec, 0, reverse_bits=False, abbreviated=False)
 
 
+@pytest.mark.parametrize("grey", [True, False], ids=["grey", "colour"])
+def test_blank_jpeg_pictures_may_be_zeros(grey: bool) -> None:
+    """Glass, with tables made for it: all its bits may be zero."""
+    import imagecodecs
+
+    glass = np.full((1024, 1024) if grey else (1024, 1024, 3), 240, np.uint8)
+    long = 0
+    for optimize in (False, True):
+        for subsampling in ("444", "420"):
+            data = imagecodecs.jpeg8_encode(glass, 90, optimize=optimize, subsampling=subsampling)
+            long += bytes(tiffstreams.MOST_PADDING + 1) in data
+            assert not tiffstreams.defect(data, 7, glass.nbytes, reverse_bits=False, abbreviated=False)
+    assert long
+
+
 def test_pages_that_are_lost_or_lead_back_are_refused(tmp_path: Path) -> None:
     content = written("pages")
     with tifffile.TiffFile(io.BytesIO(content)) as file:
@@ -267,6 +285,9 @@ CONTRADICTIONS: dict[str, tuple[str, tuple[int, ...], dict[str, Any], dict[int, 
     "jpeg cropped": ("uint8", (64, 64), {"rowsperstrip": 64, "compression": "jpeg"}, {257: 32, 278: 32}),
     "jpeg of one bit": ("uint8", (64, 64), {"tile": (64, 64), "compression": "jpeg"}, {258: 1}),
     "png of fewer bits": ("uint16", (64, 64), {"tile": (64, 64), "compression": "png"}, {258: 8}),
+    "palette without colours": ("uint8", (50, 60), {"rowsperstrip": 10}, {262: 3}),
+    "colours of one sample": ("uint8", (50, 60), {"rowsperstrip": 10}, {262: 2}),
+    "fax of bytes": ("uint8", (50, 60), {"rowsperstrip": 10, "compression": "packbits"}, {259: 4}),
     "unknown photometric": ("uint8", (50, 60), {"rowsperstrip": 10}, {262: 999}),
     "unknown planar configuration": ("uint8", (50, 60), {"rowsperstrip": 10}, {284: 7}),
     "unknown order of bits": ("uint8", (50, 60), {"rowsperstrip": 10}, {266: 9}),

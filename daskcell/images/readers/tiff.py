@@ -368,7 +368,10 @@ class TiffReader:
         compression, reverse = int(key.compression), key.fillorder == 2
         size = math.prod(key.chunks) * key.dtype.itemsize
         abbreviated = bool(options.get("jpegheader"))
-        reason = tiffstreams.defect(data, compression, size, reverse_bits=reverse, abbreviated=abbreviated)
+        tables = options.get("jpegtables") or b""
+        reason = tiffstreams.defect(
+            data, compression, size, reverse_bits=reverse, abbreviated=abbreviated, tables=tables
+        )
         if reason:
             raise ImageError(f"Cannot read {self.path}: damaged, {reason}.")
 

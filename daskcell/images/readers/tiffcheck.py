@@ -28,6 +28,8 @@ _KNOWN = {
     "sampleformat": frozenset(range(1, 7)),
 }
 """Values of tags that must be understood."""
+_RGB, _PALETTE, _YCBCR = 2, 3, 6
+_FAX = {2, 3, 4}
 _PRIVATE = 32768
 """Tags from here on are given to anybody who asks."""
 _SLACK = 64
@@ -96,6 +98,11 @@ def check_page(page: Any, path: str) -> None:
     if 262 not in page.tags or any(getattr(page, name) not in known for name, known in _KNOWN.items()):
         said = ", ".join(f"{name} {getattr(page, name)!s}" for name in _KNOWN)
         raise ImageError(f"Cannot read {path}: its tags do not tell what its numbers mean ({said}).")
+    colours = {_PALETTE: 320 in page.tags, _RGB: page.samplesperpixel >= 3, _YCBCR: page.samplesperpixel >= 3}
+    if not colours.get(int(page.photometric), True):
+        raise ImageError(f"Cannot read {path}: it is said to be in colours, which are not there.")
+    if page.compression in _FAX and page.bitspersample != 1:
+        raise ImageError(f"Cannot read {path}: a fax has one bit a pixel, not {page.bitspersample}.")
     if page.imagedepth > 1:
         raise ImageError(f"Cannot read {path}: volumes within one page are not supported.")
     if page.dtype.kind not in "buif" or (page.dtype.kind in "iu" and page.dtype.itemsize > 4):
