@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import warnings
 import zipfile
 
 import dask.array as da
@@ -177,6 +178,10 @@ def test_an_exports_sample_inputs_are_not_unpickled(exported, tmp_path):
         ("data/aotinductor/model/code.so", lambda _: b"x", "code.so"),
         ("models/model.json", lambda data: data.replace(b"torch.ops.aten.relu.default", b"torch.os.system"),
          "torch.os.system"),
+        ("models/model.json", lambda data: data.replace(b"aten.relu.default", b"aten.from_file"),
+         "from_file"),
+        ("models/model.json", lambda data: data.replace(b"aten.relu.default", b"aten.__init__"),
+         "__init__"),
         ("models/model.json", lambda data: data[:-1] + b', "a": {"expr_str": "eval(chr(120))"}}', "eval"),
         ("models/model.json", lambda data: data[:-1] + b', "a": {"expr_str": "().__class__"}}', "class"),
         ("data/weights/model_weights_config.json",
@@ -187,6 +192,76 @@ def test_an_export_that_could_run_code_is_refused(exported, tmp_path, member, ch
     _changed(exported, tmp_path / "bad.pt2", {member: change})
     with pytest.raises(WeightsError, match=f"holds .*{words}.*could run code"):
         encoders.as_encoder(tmp_path / "bad.pt2")
+
+
+class Writes(torch.nn.Module):
+    """TorchScript that writes a file: while it is being loaded, or when it is called."""
+
+    def __init__(self, path: str):
+        super().__init__()
+        self.path, self.weight, self.training = path, torch.zeros(1), False
+
+    @torch.jit.export
+    def __getstate__(self):
+        return self.path, self.weight, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, torch.Tensor, bool]):
+        self.path, self.weight, self.training = state
+        torch.save(self.weight, self.path)
+
+    def forward(self, x):
+        return x.flatten(1)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_torchscript_that_writes_files_is_refused_before_it_is_loaded(tmp_path):
+    torch.jit.script(Writes(str(tmp_path / "sprung"))).save(tmp_path / "net.pt")
+    with pytest.raises(WeightsError, match=r"holds the operation 'save', which could run code"):
+        as_encoder(tmp_path / "net.pt")
+    assert not (tmp_path / "sprung").exists()
+    torch.jit.load(tmp_path / "net.pt")
+    assert (tmp_path / "sprung").exists(), "control: torch's own reader does as it is told"
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("member", "change", "words"),
+    [
+        ("code/__torch__.py", lambda data: data + b"# torch.from_file", "from_file"),
+        ("code/__torch__.py", lambda data: data + b"# o = ops\n", "ops"),
+        ("code/__torch__.py", lambda data: data + b"# ops.image.write_file", "ops"),
+        ("code/__torch__.py", lambda data: data + b'# getattr(torch, "\\x73ave")', "getattr"),
+        ("code/__torch__.py", lambda data: data + b"# rpc_async(", "rpc_async"),
+        ("more.py", lambda _: b"x", "more.py"),
+    ],
+)
+def test_torchscript_that_could_reach_beyond_itself_is_refused(tmp_path, member, change, words):
+    torch.jit.script(torch.nn.Flatten()).save(tmp_path / "good.pt")
+    with zipfile.ZipFile(tmp_path / "good.pt") as archive:
+        inner = next(name for name in archive.namelist() if name.endswith(".py"))
+    member = member.replace("code/__torch__.py", inner.split("/", 1)[1])
+    _changed(tmp_path / "good.pt", tmp_path / "bad.pt", {member: change})
+    with pytest.raises(WeightsError, match=f"holds .*{words}.*could run code"):
+        as_encoder(tmp_path / "bad.pt")
+    assert as_encoder(tmp_path / "good.pt", size=8, batch_size=1).width == 192
+
+
+def test_torch_reads_the_bytes_that_were_looked_at(exported):
+    """Of two members of one name, zip readers take one or the other."""
+    from daskcell.features import archives
+
+    with zipfile.ZipFile(exported) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("models/model.json"))
+        honest = archive.read(name)
+    with zipfile.ZipFile(exported, "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python warns of the second member of a name
+        archive.writestr(name, honest.replace(b"torch.ops.aten.relu.default", b"torch.os.system"))
+        archive.writestr(name, honest)
+    with zipfile.ZipFile(archives._looked_through(str(exported))) as copy:
+        assert copy.namelist().count(name) == 1
+        assert copy.read(name) == honest
+    assert as_encoder(exported, size=40).width == 33
 
 
 def test_an_export_for_batches_of_any_length_is_taken(tmp_path):

@@ -1,14 +1,17 @@
 """Networks from files of TorchScript and `torch.export`, without running code that a file brings along.
 
-TorchScript is read by torch's own unpickler, which knows tensors and the network's operations only.
-`torch.export.load` is not as careful: it unpickles sample inputs and constants with Python's pickle where its
-restricted reader fails, loads compiled libraries, and evaluates sizes given as text. So an archive is looked
-through first, and whatever the export of an ordinary network does not hold is refused.
+TorchScript is read by torch's own unpickler, which knows tensors and the network's operations only; but some
+operations write files or call other machines, and methods ``__setstate__`` run while a file is being loaded.
+`torch.export.load` unpickles sample inputs and constants with Python's pickle where its restricted reader
+fails, loads compiled libraries, and evaluates sizes given as text. So an archive is looked through first, and
+whatever an ordinary network does not hold is refused. Torch then reads a copy of what was looked at: two
+readers of one zip file can be made to see different files.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -23,16 +26,27 @@ from daskcell.errors import WeightsError
 if TYPE_CHECKING:
     import torch
 
-_MEMBERS = re.compile(
+_EXPORT = re.compile(
     r"[^/]+/(archive_format|archive_version|byteorder|\.data/(version|serialization_id)|models/\w+\.json"
     r"|data/(weights|constants)/(weight_\d+|tensor_\d+|\w+_config\.json)|data/sample_inputs/\w+\.pt)"
 )
+_SCRIPT = re.compile(
+    r"[^/]+/(version|byteorder|\.\w+|\.data/\w+|code/.+\.py(\.debug_pkl)?|extra/.+"
+    r"|(data|constants|traced_inputs|attributes|bytecode)(\.pkl|/[^/]+))"
+)
 _OPERATIONS = re.compile(
-    r"torch\.ops\.(aten|prims|higher_order|torchvision)\.\w+(\.\w+)?"
+    r"torch\.ops\.(aten|prims|higher_order|torchvision)\.((?!from_file\b|__)\w+|__(and|or|xor)__)"
+    r"(\.[A-Za-z]\w*)?"
     r"|_operator\.(getitem|add|sub|mul|truediv|floordiv|mod|pow|neg|eq|ne|lt|le|gt|ge|and_|or_)"
 )
 _SYMBOL = re.compile(r"Symbol\('[A-Za-z]+\d*'(, \w+=(True|False))*\)")
 _SIZE = re.compile(r"([A-Z][A-Za-z]*|True|False|\d+|[-(), ])*")
+# Wherever in the text: a function can be given another name before it is called, or asked for by a name in
+# quotes, which is plain where torch wrote it.
+_REACHES_OUT = re.compile(
+    rb"\b(save|from_file|read_file|write_file|rpc_\w+|getattr(?!\(\w+, \"\w+\"\))"
+    rb"|torch\.classes(?!\.quantized\b)|(?<!\.)ops(?!\.(aten|prims?|torchvision|_?quantized)\b))\b"
+)
 _environment = threading.Lock()
 
 
@@ -49,11 +63,11 @@ def open_archive(name: str) -> torch.nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch calls TorchScript deprecated; people have such files
-            if name.lower().endswith(".pt2"):
-                _look_through(name)
+            archive = _looked_through(name)
+            if _is_export(name):
                 with _arrays_only():
-                    return torch.export.load(name).module()
-            return torch.jit.load(name, map_location="cpu")
+                    return torch.export.load(archive).module()
+            return torch.jit.load(archive, map_location="cpu")
     except WeightsError:
         raise
     except Exception as error:
@@ -63,14 +77,33 @@ def open_archive(name: str) -> torch.nn.Module:
         ) from error
 
 
-def _look_through(name: str) -> None:
-    """Refuse an archive with anything but arrays and known operations."""
-    with zipfile.ZipFile(name) as archive:
-        for member in archive.namelist():
-            if not _MEMBERS.fullmatch(member):
+def _is_export(name: str) -> bool:
+    return name.lower().endswith(".pt2")
+
+
+def _looked_through(name: str) -> io.BytesIO:
+    """A copy of an archive, in memory; refused with anything but arrays and known operations."""
+    members, look = (_EXPORT, _look_at_export) if _is_export(name) else (_SCRIPT, _look_at_script)
+    copy = io.BytesIO()
+    with zipfile.ZipFile(name) as archive, zipfile.ZipFile(copy, "w") as looked_at:
+        for member in dict.fromkeys(archive.namelist()):
+            if not members.fullmatch(member):
                 raise _refusal(name, f"the file {member!r}")
-            if member.endswith(".json"):
-                _look_at(json.loads(archive.read(member)), name)
+            data = archive.read(member)
+            look(member, data, name)
+            looked_at.writestr(member, data)
+    copy.seek(0)
+    return copy
+
+
+def _look_at_script(member: str, data: bytes, name: str) -> None:
+    if member.endswith(".py") and (found := _REACHES_OUT.search(data)):
+        raise _refusal(name, f"the operation {found.group().decode()!r}")
+
+
+def _look_at_export(member: str, data: bytes, name: str) -> None:
+    if member.endswith(".json"):
+        _look_at(json.loads(data), name)
 
 
 def _look_at(value: Any, name: str) -> None:
@@ -90,8 +123,8 @@ def _look_at(value: Any, name: str) -> None:
 
 def _refusal(name: str, what: str) -> WeightsError:
     return WeightsError(
-        f"{name} holds {what}, which could run code, and which the export of an ordinary network does not "
-        "hold. Please export the plain network with torch.export.save."
+        f"{name} holds {what}, which could run code, and which an ordinary network does not hold. "
+        "Please save the plain network with torch.export.save."
     )
 
 
