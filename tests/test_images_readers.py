@@ -146,6 +146,19 @@ def test_ome_tiff_says_names_size_and_levels(tmp_path: Path) -> None:
     check_reader(reader, pixels)
 
 
+@pytest.mark.parametrize("other", ["uint16", "minisblack"])
+def test_smaller_pages_of_another_kind_are_no_levels(tmp_path: Path, other: str) -> None:
+    pixels = RNG.integers(0, 255, (100, 120), np.uint8)
+    small = pixels[::2, ::2].astype(np.uint16 if other == "uint16" else np.uint8)
+    with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
+        writer.write(pixels, subifds=1, photometric="miniswhite")
+        kind = "miniswhite" if other == "uint16" else "minisblack"
+        writer.write(small, subfiletype=1, photometric=kind)
+    reader = open_reader(tmp_path / "a.tif")
+    assert reader.levels == ((100, 120),)
+    check_reader(reader, 255 - pixels[None])
+
+
 def test_plain_pages_are_channels_and_many_are_planes(tmp_path: Path) -> None:
     pages = RNG.integers(0, 255, (12, 20, 30), np.uint8)
     tifffile.imwrite(tmp_path / "few.tif", pages[:3], photometric="minisblack", metadata=None)
@@ -270,6 +283,19 @@ def test_palette_of_a_colour_picture_is_expanded(tmp_path: Path, sort: bool) -> 
     reader = open_reader(tmp_path / "a.tif")
     assert reader.is_rgb
     check_reader(reader, (colormap >> 8).astype(np.uint8)[:, pixels])
+
+
+@pytest.mark.parametrize("count", [2, 7])
+def test_every_page_has_its_own_palette(tmp_path: Path, count: int) -> None:
+    pixels = RNG.integers(0, 255, (count, 20, 30), np.uint8)
+    palettes = np.random.default_rng(3).integers(0, 65535, (count, 3, 256)).astype(np.uint16)
+    with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
+        for page, colormap in zip(pixels, palettes, strict=True):
+            writer.write(page, photometric="palette", colormap=colormap, metadata=None)
+    reader = open_reader(tmp_path / "a.tif")
+    assert reader.channels[::3] == tuple(f"page {i + 1} red" for i in range(count))
+    shown = [(own >> 8).astype(np.uint8)[:, page] for own, page in zip(palettes, pixels, strict=True)]
+    check_reader(reader, np.concatenate(shown))
 
 
 def test_an_inverted_ramp_is_shown_as_its_colours() -> None:
@@ -439,14 +465,16 @@ def zoo_truth(path: Path) -> tuple[np.ndarray, str]:
     pixels = tifffile.imread(path)
     with tifffile.TiffFile(path) as file:
         page, axes = file.series[0].keyframe, file.series[0].axes
-        bits, colormap, kind = page.bitspersample, page.colormap, int(page.photometric)
+        bits, kind = page.bitspersample, int(page.photometric)
+        colormaps = [page.aspage().colormap for page in file.series[0].pages]
         orientation = page.tags.valueof(274, 1) or 1
     pixels = pixels.astype(np.uint8) if pixels.dtype == bool else pixels
     pixels = pixels.astype(np.float32) if pixels.dtype == np.float16 else pixels
     pixels = np.moveaxis(pixels, -1, -3) if axes.endswith("S") else pixels
     pixels = pixels.reshape(-1, *pixels.shape[-2:])
     if kind == 3 and path.name not in GREY_PALETTES:
-        pixels = np.concatenate([(colormap >> 8).astype(np.uint8)[:, page] for page in pixels])
+        colours = [(colormap >> 8).astype(np.uint8) for colormap in colormaps]
+        pixels = np.concatenate([own[:, page] for own, page in zip(colours, pixels, strict=True)])
     if kind == 0:
         pixels = (2**bits - 1 - pixels.astype(np.int64)).astype(pixels.dtype)
     pixels = pixels[:, ::-1] if orientation in (3, 4, 6, 7) else pixels

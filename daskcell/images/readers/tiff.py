@@ -133,7 +133,7 @@ class TiffReader:
         self.stored_levels = [_yx(series)]
         self.level_series = [series]
         for level in series.levels[1:]:
-            if level.axes == series.axes and level.shape[: self.leading] == series.shape[: self.leading]:
+            if self._is_smaller_copy(level):
                 self.stored_levels.append(_yx(level))
                 self.level_series.append(level)
         swapped = self.orientation >= 5
@@ -150,6 +150,17 @@ class TiffReader:
         self.piece = (piece[1], piece[0]) if swapped else (piece[0], piece[1])
         paths = {page.parent.filehandle.path for page in series.pages if page is not None}
         self.files = (self.path,) if self.remote else tuple(sorted(os.path.realpath(p) for p in paths))
+
+    def _is_smaller_copy(self, level: Any) -> bool:
+        """Whether tifffile's `level` has the axes, pages and kind of pixels of the picture."""
+        key, own, lead = level.keyframe, self.keyframe, self.leading
+        kinds = {int(key.photometric), int(own.photometric)}
+        return bool(
+            level.axes == self.axes
+            and level.shape[:lead] == self.series.shape[:lead]
+            and (key.dtype, key.samplesperpixel) == (own.dtype, own.samplesperpixel)
+            and (len(kinds) == 1 or kinds == {_RGB, _YCBCR})
+        )
 
     def _main_series(self) -> Any:
         """The first picture; of a slide, or where the first is a thumbnail, the largest."""
@@ -205,9 +216,9 @@ class TiffReader:
         return number
 
     def _set_colours(self) -> None:
-        page = self.keyframe
+        series, page = self.series, self.keyframe
         photometric, dtype = int(page.photometric), page.dtype
-        self.colormap: NDArray | None = None
+        self.palettes: list[NDArray] = []  # of the pages, where colours are to be looked up
         self.invert_from: int | None = None
         self.keep = list(range(self.samples))
         for k, kind in enumerate(page.extrasamples or ()):
@@ -218,9 +229,11 @@ class TiffReader:
         self.is_rgb = False
         self.channels = tuple(f"channel {i + 1}" for i in range(self.count)) if self.count > 1 else ("grey",)
         if photometric == _PALETTE and self.samples == 1 and page.colormap is not None and dtype.kind in "bu":
-            if not is_ramp(page.colormap):
-                colours = page.colormap
-                self.colormap = (colours >> 8 if colours.max() > 255 else colours).astype(np.uint8)
+            lost = [one.parent is not self.file or getattr(one, "is_virtual", False) for one in series.pages]
+            own = [page if gone else one.aspage() for one, gone in zip(series.pages, lost, strict=True)]
+            stored = [page.colormap if one.colormap is None else one.colormap for one in own]
+            if not all(map(is_ramp, stored)):
+                self.palettes = [(p >> 8 if p.max() > 255 else p).astype(np.uint8) for p in stored]
                 dtype = np.dtype(np.uint8)
                 self.count = 3 * self.page_channels
                 self.is_rgb = self.page_channels == 1
@@ -234,7 +247,7 @@ class TiffReader:
             self.channels = ("cyan", "magenta", "yellow", "black")
         elif photometric == _LAB and self.count == 3:
             self.channels = ("lightness", "a", "b")
-        elif self.colormap is not None:
+        elif self.palettes:
             self.channels = tuple(
                 f"page {i // 3 + 1} {['red', 'green', 'blue'][i % 3]}" for i in range(self.count)
             )
@@ -275,16 +288,18 @@ class TiffReader:
         for channel in range(self.page_channels):
             target = out[channel * per_page : (channel + 1) * per_page]
             for z in self.planes:
-                plane = self._intensities(self._read_page(level, self._page_number(channel, z), box))
+                number = self._page_number(channel, z)
+                plane = self._intensities(self._read_page(level, number, box), number)
                 if z == self.planes[0]:
                     target[:] = plane
                 else:
                     np.maximum(target, plane, out=target)
 
-    def _intensities(self, pixels: NDArray) -> NDArray:
-        """Stored samples ``(S, h, w)`` to channels."""
-        if self.colormap is not None:
-            return self.colormap[:, pixels[0].astype(np.intp)]
+    def _intensities(self, pixels: NDArray, number: int) -> NDArray:
+        """Stored samples ``(S, h, w)`` of a page to channels."""
+        if self.palettes:
+            palette = self.palettes[min(number, len(self.palettes) - 1)]
+            return palette[:, pixels[0].astype(np.intp)]
         if len(self.keep) != self.samples:
             pixels = pixels[self.keep]
         pixels = pixels.astype(self.dtype, copy=False)
