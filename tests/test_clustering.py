@@ -158,6 +158,21 @@ def test_as_many_groups_as_cells_and_cells_that_are_all_alike():
     assert np.isfinite(alike.centers_).all()
 
 
+def test_incremental_takes_many_slides_of_one_cell_and_more_groups_than_a_portion(monkeypatch):
+    """dask-ml's refuses a first block of fewer rows than groups."""
+    from daskcell.clustering import engines
+    from daskcell.clustering.rows import ArrayRows
+
+    monkeypatch.setattr(engines, "_WINDOW", 8)
+    x, _ = groups(60, 5)
+    blocks = [ArrayRows(x, i, i + 1) for i in range(60)]
+    for rows, portion in ((blocks, 512), ([ArrayRows(x, 0, 60)], 4)):
+        monkeypatch.setattr(engines, "PORTION", portion)
+        centers = engines.incremental(rows, [len(block.read()) for block in rows], x[:20].astype(float), 0)
+        assert centers.shape == (20, 24)
+        assert np.isfinite(centers).all()
+
+
 @pytest.mark.parametrize("values", [np.zeros(5), np.zeros((5, 2, 2)), np.full((5, 2), "a")])
 def test_what_is_no_table_of_numbers_is_refused(values):
     with pytest.raises(InputError, match="features must be numbers"):

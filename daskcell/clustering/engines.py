@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,11 +42,10 @@ def incremental(
     from dask_ml.wrappers import Incremental
     from sklearn.cluster import MiniBatchKMeans
 
-    order = np.random.default_rng(seed).permutation(len(blocks))
+    k = len(centers)
     portions = []
-    for first in range(0, len(order), _WINDOW):
-        chosen = np.sort(order[first : first + _WINDOW])
-        step = max(1, round(sum(sizes[i] for i in chosen) / PORTION))
+    for chosen in _windows(np.random.default_rng(seed).permutation(len(blocks)).tolist(), sizes, k):
+        step = max(1, round(sum(sizes[i] for i in chosen) / max(PORTION, 2 * k)))
         for start in range(step):
             # Every step-th row of very many blocks: no slide comes by itself.
             n = sum(len(range(start, sizes[i], step)) for i in chosen)
@@ -54,7 +53,7 @@ def incremental(
                 piece = dask.delayed(_portion, pure=False)([blocks[i] for i in chosen], start, step)
                 portions.append(da.from_delayed(piece, (n, centers.shape[1]), np.float32))
     estimator = MiniBatchKMeans(
-        len(centers),
+        k,
         init=centers.astype(np.float32),
         n_init=1,
         batch_size=PORTION,
@@ -65,6 +64,18 @@ def incremental(
         warnings.simplefilter("ignore")
         fitted = Incremental(estimator, shuffle_blocks=False, random_state=seed).fit(da.concatenate(portions))
     return fitted.estimator_.cluster_centers_.astype(np.float64)
+
+
+def _windows(order: Sequence[int], sizes: Sequence[int], least: int) -> Iterator[list[int]]:
+    """Blocks that portions are made of: `_WINDOW` of them, and more until they have `least` rows."""
+    window: list[int] = []
+    for i in order:
+        window.append(i)
+        if len(window) >= _WINDOW and sum(sizes[j] for j in window) >= least:
+            yield sorted(window)
+            window = []
+    if window:
+        yield sorted(window)
 
 
 def _portion(blocks: Sequence[Rows], start: int, step: int) -> np.ndarray:
