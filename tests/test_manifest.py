@@ -91,6 +91,15 @@ def test_names_that_would_leave_the_study_stay_inside(folder):
     assert len({source.name for source in sources}) == len(names)
 
 
+def test_names_too_long_for_a_file_system_are_cut_and_kept_apart(folder):
+    """File systems count bytes: 300 letters of three bytes each would stop the whole run."""
+    names = [letter * 300 for letter in ("x", "胞", "e\u0301")] + ["胞" * 299]
+    table = write(folder, "path,image\n" + "".join(f"a.tif,{name}\n" for name in names))
+    study = run(table, folder / "out", SETTINGS)
+    assert (len(study.slides), study.failures) == (len(names), [])
+    assert any(name.startswith("é" * 50) for name in study.slides)
+
+
 def test_what_a_table_says_is_part_of_what_a_slide_depends_on(folder):
     table = write(folder, "path,pixel_size,group\na.tif,0.5,one\nb.tif,0.5,one\n")
     study = run(table, folder / "out", SETTINGS)

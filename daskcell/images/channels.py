@@ -9,6 +9,7 @@ names leave no doubt: the same name but for one word that can be a channel (a co
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ _KINDS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("d", re.compile(r"(?<=f\d\d)d\d{1,2}$", re.IGNORECASE)),
     ("letter", re.compile(rf"(?<=[_\-. ])[{LETTERS}]$")),
 )
+_NAME_BYTES = 120
 _GUID = re.compile(r"[0-9A-F]{8}-[0-9A-F]{4}-[0-9A-F]{4}-[0-9A-F]{4}-[0-9A-F]{12}$", re.IGNORECASE)
 
 
@@ -152,8 +154,9 @@ def natural_key(text: str) -> tuple[tuple[int, int, str], ...]:
 
 def safe_name(name: str) -> str:
     """`name` without what file systems or shells cannot bear; never empty."""
-    name = re.sub(r"[^\w.+()-]+", "_", name).strip("._- ")
-    return name[:120] or "image"
+    name = re.sub(r"[^\w.+()-]+", "_", unicodedata.normalize("NFC", name)).strip("._- ")
+    # File systems count bytes, mostly 255 with what is put around the name.
+    return name.encode()[:_NAME_BYTES].decode(errors="ignore") or "image"
 
 
 def _is_convincing(kind: str, images: Mapping[str, Mapping[str, list[str]]], total: int) -> bool:
