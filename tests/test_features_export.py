@@ -11,8 +11,10 @@ import pandas as pd
 import pytest
 import tifffile
 from PIL import Image
+from typer.testing import CliRunner
 
 import daskcell as dc
+from daskcell.cli import app
 from daskcell.errors import InputError, StudyError
 from daskcell.features import embed
 from daskcell.geometry import Box
@@ -119,3 +121,10 @@ def test_the_command_says_how_many(study, tmp_path):
     command = [sys.executable, "-m", "daskcell", "export", "crops", str(study.out), "-o", str(tmp_path / "c")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.endswith(f": {len(study.cells()):,} cells\n")
+
+
+def test_the_command_refuses_a_format_it_does_not_know(study, tmp_path):
+    command = ["export", "crops", str(study.out), "-o", str(tmp_path / "c"), "--format", "pgn"]
+    done = CliRunner().invoke(app, command)
+    assert isinstance(done.exception, InputError)
+    assert not (tmp_path / "c").exists()

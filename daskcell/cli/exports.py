@@ -35,7 +35,7 @@ def crops(
         count = export_crops(
             found,
             out,
-            format="png" if format == "png" else "parquet",
+            format=format,
             size=size,
             slides=slide,
             workers=workers,
