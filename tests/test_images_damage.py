@@ -333,3 +333,56 @@ def test_directories_out_of_order_are_read_unless_a_tag_is_lost(tmp_path: Path) 
         struct.pack_into("<H", lost, places[code], changed)
         with pytest.raises(ImageError, match=r"lost\.tif"):
             pixels(tmp_path / "lost.tif", bytes(lost))
+
+
+OME = (
+    '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0">'
+    '<Pixels ID="Pixels:0" DimensionOrder="XYCZT" Type="{Type}" SizeX="{SizeX}" SizeY="{SizeY}" '
+    'SizeC="{SizeC}" SizeZ="1" SizeT="1">{channels}{planes}</Pixels></Image></OME>'
+)
+
+
+def ome_tiff(path: Path, pages: list[np.ndarray], planes: tuple[int, ...] = (0, 1, 2), **said: Any) -> bytes:
+    """An OME-TIFF whose metadata say what they like of its pages; channel k is said to be page planes[k]."""
+    size = {"Type": "uint8", "SizeX": 60, "SizeY": 50, "SizeC": 3} | said
+    xml = OME.format(
+        **size,
+        channels="".join(f'<Channel ID="Channel:0:{c}" SamplesPerPixel="1"/>' for c in range(3)),
+        planes="".join(f'<TiffData FirstC="{c}" IFD="{i}" PlaneCount="1"/>' for c, i in enumerate(planes)),
+    )
+    with tifffile.TiffWriter(path) as writer:
+        for k, page in enumerate(pages):
+            description = xml if k == 0 else None
+            writer.write(page, description=description, metadata=None, photometric="minisblack")
+    return path.read_bytes()
+
+
+def test_ome_metadata_that_contradict_the_pages_are_refused(tmp_path: Path) -> None:
+    """tifffile believes the metadata, or the first page, of all others: channels are lost, or bytes of other
+    things read as pixels."""
+    path = tmp_path / "damaged.ome.tif"
+    pages = list(picture("uint8", (3, 50, 60)))
+    np.testing.assert_array_equal(pixels(path, ome_tiff(path, pages)), np.stack(pages))
+    others = {
+        "smaller": [pages[0], pages[1][:20], pages[2]],
+        "narrower": [pages[0], pages[1][:, :30], pages[2]],
+        "wider type": [pages[0], pages[1].astype(np.uint16), pages[2]],
+        "more": [*pages, pages[0]],
+        "fewer": pages[:2],
+    }
+    said: list[dict[str, Any]] = [
+        *({"SizeC": count} for count in (0, -1, 1, 2, 4, 10**9, "three")),
+        *({"SizeX": side} for side in (0, 30, 10**6)),
+        {"SizeY": 20},
+        {"Type": "uint16"},
+        {"Type": "float"},
+        {"planes": (0, 0, 2)},
+        {"planes": (0, 1, 7)},
+    ]
+    for what, contradiction in [*others.items(), *((str(one), one) for one in said)]:
+        if isinstance(contradiction, dict):
+            content = ome_tiff(path, pages, **contradiction)
+        else:
+            content = ome_tiff(path, contradiction)
+        with pytest.raises(ImageError, match=r"damaged\.ome\.tif"):
+            pytest.fail(f"{what}: {pixels(path, content).shape}")

@@ -30,7 +30,14 @@ from daskcell import places
 from daskcell.errors import ImageError, InputError
 from daskcell.geometry import Box
 from daskcell.images.readers import ZChoice, check_inside, guarded, tiffmeta, tiffpeek, tiffstreams
-from daskcell.images.readers.tiffcheck import check_data, check_page, check_pages, is_too_long, piece_bytes
+from daskcell.images.readers.tiffcheck import (
+    Forms,
+    check_data,
+    check_page,
+    check_pages,
+    is_too_long,
+    piece_bytes,
+)
 
 _SLIDES = (".svs", ".ndpi", ".scn", ".qptiff", ".bif")
 SUFFIXES = (
@@ -110,13 +117,12 @@ class TiffReader:
         self._stream: Any = places.open_file(path) if self.remote else path
         self.file = tifffile.TiffFile(self._stream, name=Path(path).name if self.remote else None)
         try:
-            check_pages(self.file, path)
-            self._open(t, z)
+            self._open(t, z, check_pages(self.file, path))
         except BaseException:
             self.close()
             raise
 
-    def _open(self, t: int, z: ZChoice) -> None:
+    def _open(self, t: int, z: ZChoice, forms: Forms) -> None:
         tiffmeta.check_description(self.file, self.path)
         if not self.file.series:
             raise ImageError(f"Cannot read {self.path}: the TIFF file holds no picture.")
@@ -125,6 +131,7 @@ class TiffReader:
         self.axes = series.axes
         self.keyframe = keyframe = series.keyframe
         check_page(keyframe, self.path)
+        tiffmeta.check_ome(self.file, series, self.path)
         self._lay_out(series)
         self._choose(t, z)
         self.orientation = int(keyframe.tags.valueof(274, 1) or 1)
@@ -139,7 +146,7 @@ class TiffReader:
         swapped = self.orientation >= 5
         self.levels = tuple((x, y) if swapped else (y, x) for y, x in self.stored_levels)
         for level in self.level_series:
-            check_data(level, self.leading, self.path)
+            check_data(level, self.leading, self.path, forms)
         self._set_colours()
         size = tiffmeta.pixel_size(self.file, keyframe)
         self.pixel_size = size[::-1] if size and swapped else size

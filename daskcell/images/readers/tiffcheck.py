@@ -15,6 +15,7 @@ from daskcell.errors import ImageError
 
 _TYPE_BYTES = {int(kind): struct.calcsize("<" + form) for kind, form in tifffile.TIFF.DATA_FORMATS.items()}
 """Size of a value of each type a tag can have."""
+_INTEGERS = {1: "B", 3: "H", 4: "I", 16: "Q"}
 _MEANING = {
     *(254, 255, 256, 257, 258, 259, 262, 266, 270, 273, 274, 277, 278, 279, 284, 292, 317, 320, 322, 323),
     *(324, 325, 330, 332, 338, 339, 347, 529, 530, 532, 32997),
@@ -36,26 +37,52 @@ _SLACK = 64
 """Bytes that a piece may hold beyond its pixels, and an eighth of them."""
 
 
-def check_pages(file: Any, path: str) -> None:
+Form = tuple[int, ...]
+"""Sides, bits, compression and so on of a page."""
+Forms = dict[tuple[Any, int], Form]
+"""By file and place in it."""
+_FORM = {
+    256: 0,
+    257: 0,
+    258: 1,
+    259: 1,
+    277: 1,
+    284: 1,
+    317: 1,
+    322: 0,
+    323: 0,
+    339: 1,
+    278: 2**32 - 1,
+    279: 0,
+}
+"""Tags that give it, with their defaults; rows of a strip, and the bytes of a single one, come last."""
+
+
+def check_pages(file: Any, path: str) -> Forms:
     """Refuse a file whose chain of pages breaks off or leads back, or whose tags are not all there.
 
-    tifffile would leave out what follows, and read pixels as if there were no such tag.
+    tifffile would leave out what follows, and read pixels as if there were no such tag. Gives the form of the
+    page at each place.
     """
     handle, tiff = file.filehandle, file.tiff
+    seen: Forms = {}
     if tiff.is_ndpi:  # whose last page points to vendor data
-        return
-    seen: set[int] = set()
+        return seen
     handle.seek(4 if tiff.offsetsize == 4 else 8)
     (offset,) = struct.unpack(tiff.offsetformat, handle.read(tiff.offsetsize))
     while offset:
-        if offset in seen:
+        if (file, offset) in seen:
             raise ImageError(f"Cannot read {path}: damaged, a page points back to one before.")
-        seen.add(offset)
-        offset = _check_directory(handle, tiff, offset, path)
+        place = file, offset
+        offset, seen[place] = _read_directory(handle, tiff, offset, path)
+    return seen
 
 
-def _check_directory(handle: Any, tiff: Any, offset: int, path: str) -> int:
-    """Where the page after the one at `offset` is; 0 after the last. Refuses tags that cannot be read."""
+def _read_directory(handle: Any, tiff: Any, offset: int, path: str) -> tuple[int, Form]:
+    """Where the page after the one at `offset` is (0 after the last), and the form of this one.
+
+    Refuses tags that cannot be read.
+    """
     handle.seek(min(offset, handle.size))
     count = handle.read(tiff.tagnosize)
     entries = following = b""
@@ -70,7 +97,10 @@ def _check_directory(handle: Any, tiff: Any, offset: int, path: str) -> int:
     # Some writers do not sort tags; what stands out of order and is no tag at all was another one.
     if codes != sorted(codes) and (strange or not _REQUIRED.issubset(codes)):
         raise ImageError(f"Cannot read {path}: damaged, its tags are out of order and some are lost.")
+    form = dict(_FORM)
     for code, kind, length, value in struct.iter_unpack(tiff.tagheaderformat, entries):
+        if code in _FORM and length == 1 and kind in _INTEGERS:
+            (form[code],) = struct.unpack_from(tiff.byteorder + _INTEGERS[kind], value)
         if code not in _MEANING:
             continue
         if kind not in _TYPE_BYTES:
@@ -81,7 +111,10 @@ def _check_directory(handle: Any, tiff: Any, offset: int, path: str) -> int:
                 f"Cannot read {path}: the file is truncated, its tag {code} lies beyond its end."
             )
     (next_offset,) = struct.unpack(tiff.offsetformat, following)
-    return int(next_offset)
+    form[278] = min(form[278], form[257])
+    if form[259] != 1:
+        form[279] = 0
+    return int(next_offset), tuple(form.values())
 
 
 def check_page(page: Any, path: str) -> None:
@@ -109,7 +142,7 @@ def check_page(page: Any, path: str) -> None:
         raise ImageError(f"Cannot read {path}: pixels of type {page.dtype} are not intensities.")
 
 
-def check_data(series: Any, leading: int, path: str) -> None:
+def check_data(series: Any, leading: int, path: str, forms: Forms) -> None:
     """Refuse a file whose data cannot all be there; nothing is decoded."""
     expected = math.prod(series.shape[:leading])
     key = series.keyframe
@@ -139,6 +172,21 @@ def check_data(series: Any, leading: int, path: str) -> None:
         )
     for page in series.pages:
         _check_segments(page, path)
+        # tifffile reads of most pages where they are only, and takes the rest from the first.
+        if page is not key and _form(page, forms, path) != _form(key, forms, path):
+            raise ImageError(f"Cannot read {path}: damaged, its pages differ in size or kind of pixels.")
+
+
+def _form(page: Any, forms: Forms, path: str) -> Form:
+    file = page.parent
+    if file.tiff.is_ndpi or page.is_virtual:
+        return ()
+    place = file, page.offset
+    if place not in forms:  # of a smaller level, or of another file
+        if file.filehandle.closed:  # files of a multi-file OME-TIFF are closed between reads
+            file.filehandle.open()
+        forms[place] = _read_directory(file.filehandle, file.tiff, page.offset, path)[1]
+    return forms[place]
 
 
 def piece_bytes(page: Any) -> int:

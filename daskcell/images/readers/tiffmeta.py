@@ -30,6 +30,20 @@ _UM = {
     "in": 25400.0,
 }
 
+_OME_BYTES = {
+    "int8": 1,
+    "int16": 2,
+    "int32": 4,
+    "uint8": 1,
+    "uint16": 2,
+    "uint32": 4,
+    "float": 4,
+    "double": 8,
+}
+"""Size of a pixel of each type; whether it has a sign is told by the pages."""
+MOST_PLANES = 2**20
+"""Channels, planes and time points together."""
+
 
 def check_description(file: Any, path: str) -> None:
     """Refuse OME-XML that cannot be read: which pages are which channel is not known then."""
@@ -39,6 +53,36 @@ def check_description(file: Any, path: str) -> None:
             ElementTree.fromstring(text)
         except ElementTree.ParseError as error:
             raise ImageError(f"Cannot read {path}: its OME metadata is broken ({error}).") from None
+    pixels = _ome_pixels(file)
+    if pixels is not None:
+        sizes = [pixels.get(f"Size{axis}", "") for axis in "XYCZT"]
+        if not all(size.isdigit() and int(size) for size in sizes):
+            raise ImageError(f"Cannot read {path}: its OME metadata give no sizes ({', '.join(sizes)}).")
+        planes = math.prod(map(int, sizes[2:]))
+        if planes > MOST_PLANES:  # tifffile would list them
+            raise ImageError(f"Cannot read {path}: its OME metadata claim {planes} planes.")
+
+
+def check_ome(file: Any, series: Any, path: str) -> None:
+    """Refuse OME-XML that contradicts the pages of its first image, or does not name all like them."""
+    pixels = _ome_pixels(file)
+    if pixels is None or series is not file.series[0]:
+        return
+    key, kind = series.keyframe, pixels.get("Type", "").lower()
+    said = int(pixels.get("SizeY")), int(pixels.get("SizeX"))
+    if said != (key.imagelength, key.imagewidth) or (
+        kind in _OME_BYTES and _OME_BYTES[kind] != key.dtype.itemsize
+    ):
+        raise ImageError(
+            f"Cannot read {path}: its OME metadata say {said[0]} x {said[1]} pixels of {kind}, its pages "
+            f"{key.imagelength} x {key.imagewidth} of {key.dtype}."
+        )
+    if series.kind != "ome":
+        raise ImageError(f"Cannot read {path}: its OME metadata do not tell which page is what.")
+    used = {(page.parent, page.offset) for one in file.series for page in one.pages if page is not None}
+    spare = [p for p in file.pages if (file, p.offset) not in used and p.keyframe.hash == key.hash]
+    if spare:
+        raise ImageError(f"Cannot read {path}: its OME metadata do not name {len(spare)} of its pages.")
 
 
 def pixel_size(file: Any, page: Any) -> tuple[float, float] | None:
