@@ -423,6 +423,19 @@ def test_the_network_sees_full_batches_only():
     assert sizes == [(8, 8), (8, 8), (8, 4)]
 
 
+def test_batches_are_full_across_the_borders_of_blocks():
+    image, labels = field()
+    filled = []
+
+    def function(batch):
+        filled.append(int(batch.any(axis=(1, 2, 3)).sum()))
+        return batch[:, 0, 0]
+
+    chunked = da.from_array(image, chunks=(3, 24, 24)), da.from_array(labels, chunks=24)
+    assert len(embed(*chunked, function, size=16, batch_size=8)) == 25
+    assert filled == [8, 8, 8, 1], "25 blocks of one cell each"
+
+
 def test_a_missing_label_is_a_row_of_nan_and_no_cell_gives_no_row():
     image, labels = np.ones((1, 30, 30)), np.zeros((30, 30), np.uint32)
     network = small_network()
