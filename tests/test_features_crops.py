@@ -189,6 +189,20 @@ def test_crops_resized_together_equal_those_resized_one_by_one(size):
         np.testing.assert_allclose(got, resize(crop, size), atol=2e-5)
 
 
+def test_crops_that_grow_are_those_of_roi_align_and_crops_that_shrink_are_smoother():
+    import torch
+    from torchvision.ops import roi_align
+
+    image = torch.from_numpy(np.random.default_rng(0).random((1, 3, 90, 90)).astype(np.float32))
+    for side, size, same in ((64, 64, True), (23, 64, True), (80, 16, False)):
+        box = torch.tensor([[0.0, 5, 7, 5 + side, 7 + side]])
+        cut = image[0, :, 7 : 7 + side, 5 : 5 + side].numpy()
+        aligned = roi_align(image, box, size, sampling_ratio=1, aligned=True)[0].numpy()
+        ours = resize_together([cut], size, "cpu")[0].numpy()
+        inner = (slice(None), slice(2, -2), slice(2, -2))  # at its border roi_align sees the neighbours
+        assert np.allclose(ours[inner], aligned[inner], atol=1e-3) is same
+
+
 def test_an_encoder_on_a_device_sees_the_same_crops():
     image, labels = two_cells()
     frame = framing(size=24, margin=0.1)
