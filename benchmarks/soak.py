@@ -143,16 +143,20 @@ def soak(
         while struck.total() < kills:
             out = scratch / f"study{studies}"
             studies += 1
-            done = False
+            done, fresh = False, True
             while not done:
                 if cluster is not None:
                     cluster.repair()
                 where = ("--workers", str(WORKERS)) if cluster is None else ("--compute", cluster.address)
+                start = time.monotonic()
                 process = run(folder, out, *where)
-                until = time.monotonic() + chance.uniform(0.15, 1.1) * calm
+                until = start + chance.uniform(0.15, 1.1) * calm
                 while process.poll() is None and time.monotonic() < until:
                     time.sleep(0.05)
-                if process.poll() is None and struck.total() < kills:
+                if process.poll() is not None:
+                    if fresh:  # nobody was struck: we waited too long
+                        calm = min(calm, time.monotonic() - start)
+                elif struck.total() < kills:
                     any_kind = ["worker", "client"] + ["scheduler"] * (cluster is not None)
                     kind = kinds[struck.total() % len(kinds)] if kinds else chance.choice(any_kind)
                     victim = process.pid
@@ -167,7 +171,7 @@ def soak(
                         struck[kind] += 1
                     print(f"{time.monotonic() - began:6.0f} s  {kind} killed", file=sys.stderr, flush=True)
                 output, _ = process.communicate()
-                done = process.returncode == 0
+                done, fresh = process.returncode == 0, False
                 if process.returncode not in (0, 1, 2, -signal.SIGKILL) or "Traceback" in output:
                     raise SystemExit(f"exit code {process.returncode}:\n{output}")
             found = digests(out)

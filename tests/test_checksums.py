@@ -97,18 +97,74 @@ def test_only_what_is_damaged_is_made_again(whole, tmp_path, monkeypatch, file, 
     shutil.copytree(out, copy)
     harm(copy / file)
     assert damages(copy) == {file}
-    said, ran = [], set()
+    said, ran = [], noted(monkeypatch)
     monkeypatch.setattr(Progress, "say", lambda self, text: said.append(text))
-    for stage, function in slide.STAGES.items():
-        monkeypatch.setitem(
-            slide.STAGES, stage, lambda *args, s=stage, f=function: (ran.add((args[0].slide, s)), f(*args))[1]
-        )
     assert run(folder, copy, SETTINGS, verify=True).failures == []
     assert ran == {("b", stage) for stage in redone - {"cluster"}}
     assert len(said) == 1
     assert file in said[0]
     assert digests(copy) == before
     assert damages(copy) == set()
+
+
+CHANGES = {
+    "watershed": ({"segment": {"method": "watershed", "watershed": {"opening": 4}}}, {"segment", "describe"}),
+    "margin": ({"features": {"margin": 0.3}}, {"describe"}),
+    "groups": ({"cluster": {"k": 3}}, set()),
+    "block": ({"compute": {"kind": "inline", "block": 512}}, None),
+}
+
+
+def noted(monkeypatch) -> set[tuple[str, str]]:
+    """Slides and stages that run from now on."""
+    ran: set[tuple[str, str]] = set()
+    for stage, function in slide.STAGES.items():
+        monkeypatch.setitem(
+            slide.STAGES, stage, lambda *args, s=stage, f=function: (ran.add((args[0].slide, s)), f(*args))[1]
+        )
+    return ran
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", CHANGES)
+def test_settings_that_changed_between_runs_leave_what_a_new_study_would_have(
+    whole, tmp_path, monkeypatch, change
+):
+    folder, out = whole
+    settings, redone = CHANGES[change]
+    settings = SETTINGS | settings
+    shutil.copytree(out, tmp_path / "study")
+    assert run(folder, tmp_path / "new", settings).failures == []
+    ran = noted(monkeypatch)
+    assert run(folder, tmp_path / "study", settings).failures == []
+    assert ran == {
+        (name, stage)
+        for name in ("a", "b")
+        for stage in (() if redone is None else {*redone, "assign", "paint"})
+    }
+    found, expected = digests(tmp_path / "study"), digests(tmp_path / "new")
+    if redone is None:  # other blocks, the same pixels in other shards: what is done stays
+        assert found | {"study.json": ""} == digests(out) | {"study.json": ""}
+    else:
+        assert found == expected
+        assert found != digests(out)
+
+
+@pytest.mark.slow
+def test_a_picture_that_changed_between_runs_leaves_what_a_new_study_would_have(tmp_path, monkeypatch):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, seed in (("a", 1), ("b", 2)):
+        for channel, pixels in zip(CHANNELS, synthesize_field((256, 256), seed=seed).channels, strict=True):
+            tifffile.imwrite(folder / f"{name}_{channel}.tif", pixels)
+    assert run(folder, tmp_path / "study", SETTINGS).failures == []
+    changed = folder / f"b_{CHANNELS[0]}.tif"
+    tifffile.imwrite(changed, tifffile.imread(changed)[::-1].copy())
+    ran = noted(monkeypatch)
+    assert run(folder, tmp_path / "study", SETTINGS).failures == []
+    assert {name for name, stage in ran if stage not in ("assign", "paint")} == {"b"}
+    assert run(folder, tmp_path / "new", SETTINGS).failures == []
+    assert digests(tmp_path / "study") == digests(tmp_path / "new")
 
 
 def test_a_missing_shard_reads_as_zeros_which_is_why_there_is_a_list(whole, tmp_path):
