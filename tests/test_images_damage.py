@@ -386,3 +386,37 @@ def test_ome_metadata_that_contradict_the_pages_are_refused(tmp_path: Path) -> N
             content = ome_tiff(path, contradiction)
         with pytest.raises(ImageError, match=r"damaged\.ome\.tif"):
             pytest.fail(f"{what}: {pixels(path, content).shape}")
+
+
+IMAGEJ = "ImageJ=1.53\nimages={}\nchannels={}\nslices={}\nhyperstack=true\n"
+
+
+@pytest.mark.parametrize(
+    ("description", "fits"),
+    [
+        (IMAGEJ.format(3, 3, 1), True),
+        (IMAGEJ.format(3, 1, 3), True),
+        (IMAGEJ.format(7, 7, 1), False),
+        (IMAGEJ.format(3, 7, 1), False),
+        (IMAGEJ.format(10**9, 10**9, 1), False),
+        (IMAGEJ.format(3, -3, 1), False),
+        ('{"shape": [3, 50, 60]}', True),
+        ('{"shape": [2, 50, 60]}', False),
+        ('{"shape": [3, 500, 60]}', False),
+        ('{"shape": [1000000000, 50, 60]}', False),
+    ],
+)
+def test_stacks_with_other_pages_than_they_say_are_refused(
+    tmp_path: Path, description: str, fits: bool
+) -> None:
+    """tifffile takes what pages there are, as if nothing had been said of them."""
+    path = tmp_path / "a.tif"
+    with tifffile.TiffWriter(path) as writer:
+        for k, page in enumerate(picture("uint8", (3, 50, 60))):
+            said = {"description": description} if k == 0 else {}
+            writer.write(page, metadata=None, photometric="minisblack", contiguous=False, **said)
+    if fits:
+        assert pixels(path, path.read_bytes()).any()
+    else:
+        with pytest.raises(ImageError, match=r"a\.tif"):
+            pixels(path, path.read_bytes())

@@ -63,11 +63,29 @@ def check_description(file: Any, path: str) -> None:
             raise ImageError(f"Cannot read {path}: its OME metadata claim {planes} planes.")
 
 
-def check_ome(file: Any, series: Any, path: str) -> None:
-    """Refuse OME-XML that contradicts the pages of its first image, or does not name all like them."""
-    pixels = _ome_pixels(file)
-    if pixels is None or series is not file.series[0]:
+def check_counts(file: Any, series: Any, path: str) -> None:
+    """Refuse a file whose metadata speak of other pages than there are."""
+    if series is not file.series[0]:
         return
+    pixels = _ome_pixels(file)
+    if pixels is not None:
+        _check_ome(file, series, pixels, path)
+    elif file.is_imagej:
+        said = file.imagej_metadata or {}
+        planes = [said.get(name, 1) for name in ("images", "channels", "slices", "frames")]
+        if series.kind != "imagej" and planes != [1, 1, 1, 1]:
+            raise ImageError(f"Cannot read {path}: it is said to be a stack, and its pages are not that.")
+    elif file.is_shaped:
+        found = re.search(r'\{"shape": \[([0-9, ]+)\]', file.pages[0].shaped_description or "")
+        shape = [int(side) for side in found[1].split(",")] if found else series.shape
+        if math.prod(shape) != math.prod(series.shape):
+            raise ImageError(
+                f"Cannot read {path}: it is said to be of shape {tuple(shape)}, and is {series.shape}."
+            )
+
+
+def _check_ome(file: Any, series: Any, pixels: Any, path: str) -> None:
+    """OME-XML must agree with the pages of its first image, and name all that are like them."""
     key, kind = series.keyframe, pixels.get("Type", "").lower()
     said = int(pixels.get("SizeY")), int(pixels.get("SizeX"))
     if said != (key.imagelength, key.imagewidth) or (
