@@ -160,6 +160,21 @@ def test_a_ledger_that_cannot_be_read_says_nothing_is_done(tmp_path):
     assert not study.ledger("x").is_done("convert", "k")
 
 
+@pytest.mark.parametrize("name", ["../precious", "images/../../precious", "/precious"])
+@pytest.mark.parametrize("held", [False, True])
+def test_a_ledger_that_names_files_outside_the_study_says_nothing_is_done(tmp_path, name, held):
+    """Files of a stage that are not as they were are removed: a study from elsewhere must not choose them."""
+    study = Study.create(tmp_path / "s", ["in"], parse_config({}))
+    ledger = study.ledger("x")
+    ledger.finish("convert", "k", files={"images/x..zarr/zarr.json": [1, 2]})
+    assert study.ledger("x").is_done("convert", "k")
+    ledger.finish("convert", "k", files={name: [1, 2]})
+    if held:
+        ledger.lose("convert")
+    again = study.ledger("x")
+    assert (again.stages, again.held) == ({}, {})
+
+
 def test_a_failure_counts_its_tries_and_goes_when_the_stage_succeeds(tmp_path):
     study = Study.create(tmp_path / "s", ["in"], parse_config({}))
     study.ledger("x").fail("segment", "no")

@@ -96,14 +96,14 @@ def _worst(study: Study, slide: str, values: dict[str, Any]) -> str:
 
 def counts(study: Study) -> dict[str, int]:
     """Slides, cells, pixels and groups of a study."""
-    ledgers = [study.ledger(slide) for slide in study.slides]
-    return {
-        "slides": len(ledgers),
-        "cells": sum(ledger.result("segment").get("cells") or 0 for ledger in ledgers),
-        "pixels": sum(_pixels(ledger) or 0 for ledger in ledgers),
-        "clusters": study.ledger(CLUSTERS).result("cluster").get("k") or 0,
-        "failed": sum(ledger.failure is not None for ledger in ledgers),
-    }
+    cells = pixels = failed = 0
+    for slide in study.slides:
+        ledger = study.ledger(slide)
+        cells += ledger.result("segment").get("cells") or 0
+        pixels += _pixels(ledger) or 0
+        failed += ledger.failure is not None
+    k = study.ledger(CLUSTERS).result("cluster").get("k") or 0
+    return {"slides": len(study.slides), "cells": cells, "pixels": pixels, "clusters": k, "failed": failed}
 
 
 def table(found: dict[str, Any], limit: int | None = None) -> str:

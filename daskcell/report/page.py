@@ -77,9 +77,8 @@ def write_report(study: Study, path: str | Path | None = None, warnings: Sequenc
 
 def report_key(study: Study, warnings: Sequence[str] = ()) -> str:
     """Hash of all that the page of a study says, told by its small files alone."""
-    ledgers = {name: study.ledger(name) for name in study.slides}
-    keys = {
-        name: [ledger.stages[stage]["key"] for stage in ledger.stages] for name, ledger in ledgers.items()
+    keys = {  # one ledger at a time: thousands of them fill the memory
+        name: [entry["key"] for entry in study.ledger(name).stages.values()] for name in study.slides
     }
     said = {name: value for name, value in study.record.items() if name not in ("config", "inputs")}
     config = {name: value for name, value in study.record["config"].items() if name != "compute"}

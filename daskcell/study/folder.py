@@ -252,8 +252,10 @@ class Ledger:
             self.tries: int = values.get("tries", 0)
             self.began: str | None = values.get("began")
             self.held: dict[str, dict[str, Any]] = values.get("held", {})
+            _refuse_strange_paths(self.stages, self.held)
         except (FileNotFoundError, ValueError, KeyError, TypeError):
-            # A ledger that cannot be read says nothing is done: work is repeated, never a result invented.
+            # A ledger that cannot be read, or names files elsewhere, says nothing is done: work is repeated,
+            # never a result invented.
             self.files, self.stages, self.failure, self.tries = [], {}, None, 0
             self.began, self.held = None, {}
 
@@ -356,6 +358,15 @@ class Ledger:
         if self.held:
             values["held"] = self.held
         write_json(self.path, values, indent=None)
+
+
+def _refuse_strange_paths(*kinds: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise `ValueError` where files of a stage lie outside the study: damaged ones are removed."""
+    for stages in kinds:
+        for entry in stages.values():
+            for name in (*entry.get("files", ()), *entry["result"].get("files", ())):
+                if os.path.isabs(name) or ".." in name.replace("\\", "/").split("/"):
+                    raise ValueError(name)
 
 
 def read_record(out: Path) -> dict[str, Any] | None:
