@@ -344,6 +344,23 @@ def test_pictures(tmp_path: Path, suffix: str) -> None:
     check_reader(reader, np.ascontiguousarray(np.moveaxis(expected, 2, 0)))
 
 
+def test_a_jpeg_picture_with_a_hole_is_refused(tmp_path: Path) -> None:
+    """Of a file copied in blocks, one of which never came; Pillow (the control) makes up what was there."""
+    from PIL import Image
+
+    pixels = np.random.default_rng(2).integers(0, 255, (200, 200), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.jpg")
+    sound = whole(open_reader(tmp_path / "a.jpg"))
+    content = bytearray((tmp_path / "a.jpg").read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 256] = bytes(256)
+    (tmp_path / "a.jpg").write_bytes(content)
+    with Image.open(tmp_path / "a.jpg") as file:
+        assert not np.array_equal(np.asarray(file), sound[0])
+    with pytest.raises(ImageError, match="zeros in a row"):
+        open_reader(tmp_path / "a.jpg")
+
+
 def test_grey_png_saved_in_colour_is_one_channel_and_16_bits_are_kept(tmp_path: Path) -> None:
     from PIL import Image
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from daskcell import places
 from daskcell.errors import ImageError
 from daskcell.geometry import Box
-from daskcell.images.readers import ZChoice, check_inside
+from daskcell.images.readers import ZChoice, check_inside, tiffstreams
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".bmp")
 LARGEST_BYTES = 2 * 2**30
@@ -63,7 +63,12 @@ def open(path: str, *, t: int = 0, z: ZChoice = "max") -> PictureReader:
     from PIL import ImageFile, ImageOps
 
     ImageFile.LOAD_TRUNCATED_IMAGES = False
-    with Pillow.open(io.BytesIO(places.read(path)) if places.is_remote(path) else path) as file:
+    content = places.read(path)
+    if content.startswith(_JPEG) and tiffstreams.has_hole(content):
+        raise ImageError(
+            f"Cannot read {path}: damaged, its data hold zeros in a row that were never written."
+        )
+    with Pillow.open(io.BytesIO(content)) as file:
         width, height = file.size
         if width * height * len(file.getbands()) > LARGEST_BYTES:
             raise ImageError(

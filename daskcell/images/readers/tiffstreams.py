@@ -71,6 +71,12 @@ def defect(
     return ""
 
 
+def has_hole(data: bytes) -> bool:
+    """Whether the pixels of a whole JPEG file are interrupted by zeros that were never written."""
+    first = _scan(data, b"")
+    return data.find(bytes(MOST_PADDING + 1), first, max(data.find(b"\xff\xd9", first), first)) >= 0
+
+
 def _segments(data: bytes) -> Iterator[tuple[int, int]]:
     """Markers of a JPEG stream up to its first scan, and where what belongs to each begins."""
     at = 2
