@@ -166,7 +166,7 @@ def test_a_ledger_that_names_files_outside_the_study_says_nothing_is_done(tmp_pa
     """Files of a stage that are not as they were are removed: a study from elsewhere must not choose them."""
     study = Study.create(tmp_path / "s", ["in"], parse_config({}))
     ledger = study.ledger("x")
-    ledger.finish("convert", "k", files={"images/x..zarr/zarr.json": [1, 2]})
+    ledger.finish("convert", "k", {"files": 1}, files={"images/x..zarr/zarr.json": [1, 2]})
     assert study.ledger("x").is_done("convert", "k")
     ledger.finish("convert", "k", files={name: [1, 2]})
     if held:

@@ -364,7 +364,8 @@ def _refuse_strange_paths(*kinds: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise `ValueError` where files of a stage lie outside the study: damaged ones are removed."""
     for stages in kinds:
         for entry in stages.values():
-            for name in (*entry.get("files", ()), *entry["result"].get("files", ())):
+            written = entry["result"].get("files")  # of a conversion, their number
+            for name in (*entry.get("files", ()), *(written if isinstance(written, list) else ())):
                 if os.path.isabs(name) or ".." in name.replace("\\", "/").split("/"):
                     raise ValueError(name)
 
