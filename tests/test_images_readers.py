@@ -239,6 +239,53 @@ def test_the_largest_picture_of_a_slide_is_read_and_not_its_label(tmp_path: Path
     check_reader(reader, pixels)
 
 
+def test_leica_slide_is_its_largest_picture_with_its_levels(tmp_path: Path) -> None:
+    """SCN: an overview of the whole glass comes first, and all pages stand in one row."""
+    pixels = RNG.integers(0, 255, (128, 192, 3), np.uint8)
+    pages = [np.zeros((40, 30, 3), np.uint8), pixels, pixels[::2, ::2], pixels[::4, ::4]]
+    scanned = "".join(f'<dimension sizeX="1" sizeY="1" r="{r}" ifd="{r + 1}"/>' for r in range(3))
+    description = (
+        '<?xml version="1.0"?><scn xmlns="http://www.leica-microsystems.com/scn/2010/10/01"><collection>'
+        '<image name="overview"><pixels><dimension sizeX="30" sizeY="40" r="0" ifd="0"/></pixels></image>'
+        f'<image name="tissue"><pixels>{scanned}</pixels></image></collection></scn>'
+    )
+    options = {"photometric": "rgb", "tile": (32, 32), "metadata": None}
+    with tifffile.TiffWriter(tmp_path / "a.scn", bigtiff=True) as writer:
+        for k, page in enumerate(pages):
+            said = {"description": description} if k == 0 else {}
+            size = {"resolution": (40000 / 2**k * 2, 40000 / 2**k * 2), "resolutionunit": "CENTIMETER"}
+            writer.write(np.ascontiguousarray(page), **options, **size, **said)
+    with tifffile.TiffFile(tmp_path / "a.scn") as file:
+        assert file.is_scn
+    reader = open_reader(tmp_path / "a.scn")
+    assert reader.levels == ((128, 192), (64, 96), (32, 48))
+    assert reader.pixel_size == (0.25, 0.25)
+    np.testing.assert_array_equal(whole(reader, 2), np.moveaxis(pixels[::4, ::4], 2, 0))
+    check_reader(reader, np.moveaxis(pixels, 2, 0))
+
+
+def test_aperio_slide_keeps_levels_and_leaves_out_label_and_macro(tmp_path: Path) -> None:
+    """SVS: the slide, a thumbnail, smaller levels, then label and macro."""
+    pixels = RNG.integers(0, 255, (256, 320, 3), np.uint8)
+    about = "Aperio Image Library v11.2.1 \r\n320x256 (240x240) JPEG/RGB Q=30|AppMag = 20|MPP = 0.5"
+    tiles = {"photometric": "rgb", "tile": (32, 32), "metadata": None, "description": about}
+    strips = {"photometric": "rgb", "metadata": None, "rowsperstrip": 16}
+    with tifffile.TiffWriter(tmp_path / "a.svs") as writer:
+        writer.write(pixels, **tiles)
+        writer.write(np.zeros((51, 64, 3), np.uint8), **strips, description=about)
+        for step in (2, 4):
+            writer.write(np.ascontiguousarray(pixels[::step, ::step]), **tiles)
+        for name, kind in (("label", 1), ("macro", 9)):
+            picture = np.full((300, 400, 3), 9, np.uint8)
+            writer.write(picture, **strips, subfiletype=kind, description=f"Aperio Image Library\r\n{name}")
+    with tifffile.TiffFile(tmp_path / "a.svs") as file:
+        assert file.is_svs
+    reader = open_reader(tmp_path / "a.svs")
+    assert reader.levels == ((256, 320), (128, 160), (64, 80))
+    np.testing.assert_array_equal(whole(reader, 1), np.moveaxis(pixels[::2, ::2], 2, 0))
+    check_reader(reader, np.moveaxis(pixels, 2, 0))
+
+
 def test_alpha_is_left_out_and_other_samples_are_kept(tmp_path: Path) -> None:
     pixels = RNG.integers(0, 255, (20, 30, 4), np.uint8)
     tifffile.imwrite(tmp_path / "alpha.tif", pixels, photometric="rgb", extrasamples=["unassalpha"])

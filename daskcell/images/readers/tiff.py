@@ -64,6 +64,8 @@ MEASURED_BYTES = 16 * 2**20
 
 _WHITE_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR, _LAB = 0, 2, 3, 5, 6, 8
 _JPEG = {6, 7, 34892, 33007}
+_BESIDE = {"label", "macro", "overview", "thumbnail"}
+"""Names tifffile gives to the other pictures of a slide."""
 _CUT_OFF = {5, 34925}
 """LZW and LZMA."""
 
@@ -175,7 +177,9 @@ class TiffReader:
         is_slide = self.file.is_svs or self.file.is_scn or self.file.is_qpi or self.file.is_bif
         if not is_slide and not series[0].keyframe.is_reduced:
             return series[0]
-        return max(series, key=lambda one: math.prod(_yx(one)))
+        # Beside a small piece of a slide the picture of the whole glass is the larger one.
+        scanned = [one for one in series if one.name.lower() not in _BESIDE] if is_slide else []
+        return max(scanned or series, key=lambda one: math.prod(_yx(one)))
 
     def _lay_out(self, series: Any) -> None:
         """Which pages are which channel, plane and time point."""
