@@ -66,3 +66,13 @@ def same_cells(a: np.ndarray, b: np.ndarray) -> tuple[int, int, int]:
     size_a, size_b = np.bincount(a.ravel()), np.bincount(b.ravel())
     same = (pairs > 0).all(axis=0) & (size_a[pairs[0]] == counts) & (size_b[pairs[1]] == counts)
     return int(same.sum()), int((size_a[1:] > 0).sum()), int((size_b[1:] > 0).sum())
+
+
+def cell_ious(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """For each cell of `b` the best IoU with a cell of `a`; above 0.5 no other has the same partner."""
+    size_a, size_b = np.bincount(a.ravel()), np.bincount(b.ravel())
+    pairs, counts = np.unique(np.stack([a.ravel(), b.ravel()]).astype(np.int64), axis=1, return_counts=True)
+    pairs, counts = pairs[:, (pairs > 0).all(axis=0)], counts[(pairs > 0).all(axis=0)]
+    best = np.zeros(len(size_b))
+    np.maximum.at(best, pairs[1], counts / (size_a[pairs[0]] + size_b[pairs[1]] - counts))
+    return best[1:][size_b[1:] > 0]

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+import textwrap
 from pathlib import Path
 
 import dask
 import dask.array as da
 import numpy as np
 import pytest
-from blobs import BlobNetwork, blobs, same_cells
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from blobs import BlobNetwork, blobs, cell_ious, same_cells
 
-from daskcell.errors import InputError
+import daskcell
 from daskcell.segmentation import segment
 
 
@@ -40,17 +40,12 @@ def run(image, **options):
     return dask.compute(*segment(image, return_report=True, **options), scheduler="synchronous")
 
 
-def assert_same_cells(labels, expected, share=0.999):
-    """No cell missing or extra; all but `share` (at least one) pixel by pixel, those to IoU 0.95.
-
-    Cellpose's own labels change in a pixel now and then with its batch size, as convolutions do in the last
-    bit.
-    """
-    assert labels.max() == expected.max() > 0
-    same, found, true = same_cells(labels, expected)
-    assert found == true
-    assert true - same <= max(1, (1 - share) * true)
-    assert (labels != expected).sum() <= 0.05 * true * np.median(np.bincount(expected.ravel())[1:])
+def assert_same_cells(labels, expected, identical=0.999, close=1.0):
+    """None missing, none extra; so many pixel by pixel (but one, in a small picture), so many at IoU 0.95."""
+    ious = cell_ious(labels, expected)
+    assert len(ious) == labels.max() == expected.max() > 0
+    assert (ious == 1).sum() >= min(identical * len(ious), len(ious) - 1)
+    assert (ious >= 0.95).sum() >= close * len(ious)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +68,18 @@ def test_rescaling_by_a_diameter_gives_the_cells_of_the_whole_picture(serial, di
     net = BlobNetwork()
     expected = whole(serial, image, net, diameter=diameter)
     labels, _ = run(image, model=net, diameter=diameter, block=200)
-    assert_same_cells(labels, expected, 0.995)
+    assert_same_cells(labels, expected, identical=0.99, close=0.995)
+
+
+@pytest.mark.slow
+def test_the_embedded_network_gives_the_cells_of_the_whole_picture(serial):
+    from daskcell.models import load_network
+
+    image, net = blobs((1300, 1400), 13), load_network("tiny")
+    expected = whole(serial, image, net)
+    assert expected.max() > 1000
+    labels, _ = run(image, model=net, block=400)
+    assert_same_cells(labels, expected)
 
 
 @pytest.mark.slow
@@ -96,18 +102,6 @@ def test_a_picture_above_the_sampling_limit_has_cellposes_sampled_percentiles(se
     assert report.conflicts == 0
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "uint32", "float64", "bool"])
-def test_every_kind_of_number_is_segmented(serial, dtype):
-    image = blobs((300, 280), 2)
-    if dtype == "bool":
-        image = image > 0.4
-    elif dtype != "float64":
-        image = np.clip(image * 200, 0, 255).astype(dtype)
-    image = image.astype(dtype)
-    net = BlobNetwork()
-    assert_same_cells(run(image, model=net, block=150)[0], whole(serial, image, net))
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -127,30 +121,6 @@ def test_thresholds_mean_what_they_mean_to_cellpose(serial, options):
     assert_same_cells(run(image, model=net, block=128, **options)[0], expected)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    shape=st.tuples(st.integers(20, 600), st.integers(20, 600)),
-    chunks=st.tuples(st.integers(13, 400), st.integers(13, 400)),
-    block=st.integers(64, 500),
-    seed=st.integers(0, 1000),
-    method=st.sampled_from(["cellpose", "watershed"]),
-)
-def test_labels_do_not_depend_on_chunks_or_blocks(shape, chunks, block, seed, method):
-    image = blobs(shape, seed)
-    options = {"model": BlobNetwork()} if method == "cellpose" else {}
-    expected, _ = run(image, method=method, block=4096, **options)
-    labels, report = run(da.from_array(image, chunks=chunks), method=method, block=block, **options)
-    np.testing.assert_array_equal(labels, expected)
-    assert report.conflicts == 0
-
-
-def test_each_tile_goes_through_the_network_once():
-    net = BlobNetwork()
-    _, report = run(blobs((600, 800), 5), model=net, block=300, batch_size=1)
-    assert net.tiles == report.tiles == 3 * 4
-    assert report.repeated == 0
-
-
 def test_a_cell_larger_than_any_halo_comes_out_whole(serial):
     image = blobs((420, 440), 5, radius=30, density=0.003)
     net = BlobNetwork(sigma=12)
@@ -160,6 +130,16 @@ def test_a_cell_larger_than_any_halo_comes_out_whole(serial):
     np.testing.assert_array_equal(labels, run(image, model=net, block=4096, niter=500)[0])
     assert report.redone > 5
     assert report.conflicts == 0
+
+
+@pytest.mark.parametrize(("limit", "cells"), [(0.4, 1), (0.05, 0)])
+def test_a_mask_over_many_blocks_is_dropped_by_its_share_of_the_whole_picture(limit, cells):
+    image = np.zeros((300, 500), np.uint8)
+    image[40:260, 50:250] = 1  # 0.32 of the picture, and all of the blocks within
+    labels, report = run(image, method=lambda block: block[0], block=60, halo=8, max_size_fraction=limit)
+    np.testing.assert_array_equal(labels, image * cells)
+    assert report.cells == cells
+    assert report.redone > 0
 
 
 def test_without_ownership_blocks_cut_cells():
@@ -203,6 +183,18 @@ def test_any_function_of_a_block_becomes_a_method_without_seams():
     assert labels.max() == report.cells > 20
 
 
+def test_the_readmes_example_of_a_method_runs_as_it_stands():
+    text = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    example = re.search(r"seams for\s+free:\n\n((?:    .*\n)+)", text)[1]
+    names = {"dc": daskcell, "x": blobs((1050, 1100), 7)}
+    exec(textwrap.dedent(example), names)
+    labels = names["labels"]
+    assert labels.numblocks == (2, 2)
+    expected, _ = run(names["x"], method=lambda block: names["label"](block[0] > 0.3), block=4096)
+    np.testing.assert_array_equal(labels.compute(scheduler="synchronous"), expected)
+    assert expected.max() > 100
+
+
 def test_ids_run_in_reading_order_from_one():
     labels, _ = run(blobs((400, 400), 8), model=BlobNetwork(), block=90)
     flat = labels.ravel()
@@ -231,77 +223,3 @@ def test_a_ring_swallows_what_lies_in_it_whoever_owns_it():
     labels, conflicts = paint([(part, np.arange(1, len(part) + 1)) for part in parts], held)
     assert (labels[10:50, 10:50] == 1).all()
     assert conflicts == 0
-
-
-def test_constant_and_empty_pictures_have_no_cells():
-    assert run(np.full((3, 90, 80), 7, np.uint8), model=BlobNetwork())[0].max() == 0
-    assert run(np.zeros((90, 80)), method="watershed")[0].max() == 0
-
-
-@pytest.mark.parametrize(
-    ("image", "options", "says"),
-    [
-        (np.zeros((0, 5, 5)), {}, "0 channels"),
-        (np.zeros((5, 5, 5)), {}, "5 channels, and one to 3"),
-        (np.zeros((5, 5, 5)), {"channels": [0, 9]}, "does not fit"),
-        (np.zeros((5,)), {}, "shape"),
-        (np.zeros((2, 5, 5, 5)), {}, "shape"),
-        (np.zeros((1, 0, 5)), {}, "no pixels"),
-        (np.zeros((5, 5), complex), {}, "complex"),
-        (np.zeros((9, 9)), {"method": "magic"}, "magic"),
-        (np.zeros((9, 9)), {"diameter": -3}, "-3"),
-        (np.zeros((9, 9)), {"diameter": "big"}, "big"),
-        (np.zeros((9, 9)), {"diameter": 1000}, "leaves no pixel"),
-        (np.zeros((9, 9)), {"method": "watershed", "opening": -1}, "opening"),
-        (np.zeros((9, 9)), {"method": "watershed", "spline": 1}, "spline"),
-    ],
-)
-def test_what_cannot_be_segmented_is_refused_with_the_value(image, options, says):
-    with pytest.raises(InputError, match=says):
-        segment(image, **{"model": BlobNetwork()} | options)
-
-
-def test_a_picture_that_could_overflow_the_labels_is_refused_before_any_work():
-    image = da.zeros((80_000, 100_000), chunks=20_000, dtype=np.uint8)
-    segment(image, model=BlobNetwork(), block=20_000)
-    with pytest.raises(InputError, match="raise min_size to 2 or more"):
-        segment(image, model=BlobNetwork(), min_size=1)
-
-
-def test_threads_of_the_network_change_at_most_one_cell_in_a_thousand():
-    import torch
-
-    image, net, threads = blobs((700, 800), 12), BlobNetwork(), torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 4):
-            torch.set_num_threads(count)
-            results.append(run(image, model=net, block=300)[0])
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert_same_cells(other, results[0])
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_pixels_that_are_no_numbers_are_refused(value):
-    image = blobs((100, 100), 1)
-    image[40, 50] = value
-    for method in ("cellpose", "watershed"):
-        with pytest.raises(InputError, match="1 NaN or infinite"):
-            run(image, method=method, model=BlobNetwork())
-
-
-def test_a_method_that_returns_no_labels_is_told_so():
-    with pytest.raises(InputError, match="whole-number labels"):
-        run(blobs((50, 50)), method=lambda block: block[0])
-
-
-def test_workers_in_other_processes_give_the_same_labels():
-    from distributed import Client
-
-    image = blobs((600, 500), 9)
-    expected, _ = run(image, model=BlobNetwork(), block=4096)
-    with Client(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None) as client:
-        labels = segment(da.from_array(image, chunks=200), model=BlobNetwork(), block=128, halo=8)
-        np.testing.assert_array_equal(client.compute(labels).result(), expected)
