@@ -47,7 +47,8 @@ def segment(
     image : (Y, X) or (C, Y, X) array, dask or numpy, any integer or float type
         With one to three channels (or choose with `channels`).
     method
-        ``"cellpose"``, ``"watershed"``, or a callable from a block ``(C, h, w)`` to labels ``(h, w)``.
+        ``"cellpose"``, ``"watershed"``, or a callable from a block ``(C, h, w)`` to labels ``(h, w)``, 0 for
+        background. A callable may look `halo` pixels around a cell; a study (`run`) takes only the names.
     model : str or torch.nn.Module
         Network for Cellpose: a name, a file of weights, or a module as `cellpose.core.run_net` accepts it.
     diameter : float, "auto" or None
@@ -74,9 +75,18 @@ def segment(
     InputError
         No or too many channels, NaN pixels (when computed), unknown method or option.
 
-    Notes ----- Equal to ``CellposeModel.eval`` on the whole array with bsize 256 and tile_overlap 0.1
-    (Stringer et al., Nature Methods 18, 2021; Pachitariu et al., "Cellpose-SAM", 2025), up to the order of
-    network batches and ties.
+    Notes
+    -----
+    Equal to ``CellposeModel.eval`` on the whole array with bsize 256 and tile_overlap 0.1 (Stringer et al.,
+    Nature Methods 18, 2021; Pachitariu et al., "Cellpose-SAM", 2025), up to the order of network batches and
+    ties.
+
+    Examples
+    --------
+    Any function of a block, without seams:
+
+    >>> from skimage.measure import label
+    >>> labels = dc.segment(image, method=lambda block: label(block[0] > 0.3))
     """
     import dask
     import dask.array as da

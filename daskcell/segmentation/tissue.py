@@ -25,9 +25,11 @@ def tissue_mask(picture: np.ndarray, bright_field: bool) -> np.ndarray:
     -------
     (y, x) bool
 
-    Notes ----- Distance from the background colour in the channel that differs most; in bright field as
-    optical density, where the background is each channel's 95th percentile, else above the median. Otsu's
-    threshold, held to a range so that a slide full of tissue is not cut in two.
+    Notes
+    -----
+    Distance from the background colour in the channel that differs most; in bright field as optical density,
+    where the background is each channel's 95th percentile, else above the median. Otsu's threshold, held to a
+    range so that a slide full of tissue is not cut in two.
     """
     from scipy import ndimage
     from skimage.filters import threshold_otsu
