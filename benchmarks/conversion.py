@@ -1,6 +1,7 @@
 """Conversion: speed against the codecs and against ome-zarr-py, and memory, in one run.
 
     python benchmarks/conversion.py [--gigabytes 1] [--sides 4096 32768] [--json]
+    python benchmarks/conversion.py --kinds --layouts lzw --sides 4096 32768     # memory alone
 
 Two files of the same picture: JPEG tiles and LZW strips. All speeds are MB of level 0 a second **of one
 core**: each measurement is a process that may use one core only, with all the processes it starts.
@@ -15,16 +16,19 @@ workers     `convert_slide` on one worker a core, all cores at once; per core
 process     `convert_slide` in one process that may use all cores; in all, not per core
 
 Memory is the largest resident size of a worker, and that of the process that opens files for it, while
-pictures of growing sides are converted.
+pictures of growing sides are converted, of each layout.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import multiprocessing
 import os
 import queue
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -73,6 +77,9 @@ def write_strips(path: Path, pixels: np.ndarray, side: int) -> None:
     strips = (packed[i % len(packed)] for i in range(side // STRIP))
     options: dict[str, Any] = {"photometric": "rgb", "compression": "lzw", "rowsperstrip": STRIP}
     tifffile.imwrite(path, strips, shape=(side, side, 3), dtype=np.uint8, **options)
+
+
+WRITERS = {"jpeg": write_tiles, "lzw": write_strips}
 
 
 def on_one_core(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -139,7 +146,19 @@ def convert_seconds(file: str, image: str, warm: str) -> dict[str, Any]:
     result = convert_slide(find_images(file)[0], image)
     seconds = time.perf_counter() - start
     found = sum(path.is_file() for path in Path(image).glob("[0-9]*/c/*/*/*"))
-    return {"seconds": seconds, "files": result["files"], "found": found}
+    return {"seconds": seconds, "files": result["files"], "found": found, "shards": shard_count(image)}
+
+
+def shard_count(image: str) -> int:
+    """Files that an image of such levels and shards has, by their sizes."""
+    import zarr
+
+    group = zarr.open_group(image, mode="r")
+    return sum(
+        math.prod(-(-length // side) for length, side in zip(array.shape, array.shards, strict=True))
+        for name, array in group.arrays()
+        if name.isdigit()
+    )
 
 
 def ome_zarr_seconds(file: str, image: str) -> float:
@@ -231,6 +250,7 @@ def measure(folder: Path, kind: str, file: Path, warm: Path, decoded: float) -> 
         "compressed": decoded * 1e6 / size,
         "files": ours["files"],
         "files_found": ours["found"],
+        "shards": ours["shards"],
     }
 
 
@@ -239,8 +259,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--gigabytes", type=float, default=1.0)
-    parser.add_argument("--kinds", nargs="*", default=["jpeg", "lzw"], choices=["jpeg", "lzw"])
-    parser.add_argument("--sides", type=int, nargs="*", default=[4096, 8192, 16384, 32768])
+    parser.add_argument("--kinds", nargs="*", default=[*WRITERS], choices=[*WRITERS], help="to be timed")
+    parser.add_argument("--layouts", nargs="*", default=[*WRITERS], choices=[*WRITERS], help="for memory")
+    parser.add_argument("--sides", type=int, nargs="*", default=[4096, 8192, 16384, 32768], help="for memory")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     side = -(-int((options.gigabytes * 1e9 / 3) ** 0.5) // TILE) * TILE
@@ -252,12 +273,13 @@ def main() -> None:
         write_tiles(warm, pixels, 2048)
         for kind in options.kinds:
             file = folder / f"{kind}.tif"
-            (write_tiles if kind == "jpeg" else write_strips)(file, pixels, side)
+            WRITERS[kind](file, pixels, side)
             figures[kind] = measure(folder, kind, file, warm, 3 * side * side / 1e6)
-        for large in options.sides:
-            file = folder / f"{large}.tif"
-            write_tiles(file, pixels, large)
-            figures["memory_mb"][large] = peak_megabytes(str(file), str(folder / f"{large}.zarr"))
+        for kind, large in itertools.product(options.layouts, options.sides):
+            file, image = folder / "large.tif", folder / "large.zarr"
+            WRITERS[kind](file, pixels, large)
+            figures["memory_mb"].setdefault(kind, {})[large] = peak_megabytes(str(file), str(image))
+            shutil.rmtree(image)
     figures = json.loads(json.dumps(figures), parse_float=lambda text: round(float(text), 3))
     print(json.dumps(figures, indent=None if options.json else 1))
 
