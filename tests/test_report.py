@@ -169,6 +169,14 @@ def test_traits_and_areas_are_those_of_the_whole_table(made):
         )
 
 
+def test_no_trait_says_again_what_another_said(made):
+    cells = made.cells()
+    for group in gather(made).groups:
+        names = ["area_um2" if trait.name == "area" else trait.name for trait in group.traits]
+        together = cells[names].corr().abs().to_numpy()
+        assert together[~np.eye(len(names), dtype=bool)].max(initial=0) <= 0.81
+
+
 def test_small_batches_tell_the_same(made, monkeypatch):
     expected = gather(made)
     monkeypatch.setattr(facts, "_BATCH", 7)

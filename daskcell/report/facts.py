@@ -25,7 +25,9 @@ FAR = 4
 _BATCH = 1 << 16
 _MOST_TRAITS = 4
 _LEAST_TRAIT = 0.5
-_TURNS_OF_A_TRAIT = 0.9
+_SAME = 0.8
+"""Two measurements that go together as closely over the cells say the same."""
+_SAMPLE = 4000
 
 
 @dataclass(frozen=True)
@@ -179,19 +181,25 @@ def _curve(study: Study) -> list[dict[str, float]]:
 
 # -- cells -------------------------------------------------------------------------------------------------
 class _Tally:
-    """Sums of some measurements by group, slide by slide, and the nearest and farthest cells of each."""
+    """Sums of some measurements by group, slide by slide, the nearest and farthest cells of each group, and
+    the measurements of every `step`-th cell."""
 
-    def __init__(self, columns: Sequence[str], size: int):
+    def __init__(self, columns: Sequence[str], size: int, step: int):
         self.columns = list(columns)
         self.counts = np.zeros((size, len(columns)))
         self.sums = np.zeros((size, len(columns)))
         self.squares = np.zeros((size, len(columns)))
         self.near: list[list[Cell]] = [[] for _ in range(size)]
         self.far: list[list[Cell]] = [[] for _ in range(size)]
+        self.sample: list[np.ndarray] = []
+        self._step, self._seen = step, 0
 
     def add(self, slide: str, start: int, batch: pa.RecordBatch, cluster: np.ndarray) -> None:
         values = {name: batch.column(name).to_numpy(zero_copy_only=False) for name in batch.schema.names}
         good = cluster >= 0
+        rows = slice(-self._seen % self._step, None, self._step)
+        self.sample.append(np.stack([values[name][rows].astype(np.float64) for name in self.columns], axis=1))
+        self._seen += len(cluster)
         for i, name in enumerate(self.columns):
             numbers = values[name].astype(np.float64)
             there = good & np.isfinite(numbers)
@@ -237,7 +245,8 @@ def _look_at_cells(study: Study, slides: Sequence[str], facts: Facts) -> None:
         columns = [name for name in shared_columns([study.table(name) for name in slides]) if name != "area"]
     except InputError:  # slides with other channels, or none measured
         columns = []
-    tally = _Tally([area, *columns], max(group.number for group in facts.groups) + 1)
+    size = max(group.number for group in facts.groups) + 1
+    tally = _Tally([area, *columns], size, -(-max(facts.cells, 1) // _SAMPLE))
     for name in slides:
         for start, batch in _batches(study, name, [*tally.columns, *_PLACES]):
             cluster = batch.column("cluster").to_numpy(zero_copy_only=False).astype(np.int64)
@@ -248,27 +257,24 @@ def _look_at_cells(study: Study, slides: Sequence[str], facts: Facts) -> None:
         deviation = np.sqrt(np.maximum(tally.squares.sum(axis=0) / counts - mean**2, 0))
         means = tally.sums / tally.counts
         apart = np.where(deviation > 1e-9 * np.abs(mean), (means - mean) / deviation, 0.0)
+        sample = np.concatenate(tally.sample)
+        sample = sample[np.isfinite(sample).all(axis=1)]
+        together = np.abs(np.corrcoef(sample.T)) if len(sample) > 1 else np.eye(len(mean))
     for group in facts.groups:
         group.typical, group.far = tally.near[group.number], tally.far[group.number]
         group.far = [cell for cell in group.far if cell not in group.typical]
         value = means[group.number, 0]
         group.area = float(value) if np.isfinite(value) else None
-        group.traits = _traits(tally.columns, np.nan_to_num(apart[group.number]), tally)
+        group.traits = _traits(tally.columns, np.nan_to_num(apart[group.number]), together)
 
 
-def _traits(columns: Sequence[str], apart: np.ndarray, tally: _Tally) -> list[Trait]:
-    """The measurements that set a group apart most, each saying something that those before it do not.
-
-    Two measurements whose means over the groups go together (correlation above 0.9) say the same.
-    """
-    with np.errstate(invalid="ignore", divide="ignore"):
-        means = np.nan_to_num(tally.sums / tally.counts)
-        together = np.nan_to_num(np.abs(np.corrcoef(means.T))) if len(means) > 2 else np.eye(len(columns))
+def _traits(columns: Sequence[str], apart: np.ndarray, together: np.ndarray) -> list[Trait]:
+    """The measurements that set a group apart most, each saying something that those before it do not."""
     found: list[int] = []
     for i in np.lexsort((np.arange(len(columns)), -np.abs(apart))):
         if abs(apart[i]) < _LEAST_TRAIT or len(found) == _MOST_TRAITS:
             break
-        if all(together[i, j] < _TURNS_OF_A_TRAIT for j in found):
+        if not any(together[i, j] > _SAME for j in found):
             found.append(int(i))
     return [Trait(columns[i].removesuffix("_um2"), float(apart[i])) for i in found]
 
