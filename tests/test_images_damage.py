@@ -362,7 +362,9 @@ def test_ome_metadata_that_contradict_the_pages_are_refused(tmp_path: Path) -> N
     things read as pixels."""
     path = tmp_path / "damaged.ome.tif"
     pages = list(picture("uint8", (3, 50, 60)))
-    np.testing.assert_array_equal(pixels(path, ome_tiff(path, pages)), np.stack(pages))
+    thumbnail = pages[0][::5, ::5]
+    for sound in (pages, [*pages, thumbnail]):
+        np.testing.assert_array_equal(pixels(path, ome_tiff(path, sound)), np.stack(pages))
     others = {
         "smaller": [pages[0], pages[1][:20], pages[2]],
         "narrower": [pages[0], pages[1][:, :30], pages[2]],

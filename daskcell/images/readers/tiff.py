@@ -133,7 +133,7 @@ class TiffReader:
         self.axes = series.axes
         self.keyframe = keyframe = series.keyframe
         check_page(keyframe, self.path)
-        tiffmeta.check_counts(self.file, series, self.path)
+        tiffmeta.check_counts(self.file, series, self.path, forms)
         self._lay_out(series)
         self._choose(t, z)
         self.orientation = int(keyframe.tags.valueof(274, 1) or 1)

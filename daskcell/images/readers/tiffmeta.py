@@ -8,6 +8,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from daskcell.errors import ImageError
+from daskcell.images.readers.tiffcheck import Forms
 
 LARGEST_PIXEL_UM = 20.0
 """Resolution tags that say more are those of a screen or printer (72 dpi is 353 um), not of a microscope."""
@@ -63,13 +64,13 @@ def check_description(file: Any, path: str) -> None:
             raise ImageError(f"Cannot read {path}: its OME metadata claim {planes} planes.")
 
 
-def check_counts(file: Any, series: Any, path: str) -> None:
-    """Refuse a file whose metadata speak of other pages than there are."""
+def check_counts(file: Any, series: Any, path: str, forms: Forms) -> None:
+    """Refuse a file whose metadata speak of other pages than there are; `forms` are those of its pages."""
     if series is not file.series[0]:
         return
     pixels = _ome_pixels(file)
     if pixels is not None:
-        _check_ome(file, series, pixels, path)
+        _check_ome(file, series, pixels, path, forms)
     elif file.is_imagej:
         said = file.imagej_metadata or {}
         planes = [said.get(name, 1) for name in ("images", "channels", "slices", "frames")]
@@ -84,7 +85,7 @@ def check_counts(file: Any, series: Any, path: str) -> None:
             )
 
 
-def _check_ome(file: Any, series: Any, pixels: Any, path: str) -> None:
+def _check_ome(file: Any, series: Any, pixels: Any, path: str, forms: Forms) -> None:
     """OME-XML must agree with the pages of its first image, and name all that are like them."""
     key, kind = series.keyframe, pixels.get("Type", "").lower()
     said = int(pixels.get("SizeY")), int(pixels.get("SizeX"))
@@ -98,9 +99,9 @@ def _check_ome(file: Any, series: Any, pixels: Any, path: str) -> None:
     if series.kind != "ome":
         raise ImageError(f"Cannot read {path}: its OME metadata do not tell which page is what.")
     used = {(page.parent, page.offset) for one in file.series for page in one.pages if page is not None}
-    spare = [p for p in file.pages if (file, p.offset) not in used and p.keyframe.hash == key.hash]
+    spare = sum(place not in used and form == forms.get((file, key.offset)) for place, form in forms.items())
     if spare:
-        raise ImageError(f"Cannot read {path}: its OME metadata do not name {len(spare)} of its pages.")
+        raise ImageError(f"Cannot read {path}: its OME metadata do not name {spare} of its pages.")
 
 
 def pixel_size(file: Any, page: Any) -> tuple[float, float] | None:
