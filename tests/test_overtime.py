@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from test_pipeline import contents
 
 from daskcell.compute import Failed, Workers
 from daskcell.compute.overtime import Overtime, renew
@@ -108,3 +109,7 @@ def test_a_slide_whose_reading_hangs_is_set_aside_and_the_others_finish(client, 
     assert [(f["slide"], f["stage"]) for f in study.failures] == [("hung", "convert")]
     assert "compute.task_seconds (25 s)" in study.failures[0]["error"]
     assert [len(study.cells(name)) for name in ("one", "two")] == [2, 2]
+    (tmp_path / "in" / "hung.tif").unlink()
+    monkeypatch.undo()
+    calm = run(tmp_path / "in", tmp_path / "whole", settings | {"compute": {"kind": "inline"}})
+    assert contents(study.out) == contents(calm.out)

@@ -161,6 +161,27 @@ def test_a_changed_file_is_redone_and_the_clusters_with_it(fakes, folder, tmp_pa
     assert ("*", "cluster") in ran
 
 
+def test_a_file_that_changes_during_the_run_is_set_aside_and_done_by_the_next(
+    fakes, folder, tmp_path, monkeypatch
+):
+    describe = slide.STAGES["describe"]
+
+    def disturbed(job, *args):
+        result = describe(job, *args)
+        if job.slide == "two":
+            tifffile.imwrite(folder / "two.tif", np.full((20, 31), 8, np.uint8))
+        return result
+
+    monkeypatch.setitem(slide.STAGES, "describe", disturbed)
+    study = run(folder, tmp_path / "out", INLINE)
+    assert [failure["slide"] for failure in study.failures] == ["two"]
+    assert "changed while the run lasted" in study.failures[0]["error"]
+    assert [name for name, stage in fakes.take() if stage == "paint"] == ["one", "three"]
+    monkeypatch.setitem(slide.STAGES, "describe", describe)
+    assert run(folder, tmp_path / "out", INLINE).failures == []
+    assert [stage for name, stage in fakes.take() if name == "two"] == [*EARLY, "assign", "paint"]
+
+
 def test_a_touched_file_of_the_same_bytes_is_not_redone(fakes, folder, tmp_path):
     run(folder, tmp_path / "out", INLINE)
     fakes.take()
@@ -519,11 +540,10 @@ class Hungry(Source):
             time.sleep(0.05)
 
 
-def paint_cells(folder, names):
+def paint_cells(folder, names, first=0):
     folder.mkdir()
-    generator = np.random.default_rng(0)
-    for name in names:
-        picture = generator.integers(0, 20, (120, 120), np.uint8)
+    for number, name in enumerate(names, start=first):
+        picture = np.random.default_rng(number).integers(0, 20, (120, 120), np.uint8)
         picture[20:50, 20:50] = picture[70:100, 60:90] = 200
         tifffile.imwrite(folder / f"{name}.tif", picture)
 
@@ -547,6 +567,20 @@ def test_a_slide_that_kills_its_worker_is_set_aside_and_the_others_finish(tmp_pa
         assert "killed its worker" in failure["error"]
         assert "compute.memory" in failure["error"]
     assert [len(study.cells(name)) for name in good] == [2] * 3
+    paint_cells(tmp_path / "calm", good, first=len(bad))
+    calm = run(tmp_path / "calm", tmp_path / "whole", settings | {"compute": {"kind": "inline"}})
+    assert contents(study.out) == contents(calm.out)
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """Every file but those that tell what happened to bad slides, and where it ran."""
+    aside = {"ledger", "study.json", "failures.jsonl", "report.html"}
+    files = [path for path in out.rglob("*") if path.is_file()]
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in files
+        if path.relative_to(out).parts[0] not in aside
+    }
 
 
 def test_many_small_slides_share_tasks(fakes, tmp_path, monkeypatch):

@@ -60,6 +60,7 @@ _MOST_TASKS = 20_000
 """That the scheduler is given at a time."""
 _USED_BY_SLIDES = ("ome_zarr_models", "pandas", "pyarrow.parquet", "skimage.measure", "torch")
 """Their modules import each other in circles: threads that import one at once may see it half made."""
+_CHANGED = "Its input or its results changed while the run lasted. Please run again."
 _LARGE_SLIDES_AT_ONCE = 2
 """So that one slide's serial steps do not leave the workers idle."""
 
@@ -125,6 +126,9 @@ class Run:
                 # Slides with nothing missing at the start need no second look.
                 late = [name for name in slides if missing[name] or name in self.looked]
                 lost = {name for name in late if missing_stages(self.job(name), self.study)}
+                for name in sorted(lost):
+                    if self.study.ledger(name).failure is None:
+                        self.set_aside(self.job(name), InputError(_CHANGED))
                 described = [name for name in slides if name not in lost]
                 if self.cluster(described, workers) is not None:
                     key = self.study.grouping
