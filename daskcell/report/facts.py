@@ -197,8 +197,10 @@ class _Tally:
     def add(self, slide: str, start: int, batch: pa.RecordBatch, cluster: np.ndarray) -> None:
         values = {name: batch.column(name).to_numpy(zero_copy_only=False) for name in batch.schema.names}
         good = cluster >= 0
-        rows = slice(-self._seen % self._step, None, self._step)
-        self.sample.append(np.stack([values[name][rows].astype(np.float64) for name in self.columns], axis=1))
+        every = slice(-self._seen % self._step, None, self._step)
+        self.sample.append(
+            np.stack([values[name][every].astype(np.float64) for name in self.columns], axis=1)
+        )
         self._seen += len(cluster)
         for i, name in enumerate(self.columns):
             numbers = values[name].astype(np.float64)
@@ -217,9 +219,9 @@ class _Tally:
                 (self.near, order[:TYPICAL], 1.0),
                 (self.far, order[::-1][:FAR], -1.0),
             ):
-                every = kept[group] + [self._cell(slide, start, row, values) for row in some]
-                every.sort(key=lambda cell: (sign * cell.distance, cell.slide, cell.label))
-                kept[group] = every[: TYPICAL if kept is self.near else FAR]
+                best = kept[group] + [self._cell(slide, start, row, values) for row in some]
+                best.sort(key=lambda cell: (sign * cell.distance, cell.slide, cell.label))
+                kept[group] = best[: TYPICAL if kept is self.near else FAR]
 
     @staticmethod
     def _cell(slide: str, start: int, row: int, values: dict[str, np.ndarray]) -> Cell:
