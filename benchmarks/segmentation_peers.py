@@ -5,7 +5,8 @@
 
 The truth of each block-wise run is `CellposeModel.eval` on the whole picture. Prints as JSON, for each: the
 seconds of the second of two runs, how many times daskcell is faster, cells, and how many of the whole
-picture's cells come out wrong: not pixel by pixel, and below IoU 0.95.
+picture's cells come out wrong: not pixel by pixel, and below IoU 0.95. patchworks is GPL-3 and no part of
+daskcell: it is left out unless it is installed.
 
 Both peers run as they are, on two worker processes or threads. `distributed_eval` builds its model inside its
 workers, so these are given one that takes the small network; and it passes `zarr.open` the mode by position,
