@@ -57,6 +57,21 @@ Changes = Annotated[
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; errors only.")]
+Method = Annotated[str | None, typer.Option(help="cellpose or watershed.")]
+Model = Annotated[str | None, typer.Option(help="tiny, cpsam_v2, or a file of weights.")]
+Diameter = Annotated[str | None, typer.Option(help="Cell diameter in pixels; auto: estimated.")]
+Pattern = Annotated[
+    str | None, typer.Option(help="Names of files with one channel each, as {field}_{channel}.tif.")
+]
+WorkerCount = Annotated[int | None, typer.Option(help="Worker processes; one per core unless told.")]
+Compute = Annotated[
+    str | None, typer.Option(help="local, gpu, inline, slurm, pbs, lsf, sge, or a scheduler's address.")
+]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda.")]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Work only on slides that were set aside.")]
+Truth = Annotated[
+    Path | None, typer.Option(help="CSV of cells with known types: slide; label, or y and x; type.")
+]
 Interval = Annotated[
     float, typer.Option(min=0.1, help="Seconds between progress lines where there is no terminal.")
 ]
@@ -124,6 +139,15 @@ def word_or_number(text: str | None) -> Any:
     if text is None:
         return None
     return NOTHING if text.lower() in ("none", "null", "") else yaml.safe_load(text)
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """Rows as lines of text with even columns."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    lines = [
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in rows
+    ]
+    return "\n".join(lines)
 
 
 def make_progress(quiet: bool, interval: float) -> Progress:

@@ -7,7 +7,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from daskcell.cli.app import Changes, ConfigFile, Interval, Quiet, app, read_settings
+from daskcell.cli.app import (
+    Changes,
+    Compute,
+    ConfigFile,
+    Device,
+    Interval,
+    Pattern,
+    Quiet,
+    RetryFailed,
+    Truth,
+    WorkerCount,
+    aligned,
+    app,
+    read_settings,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,20 +43,12 @@ def assign(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the study; continued if it is there.")],
     config: ConfigFile = None,
     changes: Changes = None,
-    truth: Annotated[
-        Path | None, typer.Option(help="CSV of cells with known types: slide; label, or y and x; type.")
-    ] = None,
-    pattern: Annotated[
-        str | None, typer.Option(help="Names of files with one channel each, as {field}_{channel}.tif.")
-    ] = None,
-    workers: Annotated[int | None, typer.Option(help="Worker processes; one per core unless told.")] = None,
-    compute: Annotated[
-        str | None, typer.Option(help="local, gpu, inline, slurm, pbs, lsf, sge, or a scheduler's address.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Work only on slides that were set aside.")
-    ] = False,
+    truth: Truth = None,
+    pattern: Pattern = None,
+    workers: WorkerCount = None,
+    compute: Compute = None,
+    device: Device = None,
+    retry_failed: RetryFailed = False,
     quiet: Quiet = False,
     interval: Interval = 30.0,
 ) -> None:
@@ -89,7 +95,6 @@ def assign(
 @clusters.command()
 def show(where: Where) -> None:
     """List groups with their names, cells, and the fitted groups that were merged into each."""
-    from daskcell.cli.images import _aligned
     from daskcell.pipeline.regroup import group_rows
 
     rows = [["group", "name", "cells", "share", "merged from"]]
@@ -98,7 +103,7 @@ def show(where: Where) -> None:
         rows.append(
             [str(row["group"]), row["name"], f"{row['cells']:,}", f"{100 * row['share']:.1f} %", parts]
         )
-    print(_aligned(rows))
+    print(aligned(rows))
 
 
 @clusters.command()

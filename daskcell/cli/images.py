@@ -7,7 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from daskcell.cli.app import Changes, ConfigFile, app, read_settings, word_or_number
+from daskcell.cli.app import (
+    Changes,
+    ConfigFile,
+    Diameter,
+    Method,
+    Model,
+    Pattern,
+    aligned,
+    app,
+    read_settings,
+    word_or_number,
+)
 
 
 @app.command()
@@ -61,9 +72,9 @@ def segment(
     out: Annotated[Path, typer.Option("--out", "-o", help="OME-Zarr to write; the cells are labels/cells.")],
     config: ConfigFile = None,
     changes: Changes = None,
-    method: Annotated[str | None, typer.Option(help="cellpose or watershed.")] = None,
-    model: Annotated[str | None, typer.Option(help="tiny, cpsam_v2, or a file of weights.")] = None,
-    diameter: Annotated[str | None, typer.Option(help="Cell diameter in pixels; auto: estimated.")] = None,
+    method: Method = None,
+    model: Model = None,
+    diameter: Diameter = None,
 ) -> None:
     """Find the cells of one picture."""
     import tempfile
@@ -103,9 +114,7 @@ def segment(
 @app.command()
 def channels(
     inputs: Annotated[list[str], typer.Argument(help="Files, folders or patterns with *.")],
-    pattern: Annotated[
-        str | None, typer.Option(help="Names of files with one channel each, as {field}_{channel}.tif.")
-    ] = None,
+    pattern: Pattern = None,
     split: Annotated[
         Path | None, typer.Option(help="Write every channel as a picture of its own into this folder.")
     ] = None,
@@ -117,7 +126,7 @@ def channels(
     sources = find_images(inputs, InputSettings(pattern=pattern))
     rows = [["image", "channel", "file"]]
     rows += [[row["image"], row["channel"], row["file"]] for row in describe_sources(sources)]
-    print(_aligned(rows))
+    print(aligned(rows))
     if split is not None:
         from daskcell.images.split import split_channels
 
@@ -144,9 +153,9 @@ def score(
     ] = None,
     config: ConfigFile = None,
     changes: Changes = None,
-    method: Annotated[str | None, typer.Option(help="cellpose or watershed.")] = None,
-    model: Annotated[str | None, typer.Option(help="tiny, cpsam_v2, or a file of weights.")] = None,
-    diameter: Annotated[str | None, typer.Option(help="Cell diameter in pixels; auto: estimated.")] = None,
+    method: Method = None,
+    model: Model = None,
+    diameter: Diameter = None,
 ) -> None:
     """Compare found cells with known ones: AP, precision, recall and F1 at IoU 0.5 and 0.75.
 
@@ -220,11 +229,3 @@ def _refuse_existing(target: Path) -> None:
 
     if target.exists():
         raise InputError(f"{target} exists already. Please remove it or choose another name.")
-
-
-def _aligned(rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    lines = [
-        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in rows
-    ]
-    return "\n".join(lines)

@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
-from daskcell.cli.app import app
+from daskcell.cli.app import (
+    aligned,
+    app,
+)
 
 weights = typer.Typer(no_args_is_help=True, help="List and fetch weights of networks.")
 train = typer.Typer(no_args_is_help=True, help="Train the embedded kinds of networks on your own pictures.")
@@ -18,12 +21,11 @@ app.add_typer(train, name="train")
 @weights.command("list")
 def list_all() -> None:
     """Show which weights there are, and which are on this machine."""
-    from daskcell.cli.images import _aligned
     from daskcell.models import list_weights
 
     rows = [["name", "here", "what", "licence"]]
     rows += [[w.name, "yes" if w.present else "no", w.what, w.licence] for w in list_weights()]
-    print(_aligned(rows))
+    print(aligned(rows))
 
 
 @weights.command()

@@ -12,9 +12,18 @@ import typer
 
 from daskcell.cli.app import (
     Changes,
+    Compute,
     ConfigFile,
+    Device,
+    Diameter,
     Interval,
+    Method,
+    Model,
+    Pattern,
     Quiet,
+    RetryFailed,
+    Truth,
+    WorkerCount,
     app,
     make_progress,
     read_settings,
@@ -31,28 +40,20 @@ def run(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the study; continued if it is there.")],
     config: ConfigFile = None,
     changes: Changes = None,
-    method: Annotated[str | None, typer.Option(help="cellpose or watershed.")] = None,
-    model: Annotated[str | None, typer.Option(help="tiny, cpsam_v2, or a file of weights.")] = None,
-    diameter: Annotated[str | None, typer.Option(help="Cell diameter in pixels; auto: estimated.")] = None,
+    method: Method = None,
+    model: Model = None,
+    diameter: Diameter = None,
     encoder: Annotated[str | None, typer.Option(help="tiny, a torchvision name, or a file.")] = None,
     k: Annotated[str | None, typer.Option("-k", help="Number of groups, or auto.")] = None,
-    pattern: Annotated[
-        str | None, typer.Option(help="Names of files with one channel each, as {field}_{channel}.tif.")
-    ] = None,
-    workers: Annotated[int | None, typer.Option(help="Worker processes; one per core unless told.")] = None,
-    compute: Annotated[
-        str | None, typer.Option(help="local, gpu, inline, slurm, pbs, lsf, sge, or a scheduler's address.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Work only on slides that were set aside.")
-    ] = False,
+    pattern: Pattern = None,
+    workers: WorkerCount = None,
+    compute: Compute = None,
+    device: Device = None,
+    retry_failed: RetryFailed = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read all that is done, and make again what is damaged.")
     ] = False,
-    truth: Annotated[
-        Path | None, typer.Option(help="CSV of cells with known types: slide; label, or y and x; type.")
-    ] = None,
+    truth: Truth = None,
     quiet: Quiet = False,
     interval: Interval = 30.0,
 ) -> None:
@@ -178,7 +179,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for pictures and results.")] = Path("demo"),
     fields: Annotated[int, typer.Option(min=1, help="Data sets to draw.")] = 4,
     size: Annotated[int, typer.Option(min=256, help="Side of each in pixels.")] = 1024,
-    workers: Annotated[int | None, typer.Option(help="Worker processes; one per core unless told.")] = None,
+    workers: WorkerCount = None,
     quiet: Quiet = False,
     interval: Interval = 30.0,
 ) -> None:
