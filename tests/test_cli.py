@@ -110,6 +110,7 @@ def fakes(monkeypatch):
         return {"k": config.cluster.k}
 
     monkeypatch.setattr(collection, "fit", fit)
+    monkeypatch.setattr(launch, "bring_report_up_to_date", lambda study: None)
     return bad
 
 
