@@ -567,6 +567,7 @@ def test_a_slide_that_kills_its_worker_is_set_aside_and_the_others_finish(tmp_pa
         assert "killed its worker" in failure["error"]
         assert "compute.memory" in failure["error"]
     assert [len(study.cells(name)) for name in good] == [2] * 3
+    monkeypatch.undo()  # the deadly ones would kill this process
     paint_cells(tmp_path / "calm", good, first=len(bad))
     calm = run(tmp_path / "calm", tmp_path / "whole", settings | {"compute": {"kind": "inline"}})
     assert contents(study.out) == contents(calm.out)
