@@ -104,6 +104,18 @@ def test_every_tile_is_computed_once_and_blocks_take_few_tasks(slide, tmp_path, 
     assert not list((tmp_path / "scratch-256").rglob("tiles/*.npy")), "tiles are removed when used"
 
 
+def test_a_slide_of_four_blocks_takes_sixteen_tasks(slide, tmp_path, picture, monkeypatch):
+    """With the largest levels too: pyramids of small slides are one task."""
+    tifffile.imwrite(tmp_path / "wide.tif", np.tile(picture, (2, 2)))
+    dc.convert(tmp_path / "wide.tif", tmp_path / "wide.zarr")
+    ran = Counter()
+    workers = Workers(on_task=lambda: ran.update(all=1))
+    _, report = segment(tmp_path / "wide.zarr", tmp_path, block=640, workers=workers)
+    assert report["blocks"] == 4
+    assert len(image_info(tmp_path / "wide.zarr").levels) == 2
+    assert ran["all"] <= 16
+
+
 @pytest.mark.parametrize("share", [0.15, 0.45, 0.6, 0.8, 0.99])
 def test_a_run_that_is_killed_goes_on_where_it_was(slide, tmp_path, counts, share):
     expected, _ = segment(slide, tmp_path, workers=CountingWorkers(), scratch=tmp_path / "undisturbed")

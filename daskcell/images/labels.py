@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from daskcell.errors import ImageError, InputError
 from daskcell.geometry import Box
 from daskcell.images import metadata, store
-from daskcell.images.levels import downscale_block
+from daskcell.images.levels import downscale_block, downscale_levels
 from daskcell.images.pyramid import level_shapes
 from daskcell.images.shards import write_box
 
@@ -112,16 +112,23 @@ def read_labels(path: str | Path, name: str, box: Box, level: int = 0) -> NDArra
 def build_label_pyramid(path: str | Path, name: str, workers: Any = None) -> None:
     """Write the smaller levels of a label image (nearest pixel) and list it as finished.
 
-    Each file is written once, by one task; `workers` as `compute.Workers`, or None for this process.
+    Each file is written once, by one task, and all levels of a single file by one together;
+    `workers` as `compute.Workers`, or None for this process.
     """
     from daskcell.images.conversion import run_tasks
 
     group = Path(path, "labels", name).absolute()  # workers may run elsewhere
     image = _opened_labels(path, name)
-    for level in range(1, len(image.levels)):
-        grid = store.grid_of(image.arrays[level])
+    grids = [store.grid_of(array) for array in image.arrays]
+    several = [level for level in range(1, len(grids)) if len(grids[level]) > 1]
+    rest = range(len(several) + 1, len(grids))
+    for level in several:
+        grid = grids[level]
         tasks = (((level, *i), downscale_block, (str(group), level, grid.core(i), "nearest")) for i in grid)
         for _ in run_tasks(workers, tasks):
+            pass
+    if rest:
+        for _ in run_tasks(workers, [(("rest",), downscale_levels, (str(group), rest, "nearest"))]):
             pass
     _list(Path(path, "labels"), name, store.version_of(image.group), listed=True)
 

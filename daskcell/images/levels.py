@@ -86,3 +86,12 @@ def downscale_block(group: str, level: int, box: Box, method: str) -> int:
         strip = Box(y0, box.x0, min(y0 + store.CHUNK, box.y1), box.x1)
         out[(..., *strip.within(box))] = halve(np.asarray(before[(..., *source_box(strip, shape).slices)]))
     return write_box(target, box, out)
+
+
+def downscale_levels(group: str, levels: Sequence[int], method: str) -> int:
+    """Write whole levels, one after another, each from the one before; returns how many files."""
+    files = 0
+    for level in levels:
+        height, width = store.writable(group, level).shape[-2:]
+        files += downscale_block(group, level, Box(0, 0, height, width), method)
+    return files

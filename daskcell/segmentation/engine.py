@@ -143,9 +143,10 @@ def _globals(job: Job, workers: Workers) -> None:
     if job.measures_diameter:  # as long as some of the others together, so first
         window.submit("diameter", measure_diameter, job, kind="network")
     groups = list(partition_all(_OBSERVED_A_TASK, job.grid))
-    for group in groups:
-        if not job.file("samples", group[0]).exists():
-            window.submit(group, observe_blocks, job, group)
+    if len(groups) > 1:  # else it is observed where it is frozen
+        for group in groups:
+            if not job.file("samples", group[0]).exists():
+                window.submit(group, observe_blocks, job, group)
     for key, result in window:
         if key == "diameter":
             diameter = result

@@ -108,6 +108,8 @@ def freeze_globals(job: Job, groups: list[tuple[Index, ...]], diameter: float | 
     method = job.method
     observed = []
     for group in groups:
+        if not job.file("samples", group[0]).exists():
+            observe_blocks(job, group)
         with np.load(job.file("samples", group[0]), allow_pickle=False) as arrays:
             observed.append([arrays[name] for name in arrays.files])
     if isinstance(method, CellposeMethod):
