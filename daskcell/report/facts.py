@@ -108,19 +108,25 @@ class Facts:
 
 def gather(study: Study) -> Facts:
     """Read what a study holds; slides that were set aside and groups that are not there are left out."""
-    ledgers = {name: study.ledger(name) for name in study.slides}
     k = study.ledger(CLUSTERS).result("cluster").get("k") or 0
     titles = titled(Naming.load(study.clusters).titles(k), k) if k else []
     palette = colors(k)
     groups = [Group(i, title, "#" + bytes(palette[i]).hex()) for i, title in titles]
-    rows = []
-    for name, ledger in ledgers.items():
-        shape = ledger.result("convert").get("shape")
+    rows, reports, grouped, sizes, ungrouped = [], [], [], [], 0
+    for name in study.slides:
+        ledger = study.ledger(name)  # one at a time: thousands of them fill the memory
+        converted, assigned = ledger.result("convert"), ledger.result("assign")
+        shape = converted.get("shape")
         if shape is None:
             continue
-        counts = ledger.result("assign").get("counts") or [0] * k
-        cells = ledger.result("segment").get("cells") or 0
+        reports.append(ledger.result("segment"))
+        counts = assigned.get("counts") or [0] * k
+        cells = reports[-1].get("cells") or 0
         rows.append(SlideRow(name, 1, cells, [counts[g.number] for g in groups], shape[1] * shape[2] / 1e6))
+        ungrouped += assigned.get("unassigned") or 0
+        if ledger.entry("assign"):
+            grouped.append(name)
+            sizes.append(converted.get("pixel_size"))
     for i, group in enumerate(groups):
         group.cells = sum(row.counts[i] for row in rows)
     total = sum(group.cells for group in groups)
@@ -130,12 +136,12 @@ def gather(study: Study) -> Facts:
         rows,
         _sets(study, rows),
         groups,
-        sum(ledger.result("assign").get("unassigned") or 0 for ledger in ledgers.values()),
-        "px",
-        seams([ledger.result("segment") for ledger in ledgers.values()]),
+        ungrouped,
+        "px" if None in sizes else "µm",
+        seams(reports),
         _curve(study) if k else [],
     )
-    _look_at_cells(study, [name for name, ledger in ledgers.items() if ledger.entry("assign")], facts)
+    _look_at_cells(study, grouped, facts)
     return facts
 
 
@@ -239,10 +245,7 @@ def _look_at_cells(study: Study, slides: Sequence[str], facts: Facts) -> None:
     """Fill in what only the tables tell: areas, traits, and which cells to show."""
     if not slides or not facts.groups:
         return
-    sizes = [study.ledger(name).result("convert").get("pixel_size") for name in slides]
-    micrometres = None not in sizes
-    facts.unit = "µm" if micrometres else "px"
-    area = "area_um2" if micrometres else "area"
+    area = "area_um2" if facts.unit == "µm" else "area"
     try:
         columns = [name for name in shared_columns([study.table(name) for name in slides]) if name != "area"]
     except InputError:  # slides with other channels, or none measured
