@@ -305,7 +305,7 @@ def test_names_and_merges_go_into_model_tables_labels_and_pictures(study):
     after = contents(study)
     assert "clusters/names.json" in after
     changed = {name.split("/")[0] for name in before if before[name] != after[name]}
-    assert changed == {"images", "overlays", "tables"}
+    assert changed == {"images", "overlays", "report.html", "tables"}
     assert after["clusters/arrays.npz"] == before["clusters/arrays.npz"]
     assert after["overlays/a.png"] != before["overlays/a.png"]
     assert [row["parts"] for row in group_rows(study.out)] == [[0], [1, 2]]
