@@ -18,7 +18,7 @@ from daskcell import images
 from daskcell.compute import Workers
 from daskcell.errors import ImageError, InputError
 from daskcell.geometry import Box, Grid
-from daskcell.images import conversion, labels, store
+from daskcell.images import conversion, labels, shards, store
 from daskcell.images.pyramid import halve_mean, halve_nearest, level_shapes
 
 RNG = np.random.default_rng(0)
@@ -596,3 +596,25 @@ def test_real_pictures_convert_to_their_own_pixels(data_dir: Path, tmp_path: Pat
     assert converted.pixel_size == image.pixel_size
     assert converted.is_rgb == image.is_rgb
     np.testing.assert_array_equal(converted.data.compute(), image.data.compute())
+
+
+def test_what_killed_workers_left_of_their_files_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zarr writes ``<file>.<hex>.partial`` first; whoever is killed meanwhile leaves it."""
+    put, cut = shards._put, []
+
+    def killed_once(array: zarr.Array, position, content) -> None:
+        root = Path(array.store.root, array.path)
+        cut.append(root / f"{array.metadata.encode_chunk_key(position)}.4fbd275c.partial")
+        cut[-1].parent.mkdir(parents=True, exist_ok=True)
+        cut[-1].write_bytes(bytes(content)[:10])
+        put(array, position, content)
+
+    monkeypatch.setattr(shards, "_put", killed_once)
+    path = labelled(tmp_path)
+    images.write_labels_block(path, "cells", Box(0, 0, 150, 201), np.ones((150, 201), np.uint32))
+    assert cut[-1].exists()
+    images.build_label_pyramid(path, "cells", Workers(None))
+    assert len(cut) > 1
+    assert list(tmp_path.rglob("*.partial")) == []

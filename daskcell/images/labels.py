@@ -22,6 +22,7 @@ from daskcell.images import metadata, store
 from daskcell.images.levels import downscale_block, downscale_levels
 from daskcell.images.pyramid import level_shapes
 from daskcell.images.shards import write_box
+from daskcell.images.target import remove_cut_writes
 
 CHUNK = store.CHUNK
 
@@ -130,6 +131,7 @@ def build_label_pyramid(path: str | Path, name: str, workers: Any = None) -> Non
     if rest:
         for _ in run_tasks(workers, [(("rest",), downscale_levels, (str(group), rest, "nearest"))]):
             pass
+    remove_cut_writes(group)
     _list(Path(path, "labels"), name, store.version_of(image.group), listed=True)
 
 

@@ -52,6 +52,12 @@ def _marker(path: str) -> str:
     return f"{folder}/.{name}.partial"
 
 
+def remove_cut_writes(folder: str | Path) -> None:
+    """Remove what workers that were killed left of files of Zarr, which are written as .partial first."""
+    for file in Path(folder).rglob("*.partial"):
+        file.unlink(missing_ok=True)
+
+
 class DiskTarget:
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -61,6 +67,7 @@ class DiskTarget:
 
     def finish(self) -> None:
         """What had the name before is removed after, so it is never lost."""
+        remove_cut_writes(self.work)
         if not self.path.exists():
             os.rename(self.work, self.path)
             return

@@ -153,6 +153,7 @@ def _go(
         Run(study, sources, settings, weights, lock, progress, retry_failed, model, verify).go(client)
         if truth is not None and study.grouping is not None:
             score_study(study, truth)
+        sweep(out)
         bring_report_up_to_date(study)
     return Study(out)
 

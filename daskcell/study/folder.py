@@ -422,8 +422,9 @@ def _absolute(inputs: Iterable[str | Path]) -> list[str]:
 
 
 def sweep(out: Path) -> None:
-    """Remove temporary files that a killed run left in the places where we write them."""
-    for folder in (out, out / "ledger", out / "overlays", out / "preprocessed", out / "tables" / "cells"):
+    """Remove temporary files that a killed run or worker left in the places where we write them."""
+    for name in ("", "ledger", "overlays", "preprocessed", "tables/cells", "features"):
+        folder = out / name
         if folder.is_dir():
             remove(*folder.glob(".*.tmp"))
 
