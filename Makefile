@@ -12,7 +12,7 @@ demo: $(INSTALLED)
 	$(BIN)/daskcell demo
 
 test: lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 15
+	$(BIN)/python -m pytest -q --durations 15
 
 fast: lint
 	$(BIN)/python -m pytest -q -m "not slow"
