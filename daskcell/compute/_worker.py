@@ -10,12 +10,13 @@ from typing import Any
 
 from distributed import Status, Worker, WorkerPlugin
 
+from daskcell.allocator import keep_freed_memory
 from daskcell.compute.threads import NEEDS_GPU, limit_threads
 from daskcell.errors import ComputeError
 
 
 class Care(WorkerPlugin):
-    """For every worker there is and every one that comes: threads, and a clean end."""
+    """For every worker there is and every one that comes: threads, memory, and a clean end."""
 
     name = "daskcell"
 
@@ -24,6 +25,7 @@ class Care(WorkerPlugin):
 
     def setup(self, worker: Worker) -> None:
         limit_threads(self.threads)
+        keep_freed_memory()
 
     def teardown(self, worker: Worker) -> None:
         # A worker that leaves lets its running task go on for up to 30 s, while the scheduler gives the same

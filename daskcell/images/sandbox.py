@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from daskcell import places
+from daskcell import allocator, places
 from daskcell.errors import DaskcellError, ImageError
 from daskcell.geometry import Box
 from daskcell.images.readers import Reader, kinds
@@ -49,10 +49,7 @@ KEPT = 2
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
-    # Memory that is given back to the system for every tile, and cleared when it comes again, takes as long
-    # as decoding (glibc; others do not know these).
-    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
-    "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20),
+    **{name: str(size) for name, size in allocator.VARIABLES.items()},
 }
 
 
