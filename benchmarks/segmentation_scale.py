@@ -123,7 +123,7 @@ def measure(side: int, count: int, block: int, stand_in: bool, folder: Path) -> 
     tasks = Counter[str]()
     with start_workers(ComputeSettings(workers=count)) as workers:
         assert workers.client is not None
-        segment(folder / "warm.zarr", workers, block, folder / "warm")
+        segment(folder / "warm.zarr", workers, 128, folder / "warm")  # blocks enough for every worker
         if stand_in:
             workers.client.register_plugin(StandIn())
         workers.client.register_plugin(Clocks())

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
+from daskcell.errors import InputError
+
 
 @dataclass(frozen=True, order=True, slots=True)
 class Box:
@@ -125,3 +127,9 @@ class Grid:
             j for j in range(self.counts[1]) if self.columns[j] < box.x1 and self.columns[j + 1] > box.x0
         ]
         return [(i, j) for i in rows for j in columns]
+
+
+def check_inside(box: Box, shape: tuple[int, int], path: str) -> None:
+    """Raise `InputError` unless `box` holds pixels and lies inside a level of `shape`."""
+    if box.is_empty or box.clip(shape) != box:
+        raise InputError(f"{box} is not inside {path}, which has {shape[0]} x {shape[1]} pixels.")

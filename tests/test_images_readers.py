@@ -12,7 +12,8 @@ import tifffile
 from daskcell.errors import ImageError, InputError
 from daskcell.geometry import Box
 from daskcell.images.readers import Reader, kinds, open_reader, suffixes
-from daskcell.images.readers.tiff import TiffReader, is_ramp
+from daskcell.images.readers.tiff import is_ramp
+from daskcell.images.readers.tiffpieces import Pieces
 
 RNG = np.random.default_rng(0)
 
@@ -78,8 +79,8 @@ def test_colour_tiff_is_three_channels(tmp_path: Path, stored: str, planar: str)
 def test_only_tiles_that_the_box_touches_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((640, 640), np.uint8), tile=(64, 64), compression="zlib")
     decoded: list[int] = []
-    segment = TiffReader._segment
-    monkeypatch.setattr(TiffReader, "_segment", lambda *args: decoded.append(args[4]) or segment(*args))
+    piece = Pieces._piece
+    monkeypatch.setattr(Pieces, "_piece", lambda *args: decoded.append(args[2][-1]) or piece(*args))
     reader = open_reader(tmp_path / "a.tif")
     reader.read(0, Box(64, 64, 128, 128))
     assert decoded == [11]

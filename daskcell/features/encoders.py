@@ -189,8 +189,6 @@ def encoder_spec(
             f"layer='pool' is for torchvision's and timm's networks; the encoder {name} has one output only."
         )
     if pooling == "mask":
-        from daskcell.features.stages import shows_stages
-
         if not shows_stages(name):
             raise InputError(
                 f"pooling='mask' needs a network that shows its stages, and the encoder {name} does not. "
@@ -199,6 +197,13 @@ def encoder_spec(
         if layer == "pool" or size is not None:
             raise InputError("layer and size are for pooling='crop'; with pooling='mask', leave them out.")
     return EncoderSpec(name, layer, size, batch_size, device, precision, fingerprint)
+
+
+def shows_stages(name: str) -> bool:
+    """Whether the encoder of this name has stages to show: the embedded kind and torchvision's ResNets."""
+    bare = name.partition("@")[0]
+    kind = kind_of(name)
+    return kind == "own" or (kind == "torchvision" and bare.startswith(("resnet", "resnext", "wide_resnet")))
 
 
 def load(spec: EncoderSpec) -> Encoder:

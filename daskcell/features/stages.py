@@ -72,15 +72,6 @@ class Stages:
         return self._width
 
 
-def shows_stages(name: str) -> bool:
-    """Whether the encoder of this name has stages to show: the embedded kind and torchvision's ResNets."""
-    from daskcell.features.encoders import kind_of
-
-    bare = name.partition("@")[0]
-    kind = kind_of(name)
-    return kind == "own" or (kind == "torchvision" and bare.startswith(("resnet", "resnext", "wide_resnet")))
-
-
 def load_stages(spec: EncoderSpec) -> Stages:
     """The network of a spec; built once per process."""
     with _loading:

@@ -23,9 +23,8 @@ from zarr.codecs import BloscCodec, ZstdCodec
 
 from daskcell import places
 from daskcell.errors import ImageError, InputError
-from daskcell.geometry import Box, Grid
+from daskcell.geometry import Box, Grid, check_inside
 from daskcell.images.codecs import read_fast
-from daskcell.images.readers import check_inside
 
 CHUNK = 512
 """Side in pixels of the pieces a viewer reads."""

@@ -15,10 +15,9 @@ import numpy as np
 from daskcell.errors import InputError
 from daskcell.geometry import Box, Grid
 from daskcell.preprocess.pixels import working_dtype
-from daskcell.preprocess.plan import apply_steps
+from daskcell.preprocess.plan import apply_steps, count_block
 from daskcell.preprocess.statistics import Pass
 from daskcell.preprocess.steps import Step
-from daskcell.preprocess.surveys import count_block
 
 if TYPE_CHECKING:
     import dask.array as da

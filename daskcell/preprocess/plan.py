@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from daskcell.preprocess.clahe import Clahe
 from daskcell.preprocess.pixels import working_dtype
 from daskcell.preprocess.stains import Stains
 from daskcell.preprocess.steps import Curve, Floor, Gaussian, Mix, Step, Stretch
+
+if TYPE_CHECKING:
+    from daskcell.preprocess.statistics import Pass
 
 _KINDS: dict[str, Any] = {
     step.kind: step for step in (FlatFile, Background, Stains, Floor, Mix, Stretch, Curve, Clahe, Gaussian)
@@ -125,3 +128,12 @@ def apply_steps(block: np.ndarray, steps: Sequence[Step], box: Box) -> np.ndarra
     for step in steps:
         block = step.apply(block, box)
     return block
+
+
+def count_block(
+    block: np.ndarray, core: Box, counting: Pass, steps: tuple[Step, ...] = (), grown: Box | None = None
+) -> Any:
+    """Counts of the pixels of `core` after `steps`; the block lies at `grown` (None: at `core`)."""
+    grown = grown or core
+    done = apply_steps(block, steps, grown)
+    return counting.count(done[(slice(None), *core.within(grown))], core)

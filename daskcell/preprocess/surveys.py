@@ -16,8 +16,9 @@ import numpy as np
 from daskcell.errors import InputError
 from daskcell.geometry import Box, Grid
 from daskcell.preprocess.background import Background
+from daskcell.preprocess.graphs import count_lazily
 from daskcell.preprocess.pixels import all_values
-from daskcell.preprocess.plan import apply_steps, halo_of
+from daskcell.preprocess.plan import count_block, halo_of
 from daskcell.preprocess.statistics import ExactCounts, Extremes, Pass
 from daskcell.preprocess.steps import Step
 
@@ -76,8 +77,6 @@ def count_array(image: Any, counting: Pass, steps: tuple[Step, ...]) -> Any:
             part = count_block(image[(slice(None), *grown.slices)], core, counting, steps, grown)
             total = part if total is None else counting.merge(total, part)
         return total
-    from daskcell.preprocess.graphs import count_lazily
-
     return count_lazily(image, counting, steps).compute()
 
 
@@ -128,12 +127,3 @@ def _count_slide_block(zarr_path: str | Path, box: Box, counting: Pass, steps: t
 
     grown = box.grow(halo_of(steps)).clip(images.image_info(zarr_path).shape[1:])
     return count_block(images.read_block(zarr_path, grown), box, counting, steps, grown)
-
-
-def count_block(
-    block: np.ndarray, core: Box, counting: Pass, steps: tuple[Step, ...] = (), grown: Box | None = None
-) -> Any:
-    """Counts of the pixels of `core` after `steps`; the block lies at `grown` (None: at `core`)."""
-    grown = grown or core
-    done = apply_steps(block, steps, grown)
-    return counting.count(done[(slice(None), *core.within(grown))], core)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from daskcell import places
-from daskcell.errors import DaskcellError, ImageError, InputError
+from daskcell.errors import DaskcellError, ImageError
 from daskcell.geometry import Box
 
 ZChoice = int | Literal["max"]
@@ -111,12 +111,6 @@ def open_reader(path: str | Path, *, t: int = 0, z: ZChoice = "max") -> Reader:
         if kind.matches(path, head):
             return guarded(path, partial(kind.open, path, t=t, z=z))
     raise ImageError(f"Cannot read {path}: {_what(path, head)}.")
-
-
-def check_inside(box: Box, shape: tuple[int, int], path: str) -> None:
-    """Raise `InputError` unless `box` holds pixels and lies inside a level of `shape`."""
-    if box.is_empty or box.clip(shape) != box:
-        raise InputError(f"{box} is not inside {path}, which has {shape[0]} x {shape[1]} pixels.")
 
 
 def guarded(path: str, action: Callable[[], Any]) -> Any:

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from daskcell import places
-from daskcell.geometry import Box
-from daskcell.images.readers import ZChoice, check_inside
+from daskcell.geometry import Box, check_inside
+from daskcell.images.readers import ZChoice
 
 PIECE = 512
 """Side in pixels of what is asked for at once, where the slide does not say its tiles."""

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from daskcell import places
 from daskcell.errors import ImageError
-from daskcell.geometry import Box
-from daskcell.images.readers import ZChoice, check_inside, tiffstreams
+from daskcell.geometry import Box, check_inside
+from daskcell.images.readers import ZChoice, tiffstreams
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".bmp")
 LARGEST_BYTES = 2 * 2**30

@@ -16,28 +16,20 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections import OrderedDict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import imagecodecs
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
 from daskcell import places
 from daskcell.errors import ImageError, InputError
-from daskcell.geometry import Box
-from daskcell.images.readers import ZChoice, check_inside, guarded, tiffmeta, tiffpeek, tiffstreams
-from daskcell.images.readers.tiffcheck import (
-    Forms,
-    check_data,
-    check_page,
-    check_pages,
-    is_too_long,
-    piece_bytes,
-)
+from daskcell.geometry import Box, check_inside
+from daskcell.images.readers import ZChoice, guarded, tiffmeta, tiffpeek
+from daskcell.images.readers.tiffcheck import Forms, check_data, check_page, check_pages
+from daskcell.images.readers.tiffpieces import Pieces
 
 _SLIDES = (".svs", ".ndpi", ".scn", ".qptiff", ".bif")
 SUFFIXES = (
@@ -53,21 +45,12 @@ SUFFIXES = (
 logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what is wrong is told by errors
 
 PAGES_AS_CHANNELS = 8
-CACHE_BYTES = 64 * 2**20
-"""Decoded strips kept, so that neighbouring boxes do not decode them again."""
-
 BAND_BYTES = 32 * 2**20
 """Stored pixels of one page that are in memory at a time."""
 
-MEASURED_BYTES = 16 * 2**20
-"""Larger pieces are not decoded a second time to learn whether their data are too many."""
-
 _WHITE_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR, _LAB = 0, 2, 3, 5, 6, 8
-_JPEG = {6, 7, 34892, 33007}
 _BESIDE = {"label", "macro", "overview", "thumbnail"}
 """Names tifffile gives to the other pictures of a slide."""
-_CUT_OFF = {5, 34925}
-"""LZW and LZMA."""
 
 
 def matches(path: str, head: bytes) -> bool:
@@ -114,8 +97,6 @@ class TiffReader:
             else Path(path).stem
         )
         self.remote = places.is_remote(path)
-        self._measured: list[Any] = []
-        self._strips: OrderedDict[tuple[int, int, int], NDArray] = OrderedDict()
         self._stream: Any = places.open_file(path) if self.remote else path
         self.file = tifffile.TiffFile(self._stream, name=Path(path).name if self.remote else None)
         try:
@@ -262,7 +243,7 @@ class TiffReader:
             self.channels = tuple(
                 f"page {i // 3 + 1} {['red', 'green', 'blue'][i % 3]}" for i in range(self.count)
             )
-        self.stored_dtype = page.dtype
+        self._pieces = Pieces(self.file, self.path, page.dtype, self.samples)
         self.dtype = np.dtype({"?": np.uint8, "e": np.float32}.get(dtype.char, dtype.newbyteorder("=")))
 
     def read(self, level: int, box: Box) -> NDArray:
@@ -289,7 +270,7 @@ class TiffReader:
     def _bands(self, level: int, y0: int, y1: int, width: int) -> list[tuple[int, int]]:
         """Rows to read at a time: whole pieces, and few, so that planes on their way take little memory."""
         piece = self.level_series[level].keyframe.chunks[0]
-        row = width * self.samples * max(self.stored_dtype.itemsize, self.dtype.itemsize)
+        row = width * self.samples * max(self._pieces.dtype.itemsize, self.dtype.itemsize)
         step = max(BAND_BYTES // row // piece, 1) * piece
         return list(pairwise([y0, *range((y0 // step + 1) * step, y1, step), y1]))
 
@@ -300,7 +281,7 @@ class TiffReader:
             target = out[channel * per_page : (channel + 1) * per_page]
             for z in self.planes:
                 number = self._page_number(channel, z)
-                plane = self._intensities(self._read_page(level, number, box), number)
+                plane = self._intensities(self._pieces.read(self.level_series[level], number, box), number)
                 if z == self.planes[0]:
                     target[:] = plane
                 else:
@@ -316,145 +297,7 @@ class TiffReader:
         pixels = pixels.astype(self.dtype, copy=False)
         return pixels if self.invert_from is None else self.dtype.type(self.invert_from) - pixels
 
-    def _read_page(self, level: int, number: int, box: Box) -> NDArray:
-        """Stored samples ``(S, h, w)`` of a part of one page."""
-        series = self.level_series[level]
-        key = series.keyframe
-        planar = key.planarconfig == 2 and self.samples > 1
-        if series.dataoffset is not None:
-            return self._read_raw(series, number, box, planar)
-        page = series.pages[number]
-        out = np.zeros((self.samples, *box.shape), self.stored_dtype)
-        if key.nodata:
-            out[:] = key.nodata
-        height, width = key.chunks[:2]
-        down, across = math.ceil(key.imagelength / height), math.ceil(key.imagewidth / width)
-        where = {
-            (plane * down + i) * across + j: (plane, i * height, j * width)
-            for plane in range(self.samples if planar else 1)
-            for i in range(box.y0 // height, -(-box.y1 // height))
-            for j in range(box.x0 // width, -(-box.x1 // width))
-        }
-        wanted = [index for index in where if (level, number, index) not in self._strips]
-        fetched = self._fetch(page, wanted) if self.remote else {}
-        for index, (plane, y, x) in where.items():
-            piece = self._segment(page, level, number, index, fetched.pop(index, None))
-            if piece is None:
-                continue
-            covers = Box(y, x, y + piece.shape[0], x + piece.shape[1])
-            part = covers & box
-            if part != Box(y, x, y + height, x + width) & box:
-                raise ImageError(f"Cannot read {self.path}: a piece of it is too small, data are missing.")
-            pixels = piece[part.within(covers)]
-            rows, columns = part.within(box)
-            if planar:
-                out[plane, rows, columns] = pixels[..., 0]
-            else:
-                out[:, rows, columns] = np.moveaxis(pixels, 2, 0)
-        return out
-
-    def _fetch(self, page: Any, indices: list[int]) -> dict[int, bytes]:
-        """The compressed tiles or strips of a remote file, many at a time."""
-        ranges = [(page.dataoffsets[index], page.databytecounts[index]) for index in indices]
-        return dict(zip(indices, places.read_ranges(self.path, ranges), strict=True))
-
-    def _segment(
-        self, page: Any, level: int, number: int, index: int, data: bytes | None = None
-    ) -> NDArray | None:
-        """One decoded tile or strip ``(h, w, samples)``, of `data` if it is there; None for an empty one."""
-        name = (level, number, index)
-        if name in self._strips:
-            self._strips.move_to_end(name)
-            return self._strips[name]
-        key = page.keyframe
-        offset, count = page.dataoffsets[index], page.databytecounts[index]
-        if count == 0:
-            return None
-        if data is None:
-            handle = page.parent.filehandle
-            if handle.closed:  # files of a multi-file OME-TIFF are closed between reads
-                handle.open()
-            handle.seek(offset)
-            data = handle.read(count)
-        if len(data) != count:
-            raise ImageError(f"Cannot read {self.path}: the file is truncated.")
-        options: dict[str, Any] = {}
-        if int(key.compression) in _JPEG:
-            options = {"jpegtables": page.jpegtables, "jpegheader": key.jpegheader}
-        decoded = self._decode(key, data, index, options)
-        piece = decoded.reshape(decoded.shape[-3:])
-        if not key.is_tiled and decoded.nbytes <= CACHE_BYTES // 2:
-            self._strips[name] = piece
-            while sum(strip.nbytes for strip in self._strips.values()) > CACHE_BYTES:
-                self._strips.popitem(last=False)
-        return piece
-
-    def _decode(self, key: Any, data: bytes, index: int, options: dict[str, Any]) -> NDArray:
-        """One tile or strip; refuses data that end early."""
-        compression, reverse = int(key.compression), key.fillorder == 2
-        size = math.prod(key.chunks) * key.dtype.itemsize
-        abbreviated = bool(options.get("jpegheader"))
-        tables = options.get("jpegtables") or b""
-        reason = tiffstreams.defect(
-            data, compression, size, reverse_bits=reverse, abbreviated=abbreviated, tables=tables
-        )
-        if reason:
-            raise ImageError(f"Cannot read {self.path}: damaged, {reason}.")
-
-        def decode(encoded: bytes) -> NDArray:
-            return np.asarray(key.decode(encoded, index, **options)[0])
-
-        decoded = decode(data)
-        self._check_decoded(key, data, decoded)
-        if tiffstreams.runs_out(data, compression, decoded, decode, reverse_bits=reverse):
-            raise ImageError(f"Cannot read {self.path}: damaged, a fax piece of it is too short.")
-        return decoded
-
-    def _check_decoded(self, key: Any, data: bytes, decoded: NDArray) -> None:
-        """Refuse a piece whose data are of another type, or more, than its page says."""
-        compression = int(key.compression)
-        typed = compression in _JPEG or compression in tifffile.TIFF.IMAGE_COMPRESSIONS
-        if typed and decoded.dtype.newbyteorder("=") != self.stored_dtype.newbyteorder("="):
-            raise ImageError(f"Cannot read {self.path}: damaged, a piece of it holds {decoded.dtype}.")
-        if compression in _JPEG and tiffstreams.exceeds(data, key.chunks[0], key.chunks[1]):
-            raise ImageError(
-                f"Cannot read {self.path}: damaged, a JPEG piece of it is larger than its place."
-            )
-        # Of too many bytes these decoders give the first; once a page is enough to know that its sizes lie.
-        if compression in _CUT_OFF and key not in self._measured:
-            self._measured.append(key)
-            if piece_bytes(key) <= MEASURED_BYTES:
-                encoded = imagecodecs.bitorder_decode(data) if key.fillorder == 2 else data
-                if is_too_long(key, len(tifffile.TIFF.DECOMPRESSORS[compression](encoded))):
-                    raise ImageError(f"Cannot read {self.path}: damaged, its data are more than its pixels.")
-
-    def _read_raw(self, series: Any, number: int, box: Box, planar: bool) -> NDArray:
-        """Part of a page of a file whose pixels lie uncompressed one after another."""
-        key = series.keyframe
-        dtype = np.dtype(self.file.byteorder + key.dtype.char)
-        height, width = _yx(series)
-        inner = 1 if planar else self.samples
-        row = width * inner * dtype.itemsize
-        out = np.empty((self.samples, *box.shape), self.stored_dtype)
-        for plane in range(self.samples if planar else 1):
-            first = (number * (self.samples if planar else 1) + plane) * height + box.y0
-            start, count = series.dataoffset + first * row, (box.y1 - box.y0) * row
-            if self.remote:
-                (data,) = places.read_ranges(self.path, [(start, count)])
-            else:
-                self.file.filehandle.seek(start)
-                data = self.file.filehandle.read(count)
-            if len(data) != count:
-                raise ImageError(f"Cannot read {self.path}: the file is truncated.")
-            rows = np.frombuffer(data, dtype).reshape(-1, width, inner)[:, box.x0 : box.x1]
-            if planar:
-                out[plane] = rows[..., 0]
-            else:
-                out[:] = np.moveaxis(rows, 2, 0)
-        return out
-
     def close(self) -> None:
-        self._strips.clear()
         self.file.close()
         if self.remote:  # a stream that was given is not closed with the file
             self._stream.close()

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from daskcell import places
 from daskcell.errors import ImageError
-from daskcell.geometry import Box
-from daskcell.images.readers import ZChoice, check_inside
+from daskcell.geometry import Box, check_inside
+from daskcell.images.readers import ZChoice
 
 
 class WsiDicomReader:
