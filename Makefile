@@ -12,7 +12,8 @@ demo: $(INSTALLED)
 	$(BIN)/daskcell demo
 
 test: lint
-	$(BIN)/python -m pytest -q --durations 15
+	$(BIN)/python -m pytest -q --durations 15 -m "not alone" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q --durations 5 -m alone
 
 fast: lint
 	$(BIN)/python -m pytest -q -m "not slow"

@@ -28,7 +28,7 @@ import tifffile
 from daskcell.compute import Workers
 from daskcell.config import Config, SegmentSettings
 from daskcell.geometry import Grid
-from daskcell.segmentation import engine
+from daskcell.segmentation import engine, tasks
 
 SIDES = (100_000, 80_000)
 BLOCK = 2048
@@ -42,7 +42,7 @@ Durations = dict[str, list[float]]
 
 def record(side: int = 1024, blocks: int = 2) -> Durations:
     """Seconds of the engine's tasks on real blocks, brought to `BLOCK`."""
-    from daskcell.images import convert_slide, find_images, labels
+    from daskcell.images import convert_slide, find_images, levels
     from daskcell.preprocess import freeze_slide
     from daskcell.synthetic import CHANNELS, synthesize_field
 
@@ -68,7 +68,9 @@ def record(side: int = 1024, blocks: int = 2) -> Durations:
         (source,) = find_images(scratch)
         convert_slide(source, scratch / "x.zarr")
         plan = freeze_slide(scratch / "x.zarr", Config().preprocess, Workers())
-        for module, name in [*((engine, name) for name in TASKS), (labels, "downscale_block")]:
+        # A small picture is observed where it is frozen.
+        places = [(tasks, "observe_blocks"), (levels, "downscale_block"), *((engine, name) for name in TASKS)]
+        for module, name in places:
             stack.enter_context(mock.patch.object(module, name, timed(getattr(module, name))))
         for turn in ("first", "second"):  # the first compiles
             took.clear()

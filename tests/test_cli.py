@@ -16,6 +16,8 @@ from daskcell.errors import ImageError
 from daskcell.pipeline import collection, launch, slide
 from daskcell.study import Study
 
+pytestmark = pytest.mark.alone
+
 COMMANDS = [
     ["run"],
     ["assign"],

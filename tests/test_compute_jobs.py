@@ -22,6 +22,8 @@ from daskcell.compute.keeper import JobKeeper
 from daskcell.config import ComputeSettings, parse_config
 from daskcell.errors import ComputeError, ConfigError
 
+pytestmark = pytest.mark.alone
+
 pytest.importorskip("dask_jobqueue", reason="needs the extra 'hpc'")
 TESTS = str(Path(__file__).parent)
 

@@ -21,7 +21,10 @@ from daskcell.geometry import Box
 from daskcell.images import sandbox
 from daskcell.images.readers import Reader
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="limits of processes are POSIX")
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.skipif(os.name != "posix", reason="limits of processes are POSIX"),
+]
 
 EVIL = """
 import os, signal, time

@@ -16,6 +16,8 @@ from daskcell.compute.overtime import Overtime, renew
 from daskcell.images import Source, find_images
 from daskcell.pipeline import launch, run
 
+pytestmark = pytest.mark.alone
+
 
 def hang_once(mark: str) -> str:
     if not Path(mark).exists():

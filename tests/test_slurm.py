@@ -22,6 +22,8 @@ from test_survival import finish, is_at, results
 
 from daskcell.synthetic import CHANNELS, synthesize_field
 
+pytestmark = pytest.mark.alone
+
 pytest.importorskip("dask_jobqueue", reason="needs the extra 'hpc'")
 COMMON = {"cluster": {"k": 3}}
 
