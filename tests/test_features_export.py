@@ -91,6 +91,45 @@ def test_folders_hold_the_cells_of_each_cluster(study, tmp_path):
     assert len(files) == count + 1, "nothing else is left"
 
 
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("format", ["parquet", "png"])
+def test_an_export_that_was_cut_off_is_continued(study, tmp_path, monkeypatch, format):
+    from daskcell.features import export
+
+    monkeypatch.setattr(export, "_SHARD", 10)
+    tasks = []
+    write = export._write_task
+
+    def until_killed(*args):
+        if len(tasks) == killed_at:
+            raise KeyboardInterrupt
+        tasks.append(args)
+        write(*args)
+
+    monkeypatch.setattr(export, "_write_task", until_killed)
+    killed_at = -1
+    count = dc.export_crops(study, tmp_path / "whole", format=format)
+    needed = len(tasks)
+    assert needed > 5
+    tasks.clear()
+    killed_at = 5  # in the second slide
+    with pytest.raises(KeyboardInterrupt):
+        dc.export_crops(study, tmp_path / "cut", format=format)
+    (tmp_path / "cut" / ".a-00000.parquet.0a1b2c3d.tmp").write_bytes(b"half")
+    (tmp_path / "cut" / ".export-killed").mkdir()
+    with pytest.raises(InputError, match="not finished"):
+        dc.export_crops(study, tmp_path / "cut", format=format, size=20)
+    killed_at = -1
+    assert dc.export_crops(study, tmp_path / "cut", format=format) == count
+    assert len(tasks) == needed, "no task is done twice"
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    with pytest.raises(InputError, match="exists already"):
+        dc.export_crops(study, tmp_path / "cut", format=format)
+
+
 def test_pictures_may_have_another_size(study, tmp_path):
     dc.export_crops(study, tmp_path / "crops", size=20, slides=["a"])
     table = pd.read_parquet(next((tmp_path / "crops").glob("*.parquet")))

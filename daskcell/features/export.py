@@ -7,6 +7,7 @@ passes through this process.
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from daskcell.disk import write_atomic
+from daskcell.disk import remove, write_atomic
 from daskcell.errors import InputError, StudyError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from daskcell.study import Study
 
 _SHARD = 4096  # cells at least in a shard
+_SCRATCH = ".export-"
 _COLUMNS = ("centroid-0", "centroid-1", "cluster")
 
 
@@ -48,7 +50,7 @@ def export_crops(
     study : Study or path
         Cells must have been described; clusters are told where there are any.
     out : path
-        New or empty folder.
+        New or empty folder, or one with the same export that was cut off, which is continued.
     format : {"parquet", "png"}
         ``parquet``: shards ``<slide>-00000.parquet`` with a row a cell: ``slide``, ``label``, ``centroid-0``
         and ``centroid-1`` in pixels, ``cluster`` (-1: none) and ``image``, a PNG. ``png``, for small studies:
@@ -73,7 +75,7 @@ def export_crops(
     StudyError
         A slide has not been described yet.
     InputError
-        `out` holds something, or there is no such slide or format.
+        `out` holds something else, or there is no such slide or format.
     """
     from daskcell.study import Study
 
@@ -87,13 +89,32 @@ def export_crops(
             raise InputError(f"{study.out} has no slide {name!r}.")
         if study.ledger(name).entry("describe") is None or not study.table(name).exists():
             raise StudyError(f"The cells of {name} have not been described yet. Please run the study first.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists already. Please remove it or choose another name.")
-    out.mkdir(parents=True, exist_ok=True)
+    unfinished = _begin(out, study, {"format": format, "size": size, "slides": chosen})
     count = sum(_export_slide(study, name, out, format, size, workers, progress) for name in chosen)
     if format == "png":
         _gather_lists(out)
+    unfinished.unlink()
     return count
+
+
+def _begin(out: Path, study: Study, asked: dict[str, Any]) -> Path:
+    """The note in `out` of what is being exported, there until all is: who finds his own goes on."""
+    note = out / ".unfinished.json"
+    tables = {name: study.table(name).stat() for name in asked["slides"]}
+    versions = {name: [found.st_size, found.st_mtime_ns] for name, found in tables.items()}
+    content = json.dumps(asked | {"study": str(study.out.absolute()), "tables": versions}).encode()
+    if note.exists() and note.read_bytes() != content:
+        raise InputError(
+            f"{out} holds an export that was not finished, of other cells or with other options. Please "
+            "remove it or choose another name."
+        )
+    if not note.exists():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError(f"{out} exists already. Please remove it or choose another name.")
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomic(note, content)
+    remove(*out.glob(f"{_SCRATCH}*"), *out.glob(".*.tmp"))
+    return note
 
 
 def _export_slide(
@@ -127,7 +148,7 @@ def _export_slide(
         str(study.image(name)), "cells", plan, settings_spec(settings), settings, (shape[1], shape[2])
     )
     grid = Grid.regular(slide.shape, config.compute.block)
-    scratch = Path(tempfile.mkdtemp(prefix=".export-", dir=out))
+    scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=out))
     try:
         records = find_cells(slide, grid, workers, scratch)
         way, _ = freeze(slide, records, workers)
@@ -140,6 +161,9 @@ def _export_slide(
     table.setdefault("cluster", np.full(len(table["centroid-0"]), -1, np.int32))
     window, done = workers.window(), 0
     for task in share_out(way.plan(records, grid), _SHARD):
+        if _last_file(out, name, task, format).exists():  # of a call that was cut off
+            done += task.count
+            continue
         labels = np.concatenate([reading.records["label"] for reading in task.readings])
         rows = {column: table[column][labels - 1] for column in _COLUMNS}
         window.submit(task.count, _write_task, slide, name, task, framing, rows, str(out), format)
@@ -176,7 +200,7 @@ def _write_task(
         table["image"] = pictures
         buffer = io.BytesIO()
         table.to_parquet(buffer, index=False)
-        write_atomic(Path(out, f"{name}-{task.number:05d}.parquet"), buffer.getvalue())
+        write_atomic(_last_file(Path(out), name, task, format), buffer.getvalue())
         return
     folders = [f"cluster-{cluster}" if cluster >= 0 else "no-cluster" for cluster in rows["cluster"]]
     table["file"] = [f"{folder}/{name}-{label}.png" for folder, label in zip(folders, labels, strict=True)]
@@ -184,7 +208,13 @@ def _write_task(
         target = Path(out, file)
         target.parent.mkdir(exist_ok=True)
         target.write_bytes(picture)
-    write_atomic(Path(out, f".{name}-{task.number:05d}.csv"), table.to_csv(index=False).encode())
+    write_atomic(_last_file(Path(out), name, task, format), table.to_csv(index=False).encode())
+
+
+def _last_file(out: Path, name: str, task: Task, format: str) -> Path:
+    """What a task writes last: the shard, or the list of its pictures."""
+    stem = f"{name}-{task.number:05d}"
+    return out / (f"{stem}.parquet" if format == "parquet" else f".{stem}.csv")
 
 
 def _png(crop: np.ndarray) -> bytes:
