@@ -173,6 +173,8 @@ def soak(
                 output, _ = process.communicate()
                 done, fresh = process.returncode == 0, False
                 if process.returncode not in (0, 1, 2, -signal.SIGKILL) or "Traceback" in output:
+                    failures = out / "failures.jsonl"
+                    output += failures.read_text() if failures.exists() else ""
                     raise SystemExit(f"exit code {process.returncode}:\n{output}")
             found = digests(out)
             wrong = {name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)}
@@ -191,11 +193,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="*", default=[], choices=["worker", "scheduler", "client"])
     parser.add_argument("--sides", type=int, nargs="+", default=[256, 256, 600])
     parser.add_argument("--local", action="store_true", help="the run's own workers, no scheduler of its own")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    result = soak(options.kills, options.seed, options.sides, options.local)
+    result = soak(options.kills, options.seed, options.sides, options.local, options.kinds)
     if options.json:
         print(json.dumps(result))
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 
 import numpy as np
 import pytest
@@ -10,7 +11,10 @@ import tifffile
 
 from daskcell import run
 from daskcell.errors import ComputeError
+from daskcell.geometry import Box
 from daskcell.segmentation.memory import needed_memory, refuse_too_little_memory
+from daskcell.segmentation.methods import touches_rim
+from daskcell.segmentation.ownership import Thresholds, own_labels
 
 
 @pytest.mark.parametrize("block", [512, 2048, 4096, 8192])
@@ -36,3 +40,20 @@ def test_a_run_is_refused_before_any_work(tmp_path):
     with pytest.raises(ComputeError, match=r"has 1.00 GiB of memory, .*compute.block to 1536 or less"):
         run(tmp_path / "a.tif", tmp_path / "out", config)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_block_that_looks_further_holds_one_part_at_a_time():
+    shape, held_before = (400, 400), []
+    truth = np.zeros(shape, np.int32)
+    truth[60:300, 60:300] = 1  # far beyond the first halo
+
+    def look(held):
+        assert all(array() is None for array in held_before)
+        labels = truth[held.slices].copy()
+        unsafe = touches_rim(labels, held, shape)
+        held_before.extend(map(weakref.ref, (labels, unsafe)))
+        return labels, unsafe, None
+
+    found, doublings = own_labels(Box(0, 0, 100, 100), 32, shape, look, Thresholds(flow=0.0))
+    assert doublings > 1
+    assert found.owned.sum() == 1

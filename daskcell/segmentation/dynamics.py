@@ -57,7 +57,9 @@ def follow(
         0: as in the whole picture. 1: starts in the rim. 2: left the part.
     """
     step = (flows * foreground) / np.float32(5)
-    start = np.ascontiguousarray(np.stack(np.nonzero(foreground)).astype(np.int32))
+    pixels = np.flatnonzero(foreground)
+    start = np.empty((2, len(pixels)), np.int32)
+    np.divmod(pixels, foreground.shape[1], out=(start[0], start[1]), casting="unsafe")
     rim = 2 + math.ceil(float(np.abs(step).max(initial=0.0)))
     # y and x side by side: one pixel's flow is one memory access.
     step = np.ascontiguousarray(step.transpose(1, 2, 0))

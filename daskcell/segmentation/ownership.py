@@ -86,6 +86,7 @@ def own_labels(
         found = choose_owned(labels, unsafe, flows, held, core, shape, thresholds)
         if found is not None:
             return found, doublings
+        del labels, unsafe, flows  # or a worker would hold both parts
         assert held != Box(0, 0, *shape), "nothing lies outside the whole picture"
     raise AssertionError
 
