@@ -11,7 +11,7 @@ import os
 import platform
 
 VARIABLES = {"MALLOC_MMAP_THRESHOLD_": 32 * 2**20, "MALLOC_TRIM_THRESHOLD_": 256 * 2**20}
-"""Bytes from which an array gets memory of its own, and of free memory that stays; read when it starts."""
+"""Bytes: from which an array gets memory of its own; of free memory that stays with the process."""
 _OPTIONS = {"MALLOC_MMAP_THRESHOLD_": -3, "MALLOC_TRIM_THRESHOLD_": -1}
 """Their numbers in ``malloc.h``."""
 _SET_BY_DASK = {"MALLOC_TRIM_THRESHOLD_": "65536"}

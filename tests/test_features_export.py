@@ -122,6 +122,13 @@ def test_an_export_that_was_cut_off_is_continued(study, tmp_path, monkeypatch, f
     (tmp_path / "cut" / ".export-killed").mkdir()
     with pytest.raises(InputError, match="not finished"):
         dc.export_crops(study, tmp_path / "cut", format=format, size=20)
+    other = study.config.model_copy(
+        update={"compute": study.config.compute.model_copy(update={"block": 512})}
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(type(study), "config", other)  # its tasks hold other cells
+        with pytest.raises(InputError, match="not finished"):
+            dc.export_crops(study, tmp_path / "cut", format=format)
     killed_at = -1
     assert dc.export_crops(study, tmp_path / "cut", format=format) == count
     assert len(tasks) == needed, "no task is done twice"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from daskcell.disk import remove, write_atomic
+from daskcell.disk import remove, write_atomic, write_json
 from daskcell.errors import InputError, StudyError
 
 if TYPE_CHECKING:
@@ -101,9 +101,12 @@ def _begin(out: Path, study: Study, asked: dict[str, Any]) -> Path:
     """The note in `out` of what is being exported, there until all is: who finds his own goes on."""
     note = out / ".unfinished.json"
     tables = {name: study.table(name).stat() for name in asked["slides"]}
-    versions = {name: [found.st_size, found.st_mtime_ns] for name, found in tables.items()}
-    content = json.dumps(asked | {"study": str(study.out.absolute()), "tables": versions}).encode()
-    if note.exists() and note.read_bytes() != content:
+    content = asked | {
+        "study": str(study.out.absolute()),
+        "tables": {name: [found.st_size, found.st_mtime_ns] for name, found in tables.items()},
+        "block": study.config.compute.block,  # which cells are in which task
+    }
+    if note.exists() and json.loads(note.read_text()) != content:
         raise InputError(
             f"{out} holds an export that was not finished, of other cells or with other options. Please "
             "remove it or choose another name."
@@ -112,7 +115,7 @@ def _begin(out: Path, study: Study, asked: dict[str, Any]) -> Path:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise InputError(f"{out} exists already. Please remove it or choose another name.")
         out.mkdir(parents=True, exist_ok=True)
-        write_atomic(note, content)
+        write_json(note, content)
     remove(*out.glob(f"{_SCRATCH}*"), *out.glob(".*.tmp"))
     return note
 

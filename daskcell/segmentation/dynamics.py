@@ -57,9 +57,8 @@ def follow(
         0: as in the whole picture. 1: starts in the rim. 2: left the part.
     """
     step = (flows * foreground) / np.float32(5)
-    pixels = np.flatnonzero(foreground)
-    start = np.empty((2, len(pixels)), np.int32)
-    np.divmod(pixels, foreground.shape[1], out=(start[0], start[1]), casting="unsafe")
+    start = np.empty((2, np.count_nonzero(foreground)), np.int32)
+    np.divmod(np.flatnonzero(foreground), foreground.shape[1], out=(start[0], start[1]), casting="unsafe")
     rim = 2 + math.ceil(float(np.abs(step).max(initial=0.0)))
     # y and x side by side: one pixel's flow is one memory access.
     step = np.ascontiguousarray(step.transpose(1, 2, 0))
