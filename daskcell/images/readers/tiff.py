@@ -280,12 +280,22 @@ class TiffReader:
         for channel in range(self.page_channels):
             target = out[channel * per_page : (channel + 1) * per_page]
             for z in self.planes:
-                number = self._page_number(channel, z)
-                plane = self._intensities(self._pieces.read(self.level_series[level], number, box), number)
-                if z == self.planes[0]:
+                number, first = self._page_number(channel, z), z == self.planes[0]
+                straight = target if first and self._is_plain else None
+                plane = self._pieces.read(self.level_series[level], number, box, straight)
+                if straight is not None:
+                    continue
+                plane = self._intensities(plane, number)
+                if first:
                     target[:] = plane
                 else:
                     np.maximum(target, plane, out=target)
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether what is stored are the channels as they are."""
+        same = len(self.keep) == self.samples and self.dtype == self._pieces.dtype
+        return same and not self.palettes and self.invert_from is None
 
     def _intensities(self, pixels: NDArray, number: int) -> NDArray:
         """Stored samples ``(S, h, w)`` of a page to channels."""

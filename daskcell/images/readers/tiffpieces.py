@@ -40,17 +40,20 @@ class Pieces:
         self.remote = places.is_remote(path)
         self._measured: list[Any] = []
         self._strips: OrderedDict[tuple[int, int, int], NDArray] = OrderedDict()
+        self._strip_bytes = 0
 
-    def read(self, series: Any, number: int, box: Box) -> NDArray:
-        """Stored samples ``(S, h, w)`` of a part of page `number` of a level, which is a tifffile series."""
+    def read(self, series: Any, number: int, box: Box, out: NDArray | None = None) -> NDArray:
+        """Stored samples ``(S, h, w)`` of a part of page `number` of a level, which is a tifffile series.
+
+        `out` is where they go, if it is given.
+        """
         key = series.keyframe
         planar = key.planarconfig == 2 and self.samples > 1
+        if out is None:
+            out = np.empty((self.samples, *box.shape), self.dtype)
         if series.dataoffset is not None:
-            return self._read_raw(series, number, box, planar)
+            return self._read_raw(series, number, box, planar, out)
         page, at = series.pages[number], (id(series), number)
-        out = np.zeros((self.samples, *box.shape), self.dtype)
-        if key.nodata:
-            out[:] = key.nodata
         height, width = key.chunks[:2]
         down, across = math.ceil(key.imagelength / height), math.ceil(key.imagewidth / width)
         where = {
@@ -64,6 +67,8 @@ class Pieces:
         for index, (plane, y, x) in where.items():
             piece = self._piece(page, (*at, index), fetched.pop(index, None))
             if piece is None:
+                part = Box(y, x, y + height, x + width) & box
+                out[(plane if planar else slice(None), *part.within(box))] = key.nodata or 0
                 continue
             covers = Box(y, x, y + piece.shape[0], x + piece.shape[1])
             part = covers & box
@@ -74,7 +79,8 @@ class Pieces:
             if planar:
                 out[plane, rows, columns] = pixels[..., 0]
             else:
-                out[:, rows, columns] = np.moveaxis(pixels, 2, 0)
+                for sample in range(self.samples):  # in one go it takes longer
+                    out[sample, rows, columns] = pixels[..., sample]
         return out
 
     def _fetch(self, page: Any, indices: list[int]) -> dict[int, bytes]:
@@ -107,8 +113,9 @@ class Pieces:
         piece = decoded.reshape(decoded.shape[-3:])
         if not key.is_tiled and decoded.nbytes <= CACHE_BYTES // 2:
             self._strips[name] = piece
-            while sum(strip.nbytes for strip in self._strips.values()) > CACHE_BYTES:
-                self._strips.popitem(last=False)
+            self._strip_bytes += piece.nbytes
+            while self._strip_bytes > CACHE_BYTES:
+                self._strip_bytes -= self._strips.popitem(last=False)[1].nbytes
         return piece
 
     def _decode(self, key: Any, data: bytes, index: int, options: dict[str, Any]) -> NDArray:
@@ -150,14 +157,13 @@ class Pieces:
                 if is_too_long(key, len(tifffile.TIFF.DECOMPRESSORS[compression](encoded))):
                     raise ImageError(f"Cannot read {self.path}: damaged, its data are more than its pixels.")
 
-    def _read_raw(self, series: Any, number: int, box: Box, planar: bool) -> NDArray:
+    def _read_raw(self, series: Any, number: int, box: Box, planar: bool, out: NDArray) -> NDArray:
         """Part of a page of a file whose pixels lie uncompressed one after another."""
         key = series.keyframe
         dtype = np.dtype(self.file.byteorder + key.dtype.char)
         height, width = key.imagelength, key.imagewidth
         inner = 1 if planar else self.samples
         row = width * inner * dtype.itemsize
-        out = np.empty((self.samples, *box.shape), self.dtype)
         for plane in range(self.samples if planar else 1):
             first = (number * (self.samples if planar else 1) + plane) * height + box.y0
             start, count = series.dataoffset + first * row, (box.y1 - box.y0) * row
