@@ -65,7 +65,7 @@ def run_tiles(job: Any, at: Any, tiles: list[int]) -> int:
     return len(tiles)
 
 
-def label_block(job: Any, at: Any, halo: int, sources: Any) -> Any:
+def label_block(job: Any, at: Any, halo: int, sources: Any, further: Any) -> Any:
     from daskcell.segmentation.seams import SeamReport
 
     sleep("label_block", at)

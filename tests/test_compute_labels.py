@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import tifffile
@@ -28,6 +29,70 @@ class Log(SchedulerPlugin):
             self.ran.setdefault(function, Counter())[worker] += 1
 
 
+def pretend_gpu() -> None:
+    """Let this process believe that it has a GPU; what is asked for there is computed on the CPU."""
+    import torch
+
+    from daskcell.features import encoders
+    from daskcell.models import loading
+
+    network, encoder = loading._build_network, encoders._load
+    torch.cuda.is_available = lambda: True
+    loading._build_network = lambda path, device, dtype: network(path, "cpu", dtype)
+    encoders._load = lambda spec: encoder(replace(spec, device="cpu"))
+
+
+def pretend_no_gpu() -> None:
+    import torch
+
+    torch.cuda.is_available = lambda: False
+
+
+def labelled() -> SpecCluster:
+    """A worker process labelled GPU and two labelled CPU."""
+    options = {"host": "127.0.0.1", "nthreads": 1, "dashboard": False}
+    spec = {
+        name: {"cls": Nanny, "options": options | {"resources": {label: 1}}}
+        for name, label in (("gpu", "GPU"), ("cpu-0", "CPU"), ("cpu-1", "CPU"))
+    }
+    quiet = {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": "127.0.0.1:0"}
+    return SpecCluster(workers=spec, scheduler={"cls": Scheduler, "options": quiet})
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("in")
+    for number, side in enumerate((400, 90)):
+        field = synthesize_field((side, side), seed=number + 3)
+        for channel, pixels in zip(CHANNELS, field.channels, strict=True):
+            tifffile.imwrite(folder / f"f{number}_{channel}.tif", pixels)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pooling", ["crop", "mask"])
+def test_only_workers_labelled_gpu_need_one(pictures, tmp_path, monkeypatch, pooling):
+    """The process that drives the run and the CPU workers find no GPU, as on a cluster's login node."""
+    import torch
+
+    settings = {"cluster": {"k": 2}, "features": {"pooling": pooling}}
+    expected = run(pictures, tmp_path / "cpu", settings | {"compute": {"block": 256, "workers": 2}})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with labelled() as cluster, Client(cluster) as client:
+        client.wait_for_workers(3)
+        workers = client.scheduler_info(n_workers=-1)["workers"]
+        gpu = [address for address, worker in workers.items() if "GPU" in worker["resources"]]
+        client.run(pretend_no_gpu, workers=[address for address in workers if address not in gpu])
+        client.run(pretend_gpu, workers=gpu)
+        compute = {"block": 256, "device": "cuda", "kind": cluster.scheduler_address}
+        study = run(pictures, tmp_path / "gpu", settings | {"compute": compute})
+    assert study.failures == []
+    assert set(study.slides) == {"f0", "f1"}
+    found, wanted = study.cells(), expected.cells()
+    assert len(found) > 50
+    assert found.equals(wanted)
+
+
 @pytest.mark.slow
 def test_network_tasks_run_on_gpu_workers_and_all_others_on_cpu_workers(tmp_path, monkeypatch):
     field = synthesize_field((400, 400), seed=3)
@@ -42,13 +107,7 @@ def test_network_tasks_run_on_gpu_workers_and_all_others_on_cpu_workers(tmp_path
         submit(self, key, function, *args, kind=kind)
 
     monkeypatch.setattr(Window, "submit", noted)
-    options = {"host": "127.0.0.1", "nthreads": 1, "dashboard": False}
-    spec = {
-        name: {"cls": Nanny, "options": options | {"resources": {label: 1}}}
-        for name, label in (("gpu", "GPU"), ("cpu-0", "CPU"), ("cpu-1", "CPU"))
-    }
-    quiet = {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": "127.0.0.1:0"}
-    with SpecCluster(workers=spec, scheduler={"cls": Scheduler, "options": quiet}) as cluster:
+    with labelled() as cluster:
         log = Log()
         cluster.scheduler.add_plugin(log)
         with Client(cluster) as client:

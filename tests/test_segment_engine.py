@@ -203,6 +203,42 @@ def test_the_network_runs_on_gpu_workers_and_everything_else_on_cpu_workers(slid
         assert places[name].total() >= (2 if name == "check_blocks" else 6)
 
 
+def test_blocks_that_look_further_ask_gpu_workers_for_the_tiles_they_lack(tmp_path, monkeypatch):
+    from blobs import BlobNetwork
+    from distributed import Client, SpecCluster, Worker, get_worker
+    from distributed.scheduler import Scheduler
+
+    def network():
+        if not here and get_worker().name != "gpu":
+            raise AssertionError("the network was asked for where there is no GPU")
+        return BlobNetwork(sigma=12)
+
+    picture = np.uint8(np.clip(blobs((420, 440), 5, radius=30, density=0.003), 0, 1) * 200)
+    tifffile.imwrite(tmp_path / "picture.tif", picture)
+    dc.convert(tmp_path / "picture.tif", tmp_path / "picture.zarr")
+    monkeypatch.setattr(tasks, "network_source", lambda model, device: network)
+    monkeypatch.setattr(engine, "_halo", lambda job, frozen: 16)
+    settings = SegmentSettings(diameter=None, niter=500)
+    here = True
+    expected, report = segment(tmp_path / "picture.zarr", tmp_path, settings, block=4096)
+    assert report["redone"] == 0
+    here = False
+    spec = {
+        name: {"cls": Worker, "options": {"nthreads": 1, "resources": {label: 1}, "dashboard": False}}
+        for name, label in {"gpu": "GPU", "cpu-0": "CPU", "cpu-1": "CPU"}.items()
+    }
+    scheduler = {"cls": Scheduler, "options": {"dashboard": False, "port": 0, "host": "127.0.0.1"}}
+    with SpecCluster(spec, scheduler) as cluster, Client(cluster) as client:
+        labels, report = segment(
+            tmp_path / "picture.zarr", tmp_path, settings, block=128, workers=Workers(client)
+        )
+    np.testing.assert_array_equal(labels, expected)
+    assert report["redone"] > 5
+    assert report["repeated"] > 0
+    assert report["tiles"] > report["repeated"]
+    assert not any((tmp_path / "scratch-128" / "further").iterdir())
+
+
 def test_a_slide_that_could_overflow_the_labels_is_refused_before_any_work(tmp_path):
     plan = Plan((80_000, 100_000), 1, np.dtype(np.uint8))
     arguments = (Workers(), 2048, tmp_path / "scratch")

@@ -108,7 +108,7 @@ def segment_slide(
     scratch = Path(scratch)
     flows = scratch / "flows" if flows is None else Path(flows) / key
     job = Job(str(path), name, settings, plan, block, str(scratch), str(flows), device)
-    for kind in ("samples", "labels", "cells", "ids"):
+    for kind in ("samples", "labels", "further", "cells", "ids"):
         (scratch / kind).mkdir(parents=True, exist_ok=True)
     (flows / "tiles").mkdir(parents=True, exist_ok=True)
 
@@ -202,9 +202,12 @@ def _label(job: Job, workers: Workers, *, keep: bool) -> tuple[SeamReport, int]:
     def start_labels(blocks: Iterable[Index]) -> None:
         for at in blocks:
             running["labels"] += 1
-            window.submit(("labels", at), label_block, job, at, halo, sorted(needs.get(at, ())))
+            window.submit(
+                ("labels", at), label_block, job, at, halo, sorted(needs.get(at, ())), further.get(at, {})
+            )
 
-    running = {"network": 0, "labels": 0, "extent": 0}
+    further: dict[Index, dict[Path, list[int]]] = {}
+    running = {"network": 0, "labels": 0, "further": 0, "extent": 0}
     for at in grid:
         if at not in waiting:  # labelled before the run was killed
             running["extent"] += 1
@@ -221,8 +224,17 @@ def _label(job: Job, workers: Workers, *, keep: bool) -> tuple[SeamReport, int]:
             start_labels(sorted(other for other in users[at] if not waiting[other]))
         elif kind == "extent":
             largest = max(largest, result)
+        elif kind == "further":
+            report.repeated += result
+            start_labels([at])
+        elif isinstance(result, list):  # a cell, or what may be one, reaches beyond the halo
+            file = job.further_file(at, len(further.setdefault(at, {})))
+            further[at][file] = result
+            running["further"] += 1
+            window.submit(("further", at), run_tiles, job, at, result, file, kind="network")
         else:
             part, extent = result
+            remove(*further.pop(at, ()))
             report += part
             largest = max(largest, extent)
             for other in needs.get(at, ()):

@@ -150,12 +150,16 @@ class BlockMethod:
 
 
 def network_source(model: Any, device: str) -> Any:
-    """A module as it is; a name or file as a function that loads it once per process."""
+    """A module as it is; a name or file as a function that loads it once per process.
+
+    A file that is missing is refused here. Whether the device is there is asked where it is loaded: this
+    process, and workers for other tasks, may have none.
+    """
     if not isinstance(model, str):
         return model
-    from daskcell.models import load_network
+    from daskcell.models import find_network, load_network
 
-    load_network(model, device)  # refused here, not on a worker, if it is missing
+    find_network(model)
     return partial(load_network, model, device)
 
 

@@ -7,7 +7,7 @@ where it was. Which tasks there are, and when, is the engine's.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -57,6 +57,10 @@ class Job:
     def file(self, kind: str, at: Index) -> Path:
         folder = self.flows if kind == "tiles" else self.scratch
         return Path(folder, kind, f"{at[0]}_{at[1]}.{'npy' if kind in ('tiles', 'ids') else 'npz'}")
+
+    def further_file(self, at: Index, number: int) -> Path:
+        """Tiles of other blocks that a block needs besides those within its halo."""
+        return Path(self.scratch, "further", f"{at[0]}_{at[1]}_{number}.npy")
 
     @property
     def globals_file(self) -> Path:
@@ -132,12 +136,13 @@ def read_globals(path: str) -> Any:
     return Globals.from_json(values) if "diameter" in values else WatershedMethod.globals_from_json(values)
 
 
-def run_tiles(job: Job, at: Index, tiles: list[int]) -> int:
+def run_tiles(job: Job, at: Index, tiles: list[int], file: Path | None = None) -> int:
+    """Network outputs of `tiles`, into the file of the block that owns them, or another."""
     frozen = read_globals(str(job.globals_file))
     method = job.method
     assert isinstance(method, CellposeMethod)
     outputs = method.run(job.read, frozen, tiles)
-    write(job.file("tiles", at), lambda path: _save_tiles(path, len(tiles), outputs))
+    write(file or job.file("tiles", at), lambda path: _save_tiles(path, len(tiles), outputs))
     return len(tiles)
 
 
@@ -158,18 +163,46 @@ class _Outputs(dict[int, Any]):
         return np.array(np.load(found[0], mmap_mode="r")[found[1]]) if isinstance(found, tuple) else found
 
 
-def label_block(job: Job, at: Index, halo: int, sources: list[Index]) -> tuple[SeamReport, int]:
+class NotThere(Exception):
+    """A block looks further than the network outputs it was given."""
+
+    def __init__(self, tiles: list[int]):
+        super().__init__(tiles)
+        self.tiles = tiles
+
+
+class _StoredOutputs(CellposeMethod):
+    """Labels without a network: only some workers may have the GPU it runs on."""
+
+    def run(self, read: Read, frozen: Globals, tiles: list[int]) -> Iterator[np.ndarray]:
+        if tiles:
+            raise NotThere(tiles)
+        return iter(())
+
+
+def label_block(
+    job: Job, at: Index, halo: int, sources: list[Index], further: Mapping[Path, list[int]]
+) -> tuple[SeamReport, int] | list[int]:
+    """Candidates of a block, from the tiles of the blocks `sources` and of the files `further`.
+
+    Returns what the report says of it and its largest extent, or the tiles that it needs besides.
+    """
     frozen, method, grid = read_globals(str(job.globals_file)), job.method, job.grid
     outputs = _Outputs()
     for source in sources:
         tiles = [tile for tile in frozen.tiles.owned(grid.core(source)) if tile not in frozen.skipped]
         outputs |= {tile: (job.file("tiles", source), n) for n, tile in enumerate(tiles)}
-    known = len(outputs)
-    read: Read = job.read
-    look = method.look(frozen, read, outputs)
-    found, doublings = own_labels(grid.core(at), halo, job.shape, look, method.thresholds)
+    for file, tiles in further.items():
+        outputs |= {tile: (file, n) for n, tile in enumerate(tiles)}
+    if isinstance(method, CellposeMethod):
+        method = _StoredOutputs(**vars(method))
+    try:
+        look = method.look(frozen, job.read, outputs)
+        found, doublings = own_labels(grid.core(at), halo, job.shape, look, method.thresholds)
+    except NotThere as more:
+        return more.tiles
     write(job.file("labels", at), lambda path: save(path, found))
-    return SeamReport(redone=int(doublings > 0), repeated=len(outputs) - known), found.extent
+    return SeamReport(redone=int(doublings > 0)), found.extent
 
 
 def largest_extent(job: Job, at: Index) -> int:
