@@ -33,13 +33,15 @@ def pretend_gpu() -> None:
     """Let this process believe that it has a GPU; what is asked for there is computed on the CPU."""
     import torch
 
-    from daskcell.features import encoders
+    from daskcell.features import encoders, stages
     from daskcell.models import loading
 
-    network, encoder = loading._build_network, encoders._load
+    network = loading._build_network
     torch.cuda.is_available = lambda: True
     loading._build_network = lambda path, device, dtype: network(path, "cpu", dtype)
-    encoders._load = lambda spec: encoder(replace(spec, device="cpu"))
+    for module in (encoders, stages):
+        load = module._load
+        module._load = lambda spec, load=load: load(replace(spec, device="cpu"))
 
 
 def pretend_no_gpu() -> None:
