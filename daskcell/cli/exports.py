@@ -38,6 +38,6 @@ def crops(
             format=format,
             size=size,
             slides=slide,
-            workers=workers,
+            workers=workers.claim(out, print),
         )
     print(f"{out}: {count:,} cells")

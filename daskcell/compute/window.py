@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import os
 import time
 import uuid
 from collections import deque
@@ -12,6 +13,7 @@ from collections.abc import Callable, Generator, Hashable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from daskcell.compute.former import owner_of, wait_for_former
 from daskcell.compute.overtime import limited, overtime
 from daskcell.errors import ComputeError
 
@@ -48,6 +50,11 @@ class Workers:
         Says why the workers are lost, if they are and somebody knows.
     task_seconds
         Longest time for a task (see `compute.overtime`); None: any. In this process there is no limit.
+
+    Attributes
+    ----------
+    owner : str
+        Part of the keys of all tasks, where they are some folder's (see `claim`).
     """
 
     def __init__(
@@ -63,6 +70,7 @@ class Workers:
         self.on_task = on_task
         self.trouble = trouble
         self.task_seconds = task_seconds
+        self.owner = ""
         self._counted: tuple[float, int, frozenset[str]] = (float("-inf"), 1, labels)
 
     def __repr__(self) -> str:
@@ -103,6 +111,17 @@ class Workers:
         """The same workers, with another callback and limit of time."""
         workers = copy.copy(self)
         workers.on_task, workers.task_seconds = on_task, task_seconds
+        return workers
+
+    def claim(self, folder: str | os.PathLike[str], tell: Callable[[str], None] | None = None) -> Workers:
+        """The same workers for tasks that write into `folder`, as soon as those of a killed run have ended.
+
+        `tell` is called with a sentence now and then meanwhile.
+        """
+        workers = copy.copy(self)
+        workers.owner = owner_of(folder)
+        if self.client is not None:
+            wait_for_former(self.client, workers.owner, tell)
         return workers
 
     def _look(self) -> tuple[int, frozenset[str]]:
@@ -168,11 +187,11 @@ class Window:
             yield key, result
 
     def _run_on(self, client: Client) -> Generator[tuple[Any, Any], None, None]:
-        from distributed import as_completed
+        from daskcell.compute._completed import Completed
 
-        done = as_completed(loop=client.loop, with_results=True, raise_errors=False)
+        done = Completed(loop=client.loop, with_results=True, raise_errors=False)
         running: dict[Any, Hashable] = {}
-        run = uuid.uuid4().hex[:12]
+        run = self._workers.owner + uuid.uuid4().hex[:12]
         numbers = itertools.count()
         try:
             while True:

@@ -37,12 +37,14 @@ from daskcell.pipeline.slide import (
 )
 from daskcell.pipeline.transfer import Given, origin, set_named_aside
 from daskcell.segmentation.memory import refuse_too_little_memory
-from daskcell.study import CLUSTERS, Study
+from daskcell.study import CLUSTERS, Study, sweep
 from daskcell.study.checksums import damaged, sums
 from daskcell.study.keys import UPSTREAM, cluster_key
 from daskcell.study.lock import Lock
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from distributed import Client
 
 NAMES = "names.json"
@@ -117,7 +119,7 @@ class Run:
             shape = ledger.result("convert").get("shape") or (0, 0, 0)
             self.progress.counts(name, shape[1] * shape[2], ledger.result("segment").get("cells", 0))
         with contextlib.ExitStack() as stack:
-            workers = LazyWorkers(client, self.config, stack, self.tick, self.progress.say)
+            workers = LazyWorkers(self.study.out, client, self.config, stack, self.tick, self.progress.say)
             try:
                 self.work([self.job(name) for name in slides if missing[name] or self.verify], workers)
                 if not self.is_grouped(slides):  # the fit would take damaged features for good ones
@@ -404,6 +406,7 @@ class LazyWorkers:
 
     def __init__(
         self,
+        out: Path,
         client: Client | None,
         config: Config,
         stack: contextlib.ExitStack,
@@ -411,7 +414,7 @@ class LazyWorkers:
         tell: Callable[[str], None] | None = None,
     ):
         self._client, self._config, self._stack, self._on_task = client, config, stack, on_task
-        self._tell = tell
+        self._out, self._tell = out, tell
         self._workers: Workers | None = None
 
     @property
@@ -428,7 +431,8 @@ class LazyWorkers:
                 started = self._stack.enter_context(start_workers(self._config.compute, self._tell))
                 workers = started.watched(self._on_task, seconds)
             refuse_too_little_memory(workers.memory, self._config.compute.block)
-            self._workers = workers
+            self._workers = workers.claim(self._out, self._tell)
+            sweep(self._out)
         return self._workers
 
 

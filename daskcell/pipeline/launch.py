@@ -149,7 +149,6 @@ def _go(
         study.update(slides=sorted(source.name for source in sources), weights=weights, groups=groups)
         if model is not None:
             study.update(model=os.path.abspath(model.folder))
-        sweep(out)
         Run(study, sources, settings, weights, lock, progress, retry_failed, model, verify).go(client)
         if truth is not None and study.grouping is not None:
             score_study(study, truth)

@@ -66,7 +66,7 @@ def regroup(study: Study, lock: Lock, progress: Progress) -> None:
     jobs = [job for job in jobs if missing_stages(job, study)]
     progress.begin(dict.fromkeys(run.sources, 1.0), {job.slide: list(job.stages) for job in jobs})
     with contextlib.ExitStack() as stack:
-        run.work(jobs, LazyWorkers(None, study.config, stack, run.tick))
+        run.work(jobs, LazyWorkers(study.out, None, study.config, stack, run.tick))
     run.write_failures()
 
 
