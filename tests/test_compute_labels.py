@@ -86,8 +86,15 @@ def test_only_workers_labelled_gpu_need_one(pictures, tmp_path, monkeypatch, poo
         gpu = [address for address, worker in workers.items() if "GPU" in worker["resources"]]
         client.run(pretend_no_gpu, workers=[address for address in workers if address not in gpu])
         client.run(pretend_gpu, workers=gpu)
+        log = Log()
+        cluster.scheduler.add_plugin(log)
         compute = {"block": 256, "device": "cuda", "kind": cluster.scheduler_address}
         study = run(pictures, tmp_path / "gpu", settings | {"compute": compute})
+    # The small slide is one task, which sends away nothing but its network work; the other has four blocks.
+    assert log.ran["label_block"].total() == 4
+    assert log.ran["run_tiles"].total() > 4
+    assert set(log.ran["run_tiles"]) == set(gpu)
+    assert not set(log.ran["process_batch"]) & set(gpu)
     assert study.failures == []
     assert set(study.slides) == {"f0", "f1"}
     found, wanted = study.cells(), expected.cells()

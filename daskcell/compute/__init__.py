@@ -7,19 +7,21 @@ importable function with small arguments and a small result, and pixels go throu
 Labels. Where some worker declares the resource ``GPU``, tasks of kind ``network`` run on such workers only;
 where some worker declares ``CPU``, all other tasks run on those. Without labels everything runs anywhere.
 Resources are asked for at `submit`, which holds; `dask.annotate` is lost when arrays fuse (dask/dask#7036).
-The scheduler does not queue tasks that ask for resources, so the window does.
+The scheduler does not queue tasks that ask for resources, so the window does. A task may itself have
+workers (`Workers.of_task`): its own process, and those labelled GPU for its network work.
 """
 
 from daskcell.compute.local import visible_gpus
 from daskcell.compute.start import start_workers
 from daskcell.compute.threads import THREAD_VARIABLES, limit_threads, threads_limited
-from daskcell.compute.window import LABELS, Failed, Kind, Window, Workers
+from daskcell.compute.window import LABELS, Failed, Kind, Permit, Window, Workers
 
 __all__ = [
     "LABELS",
     "THREAD_VARIABLES",
     "Failed",
     "Kind",
+    "Permit",
     "Window",
     "Workers",
     "limit_threads",

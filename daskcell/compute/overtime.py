@@ -10,11 +10,13 @@ place of the old one; where there is none (threads of this process, ``--no-nanny
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
+import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +85,25 @@ def renew(item: str) -> None:
         _rearm()
 
 
+@contextlib.contextmanager
+def paused() -> Iterator[None]:
+    """The time of this thread's task stands still: it waits for other tasks, which have their own."""
+    with _lock:
+        task = _running.get(threading.get_ident())
+        if task is not None:
+            task.since, used = math.inf, time.monotonic() - task.since
+    if task is None:
+        yield
+        return
+    _rearm()
+    try:
+        yield
+    finally:
+        with _lock:
+            task.since = time.monotonic() - used
+        _rearm()
+
+
 def overtime(client: Client, key: str) -> Overtime | None:
     """The error of a task that was lost with its workers, if it was for taking too long."""
     told = [message for _, message in client.get_events(TOPIC) or () if message["key"] == key]
@@ -98,7 +119,7 @@ def overtime(client: Client, key: str) -> Overtime | None:
 
 def _rearm() -> None:
     with _lock:
-        ends = [task.since + task.seconds for task in _running.values()]
+        ends = [task.since + task.seconds for task in _running.values() if task.since < math.inf]
         if ends:
             left = max(0.1, min(ends) - time.monotonic())
             faulthandler.dump_traceback_later(left + _GRACE_SECONDS, exit=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from daskcell.compute.former import owner_of, wait_for_former
-from daskcell.compute.overtime import limited, overtime
+from daskcell.compute.overtime import limited, overtime, paused
 from daskcell.errors import ComputeError
 
 if TYPE_CHECKING:
@@ -33,6 +33,15 @@ class Failed:
     """What a window yields in place of a result when it keeps going: the task's exception."""
 
     error: BaseException
+
+
+@dataclass(frozen=True)
+class Permit:
+    """See `Workers.permit`."""
+
+    labels: frozenset[str] = frozenset()
+    owner: str = ""
+    task_seconds: float | None = None
 
 
 class Workers:
@@ -55,6 +64,8 @@ class Workers:
     ----------
     owner : str
         Part of the keys of all tasks, where they are some folder's (see `claim`).
+    inline : frozenset of str
+        Kinds of tasks that run in this process though there is a client (see `of_task`).
     """
 
     def __init__(
@@ -71,6 +82,7 @@ class Workers:
         self.trouble = trouble
         self.task_seconds = task_seconds
         self.owner = ""
+        self.inline: frozenset[Kind] = frozenset()
         self._counted: tuple[float, int, frozenset[str]] = (float("-inf"), 1, labels)
 
     def __repr__(self) -> str:
@@ -124,9 +136,30 @@ class Workers:
             wait_for_former(self.client, workers.owner, tell)
         return workers
 
+    @property
+    def permit(self) -> Permit:
+        """What a task must know to give work to these workers: it is sent along."""
+        return Permit(self.labels, self.owner, self.task_seconds)
+
+    @classmethod
+    def of_task(cls, given: Permit) -> Workers:
+        """The workers of a task, within it: its own process, but those with a GPU for networks.
+
+        A worker that has a GPU itself does all of it: it never waits for another one, which may wait too.
+        """
+        from distributed import get_client, get_worker
+
+        if "GPU" not in given.labels or "GPU" in get_worker().state.total_resources:
+            return cls()
+        workers = cls(get_client(), labels=given.labels, task_seconds=given.task_seconds)
+        workers.owner, workers.inline = given.owner, frozenset({"cpu"})
+        return workers
+
     def _look(self) -> tuple[int, frozenset[str]]:
         if self.client is None:
             return 1, frozenset()
+        if self.inline:
+            return 1, self._counted[2]
         seen, count, labels = self._counted
         if time.monotonic() - seen > _RECOUNT_SECONDS:  # workers come and go on an adaptive cluster
             workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
@@ -180,11 +213,7 @@ class Window:
     def _run_here(self) -> Generator[tuple[Any, Any], None, None]:
         while self._queue:
             key, function, args, _ = self._queue.popleft()
-            try:
-                result: Any = function(*args)
-            except Exception as error:
-                result = Failed(error)
-            yield key, result
+            yield key, _outcome(function, args)
 
     def _run_on(self, client: Client) -> Generator[tuple[Any, Any], None, None]:
         from daskcell.compute._completed import Completed
@@ -193,27 +222,26 @@ class Window:
         running: dict[Any, Hashable] = {}
         run = self._workers.owner + uuid.uuid4().hex[:12]
         numbers = itertools.count()
+        here: deque[tuple[Hashable, Callable[..., Any], tuple[Any, ...]]] = deque()
         try:
             while True:
                 limit = self._limit or min(_IN_FLIGHT_PER_WORKER * self._workers.count, _MOST_IN_FLIGHT)
                 while self._queue and len(running) < limit:
                     key, function, args, kind = self._queue.popleft()
-                    label = LABELS[kind]
-                    name = getattr(function, "__name__", "task")
-                    call: tuple[Any, ...] = (function, *args)
-                    if self._workers.task_seconds is not None:
-                        call = (limited, self._workers.task_seconds, *call)
-                    future = client.submit(
-                        *call,
-                        key=f"{name}-{run}-{next(numbers)}",
-                        pure=False,
-                        resources={label: 1} if label in self._workers.labels else None,
-                    )
+                    if kind in self._workers.inline:
+                        here.append((key, function, args))
+                        continue
+                    future = self._send(client, f"{run}-{next(numbers)}", function, args, kind)
                     running[future] = key
                     done.add(future)
+                if here and not done.has_ready():
+                    key, function, args = here.popleft()
+                    yield key, _outcome(function, args)
+                    continue
                 if not running:
                     return
-                future, result = next(done)
+                with paused():
+                    future, result = next(done)
                 key = running.pop(future)
                 if future.status != "finished":
                     result = Failed(_explain(future, result, self._workers))
@@ -224,6 +252,28 @@ class Window:
             if running:
                 with contextlib.suppress(Exception):  # the scheduler may be what failed
                     client.cancel(list(running), force=True)
+
+    def _send(
+        self, client: Client, number: str, function: Callable[..., Any], args: tuple[Any, ...], kind: Kind
+    ) -> Any:
+        label = LABELS[kind]
+        call: tuple[Any, ...] = (function, *args)
+        if self._workers.task_seconds is not None:
+            call = (limited, self._workers.task_seconds, *call)
+        return client.submit(
+            *call,
+            key=f"{getattr(function, '__name__', 'task')}-{number}",
+            pure=False,
+            resources={label: 1} if label in self._workers.labels else None,
+            priority=1 if self._workers.inline else 0,  # a task waits for it, and holds a worker
+        )
+
+
+def _outcome(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    try:
+        return function(*args)
+    except Exception as error:
+        return Failed(error)
 
 
 def _explain(future: Any, outcome: Any, workers: Workers) -> BaseException:

@@ -2,9 +2,8 @@
 
     each slide: convert, freeze, segment, describe -> clusters of all -> each slide: assign, paint
 
-A slide of at most two blocks is one task on one worker; a larger one is driven from here, block by block,
-over all workers. Where workers are labelled (GPUs), every slide is driven from here: only network work goes
-to them.
+A slide of at most two blocks is one task on one worker, which sends network work on where others have the
+GPU; a larger one is driven from here, block by block, over all workers.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ import importlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 from daskcell import places
-from daskcell.compute import Failed, Workers, start_workers
+from daskcell.compute import Failed, Workers
 from daskcell.compute.overtime import Overtime
 from daskcell.config import Config
 from daskcell.disk import remove, write_atomic
@@ -35,16 +34,14 @@ from daskcell.pipeline.slide import (
     sentence,
     trace,
 )
+from daskcell.pipeline.team import LazyWorkers, slides_at_once
 from daskcell.pipeline.transfer import Given, origin, set_named_aside
-from daskcell.segmentation.memory import refuse_too_little_memory
-from daskcell.study import CLUSTERS, Study, sweep
+from daskcell.study import CLUSTERS, Study
 from daskcell.study.checksums import damaged, sums
 from daskcell.study.keys import UPSTREAM, cluster_key
 from daskcell.study.lock import Lock
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from distributed import Client
 
 NAMES = "names.json"
@@ -63,8 +60,6 @@ _MOST_TASKS = 20_000
 _USED_BY_SLIDES = ("ome_zarr_models", "pandas", "pyarrow.parquet", "skimage.measure", "torch")
 """Their modules import each other in circles: threads that import one at once may see it half made."""
 _CHANGED = "Its input or its results changed while the run lasted. Please run again."
-_LARGE_SLIDES_AT_ONCE = 2
-"""So that one slide's serial steps do not leave the workers idle."""
 
 
 class Run:
@@ -189,22 +184,22 @@ class Run:
         """Process `jobs` once, at most so many `together` in a task; returns those that were lost with a
         worker, why, and whether others were in the same task."""
         lost: list[tuple[Job, BaseException, bool]] = []
-        large = jobs
-        if not team.labels:
-            large = []
-            limit = blocks * self.config.compute.block**2
-            for batch, result in self.batches(jobs, team, limit, together):
-                if isinstance(result, Failed):
-                    error = self.worker_death(result.error, team)
-                    lost += [(job, error, len(batch) > 1) for job in batch]
-                    continue
-                for job, outcome in zip(batch, result, strict=True):
-                    if outcome.too_large:
-                        large.append(job)
-                    else:
-                        self.account(job, outcome)
-        at_once = _LARGE_SLIDES_AT_ONCE if not team.labels else min(16, 2 * team.count)
-        for job, found in self.drive(large, team, 1 if team.client is None else at_once):
+        large: list[Job] = []
+        pixels = 0
+        limit = blocks * self.config.compute.block**2
+        for batch, result in self.batches(jobs, team, limit, together):
+            if isinstance(result, Failed):
+                error = self.worker_death(result.error, team)
+                lost += [(job, error, len(batch) > 1) for job in batch]
+                continue
+            for job, outcome in zip(batch, result, strict=True):
+                if outcome.too_large:
+                    large.append(job)
+                    pixels += outcome.pixels
+                else:
+                    self.account(job, outcome)
+        each = max(1, pixels // self.config.compute.block**2 // max(1, len(large)))
+        for job, found in self.drive(large, team, slides_at_once(team, each)):
             if isinstance(found, BaseException):
                 lost.append((job, self.worker_death(found, team), False))
             else:
@@ -227,7 +222,7 @@ class Run:
                 length = max(1, min(int(_SECONDS / pace), together, fair))
                 batch = [waiting.popleft() for _ in range(length)]
                 flying[len(waiting)] = batch
-                window.submit(len(waiting), process_batch, batch, limit)
+                window.submit(len(waiting), process_batch, batch, limit, team.permit)
 
         refill()
         for number, result in window:
@@ -399,41 +394,6 @@ def fit(slides: Sequence[str], study: Study, config: Config, workers: Workers) -
     model.origin = origin(config, study.record.get("weights", {}))
     model.save(study.clusters)
     return {"k": model.k, "counts": model.counts_.tolist()}
-
-
-class LazyWorkers:
-    """Workers that are started when they are first needed: continuing a finished study needs none."""
-
-    def __init__(
-        self,
-        out: Path,
-        client: Client | None,
-        config: Config,
-        stack: contextlib.ExitStack,
-        on_task: Callable[[], None],
-        tell: Callable[[str], None] | None = None,
-    ):
-        self._client, self._config, self._stack, self._on_task = client, config, stack, on_task
-        self._out, self._tell = out, tell
-        self._workers: Workers | None = None
-
-    @property
-    def started(self) -> bool:
-        """Whether any work was begun."""
-        return self._workers is not None
-
-    def get(self) -> Workers:
-        if self._workers is None:
-            seconds = self._config.compute.task_seconds
-            if self._client is not None:
-                workers = Workers(self._client, on_task=self._on_task, task_seconds=seconds)
-            else:
-                started = self._stack.enter_context(start_workers(self._config.compute, self._tell))
-                workers = started.watched(self._on_task, seconds)
-            refuse_too_little_memory(workers.memory, self._config.compute.block)
-            self._workers = workers.claim(self._out, self._tell)
-            sweep(self._out)
-        return self._workers
 
 
 def _weight(source: Source) -> float:

@@ -11,10 +11,11 @@ from typing import Any
 from daskcell.clustering.naming import Naming
 from daskcell.errors import InputError
 from daskcell.images.sources import Source
-from daskcell.pipeline.collection import LazyWorkers, Run
+from daskcell.pipeline.collection import Run
 from daskcell.pipeline.progress import Progress
 from daskcell.pipeline.reporting import bring_report_up_to_date
 from daskcell.pipeline.slide import missing_stages
+from daskcell.pipeline.team import LazyWorkers
 from daskcell.pipeline.transfer import find_model
 from daskcell.study import Study, read_record
 from daskcell.study.lock import Lock

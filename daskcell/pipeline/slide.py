@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from daskcell.compute import Workers
-from daskcell.compute.overtime import renew
+from daskcell.compute import Permit, Workers
+from daskcell.compute.overtime import Overtime, renew
 from daskcell.config import Config
 from daskcell.disk import is_full, remove
 from daskcell.errors import ComputeError, ConfigError, DaskcellError, StudyError, WeightsError
@@ -78,7 +78,7 @@ class Outcome:
     notes: tuple[str, ...] = ()
     """What was found damaged, in sentences."""
     too_large: bool = False
-    """Not begun: the slide is larger than `limit` pixels."""
+    """Not begun: the slide has more `pixels` than the limit."""
 
 
 def missing_stages(job: Job, study: Study) -> list[str]:
@@ -136,8 +136,8 @@ def process_slide(
     notes: list[str] = []
     stage = job.stages[0]
     try:
-        if limit is not None and _pixels(job, ledger) > limit:
-            return Outcome(job.slide, too_large=True)
+        if limit is not None and (pixels := _pixels(job, ledger)) > limit:
+            return Outcome(job.slide, pixels, too_large=True)
         if job.cluster_key is None:
             files = identify(job.source.files, ledger.files, job.source.said)
             if files != ledger.files:
@@ -377,14 +377,19 @@ STAGES: dict[str, Stage] = {
 """What each stage does; it returns what the ledger keeps (JSON-able)."""
 
 
-def process_batch(jobs: Sequence[Job], limit: int) -> tuple[list[Outcome], float]:
-    """`process_slide` of several as one task: their blocks are worked on in this process, one after another.
+def process_batch(jobs: Sequence[Job], limit: int, permit: Permit) -> tuple[list[Outcome], float]:
+    """`process_slide` of several as one task: their blocks are worked on in this process, one after another,
+    but for their network work where only some workers have a GPU.
 
     Returns what came of each, and the seconds it took.
     """
     start = time.perf_counter()
+    workers = Workers.of_task(permit)
     outcomes = []
     for job in jobs:
         renew(job.slide)
-        outcomes.append(process_slide(job, Workers(), limit=limit))
+        try:
+            outcomes.append(process_slide(job, workers, limit=limit))
+        except Overtime as error:
+            raise Overtime(str(error), job.slide) from None
     return outcomes, time.perf_counter() - start

@@ -1,0 +1,64 @@
+"""The workers of a run: started when they are needed, and how many slides to drive over them at a time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from daskcell.compute import Workers, start_workers
+from daskcell.config import Config
+from daskcell.segmentation.memory import refuse_too_little_memory
+from daskcell.study import sweep
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from distributed import Client
+
+_AT_ONCE = (2, 16)
+"""Fewest slides, so that one slide's serial steps do not leave the workers idle; and most, since one process
+can keep no more going."""
+
+
+class LazyWorkers:
+    """Workers that are started when they are first needed: continuing a finished study needs none."""
+
+    def __init__(
+        self,
+        out: Path,
+        client: Client | None,
+        config: Config,
+        stack: contextlib.ExitStack,
+        on_task: Callable[[], None],
+        tell: Callable[[str], None] | None = None,
+    ):
+        self._client, self._config, self._stack, self._on_task = client, config, stack, on_task
+        self._out, self._tell = out, tell
+        self._workers: Workers | None = None
+
+    @property
+    def started(self) -> bool:
+        """Whether any work was begun."""
+        return self._workers is not None
+
+    def get(self) -> Workers:
+        if self._workers is None:
+            seconds = self._config.compute.task_seconds
+            if self._client is not None:
+                workers = Workers(self._client, on_task=self._on_task, task_seconds=seconds)
+            else:
+                started = self._stack.enter_context(start_workers(self._config.compute, self._tell))
+                workers = started.watched(self._on_task, seconds)
+            refuse_too_little_memory(workers.memory, self._config.compute.block)
+            self._workers = workers.claim(self._out, self._tell)
+            sweep(self._out)
+        return self._workers
+
+
+def slides_at_once(team: Workers, blocks: int) -> int:
+    """How many slides of so many `blocks` to drive at a time: enough to give all workers a few tasks."""
+    if team.client is None:
+        return 1
+    fewest, most = _AT_ONCE
+    return min(max(fewest, -(-2 * team.count // blocks)), most)
