@@ -177,6 +177,18 @@ def test_a_task_that_kills_every_worker_is_one_failure_among_results():
     assert "killed its worker" in str(results["bad"].error)
 
 
+def hand_on(permit, _):
+    """A task with tasks of its own; where it ran, where they did, and how one ended that cannot succeed."""
+    window = Workers.of_task(permit).window(2, keep_going=True)
+    for i in range(5):
+        window.submit(("network", i), where, i, kind="network")
+        window.submit(("cpu", i), where, i)
+    window.submit("bad", double, None, kind="network")
+    found = dict(window)
+    assert type(found.pop("bad").error) is TypeError
+    return os.getpid(), [{pid for (kind, _), pid in found.items() if kind == k} for k in ("cpu", "network")]
+
+
 def test_network_tasks_run_on_labelled_workers_only():
     from distributed import Client, Nanny, Scheduler, SpecCluster
 
@@ -203,8 +215,15 @@ def test_network_tasks_run_on_labelled_workers_only():
         ran = {"network": set(), "cpu": set()}
         for (kind, _), pid in window:
             ran[kind].add(pid)
-    assert ran["network"] == gpu_pids
-    assert not ran["cpu"] & gpu_pids
+        assert ran["network"] == gpu_pids
+        assert not ran["cpu"] & gpu_pids
+        for kind in ("cpu", "network"):  # on one that has a GPU itself, all of it is done there
+            window = workers.window()
+            for i in range(4):
+                window.submit(i, hand_on, workers.permit, i, kind=kind)
+            for _, (here, (cpu, network)) in window:
+                assert cpu == {here}
+                assert network == (gpu_pids if kind == "cpu" else {here}) == gpu_pids
 
 
 def test_a_gpu_asked_for_and_absent_is_an_error(monkeypatch):

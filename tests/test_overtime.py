@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import pytest
 import tifffile
 from test_pipeline import contents
 
-from daskcell.compute import Failed, Workers
-from daskcell.compute.overtime import Overtime, renew
+from daskcell.compute import Failed, Workers, overtime
+from daskcell.compute.overtime import Overtime, paused, renew
 from daskcell.images import Source, find_images
 from daskcell.pipeline import launch, run
 
@@ -115,3 +116,19 @@ def test_a_slide_whose_reading_hangs_is_set_aside_and_the_others_finish(client, 
     monkeypatch.undo()
     calm = run(tmp_path / "in", tmp_path / "whole", settings | {"compute": {"kind": "inline"}})
     assert contents(study.out) == contents(calm.out)
+
+
+def test_a_task_that_waits_for_others_does_not_grow_older():
+    me = threading.get_ident()
+    task = overtime._Running(None, "key", 100.0, time.monotonic() - 7)
+    overtime._running[me] = task
+    try:
+        with paused():
+            assert task.since > time.monotonic() + 1e9
+            time.sleep(0.3)
+        assert 7 <= time.monotonic() - task.since < 7.2
+    finally:
+        del overtime._running[me]
+        overtime._rearm()
+    with paused():  # outside a task it does nothing
+        pass
