@@ -21,6 +21,7 @@ from daskcell.images import image_info, read_labels
 from daskcell.preprocess import freeze_slide
 from daskcell.preprocess.plan import Plan
 from daskcell.segmentation import engine, tasks
+from daskcell.segmentation.ownership import load_candidates, save_candidates
 
 PLAIN = PreprocessSettings(reconstruct=None, histogram=None)
 SETTINGS = SegmentSettings(diameter=None)
@@ -88,6 +89,27 @@ def test_watershed_on_disk_equals_the_lazy_labels(slide, tmp_path, picture):
     labels, report = segment(slide, tmp_path, SegmentSettings(method="watershed"))
     np.testing.assert_array_equal(labels, expected)
     assert report["tiles"] == 0 < report["cells"]
+
+
+def test_what_waits_on_the_disk_is_as_large_as_its_cells(tmp_path):
+    picture = np.zeros((900, 900), np.uint8)
+    picture[:430, :430] = np.clip(blobs((430, 430), 11, radius=11), 0, 1) * 200
+    tifffile.imwrite(tmp_path / "picture.tif", picture)
+    dc.convert(tmp_path / "picture.tif", tmp_path / "picture.zarr")
+    labels, _ = segment(tmp_path / "picture.zarr", tmp_path, block=300)
+    files = list((tmp_path / "scratch-300" / "labels").iterdir())
+    sizes = [file.stat().st_size for file in files]
+    assert len(sizes) == 9
+    assert min(sizes) < 3000  # no cell there
+    # Two float32 numbers for each pixel of a cell; those near a border are kept by two blocks.
+    assert 8 * (labels > 0).sum() < sum(sizes) < 16 * (labels > 0).sum()
+    found = load_candidates(max(files, key=lambda file: file.stat().st_size))
+    save_candidates(tmp_path / "again.npz", found)
+    again = load_candidates(tmp_path / "again.npz")
+    for name, value in vars(found).items():
+        np.testing.assert_array_equal(getattr(again, name), value)
+    assert not found.flows[:, found.labels == 0].any()
+    assert found.flows[:, found.labels > 0].any()
 
 
 def test_every_tile_is_computed_once_and_blocks_take_few_tasks(slide, tmp_path, counts):

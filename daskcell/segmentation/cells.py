@@ -7,7 +7,7 @@ paint       -> labels of any box
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -45,9 +45,9 @@ class Cells:
         return Box(int(low[0]), int(low[1]), int(high[0]), int(high[1]))
 
 
-def save(path: str | Path, arrays: Candidates | Cells) -> None:
+def save_cells(path: str | Path, cells: Cells) -> None:
     """Write as plain arrays (``.npz``, no pickle)."""
-    np.savez(path, **{field.name: getattr(arrays, field.name) for field in fields(arrays)})
+    np.savez(path, **vars(cells))
 
 
 def load_cells(path: str | Path) -> Cells:

@@ -11,7 +11,7 @@
 Every task reads what it needs and writes one file under a temporary name, so a run that is killed goes on
 where it was: `scratch` belongs to one content key. Tiles are removed when the last block that needs them has
 been labelled, and no block runs far ahead, so memory does not grow with the slide. Scratch space does: labels
-and flows of all blocks, 12 bytes a pixel, wait for the largest mask.
+and flows of all blocks, 8 bytes a pixel of a cell, wait for the largest mask.
 """
 
 from __future__ import annotations

@@ -20,11 +20,11 @@ from daskcell.disk import write_json
 from daskcell.geometry import Box, Grid
 from daskcell.images import image_info, read_block, write_labels_block
 from daskcell.preprocess.plan import Plan, apply_block
-from daskcell.segmentation.cells import check_block, load_cells, save
+from daskcell.segmentation.cells import check_block, load_cells, save_cells
 from daskcell.segmentation.diameter import estimate_diameter
 from daskcell.segmentation.globals import Globals
 from daskcell.segmentation.methods import CellposeMethod, Method, Read, network_source
-from daskcell.segmentation.ownership import Thresholds, load_candidates, own_labels
+from daskcell.segmentation.ownership import Thresholds, load_candidates, own_labels, save_candidates
 from daskcell.segmentation.seams import SeamReport, paint_core
 from daskcell.segmentation.tiles import TILE
 from daskcell.segmentation.tissue import tiles_without, tissue_mask
@@ -201,7 +201,7 @@ def label_block(
         found, doublings = own_labels(grid.core(at), halo, job.shape, look, method.thresholds)
     except NotThere as more:
         return more.tiles
-    write(job.file("labels", at), lambda path: save(path, found))
+    write(job.file("labels", at), partial(save_candidates, found=found))
     return SeamReport(redone=int(doublings > 0)), found.extent
 
 
@@ -213,7 +213,7 @@ def check_blocks(job: Job, group: tuple[Index, ...], steps: int) -> list[tuple[n
     found, thresholds = [], job.method.thresholds
     for at in group:
         cells = check_block(load_candidates(job.file("labels", at)), steps, thresholds)
-        write(job.file("cells", at), partial(save, arrays=cells))
+        write(job.file("cells", at), partial(save_cells, cells=cells))
         found.append((cells.anchors[:, 0] * job.shape[1] + cells.anchors[:, 1], cells.reach))
     return found
 
