@@ -12,6 +12,14 @@ from s3server import CREDENTIALS, Server, s3_server
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+LONGEST = ("test_training.py", "test_survival.py", "test_models_network.py", "test_segment_exact.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: of two processes neither has one left when the other is done."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """Folder of real development pictures; tests that ask for it are skipped where it is absent."""

@@ -16,7 +16,7 @@ import tifffile
 
 from daskcell.errors import ConfigError, DaskcellError, ImageError, InputError, StudyError, WeightsError
 from daskcell.images import Source, find_images
-from daskcell.pipeline import collection, launch, open_study, run, slide
+from daskcell.pipeline import launch, open_study, run, slide, team
 from daskcell.pipeline.progress import STAGE_SHARES, Lines, Progress, clock
 from daskcell.study.lock import Lock
 
@@ -127,7 +127,7 @@ def test_the_same_run_again_does_nothing_and_starts_no_worker(fakes, folder, tmp
     run(folder, tmp_path / "out", INLINE)
     before = (tmp_path / "out" / "study.json").read_bytes()
     fakes.take()
-    monkeypatch.setattr(collection, "start_workers", None)
+    monkeypatch.setattr(team, "start_workers", None)
     run(folder, tmp_path / "out", INLINE)
     assert fakes.take() == []
     assert (tmp_path / "out" / "study.json").read_bytes() == before
