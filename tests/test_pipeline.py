@@ -16,7 +16,7 @@ import tifffile
 
 from daskcell.errors import ConfigError, DaskcellError, ImageError, InputError, StudyError, WeightsError
 from daskcell.images import Source, find_images
-from daskcell.pipeline import launch, open_study, run, slide, team
+from daskcell.pipeline import collection, launch, open_study, run, slide, team
 from daskcell.pipeline.progress import STAGE_SHARES, Lines, Progress, clock
 from daskcell.study.lock import Lock
 
