@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import signal
 import subprocess
 import sys
 
@@ -135,6 +136,45 @@ def test_an_export_that_was_cut_off_is_continued(study, tmp_path, monkeypatch, f
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     with pytest.raises(InputError, match="exists already"):
         dc.export_crops(study, tmp_path / "cut", format=format)
+
+
+KILLED = """
+import os, signal, sys
+import daskcell as dc
+from daskcell.features import export
+from daskcell.study import Study
+study, out, format, last = sys.argv[1:]
+export._SHARD = 10
+replace, count = os.replace, 0
+def killed(*args):
+    global count
+    count += 1
+    if count == int(last):
+        os.kill(os.getpid(), signal.SIGKILL)  # the file is written, and has not got its name
+    replace(*args)
+os.replace = killed
+print(dc.export_crops(Study(study), out, format=format))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["parquet", "png"])
+def test_an_export_killed_again_and_again_holds_every_cell_once(study, tmp_path, monkeypatch, format):
+    from daskcell.features import export
+
+    monkeypatch.setattr(export, "_SHARD", 10)
+    count = dc.export_crops(study, tmp_path / "whole", format=format)
+    kills, last = 0, 1
+    while True:
+        command = [sys.executable, "-c", KILLED, study.out, tmp_path / "out", format, last]
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        kills, last = kills + 1, last + 2
+    assert kills > 3
+    assert int(done.stdout) == count
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_pictures_may_have_another_size(study, tmp_path):

@@ -112,7 +112,8 @@ def _begin(out: Path, study: Study, asked: dict[str, Any]) -> Path:
             "remove it or choose another name."
         )
     if not note.exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        # A run that was killed at its very start has left nothing but half a note.
+        if out.exists() and (not out.is_dir() or set(out.iterdir()) - set(out.glob(f".{note.name}.*.tmp"))):
             raise InputError(f"{out} exists already. Please remove it or choose another name.")
         out.mkdir(parents=True, exist_ok=True)
         write_json(note, content)
