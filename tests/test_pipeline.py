@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tifffile
 
+from daskcell.compute import Permit, Postponed
 from daskcell.errors import ConfigError, DaskcellError, ImageError, InputError, StudyError, WeightsError
 from daskcell.images import Source, find_images
 from daskcell.pipeline import collection, launch, open_study, run, slide, team
@@ -121,6 +122,39 @@ def test_a_run_does_every_stage_of_every_slide_once(fakes, folder, tmp_path):
     assert open_study(tmp_path / "out").config.cluster.k == 2
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"study.json", "images", "tables", "features", "clusters", "overlays", "ledger"}
+
+
+def test_slides_whose_worker_has_to_leave_are_done_by_another(fakes, folder, tmp_path, monkeypatch):
+    segment, left = slide.STAGES["segment"], ["one", "three", "one"]
+
+    def leaving(job, *args):
+        if job.slide in left:
+            left.remove(job.slide)
+            raise Postponed("The worker leaves.")
+        return segment(job, *args)
+
+    monkeypatch.setitem(slide.STAGES, "segment", leaving)
+    study = run(folder, tmp_path / "out", INLINE)
+    assert study.failures == []
+    assert not left
+    done = fakes.take()
+    assert [done.count((name, "segment")) for name in ("one", "two", "three")] == [1, 1, 1]
+    assert done.count(("one", "convert")) == 1
+
+
+def test_a_batch_that_is_cut_off_says_what_is_left(fakes, folder, tmp_path, monkeypatch):
+    study = run(folder, tmp_path / "out", INLINE)
+    jobs = [slide.Job(str(study.out), source, study.config, {}) for source in find_images(folder)]
+    process = slide.process_slide
+
+    def until(job, *args, **options):
+        if job.slide == "three":
+            raise Postponed("The worker leaves.")
+        return process(job, *args, **options)
+
+    monkeypatch.setattr(slide, "process_slide", until)
+    outcomes, _ = slide.process_batch(jobs, 10**9, Permit())
+    assert [(o.slide, o.postponed) for o in outcomes] == [("one", False), ("three", True), ("two", True)]
 
 
 def test_the_same_run_again_does_nothing_and_starts_no_worker(fakes, folder, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ workers (`Workers.of_task`): its own process, and those labelled GPU for its net
 from daskcell.compute.local import visible_gpus
 from daskcell.compute.start import start_workers
 from daskcell.compute.threads import THREAD_VARIABLES, limit_threads, threads_limited
-from daskcell.compute.window import LABELS, Failed, Kind, Permit, Window, Workers
+from daskcell.compute.window import LABELS, Failed, Kind, Permit, Postponed, Window, Workers
 
 __all__ = [
     "LABELS",
@@ -22,6 +22,7 @@ __all__ = [
     "Failed",
     "Kind",
     "Permit",
+    "Postponed",
     "Window",
     "Workers",
     "limit_threads",

@@ -18,6 +18,13 @@ class Completed(as_completed):
     there after all, or until the client gives up, which cancels its tasks.
     """
 
+    def wait(self, seconds: float) -> bool:
+        """Whether there is a result, after at most so many seconds."""
+        with self.thread_condition:
+            if not self.has_ready():
+                self.thread_condition.wait(timeout=seconds)
+        return self.has_ready()
+
     async def _track_future(self, future: Any) -> None:
         while True:
             try:

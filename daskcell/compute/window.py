@@ -20,6 +20,8 @@ from daskcell.errors import ComputeError
 if TYPE_CHECKING:
     from distributed import Client
 
+    from daskcell.compute._completed import Completed
+
 Kind = Literal["cpu", "network"]
 LABELS: dict[str, str] = {"network": "GPU", "cpu": "CPU"}
 _IN_FLIGHT_PER_WORKER = 4
@@ -42,6 +44,10 @@ class Permit:
     labels: frozenset[str] = frozenset()
     owner: str = ""
     task_seconds: float | None = None
+
+
+class Postponed(ComputeError):
+    """A task that waits for others has to stop, through no fault of its own, and should be done again."""
 
 
 class Workers:
@@ -241,6 +247,8 @@ class Window:
                 if not running:
                     return
                 with paused():
+                    if self._workers.inline:
+                        _wait_as_a_task(done)
                     future, result = next(done)
                 key = running.pop(future)
                 if future.status != "finished":
@@ -267,6 +275,16 @@ class Window:
             resources={label: 1} if label in self._workers.labels else None,
             priority=1 if self._workers.inline else 0,  # a task waits for it, and holds a worker
         )
+
+
+def _wait_as_a_task(done: Completed) -> None:
+    """Wait for a result, unless this task's worker is to leave: it may wait for a GPU that is far away."""
+    from distributed import Status, get_worker
+
+    worker = get_worker()
+    while not done.wait(0.1):
+        if worker.status == Status.closing_gracefully:
+            raise Postponed("The worker leaves while its task waits for others.")
 
 
 def _outcome(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:

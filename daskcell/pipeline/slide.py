@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from daskcell.compute import Permit, Workers
+from daskcell.compute import Permit, Postponed, Workers
 from daskcell.compute.overtime import Overtime, renew
 from daskcell.config import Config
 from daskcell.disk import is_full, remove
@@ -79,6 +79,8 @@ class Outcome:
     """What was found damaged, in sentences."""
     too_large: bool = False
     """Not begun: the slide has more `pixels` than the limit."""
+    postponed: bool = False
+    """Not done, for no fault of the slide's."""
 
 
 def missing_stages(job: Job, study: Study) -> list[str]:
@@ -392,4 +394,7 @@ def process_batch(jobs: Sequence[Job], limit: int, permit: Permit) -> tuple[list
             outcomes.append(process_slide(job, workers, limit=limit))
         except Overtime as error:
             raise Overtime(str(error), job.slide) from None
+        except Postponed:
+            outcomes += [Outcome(left.slide, postponed=True) for left in jobs[len(outcomes) :]]
+            break
     return outcomes, time.perf_counter() - start
