@@ -1,31 +1,76 @@
-"""Small files on disk: written whole or not at all."""
+"""Files on disk: written whole or not at all."""
 
 from __future__ import annotations
 
 import errno
 import json
+import math
 import os
-import re
 import shutil
 import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-_CUT = re.compile("[0-9]+ requested and [0-9]+ written|problem writing element [0-9]+ to file")
-"""What numpy says when less was written than it should; it forgets why."""
+import numpy as np
+
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name and rename it: readers see the old one or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A name beside `path` to write under; what is there in the end takes its place.
+
+    So readers see the old file or the new one, whole, also where two processes write the same one. The
+    folder must be there: what a lost worker still writes does not bring removed ones back.
+    """
+    path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        temporary.write_bytes(data)
+        yield temporary
+        if temporary.is_dir():
+            remove(path)
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    finally:
+        remove(temporary)
+
+
+def write_atomic(path: str | Path, data: bytes | memoryview) -> None:
+    """Write a file whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def save_arrays(path: str | Path, *arrays: np.ndarray) -> None:
+    """Write arrays one after another into one file for `numpy.load`, whole or not at all."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        # Into a file of the system numpy writes by `ndarray.tofile`, which does not look whether the last
+        # bytes found room on the disk.
+        hidden: Any = SimpleNamespace(write=file.write)
+        for array in arrays:
+            np.save(hidden, array, allow_pickle=False)
+
+
+def save_parts(path: str | Path, shape: tuple[int, ...], dtype: Any, parts: Iterable[np.ndarray]) -> None:
+    """Write an array that comes in parts, along its first axis, as `save_arrays` would write it."""
+    dtype = np.dtype(dtype)
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        written = 0
+        for part in parts:
+            written += file.write(np.ascontiguousarray(part, dtype).data)
+        assert written == math.prod(shape) * dtype.itemsize, "the parts are not the whole"
+
+
+def save_npz(path: str | Path, *arrays: np.ndarray, **named: np.ndarray) -> None:
+    """`numpy.savez` without pickle, whole or not at all."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, *arrays, allow_pickle=False, **named)
 
 
 def write_json(path: Path, values: Any, indent: int | None = 1) -> None:
@@ -46,7 +91,7 @@ def remove(*paths: Path) -> None:
 def is_full(error: BaseException | None) -> bool:
     """Whether an error, or the one it came from, says that a disk takes no more."""
     while error is not None:
-        if isinstance(error, OSError) and (error.errno in _NO_ROOM or _CUT.search(str(error))):
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from daskcell.disk import remove
+from daskcell.disk import remove, save_parts
 from daskcell.errors import StudyError
 from daskcell.geometry import Box, Grid
 
@@ -189,19 +188,8 @@ def _on_disk(slide: SlideCells, folder: Path, name: str, report: Callable[[str],
 
     path = folder / f"{slide.key}.npy"
     if not path.exists():
-        part = folder / f".{slide.key}.{os.getpid()}.tmp"
         count = len(slide.records())
-        if count:
-            out = np.lib.format.open_memmap(part, "w+", np.uint8, (count, 3, SIZE, SIZE))
-            at = 0
-            for crops in slide.cut():
-                out[at : at + len(crops)] = crops
-                at += len(crops)
-            out.flush()
-        else:
-            with open(part, "wb") as file:
-                np.save(file, np.zeros((0, 3, SIZE, SIZE), np.uint8))
-        os.replace(part, path)
+        save_parts(path, (count, 3, SIZE, SIZE), np.uint8, slide.cut() if count else [])
         report(f"{name}: {count} cells cut")
     # An empty file cannot be mapped.
     return np.load(path, mmap_mode="r") if path.stat().st_size > 512 else np.load(path)

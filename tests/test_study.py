@@ -349,20 +349,3 @@ def test_a_run_whose_lock_was_taken_over_stops(tmp_path, monkeypatch):
         with pytest.raises(StudyError, match="took over"):
             mine.check()
     assert (tmp_path / ".lock").exists()
-
-
-def test_a_full_disk_is_told_from_other_errors(tmp_path):
-    import errno
-
-    import numpy as np
-
-    assert disk.is_full(OSError(errno.ENOSPC, "No space left on device"))
-    assert disk.is_full(OSError(errno.EDQUOT, "Disk quota exceeded"))
-    assert not disk.is_full(OSError(errno.EACCES, "Permission denied"))
-    assert not disk.is_full(ValueError("No space left on device"))
-    with pytest.raises(OSError, match=r"writ|space") as caught, open("/dev/full", "wb") as file:
-        np.save(file, np.zeros(100_000))
-    assert disk.is_full(caught.value)
-    outer = RuntimeError("the stage failed")
-    outer.__cause__ = caught.value
-    assert disk.is_full(outer)

@@ -20,6 +20,7 @@ import numpy as np
 
 from daskcell.clustering.nearest import Nearest, one_thread
 from daskcell.clustering.rows import Rows, in_any_order, in_order, shares
+from daskcell.disk import save_arrays
 
 if TYPE_CHECKING:
     from daskcell.compute import Workers
@@ -147,17 +148,11 @@ def _follow(
                     own = slice(start, stops[j])
                     nearest.look(block.read(), which - start, labels[own], ends[own], sums, counts)
             ends[again] += spent[labels[again]]
-    _write(path.format(number), stops, labels, ends)
+    save_arrays(path.format(number), stops, labels, ends)
     if number > 1:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path.format(number - 2))
     return sums, counts
-
-
-def _write(path: str, *arrays: np.ndarray) -> None:
-    with open(path, "wb") as file:
-        for array in arrays:
-            np.save(file, array)
 
 
 def _read(path: str) -> list[np.ndarray]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from daskcell.clustering import _kernels
+from daskcell.disk import write_atomic
 
 if TYPE_CHECKING:
     from daskcell.compute import Workers
@@ -71,7 +72,7 @@ class FileRows:
     @classmethod
     def write(cls, path: str, rows: np.ndarray) -> FileRows:
         """Put rows, at least one, ``(m, d)`` float32 into a new file."""
-        rows.tofile(path)
+        write_atomic(path, np.ascontiguousarray(rows).data)
         return cls(path, (rows.shape[0], rows.shape[1]))
 
 

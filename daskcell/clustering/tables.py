@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ import numpy as np
 
 from daskcell.clustering import rows as rows_module
 from daskcell.clustering.rows import Rows, ZarrRows
+from daskcell.disk import replacing
 from daskcell.errors import InputError
 
 _NOT_FEATURES = ("label", "centroid", "bbox", "orientation", "touches_edge", "cluster", "distance")
@@ -119,17 +118,12 @@ def replace_columns(table_path: str | Path, values: Mapping[str, Any]) -> None:
     import pyarrow.parquet as pq
 
     table_path = Path(table_path)
-    temporary = table_path.with_name(f".{table_path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with pq.ParquetFile(table_path) as table:
-            kept = [field for field in table.schema_arrow if field.name not in values]
-            schema = pa.schema([*kept, *(pa.field(name, array.type) for name, array in values.items())])
-            start = 0
-            with pq.ParquetWriter(temporary, schema) as writer:
-                for batch in table.iter_batches(rows_module.BLOCK, columns=[field.name for field in kept]):
-                    added = [array.slice(start, len(batch)) for array in values.values()]
-                    start += len(batch)
-                    writer.write_table(pa.Table.from_arrays([*batch.columns, *added], schema=schema))
-        os.replace(temporary, table_path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(table_path) as temporary, pq.ParquetFile(table_path) as table:
+        kept = [field for field in table.schema_arrow if field.name not in values]
+        schema = pa.schema([*kept, *(pa.field(name, array.type) for name, array in values.items())])
+        start = 0
+        with pq.ParquetWriter(temporary, schema) as writer:
+            for batch in table.iter_batches(rows_module.BLOCK, columns=[field.name for field in kept]):
+                added = [array.slice(start, len(batch)) for array in values.values()]
+                start += len(batch)
+                writer.write_table(pa.Table.from_arrays([*batch.columns, *added], schema=schema))

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from daskcell.config import FeatureSettings
-from daskcell.disk import remove
+from daskcell.disk import remove, save_arrays
 from daskcell.features.crops import Sample, background_sample, sample_boxes
 from daskcell.features.encoders import EncoderSpec, encoder_spec, load
-from daskcell.features.files import locate, save, write_features, write_table
+from daskcell.features.files import locate, write_features, write_table
 from daskcell.features.measurements import measure_block, measurement_columns
 from daskcell.features.objects import Reading, block_records, merge_records
 from daskcell.features.textures import Greys, freeze_greys, grey_sample
@@ -174,7 +174,7 @@ def find_cells(slide: Slide, grid: Grid, workers: Workers, folder: Path) -> np.n
 
 
 def _records_task(slide: Slide, core: Box, path: str) -> None:
-    save(path, block_records(slide.cells(core), (core.y0, core.x0)))
+    save_arrays(path, block_records(slide.cells(core), (core.y0, core.x0)))
 
 
 def freeze(slide: Slide, records: np.ndarray, workers: Workers) -> tuple[Vectors, Greys]:
@@ -276,18 +276,18 @@ def _task(slide: Slide, task: Task, way: Vectors, greys: Greys, measured: str, v
             yield reading, cells, prepared
 
     found = list(way.stream(pieces()))
-    save(measured, np.concatenate(rows))
-    save(vectors, np.concatenate(found))
+    save_arrays(measured, np.concatenate(rows))
+    save_arrays(vectors, np.concatenate(found))
 
 
 def _measure(slide: Slide, task: Task, greys: Greys, measured: str) -> None:
     rows = [_measure_reading(slide, r, cells, raw, greys) for r, cells, raw, _ in _read(slide, task)]
-    save(measured, np.concatenate(rows))
+    save_arrays(measured, np.concatenate(rows))
 
 
 def _encode(slide: Slide, task: Task, way: Vectors, vectors: str) -> None:
     pieces = ((reading, cells, prepared) for reading, cells, _, prepared in _read(slide, task))
-    save(vectors, np.concatenate(list(way.stream(pieces))))
+    save_arrays(vectors, np.concatenate(list(way.stream(pieces))))
 
 
 def _read(slide: Slide, task: Task) -> Iterator[tuple[Reading, np.ndarray, np.ndarray, np.ndarray]]:

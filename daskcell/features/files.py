@@ -5,15 +5,13 @@ Knows neither pixels nor networks. What is written appears whole or not at all.
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from daskcell.disk import remove
+from daskcell.disk import replacing, save_arrays
 from daskcell.features.measurements import to_table
 from daskcell.features.vectors import Task
 
@@ -30,7 +28,7 @@ def locate(records: np.ndarray, tasks: list[Task], n: int, folder: Path) -> str:
         where[ids - 1, 0] = task.number
         where[ids - 1, 1] = np.arange(len(ids))
     path = str(folder / "where.npy")
-    save(path, where)
+    save_arrays(path, where)
     return path
 
 
@@ -60,28 +58,22 @@ def write_table(
     files = [measured for measured, _ in parts]
     empty = to_table(np.zeros(0, int), np.zeros((0, len(columns))), columns, pixel_size, microns=True)
     schema = pa.Schema.from_pandas(empty, preserve_index=False)
-    path = Path(target)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with pq.ParquetWriter(temporary, schema) as writer:
-            for start in range(0, n, CHUNK):
-                some = np.asarray(where[start : start + CHUNK])
-                there = np.flatnonzero(some[:, 0] >= 0)
-                values = _gathered(files, some[there], len(columns), np.float64)
-                table = to_table(
-                    start + 1 + there,
-                    values,
-                    columns,
-                    pixel_size,
-                    n=len(some),
-                    first=start + 1,
-                    microns=True,
-                )
-                writer.write_table(pa.Table.from_pandas(table, schema, preserve_index=False))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        for start in range(0, n, CHUNK):
+            some = np.asarray(where[start : start + CHUNK])
+            there = np.flatnonzero(some[:, 0] >= 0)
+            values = _gathered(files, some[there], len(columns), np.float64)
+            table = to_table(
+                start + 1 + there,
+                values,
+                columns,
+                pixel_size,
+                n=len(some),
+                first=start + 1,
+                microns=True,
+            )
+            writer.write_table(pa.Table.from_pandas(table, schema, preserve_index=False))
 
 
 def write_features(
@@ -97,10 +89,8 @@ def write_features(
 
     where = np.load(where_path, mmap_mode="r")
     files = [vectors for _, vectors in parts]
-    path = Path(target)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as temporary:
         array = zarr.create_array(
             str(temporary),
             shape=(n, width),
@@ -115,15 +105,3 @@ def write_features(
             array[start : start + SHARD] = _gathered(
                 files, np.asarray(where[start : start + SHARD]), width, np.float32
             )
-        remove(path)
-        os.replace(temporary, path)
-    finally:
-        remove(temporary)
-
-
-def save(path: str, array: np.ndarray) -> None:
-    """Write an array so that it appears whole or not at all."""
-    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-    with open(temporary, "wb") as file:
-        np.save(file, array)
-    os.replace(temporary, path)

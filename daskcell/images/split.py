@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from daskcell.disk import replacing
 from daskcell.geometry import Box
 from daskcell.images.channels import safe_name, unique_names
 from daskcell.images.readers import Reader
@@ -35,27 +35,27 @@ def split_channels(image: str | Path | Source, folder: str | Path) -> list[Path]
     names = unique_names(f"{safe_name(source.name)}_{channel}" for channel in reader.channels)
     written = []
     for channel, name in enumerate(names):
-        target, partial = folder / f"{name}.tif", folder / f".{name}.tif.partial"
+        target = folder / f"{name}.tif"
         resolution = None
         if reader.pixel_size is not None:
             y, x = reader.pixel_size
             resolution = 1e4 / x, 1e4 / y
-        tifffile.imwrite(
-            partial,
-            _tiles(reader, channel),
-            shape=(height, width),
-            dtype=reader.dtype,
-            tile=(TILE, TILE),
-            compression="zlib",
-            predictor=reader.dtype.kind != "f",
-            photometric="minisblack",
-            resolution=resolution,
-            resolutionunit="CENTIMETER" if resolution else None,
-            description=reader.channels[channel].encode("ascii", "replace").decode(),
-            metadata=None,
-            bigtiff=height * width * reader.dtype.itemsize > 2**32 - 2**25,
-        )
-        os.replace(partial, target)
+        with replacing(target) as part:
+            tifffile.imwrite(
+                part,
+                _tiles(reader, channel),
+                shape=(height, width),
+                dtype=reader.dtype,
+                tile=(TILE, TILE),
+                compression="zlib",
+                predictor=reader.dtype.kind != "f",
+                photometric="minisblack",
+                resolution=resolution,
+                resolutionunit="CENTIMETER" if resolution else None,
+                description=reader.channels[channel].encode("ascii", "replace").decode(),
+                metadata=None,
+                bigtiff=height * width * reader.dtype.itemsize > 2**32 - 2**25,
+            )
         written.append(target)
     reader.close()
     return written

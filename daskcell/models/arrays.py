@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
+from daskcell.disk import save_npz
 from daskcell.errors import WeightsError
 
 _KIND = "__kind__"
@@ -26,10 +26,7 @@ def save_arrays(path: str | Path, weights: dict, kind: str, note: str = "") -> P
         arrays[name] = array.astype(np.float16) if array.ndim > 1 and array.dtype == np.float32 else array
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(part, "wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
-    os.replace(part, path)
+    save_npz(path, **arrays)
     return path
 
 

@@ -6,7 +6,6 @@ ends with a finished schedule. Random choices depend on the seed and the step's 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from daskcell.disk import replacing
 from daskcell.errors import WeightsError
 
 # Settings that may differ between the parts of an interrupted training.
@@ -133,9 +133,8 @@ class Trainer:
             "elapsed": self.elapsed,
             "loss": self.loss,
         }
-        part = self.checkpoint.with_name(f".{self.checkpoint.name}.{os.getpid()}")
-        torch.save(state, part)
-        os.replace(part, self.checkpoint)
+        with replacing(self.checkpoint) as part, open(part, "wb") as file:
+            torch.save(state, file)
         return self.export(self.mean, f"step {self.step}, loss {self.loss:.4f}")
 
     def _resume(self) -> None:

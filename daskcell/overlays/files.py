@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from daskcell.disk import replacing
 from daskcell.errors import InputError
 from daskcell.geometry import Box, Grid
 from daskcell.overlays.legend import add_legend, titled
@@ -187,16 +187,12 @@ def _overlay_task(
     counts = np.bincount(lookup[1:], minlength=k + 1)[1:]
     for path in files:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-        try:
+        with replacing(path) as temporary:
             if path.suffix == ".png":
                 _write_png(temporary, add_legend(picture, palette, counts, names))
             else:
                 size = None if info.pixel_size is None else tuple(v * 2**level for v in info.pixel_size)
                 _write_tif(temporary, picture, size)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def pixel_reader(

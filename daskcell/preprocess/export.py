@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from daskcell.disk import replacing
 from daskcell.geometry import Box
 from daskcell.preprocess.plan import Plan, apply_block
 
@@ -28,9 +27,6 @@ def preprocess_slide_to_tiff(zarr_path: str | Path, plan: Plan, path: str | Path
 
     from daskcell import images
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     height, width = plan.shape
     colour = plan.out_channels == 3
     size = images.image_info(zarr_path).pixel_size
@@ -38,21 +34,20 @@ def preprocess_slide_to_tiff(zarr_path: str | Path, plan: Plan, path: str | Path
     if size is not None:
         options |= {"resolution": (1e4 / size[1], 1e4 / size[0]), "resolutionunit": "CENTIMETER"}
     total = plan.out_channels * height * width * plan.out_dtype.itemsize
-    try:
-        with tifffile.TiffWriter(temporary, bigtiff=total > 2**31) as writer:
-            for page in [slice(0, 3)] if colour else [slice(c, c + 1) for c in range(plan.out_channels)]:
-                writer.write(
-                    _tiles(zarr_path, plan, page),
-                    shape=(height, width, 3) if colour else (height, width),
-                    dtype=plan.out_dtype,
-                    photometric="rgb" if colour else "minisblack",
-                    metadata=None,
-                    **options,
-                )
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with (
+        replacing(path) as temporary,
+        tifffile.TiffWriter(temporary, bigtiff=total > 2**31) as writer,
+    ):
+        for page in [slice(0, 3)] if colour else [slice(c, c + 1) for c in range(plan.out_channels)]:
+            writer.write(
+                _tiles(zarr_path, plan, page),
+                shape=(height, width, 3) if colour else (height, width),
+                dtype=plan.out_dtype,
+                photometric="rgb" if colour else "minisblack",
+                metadata=None,
+                **options,
+            )
 
 
 def _tiles(zarr_path: str | Path, plan: Plan, page: slice) -> Iterator[np.ndarray]:

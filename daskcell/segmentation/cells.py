@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
+from daskcell.disk import save_npz
 from daskcell.errors import InputError
 from daskcell.geometry import Box
 from daskcell.segmentation import flowcheck
@@ -47,7 +48,7 @@ class Cells:
 
 def save_cells(path: str | Path, cells: Cells) -> None:
     """Write as plain arrays (``.npz``, no pickle)."""
-    np.savez(path, **vars(cells))
+    save_npz(path, **vars(cells))
 
 
 def load_cells(path: str | Path) -> Cells:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from tlz import partition_all
 
 from daskcell.compute import Workers
 from daskcell.config import SegmentSettings
-from daskcell.disk import remove
+from daskcell.disk import remove, save_arrays
 from daskcell.errors import InputError
 from daskcell.geometry import Box
 from daskcell.images import build_label_pyramid, create_labels
@@ -49,8 +48,6 @@ from daskcell.segmentation.tasks import (
     paint_block,
     read_globals,
     run_tiles,
-    save_array,
-    write,
 )
 from daskcell.study.keys import STAGE_VERSIONS
 
@@ -113,7 +110,10 @@ def segment_slide(
     (flows / "tiles").mkdir(parents=True, exist_ok=True)
 
     _globals(job, workers)
-    report, extent = _label(job, workers, keep=flows.parent != scratch)
+    keep = flows.parent != scratch
+    report, extent = _label(job, workers, keep=keep)
+    if keep:
+        remove(*flows.rglob(".*.tmp"))  # of tasks that were killed
     report += _check_and_paint(job, workers, 2 * extent)
     frozen = read_globals(str(job.globals_file))
     result = report.to_json()
@@ -288,5 +288,5 @@ def _number(job: Job, places: dict[Index, np.ndarray]) -> int:
     """Write every block's ids; returns the number of cells."""
     order = list(job.grid)
     for at, ids in zip(order, number([places[at] for at in order]), strict=True):
-        write(job.file("ids", at), partial(save_array, ids))
+        save_arrays(job.file("ids", at), ids)
     return sum(len(part) for part in places.values())

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
+from daskcell.disk import save_npz
 from daskcell.geometry import Box
 from daskcell.segmentation import dynamics, flowcheck
 
@@ -63,7 +64,7 @@ def save_candidates(path: str | Path, found: Candidates) -> None:
     values = vars(found) | {"shape": np.array(found.labels.shape)}
     values["labels"] = np.frombuffer(zstd.compress(np.ascontiguousarray(found.labels), 1), np.uint8)
     values["flows"] = found.flows[:, found.labels > 0] if found.flows.size else found.flows
-    np.savez(path, **values)
+    save_npz(path, **values)
 
 
 def load_candidates(path: str | Path) -> Candidates:

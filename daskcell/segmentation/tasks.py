@@ -1,22 +1,22 @@
 """What workers do for `segment_slide`: a function for each kind of task, from files to one file.
 
-Every task writes under a temporary name and renames, so it may run twice, and a run that was killed goes on
+Every file appears whole or not at all, so a task may run twice, and a run that was killed goes on
 where it was. Which tasks there are, and when, is the engine's.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from daskcell.config import SegmentSettings
-from daskcell.disk import write_json
+from daskcell.disk import save_npz, save_parts, write_json
 from daskcell.geometry import Box, Grid
 from daskcell.images import image_info, read_block, write_labels_block
 from daskcell.preprocess.plan import Plan, apply_block
@@ -97,7 +97,7 @@ def observe_blocks(job: Job, group: tuple[Index, ...]) -> None:
     method, cores = job.method, [job.grid.core(at) for at in group]
     observed = [method.observe(job.read(core), core, job.shape) for core in cores]
     together = [np.concatenate(channel) for channel in zip(*observed, strict=True)]
-    write(job.file("samples", group[0]), lambda path: np.savez(path, *together))
+    save_npz(job.file("samples", group[0]), *together)
 
 
 def measure_diameter(job: Job) -> float | None:
@@ -142,17 +142,9 @@ def run_tiles(job: Job, at: Index, tiles: list[int], file: Path | None = None) -
     method = job.method
     assert isinstance(method, CellposeMethod)
     outputs = method.run(job.read, frozen, tiles)
-    write(file or job.file("tiles", at), lambda path: _save_tiles(path, len(tiles), outputs))
+    # One after another: for small cells all together are larger than a worker's memory.
+    save_parts(file or job.file("tiles", at), (len(tiles), 3, TILE, TILE), np.float32, outputs)
     return len(tiles)
-
-
-def _save_tiles(path: Path, count: int, outputs: Iterable[np.ndarray]) -> None:
-    """As ``np.save`` of all in one array, which for small cells is larger than a worker's memory."""
-    header = {"descr": "<f4", "fortran_order": False, "shape": (count, 3, TILE, TILE)}
-    with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for output in outputs:
-            output.tofile(file)
 
 
 class _Outputs(dict[int, Any]):
@@ -201,7 +193,7 @@ def label_block(
         found, doublings = own_labels(grid.core(at), halo, job.shape, look, method.thresholds)
     except NotThere as more:
         return more.tiles
-    write(job.file("labels", at), partial(save_candidates, found=found))
+    save_candidates(job.file("labels", at), found)
     return SeamReport(redone=int(doublings > 0)), found.extent
 
 
@@ -213,7 +205,7 @@ def check_blocks(job: Job, group: tuple[Index, ...], steps: int) -> list[tuple[n
     found, thresholds = [], job.method.thresholds
     for at in group:
         cells = check_block(load_candidates(job.file("labels", at)), steps, thresholds)
-        write(job.file("cells", at), partial(save_cells, cells=cells))
+        save_cells(job.file("cells", at), cells)
         found.append((cells.anchors[:, 0] * job.shape[1] + cells.anchors[:, 1], cells.reach))
     return found
 
@@ -224,14 +216,3 @@ def paint_block(job: Job, at: Index, sources: list[Index]) -> SeamReport:
     labels, report = paint_core(parts, core, job.shape)
     write_labels_block(job.path, job.name, core, labels)
     return report
-
-
-def save_array(array: np.ndarray, path: Path) -> None:
-    np.save(path, array)
-
-
-def write(path: Path, write: Callable[[Path], None]) -> None:
-    """Write under a temporary name and rename: a file that is there is whole."""
-    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
-    write(temporary)
-    temporary.replace(path)
