@@ -48,7 +48,7 @@ def test_what_finds_no_room_is_an_error_and_leaves_the_old_file(tmp_path, writer
     writer(path, ARRAY)
     whole = path.read_bytes()
     path.write_bytes(b"old")
-    with room(len(whole) - missing), pytest.raises(OSError, match="large|space") as caught:
+    with room(len(whole) - missing), pytest.raises(OSError, match=r"large|space") as caught:
         writer(path, ARRAY)
     assert disk.is_full(caught.value)
     assert path.read_bytes() == b"old"
