@@ -160,6 +160,9 @@ class SegmentSettings(Settings):
     method: Literal["cellpose", "watershed"] = "cellpose"
     model: str = "tiny"
     """``tiny`` (embedded), ``cpsam_v2``, or a file of weights."""
+    precision: Literal["float32", "bfloat16"] | None = None
+    """What the network computes in; None: float32, and bfloat16 for Cellpose-SAM, as Cellpose does.
+    Processors that only emulate bfloat16 (``daskcell doctor`` says so) take some ten times as long for it."""
     channels: list[int] | None = None
     """Channels of the preprocessed image the network sees (at most three); None: all."""
     diameter: Positive | Literal["auto"] | None = "auto"

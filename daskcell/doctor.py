@@ -143,6 +143,25 @@ def _weights(config: Config) -> Iterator[Finding]:
     names = {"segment": config.segment.model, "describe": config.features.encoder}
     texts = [f"{names[stage]} {found[stage][:8]}" for stage in names if stage in found]
     yield Finding("weights", "ok", f"{', '.join(texts)} (sha256)")
+    yield from _emulated(config)
+
+
+def _emulated(config: Config) -> Iterator[Finding]:
+    """Networks that are to compute in what this processor lacks."""
+    from daskcell.models import find_network
+    from daskcell.models.precision import has_bfloat16
+
+    segment, features = config.segment, config.features
+    if config.compute.network_device != "cpu" or has_bfloat16("cpu"):
+        return
+    names = []
+    if segment.method == "cellpose":
+        own = "float32" if find_network(segment.model).suffix == ".npz" else "bfloat16"
+        names += ["segment.precision"] if (segment.precision or own) == "bfloat16" else []
+    names += ["features.precision"] if features.precision == "bfloat16" else []
+    if names:
+        text = "this processor emulates bfloat16, some ten times slower than float32. Please set "
+        yield Finding("precision", "warn", f"{text}{' and '.join(names)} to float32.")
 
 
 def _damaged_encoder(name: str) -> str | None:

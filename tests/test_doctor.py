@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from daskcell import doctor
 from daskcell.cli import app
 from daskcell.config import parse_config
+from daskcell.models import precision
 
 JOBS = {"cores": 1, "memory": "2GB", "interface": "lo"}
 
@@ -63,6 +64,25 @@ def test_weights_whose_name_holds_their_hash_are_compared_with_it(damaged, tmp_p
     found = doctor._damaged_encoder("some")
     assert (found is not None) == damaged
     assert not damaged or "some" in found
+
+
+def test_networks_in_a_precision_that_the_processor_only_emulates_are_a_warning(tmp_path, monkeypatch):
+    (tmp_path / "cpsam_v2").write_bytes(b"some weights")
+    sam = {"model": str(tmp_path / "cpsam_v2")}
+    asked = {"precision": "bfloat16"}
+    monkeypatch.setattr(precision, "has_bfloat16", lambda device: False)
+    assert "precision" not in lines()
+    assert "precision" not in lines(segment=sam | {"precision": "float32"})
+    assert "precision" not in lines(segment=asked | {"method": "watershed"})
+    for settings, names in [
+        ({"segment": sam}, "segment.precision"),
+        ({"segment": asked, "features": asked}, "segment.precision and features.precision"),
+    ]:
+        (line,) = lines(**settings)["precision"]
+        assert line.startswith("warn")
+        assert f"Please set {names} to float32." in line
+    monkeypatch.setattr(precision, "has_bfloat16", lambda device: True)
+    assert "precision" not in lines(segment=sam)
 
 
 def test_an_output_folder_that_cannot_be_written_to_is_a_failure(tmp_path):

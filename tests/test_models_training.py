@@ -14,7 +14,7 @@ from skimage.io import imsave
 
 from daskcell import models
 from daskcell.errors import ImageError, InputError, WeightsError
-from daskcell.models import arrays
+from daskcell.models import arrays, training
 from daskcell.models.segmenter_augment import tile
 from daskcell.models.segmenter_data import draw_samples, make_sample, read_folder
 from daskcell.models.segmenter_training import Recipe, picture_weights, segmenter_loss, train_segmenter
@@ -232,6 +232,15 @@ def test_killed_training_continues(tmp_path):
         save_minutes=0.01,
     )
     assert train_segmenter([], tmp_path, recipe, report=lambda line: None).steps == done + 3
+
+
+def test_bfloat16_is_used_where_the_processor_has_it_or_it_is_asked_for(monkeypatch):
+    for has in (False, True):
+        monkeypatch.setattr(training, "has_bfloat16", lambda device, has=has: has)
+        for wanted, used in ((None, has), (False, False), (True, True)):
+            with Recipe(bfloat16=wanted).autocast():
+                product = torch.ones(2, 2) @ torch.ones(2, 2)
+            assert product.dtype == (torch.bfloat16 if used else torch.float32)
 
 
 def test_finished_training_is_not_repeated(tmp_path):

@@ -173,6 +173,21 @@ def test_thresholds_change_without_the_network(slide, tmp_path, counts):
     assert counts.counts["run_tiles"] > 0
 
 
+def test_the_network_computes_in_the_precision_that_is_asked_for(slide, tmp_path, counts):
+    found = {}
+    for precision in (None, "float32", "bfloat16"):
+        counts.counts.clear()
+        settings = SegmentSettings(diameter=None, precision=precision)
+        options = {"flows": tmp_path / "flows", "scratch": tmp_path / str(precision)}
+        segment(slide, tmp_path, settings, workers=CountingWorkers(), **options)
+        assert counts.counts["run_tiles"] > 0
+        files = sorted((tmp_path / "flows").glob("*/tiles/*"), key=lambda file: file.stat().st_mtime_ns)
+        found[precision] = np.load(files[-1])
+    np.testing.assert_array_equal(found[None], found["float32"])
+    moved = np.abs(found["bfloat16"] - found["float32"])
+    assert 0 < moved.max() < 1
+
+
 def test_glass_is_skipped_and_tissue_stays_the_same(tmp_path):
     rng = np.random.default_rng(0)
     picture = np.full((1200, 1300, 3), 240, np.float32)
@@ -238,7 +253,7 @@ def test_blocks_that_look_further_ask_gpu_workers_for_the_tiles_they_lack(tmp_pa
     picture = np.uint8(np.clip(blobs((420, 440), 5, radius=30, density=0.003), 0, 1) * 200)
     tifffile.imwrite(tmp_path / "picture.tif", picture)
     dc.convert(tmp_path / "picture.tif", tmp_path / "picture.zarr")
-    monkeypatch.setattr(tasks, "network_source", lambda model, device: network)
+    monkeypatch.setattr(tasks, "network_source", lambda model, device, *_: network)
     monkeypatch.setattr(engine, "_halo", lambda job, frozen: 16)
     settings = SegmentSettings(diameter=None, niter=500)
     here = True

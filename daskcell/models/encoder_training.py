@@ -156,7 +156,7 @@ def train_encoder(
         rows, back = np.unique(pair, return_inverse=True)
         signal = signal_of(as_input(np.asarray(sets[which][rows])).to(home))[torch.from_numpy(back)]
         view = alter(signal, rng)
-        with torch.autocast(home.type, torch.bfloat16, enabled=recipe.bfloat16):
+        with recipe.autocast(device):
             z = net(view)
         return _contrast(z.float(), torch.from_numpy(pair).to(home), recipe.temperature)
 

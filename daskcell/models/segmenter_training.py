@@ -89,7 +89,7 @@ def train_segmenter(
 
     def loss_of(net: nn.Module, step: int) -> Tensor:
         x, truth = _batch(samples, cumulative, recipe, step)
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bfloat16):
+        with recipe.autocast():
             y, _ = net(x)
         return segmenter_loss(y.float(), truth)
 

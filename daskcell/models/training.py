@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from daskcell.disk import replacing
 from daskcell.errors import WeightsError
+from daskcell.models.precision import has_bfloat16
 
 # Settings that may differ between the parts of an interrupted training.
 _FREE = ("minutes", "steps", "save_minutes")
@@ -40,7 +41,13 @@ class Schedule:
     seed: int = 0
     save_minutes: float = 3.0
     """Time between checkpoints."""
-    bfloat16: bool = True
+    bfloat16: bool | None = None
+    """Whether most is computed in bfloat16; None: where the device does so itself."""
+
+    def autocast(self, device: str = "cpu") -> torch.autocast:
+        """Context in which the network computes."""
+        wanted = has_bfloat16(device) if self.bfloat16 is None else self.bfloat16
+        return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=wanted)
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ class BlockMethod:
         return at
 
 
-def network_source(model: Any, device: str) -> Any:
+def network_source(model: Any, device: str, precision: str | None = None) -> Any:
     """A module as it is; a name or file as a function that loads it once per process.
 
     A file that is missing is refused here. Whether the device is there is asked where it is loaded: this
@@ -157,10 +157,12 @@ def network_source(model: Any, device: str) -> Any:
     """
     if not isinstance(model, str):
         return model
+    import torch
+
     from daskcell.models import find_network, load_network
 
     find_network(model)
-    return partial(load_network, model, device)
+    return partial(load_network, model, device, precision and getattr(torch, precision))
 
 
 def refuse_unusable(part: np.ndarray, box: Box) -> None:

@@ -87,7 +87,7 @@ class Job:
         )
         if settings.method == "watershed":
             return WatershedMethod(settings.watershed, thresholds)
-        network = network_source(settings.model, self.device)
+        network = network_source(settings.model, self.device, settings.precision)
         diameter = None if settings.diameter in (None, "auto") else float(settings.diameter)
         return CellposeMethod(network, thresholds, diameter, settings.batch_size, settings.niter)
 
