@@ -10,8 +10,10 @@ import pytest
 import tifffile
 
 from daskcell import run
+from daskcell.config import parse_config
 from daskcell.errors import ComputeError
 from daskcell.geometry import Box
+from daskcell.pipeline.team import networks_bytes
 from daskcell.segmentation.memory import needed_memory, refuse_too_little_memory
 from daskcell.segmentation.methods import touches_rim
 from daskcell.segmentation.ownership import Thresholds, own_labels
@@ -32,6 +34,29 @@ def test_the_block_that_is_named_fits_and_the_next_does_not(block):
 def test_memory_that_fits_no_block_asks_for_more():
     with pytest.raises(ComputeError, match=r"Please raise compute.memory to 1.08 GiB"):
         refuse_too_little_memory(300 * 2**20, 2048)
+
+
+def test_networks_count_as_much_as_blocks():
+    """Cellpose-SAM's file has 1234 MB, and a worker of 2.4 GB was measured with it."""
+    weights = 1_234_000_000
+    assert 2.4e9 < needed_memory(512, weights) < 3.2e9
+    refuse_too_little_memory(4 * 2**30, 1024, weights)
+    with pytest.raises(ComputeError, match=r"1024 pixels and the networks need .* Please raise"):
+        refuse_too_little_memory(2 * 2**30, 1024, weights)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_networks_count_where_every_worker_loads_them(device, tmp_path):
+    (tmp_path / "network").write_bytes(b"x" * 1000)
+    (tmp_path / "encoder.pt").write_bytes(b"x" * 200)
+    paths = {
+        "segment": {"model": str(tmp_path / "network")},
+        "features": {"encoder": str(tmp_path / "encoder.pt")},
+    }
+    config = parse_config(paths | {"compute": {"device": device}})
+    assert networks_bytes(config) == (1200 if device == "cpu" else 0)
+    other = parse_config({"segment": {"method": "watershed"}, "features": paths["features"]})
+    assert networks_bytes(other) == 200
 
 
 def test_a_run_is_refused_before_any_work(tmp_path):

@@ -50,10 +50,22 @@ class LazyWorkers:
             else:
                 started = self._stack.enter_context(start_workers(self._config.compute, self._tell))
                 workers = started.watched(self._on_task, seconds)
-            refuse_too_little_memory(workers.memory, self._config.compute.block)
+            refuse_too_little_memory(workers.memory, self._config.compute.block, networks_bytes(self._config))
             self._workers = workers.claim(self._out, self._tell)
             sweep(self._out)
         return self._workers
+
+
+def networks_bytes(config: Config) -> int:
+    """Size of the files of the networks that every worker loads; none where those with a GPU do."""
+    from daskcell.models import find_encoder, find_network
+
+    if config.compute.network_device != "cpu":
+        return 0
+    files = [find_encoder(config.features.encoder)]
+    if config.segment.method == "cellpose":
+        files.append(find_network(config.segment.model))
+    return sum(file.stat().st_size for file in files)
 
 
 def slides_at_once(team: Workers, blocks: int) -> int:

@@ -8,23 +8,28 @@ PROCESS = 800 * 2**20
 """Bytes of a worker that has loaded torch and a small network."""
 PER_PIXEL = 64
 """Bytes per pixel of a block and its halo where all is foreground (measured: 55)."""
+PER_WEIGHT = 1.6
+"""Bytes per byte of a larger network's file, while it is loaded and runs (Cellpose-SAM: 1.4 to 1.6)."""
 HALO = 100
 SMALLEST, STEP = 256, 256
 
 
-def needed_memory(block: int) -> int:
-    """Bytes a worker should have for blocks of `block` pixels a side."""
-    return PROCESS + PER_PIXEL * (block + 2 * HALO) ** 2
+def needed_memory(block: int, weights: int = 0) -> int:
+    """Bytes a worker should have for blocks of `block` pixels a side and networks in files of `weights`
+    bytes."""
+    return PROCESS + int(PER_WEIGHT * weights) + PER_PIXEL * (block + 2 * HALO) ** 2
 
 
-def refuse_too_little_memory(limit: int | None, block: int) -> None:
+def refuse_too_little_memory(limit: int | None, block: int, weights: int = 0) -> None:
     """Raise `ComputeError` if `limit` bytes (None: any number) are too few for blocks of `block` pixels."""
-    if limit is None or limit >= needed_memory(block):
+    needed = needed_memory(block, weights)
+    if limit is None or limit >= needed:
         return
-    has, needs = f"{limit / 2**30:.2f} GiB", f"{needed_memory(block) / 2**30:.2f} GiB"
-    fitting = [side for side in range(SMALLEST, block, STEP) if needed_memory(side) <= limit]
+    has, needs = f"{limit / 2**30:.2f} GiB", f"{needed / 2**30:.2f} GiB"
+    fitting = [side for side in range(SMALLEST, block, STEP) if needed_memory(side, weights) <= limit]
     advice = f"set compute.block to {fitting[-1]} or less, or " if fitting else ""
     raise ComputeError(
-        f"A worker has {has} of memory, and blocks of {block} pixels need {needs}. Please {advice}"
+        f"A worker has {has} of memory, and blocks of {block} pixels "
+        f"{'and the networks ' if weights > PROCESS // 10 else ''}need {needs}. Please {advice}"
         f"raise compute.memory to {needs} or more (fewer workers leave more for each)."
     )
