@@ -297,7 +297,8 @@ class ComputeSettings(Settings):
     (this process), ``slurm``, ``pbs``, ``lsf``, ``sge`` (jobs), or the address of a Dask scheduler
     (``tcp://host:port``)."""
     workers: Annotated[int, Field(ge=1)] | None = None
-    """Worker processes on this machine; None: one per core."""
+    """Worker processes on this machine; None: one per core, or fewer where they would have too little
+    memory."""
     threads: Annotated[int, Field(ge=1)] = 1
     """Threads of torch, BLAS and numba in each worker. Results depend on it in the last bit."""
     memory: str = "auto"

@@ -9,9 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import dask.system
+import distributed.system
 import pytest
 
 from daskcell.compute import Failed, Window, Workers, start_workers, threads_limited
+from daskcell.compute.local import share_machine
 from daskcell.config import ComputeSettings
 from daskcell.errors import ComputeError, ConfigError
 
@@ -59,6 +62,29 @@ def threads_here(_):
     from threadpoolctl import threadpool_info
 
     return torch.get_num_threads(), {pool["num_threads"] for pool in threadpool_info()}
+
+
+@pytest.mark.parametrize(
+    ("cores", "gib", "settings", "gpus", "least", "count", "each"),
+    [
+        (16, 64, {}, 0, 1.5, 16, 3.8),
+        (16, 16, {}, 0, 1.5, 10, 1.52),
+        (16, 16, {"workers": 16}, 0, 1.5, 16, 0.95),
+        (16, 16, {"threads": 4}, 0, 1.5, 4, 3.8),
+        (16, 16, {}, 2, 1.5, 8, 1.52),
+        (4, 2, {}, 0, 4, 1, 1.9),
+        (4, 2, {}, 0, 0, 4, 0.475),
+    ],
+)
+def test_workers_are_no_more_than_the_memory_is_enough_for(
+    cores, gib, settings, gpus, least, count, each, monkeypatch
+):
+    monkeypatch.setattr(dask.system, "CPU_COUNT", cores)
+    monkeypatch.setattr(distributed.system, "MEMORY_LIMIT", gib * 2**30)
+    found, memory = share_machine(ComputeSettings(**settings), gpus, int(least * 2**30))
+    assert (found, int(memory) / 2**30) == (count, pytest.approx(each, rel=0.01))
+    asked = ComputeSettings(memory="1GiB", **settings)
+    assert share_machine(asked, gpus, int(least * 2**30))[1] == "1GiB"
 
 
 @pytest.fixture(scope="module")

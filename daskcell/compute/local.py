@@ -27,22 +27,35 @@ def visible_gpus() -> list[str]:
     return listed[:count] if len(listed) >= count else [str(number) for number in range(count)]
 
 
-def local_cluster(settings: ComputeSettings, gpus: list[str]) -> Any:
-    """A `distributed.SpecCluster` of nannies; call under `local_settings`."""
-    from dask.system import CPU_COUNT
+def local_cluster(settings: ComputeSettings, gpus: list[str], least: int = 0) -> Any:
+    """A `distributed.SpecCluster` of nannies; call under `local_settings`. `least` is `share_machine`'s."""
     from distributed import Scheduler, SpecCluster
-    from distributed.system import MEMORY_LIMIT
 
-    count = settings.workers or max(1, CPU_COUNT // settings.threads)
-    memory = settings.memory
-    if memory == "auto":
-        memory = str(int(MEMORY_LIMIT * 0.95) // (count + len(gpus)))
+    count, memory = share_machine(settings, len(gpus), least)
     scheduler = {"host": "127.0.0.1", "port": 0} | dashboard_options(settings.dashboard)
     return SpecCluster(
         workers=_spec(settings.threads, count, gpus, memory),
         scheduler={"cls": Scheduler, "options": scheduler},
         name=f"daskcell-{os.getpid()}",
     )
+
+
+def share_machine(settings: ComputeSettings, gpus: int, least: int) -> tuple[int, str]:
+    """Number of CPU workers, and what each worker may take of the memory.
+
+    Where the settings leave both open, there is a worker for each core, or so many that each has `least`
+    bytes.
+    """
+    import dask.system
+    import distributed.system
+
+    total = int(distributed.system.MEMORY_LIMIT * 0.95)
+    count = settings.workers or max(1, dask.system.CPU_COUNT // settings.threads)
+    if settings.memory != "auto":
+        return count, settings.memory
+    if settings.workers is None and least:
+        count = max(1, min(count, total // least - gpus))
+    return count, str(total // (count + gpus))
 
 
 def _spec(threads: int, count: int, gpus: list[str], memory: str) -> dict[str, dict[str, Any]]:

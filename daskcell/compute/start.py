@@ -30,7 +30,9 @@ _TELL_SECONDS = 30.0
 
 @contextlib.contextmanager
 def start_workers(
-    settings: ComputeSettings | None = None, tell: Callable[[str], None] | None = None
+    settings: ComputeSettings | None = None,
+    tell: Callable[[str], None] | None = None,
+    memory: int = 0,
 ) -> Iterator[Workers]:
     """Workers as the settings ask, stopped on leaving.
 
@@ -44,6 +46,9 @@ def start_workers(
         None: the defaults.
     tell
         Called with a sentence now and then while jobs wait in the queue; None: nobody is told.
+    memory
+        Bytes that a worker should have. Where the settings do not say how many workers this machine is to
+        start, it starts no more than get as much.
 
     Raises
     ------
@@ -62,7 +67,7 @@ def start_workers(
                 visible_gpus()
             yield Workers()
     elif settings.kind in ("local", "gpu"):
-        with _local_workers(settings) as workers:
+        with _local_workers(settings, memory) as workers:
             yield workers
     elif settings.kind in QUEUES:
         with _job_workers(settings, tell) as workers:
@@ -78,11 +83,11 @@ def start_workers(
 
 
 @contextlib.contextmanager
-def _local_workers(settings: ComputeSettings) -> Iterator[Workers]:
+def _local_workers(settings: ComputeSettings, memory: int) -> Iterator[Workers]:
     gpus = visible_gpus() if settings.network_device == "cuda" else []
     with _quiet_logs(), local_settings(settings.threads), contextlib.ExitStack() as stack:
         try:
-            cluster = local_cluster(settings, gpus)
+            cluster = local_cluster(settings, gpus, memory)
             stack.callback(_close, cluster, timeout=20)
             client = _client_of(cluster, stack)
             client.wait_for_workers(len(cluster.worker_spec), timeout=settings.wait or _WAIT_SECONDS)

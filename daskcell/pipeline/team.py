@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from daskcell.compute import Workers, start_workers
 from daskcell.config import Config
-from daskcell.segmentation.memory import refuse_too_little_memory
+from daskcell.segmentation.memory import needed_memory, refuse_too_little_memory
 from daskcell.study import sweep
 
 if TYPE_CHECKING:
@@ -44,13 +44,13 @@ class LazyWorkers:
 
     def get(self) -> Workers:
         if self._workers is None:
-            seconds = self._config.compute.task_seconds
+            config, seconds = self._config, self._config.compute.task_seconds
             if self._client is not None:
                 workers = Workers(self._client, on_task=self._on_task, task_seconds=seconds)
             else:
-                started = self._stack.enter_context(start_workers(self._config.compute, self._tell))
-                workers = started.watched(self._on_task, seconds)
-            refuse_too_little_memory(workers.memory, self._config.compute.block, networks_bytes(self._config))
+                start = start_workers(config.compute, self._tell, comfortable_memory(config))
+                workers = self._stack.enter_context(start).watched(self._on_task, seconds)
+            refuse_too_little_memory(workers.memory, config.compute.block, networks_bytes(config))
             self._workers = workers.claim(self._out, self._tell)
             sweep(self._out)
         return self._workers
@@ -66,6 +66,12 @@ def networks_bytes(config: Config) -> int:
     if config.segment.method == "cellpose":
         files.append(find_network(config.segment.model))
     return sum(file.stat().st_size for file in files)
+
+
+def comfortable_memory(config: Config) -> int:
+    """Bytes for each worker of this machine: more than it must have, as there is the process that opens its
+    files, and Dask has workers wait from 0.8 of their limit on."""
+    return int(1.5 * needed_memory(config.compute.block, networks_bytes(config)))
 
 
 def slides_at_once(team: Workers, blocks: int) -> int:
