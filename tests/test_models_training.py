@@ -221,6 +221,7 @@ def test_killed_training_continues(tmp_path):
     done = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"]
     assert done > 0
     models.load_network(tmp_path / "segmenter.npz")
+    (tmp_path / ".checkpoint.pt.0123abcd.tmp").touch()  # killed while it wrote
     recipe = Recipe(
         steps=done + 3,
         batch=1,
@@ -232,6 +233,7 @@ def test_killed_training_continues(tmp_path):
         save_minutes=0.01,
     )
     assert train_segmenter([], tmp_path, recipe, report=lambda line: None).steps == done + 3
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_bfloat16_is_used_where_the_processor_has_it_or_it_is_asked_for(monkeypatch):

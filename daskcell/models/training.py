@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from daskcell.disk import replacing
+from daskcell.disk import remove, replacing
 from daskcell.errors import WeightsError
 from daskcell.models.precision import has_bfloat16
 
@@ -89,6 +89,7 @@ class Trainer:
         self.optimizer = _optimizer(net, recipe)
         self.step, self.elapsed, self.loss = 0, 0.0, float("nan")
         self.checkpoint = out / "checkpoint.pt"
+        remove(*out.glob(".*.????????.tmp"))  # of a training that was killed while it wrote
         if self.checkpoint.exists():
             self._resume()
 
