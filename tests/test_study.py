@@ -266,9 +266,12 @@ def test_leftovers_of_a_killed_run_are_swept(tmp_path):
     study = Study.create(tmp_path / "s", ["in"], parse_config({}))
     study.ledger("x").finish("convert", "k")
     (study.out / "ledger" / ".x.json.1234.tmp").touch()
+    study.clusters.mkdir()
+    (study.clusters / ".names.json.1234.tmp").touch()
     (study.features("x").parent / ".x.zarr.1234.tmp" / "c").mkdir(parents=True)
     sweep(study.out)
     assert list(study.features("x").parent.iterdir()) == []
+    assert list(study.clusters.iterdir()) == []
     assert [p.name for p in (study.out / "ledger").iterdir()] == ["x.json"]
 
 
