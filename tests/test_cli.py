@@ -13,7 +13,7 @@ import pytest
 import tifffile
 
 from daskcell.errors import ImageError
-from daskcell.pipeline import collection, launch, slide
+from daskcell.pipeline import groups, launch, slide
 from daskcell.study import Study
 
 pytestmark = pytest.mark.alone
@@ -111,7 +111,7 @@ def fakes(monkeypatch):
         study.clusters.mkdir()
         return {"k": config.cluster.k}
 
-    monkeypatch.setattr(collection, "fit", fit)
+    monkeypatch.setattr(groups, "fit", fit)
     monkeypatch.setattr(launch, "bring_report_up_to_date", lambda study: None)
     return bad
 

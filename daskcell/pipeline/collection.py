@@ -15,15 +15,16 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from daskcell import places
 from daskcell.compute import Failed, Workers
 from daskcell.compute.overtime import Overtime
 from daskcell.config import Config
-from daskcell.disk import remove, write_atomic
+from daskcell.disk import remove
 from daskcell.errors import ComputeError, DaskcellError, InputError
 from daskcell.images.sources import Source
+from daskcell.pipeline.groups import Groups
 from daskcell.pipeline.progress import Progress
 from daskcell.pipeline.slide import (
     Job,
@@ -35,16 +36,14 @@ from daskcell.pipeline.slide import (
     trace,
 )
 from daskcell.pipeline.team import LazyWorkers, slides_at_once
-from daskcell.pipeline.transfer import Given, origin, set_named_aside
-from daskcell.study import CLUSTERS, Study
-from daskcell.study.checksums import damaged, sums
-from daskcell.study.keys import UPSTREAM, cluster_key
+from daskcell.pipeline.transfer import Given
+from daskcell.study import Study
+from daskcell.study.keys import UPSTREAM
 from daskcell.study.lock import Lock
 
 if TYPE_CHECKING:
     from distributed import Client
 
-NAMES = "names.json"
 _READ_LATE = frozenset(UPSTREAM) - {"convert", "freeze", "export"}
 """What the fit and the stages after it read whole; the picture is much larger, and read in part."""
 _TELL_SECONDS = 5.0
@@ -81,14 +80,12 @@ class Run:
         self.sources = {source.name: source for source in sources}
         self.weights = dict(weights)
         self.retry_failed = retry_failed
-        self.given = given
         self.verify = verify
+        self.groups = Groups(study, config, progress, given, verify)
         self.told = time.monotonic()
         self.looked: set[str] = set()
         """Slides whose checksums were compared in this run."""
         self.stop = threading.Event()
-        self.general: list[dict[str, Any]] = []
-        """Failures that are no slide's."""
 
     def job(
         self, slide: str, cluster: str | None = None, stages: frozenset[str] = frozenset(UPSTREAM)
@@ -117,7 +114,7 @@ class Run:
             workers = LazyWorkers(self.study.out, client, self.config, stack, self.tick, self.progress.say)
             try:
                 self.work([self.job(name) for name in slides if missing[name] or self.verify], workers)
-                if not self.is_grouped(slides):  # the fit would take damaged features for good ones
+                if not self.groups.are_there(slides):  # the fit would take damaged features for good ones
                     rest = [name for name in slides if name not in self.looked]
                     self.work([self.job(name, stages=_READ_LATE) for name in rest], workers)
                 # Slides with nothing missing at the start need no second look.
@@ -127,7 +124,7 @@ class Run:
                     if self.study.ledger(name).failure is None:
                         self.set_aside(self.job(name), InputError(_CHANGED))
                 described = [name for name in slides if name not in lost]
-                if self.cluster(described, workers) is not None:
+                if self.groups.make(described, workers) is not None:
                     key = self.study.grouping
                     jobs = [self.job(name, key) for name in described]
                     self.work([job for job in jobs if missing_stages(job, self.study)], workers)
@@ -296,107 +293,9 @@ class Run:
             for stage in job.stages:
                 self.progress.finished(outcome.slide, stage)
 
-    # ------------------------------------------------------------------ clusters
-
-    def is_grouped(self, slides: list[str]) -> bool:
-        """Whether the groups of all slides are there, whole, and need no fit."""
-        ledger = self.study.ledger(CLUSTERS)
-        entry = ledger.entry("cluster")
-        team = Workers() if self.verify else None
-        files = damaged(self.study.out, entry.get("files", {}), team) if entry else []
-        if files:
-            self.progress.say(f"{files[0]} is damaged or missing; the groups are fitted again.")
-            ledger.lose("cluster")
-        if entry is None or files:
-            return False
-        if self.given is not None:
-            return entry["key"] == self.given.key
-        described = [self.study.ledger(name).entry("describe") for name in slides]
-        keys = {name: found["key"] for name, found in zip(slides, described, strict=True) if found}
-        return entry["key"] == cluster_key(self.config, keys)
-
-    def cluster(self, described: list[str], workers: LazyWorkers) -> str | None:
-        """Fit the clusters of all described slides, unless they are; their key, None if there are none."""
-        study, config = self.study, self.config
-        if not described:
-            return None
-        if self.given is not None:
-            return self.take(self.given)
-        keys = {name: study.ledger(name).stages["describe"]["key"] for name in described}
-        key = cluster_key(config, keys)
-        ledger = study.ledger(CLUSTERS)
-        if ledger.is_done("cluster", key) and study.clusters.is_dir():
-            return key
-        counts = {name: study.ledger(name).result("segment").get("cells", 0) for name in described}
-        full = [name for name in described if counts[name]]
-        cells = sum(counts.values())
-        needed = 2 if config.cluster.k == "auto" else config.cluster.k
-        if cells < needed:
-            found = (
-                f"{cells} cell{'s were' if cells != 1 else ' was'} found" if cells else "no cell was found"
-            )
-            self.fail_all(
-                f"The cells could not be grouped, since {found} in all and cluster.k is {config.cluster.k}. "
-                "Please set cluster.k lower, or look at the segmentation; everything before is kept."
-            )
-            return None
-        self.progress.working("cluster")
-        names = b""
-        if ledger.held.get("cluster", {}).get("key") == key and (study.clusters / NAMES).exists():
-            names = (study.clusters / NAMES).read_bytes()  # the damaged groups come back as they were
-            remove(study.clusters)
-        ledger.begin("cluster")
-        set_named_aside(study, self.progress)
-        try:
-            result = fit(full, study, config, workers.get())
-        except InputError as error:
-            self.fail_all(str(error))
-            return None
-        if names:
-            write_atomic(study.clusters / NAMES, names)
-        ledger.finish("cluster", key, result, files=self.model_files())
-        return key
-
-    def take(self, given: Given) -> str:
-        """Copy a given model into the study, unless it is there; its key."""
-        study, ledger = self.study, self.study.ledger(CLUSTERS)
-        if ledger.is_done("cluster", given.key) and study.clusters.is_dir():
-            return given.key
-        ledger.begin("cluster")
-        set_named_aside(study, self.progress)
-        given.model.save(study.clusters)
-        result = {"k": given.model.k, "counts": given.model.counts_.tolist(), "given": True}
-        ledger.finish("cluster", given.key, result, files=self.model_files())
-        return given.key
-
-    def model_files(self) -> dict[str, Any]:
-        """Checksums of the fitted groups; not of their names, which people change."""
-        folder = self.study.clusters
-        return sums(self.study.out, (path for path in folder.iterdir() if path.name != NAMES), Workers())
-
-    def fail_all(self, text: str) -> None:
-        self.general.append({"slide": None, "stage": "cluster", "error": text, "tries": 1})
-        self.progress.say(text)
-
     def write_failures(self) -> None:
         failures = [self.study.ledger(name).failure for name in sorted(self.sources)]
-        self.study.write_failures([failure for failure in failures if failure] + self.general)
-
-
-def fit(slides: Sequence[str], study: Study, config: Config, workers: Workers) -> dict[str, Any]:
-    """Fit the clusters over all cells of `slides`, and save the model."""
-    from daskcell.clustering import fit_features
-
-    model = fit_features(
-        [study.features(name) for name in slides],
-        config.cluster,
-        workers,
-        study.out / "scratch",
-        [study.table(name) for name in slides],
-    )
-    model.origin = origin(config, study.record.get("weights", {}))
-    model.save(study.clusters)
-    return {"k": model.k, "counts": model.counts_.tolist()}
+        self.study.write_failures([failure for failure in failures if failure] + self.groups.failures)
 
 
 def _weight(source: Source) -> float:
