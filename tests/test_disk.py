@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import resource
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
+import tifffile
 
 from daskcell import disk
 
@@ -119,3 +122,18 @@ def test_a_full_disk_is_told_from_other_errors():
     outer = RuntimeError("the stage failed")
     outer.__cause__ = full
     assert disk.is_full(outer)
+
+
+@pytest.mark.parametrize("text", ["convert {file} {out}", "segment {file} -o {out} --method watershed"])
+def test_a_command_on_a_full_disk_ends_with_one_sentence_and_leaves_nothing(text, tmp_path):
+    file = tmp_path / "picture.tif"
+    tifffile.imwrite(file, np.random.default_rng(0).integers(0, 255, (200, 200)).astype(np.uint8))
+    words = text.format(file=file, out=tmp_path / "out.zarr").split()
+    command = [sys.executable, "-m", "daskcell", *words]
+    with room(3000):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "daskcell: The disk takes no more. Please make room, and give the same command again."
+    ]
+    assert list(tmp_path.iterdir()) == [file]

@@ -37,10 +37,17 @@ def main() -> NoReturn:
     except Exception as error:
         if debug:
             raise
-        text = f"{type(error).__name__}: {error}"
-        print(f"daskcell: this should not happen: {text} (--debug shows where)", file=sys.stderr)
+        print(f"daskcell: {_unforeseen(error)}", file=sys.stderr)
         code = 1
     raise SystemExit(code)
+
+
+def _unforeseen(error: Exception) -> str:
+    from daskcell.disk import is_full
+
+    if is_full(error):
+        return "The disk takes no more. Please make room, and give the same command again."
+    return f"this should not happen: {type(error).__name__}: {error} (--debug shows where)"
 
 
 def _terminated(signum: int, frame: Any) -> NoReturn:
