@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import weakref
 
@@ -13,7 +14,7 @@ from daskcell import run
 from daskcell.config import parse_config
 from daskcell.errors import ComputeError
 from daskcell.geometry import Box
-from daskcell.pipeline.team import networks_bytes
+from daskcell.pipeline.team import LazyWorkers, networks_bytes
 from daskcell.segmentation.memory import needed_memory, refuse_too_little_memory
 from daskcell.segmentation.methods import touches_rim
 from daskcell.segmentation.ownership import Thresholds, own_labels
@@ -34,6 +35,23 @@ def test_the_block_that_is_named_fits_and_the_next_does_not(block):
 def test_memory_that_fits_no_block_asks_for_more():
     with pytest.raises(ComputeError, match=r"Please raise compute.memory to 1.08 GiB"):
         refuse_too_little_memory(300 * 2**20, 2048)
+
+
+@pytest.mark.parametrize(
+    ("kind", "client", "setting"),
+    [
+        ("local", None, "compute.memory"),
+        ("slurm", None, "compute.jobs.memory"),
+        ("tcp://host:8786", None, "the memory limit of your Dask workers"),
+        ("local", "a client", "the memory limit of your Dask workers"),
+    ],
+)
+def test_the_setting_that_says_how_much_memory_there_is_is_named(kind, client, setting, tmp_path):
+    config = parse_config({"compute": {"kind": kind, "jobs": {"cores": 1, "memory": "1GB"}}})
+    team = LazyWorkers(tmp_path, client, config, contextlib.ExitStack(), lambda: None)
+    with pytest.raises(ComputeError, match=rf"raise {setting} to 1.08 GiB or more") as refusal:
+        refuse_too_little_memory(2**20, 2048, setting=team._memory_setting)
+    assert ("fewer workers" in str(refusal.value)) == (setting == "compute.memory")
 
 
 def test_networks_count_as_much_as_blocks():

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from daskcell.compute import Workers, start_workers
-from daskcell.config import Config
+from daskcell.config import QUEUES, Config
 from daskcell.segmentation.memory import needed_memory, refuse_too_little_memory
 from daskcell.study import sweep
 
@@ -50,10 +50,20 @@ class LazyWorkers:
             else:
                 start = start_workers(config.compute, self._tell, comfortable_memory(config))
                 workers = self._stack.enter_context(start).watched(self._on_task, seconds)
-            refuse_too_little_memory(workers.memory, config.compute.block, networks_bytes(config))
+            refuse_too_little_memory(
+                workers.memory, config.compute.block, networks_bytes(config), self._memory_setting
+            )
             self._workers = workers.claim(self._out, self._tell)
             sweep(self._out)
         return self._workers
+
+    @property
+    def _memory_setting(self) -> str:
+        """What says how much memory a worker has."""
+        kind = self._config.compute.kind
+        if self._client is not None or kind not in (*QUEUES, "local", "gpu", "inline"):
+            return "the memory limit of your Dask workers"
+        return "compute.jobs.memory" if kind in QUEUES else "compute.memory"
 
 
 def networks_bytes(config: Config) -> int:

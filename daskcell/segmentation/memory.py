@@ -20,16 +20,22 @@ def needed_memory(block: int, weights: int = 0) -> int:
     return PROCESS + int(PER_WEIGHT * weights) + PER_PIXEL * (block + 2 * HALO) ** 2
 
 
-def refuse_too_little_memory(limit: int | None, block: int, weights: int = 0) -> None:
-    """Raise `ComputeError` if `limit` bytes (None: any number) are too few for blocks of `block` pixels."""
+def refuse_too_little_memory(
+    limit: int | None, block: int, weights: int = 0, setting: str = "compute.memory"
+) -> None:
+    """Raise `ComputeError` if `limit` bytes (None: any number) are too few for blocks of `block` pixels.
+
+    `setting` is what says how many there are.
+    """
     needed = needed_memory(block, weights)
     if limit is None or limit >= needed:
         return
     has, needs = f"{limit / 2**30:.2f} GiB", f"{needed / 2**30:.2f} GiB"
     fitting = [side for side in range(SMALLEST, block, STEP) if needed_memory(side, weights) <= limit]
     advice = f"set compute.block to {fitting[-1]} or less, or " if fitting else ""
+    fewer = " (fewer workers leave more for each)" if setting == "compute.memory" else ""
     raise ComputeError(
         f"A worker has {has} of memory, and blocks of {block} pixels "
         f"{'and the networks ' if weights > PROCESS // 10 else ''}need {needs}. Please {advice}"
-        f"raise compute.memory to {needs} or more (fewer workers leave more for each)."
+        f"raise {setting} to {needs} or more{fewer}."
     )
