@@ -3,6 +3,8 @@
 launch            `run`, `assign`, `open_study`: settings, inputs and weights are checked before any work
 collection        many slides: a window of tasks, what fails is set aside
 slide             one slide: the stages, each with its content key
+groups            the one stage of all slides together
+team              the workers, started when they are needed
 transfer, regroup a model for other slides; other names for its groups
 arrays            pictures that are given from memory
 progress, status  how far it is, while it runs and afterwards
