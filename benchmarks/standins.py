@@ -133,7 +133,8 @@ def stages() -> Iterator[None]:
     """Stand-ins for all stages of this process."""
     from unittest import mock
 
-    from daskcell.pipeline import collection, launch, reporting, slide
+    from daskcell.pipeline import groups, launch, reporting
+    from daskcell.pipeline.stages import STAGES
 
     def fit(names: list[str], study: Any, config: Any, workers: Any) -> dict[str, Any]:
         study.clusters.mkdir(exist_ok=True)
@@ -144,8 +145,8 @@ def stages() -> Iterator[None]:
 
     with (
         mock.patch.object(reporting, "write_report", write_report),
-        mock.patch.dict(slide.STAGES, {name: stage(name) for name in slide.STAGES}),
-        mock.patch.object(collection, "fit", fit),
+        mock.patch.dict(STAGES, {name: stage(name) for name in STAGES}),
+        mock.patch.object(groups, "fit", fit),
         mock.patch.object(launch, "fingerprints", return_value={"segment": "a", "describe": "b"}),
     ):
         yield

@@ -9,8 +9,9 @@ import pytest
 import tifffile
 
 from daskcell.compute import Workers
-from daskcell.pipeline import run, slide
+from daskcell.pipeline import run
 from daskcell.pipeline.progress import Progress
+from daskcell.pipeline.stages import STAGES
 from daskcell.pipeline.status import damages
 from daskcell.study.checksums import damaged, sums
 from daskcell.synthetic import CHANNELS, synthesize_field
@@ -118,9 +119,9 @@ CHANGES = {
 def noted(monkeypatch) -> set[tuple[str, str]]:
     """Slides and stages that run from now on."""
     ran: set[tuple[str, str]] = set()
-    for stage, function in slide.STAGES.items():
+    for stage, function in STAGES.items():
         monkeypatch.setitem(
-            slide.STAGES, stage, lambda *args, s=stage, f=function: (ran.add((args[0].slide, s)), f(*args))[1]
+            STAGES, stage, lambda *args, s=stage, f=function: (ran.add((args[0].slide, s)), f(*args))[1]
         )
     return ran
 

@@ -13,7 +13,7 @@ import pytest
 import tifffile
 
 from daskcell.errors import ImageError
-from daskcell.pipeline import groups, launch, slide
+from daskcell.pipeline import groups, launch, stages
 from daskcell.study import Study
 
 pytestmark = pytest.mark.alone
@@ -103,8 +103,8 @@ def fakes(monkeypatch):
 
         return stage
 
-    for name in slide.STAGES:
-        monkeypatch.setitem(slide.STAGES, name, make(name))
+    for name in stages.STAGES:
+        monkeypatch.setitem(stages.STAGES, name, make(name))
     monkeypatch.setattr(launch, "fingerprints", lambda config: {})
 
     def fit(slides, study, config, workers):
@@ -194,7 +194,7 @@ def test_a_run_that_breaks_on_the_way_ends_with_1(call, fakes, pictures, tmp_pat
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setitem(slide.STAGES, "segment", full)
+    monkeypatch.setitem(stages.STAGES, "segment", full)
     code, _, err = call("run", pictures, "-o", tmp_path / "s", "--compute", "inline")
     assert code == 1
     assert "No space left" in err

@@ -17,7 +17,7 @@ import tifffile
 from daskcell.compute import Permit, Postponed
 from daskcell.errors import ConfigError, DaskcellError, ImageError, InputError, StudyError, WeightsError
 from daskcell.images import Source, find_images
-from daskcell.pipeline import collection, launch, open_study, run, slide, team
+from daskcell.pipeline import collection, groups, launch, open_study, run, slide, stages, team
 from daskcell.pipeline.progress import STAGE_SHARES, Lines, Progress, clock
 from daskcell.study.lock import Lock
 
@@ -90,9 +90,9 @@ class Fakes:
 @pytest.fixture
 def fakes(monkeypatch):
     fakes = Fakes()
-    for name in slide.STAGES:
-        monkeypatch.setitem(slide.STAGES, name, fakes.stage(name))
-    monkeypatch.setattr(collection, "fit", fakes.fit)
+    for name in stages.STAGES:
+        monkeypatch.setitem(stages.STAGES, name, fakes.stage(name))
+    monkeypatch.setattr(groups, "fit", fakes.fit)
     monkeypatch.setattr(launch, "bring_report_up_to_date", lambda study: None)
     monkeypatch.setattr(launch, "fingerprints", lambda config: {"segment": "a", "describe": "b"})
     return fakes
@@ -125,7 +125,7 @@ def test_a_run_does_every_stage_of_every_slide_once(fakes, folder, tmp_path):
 
 
 def test_slides_whose_worker_has_to_leave_are_done_by_another(fakes, folder, tmp_path, monkeypatch):
-    segment, left = slide.STAGES["segment"], ["one", "three", "one"]
+    segment, left = stages.STAGES["segment"], ["one", "three", "one"]
 
     def leaving(job, *args):
         if job.slide in left:
@@ -133,7 +133,7 @@ def test_slides_whose_worker_has_to_leave_are_done_by_another(fakes, folder, tmp
             raise Postponed("The worker leaves.")
         return segment(job, *args)
 
-    monkeypatch.setitem(slide.STAGES, "segment", leaving)
+    monkeypatch.setitem(stages.STAGES, "segment", leaving)
     study = run(folder, tmp_path / "out", INLINE)
     assert study.failures == []
     assert not left
@@ -144,7 +144,7 @@ def test_slides_whose_worker_has_to_leave_are_done_by_another(fakes, folder, tmp
 
 def test_a_batch_that_is_cut_off_says_what_is_left(fakes, folder, tmp_path, monkeypatch):
     study = run(folder, tmp_path / "out", INLINE)
-    jobs = [slide.Job(str(study.out), source, study.config, {}) for source in find_images(folder)]
+    jobs = [stages.Job(str(study.out), source, study.config, {}) for source in find_images(folder)]
     process = slide.process_slide
 
     def until(job, *args, **options):
@@ -198,7 +198,7 @@ def test_a_changed_file_is_redone_and_the_clusters_with_it(fakes, folder, tmp_pa
 def test_a_file_that_changes_during_the_run_is_set_aside_and_done_by_the_next(
     fakes, folder, tmp_path, monkeypatch
 ):
-    describe = slide.STAGES["describe"]
+    describe = stages.STAGES["describe"]
 
     def disturbed(job, *args):
         result = describe(job, *args)
@@ -206,12 +206,12 @@ def test_a_file_that_changes_during_the_run_is_set_aside_and_done_by_the_next(
             tifffile.imwrite(folder / "two.tif", np.full((20, 31), 8, np.uint8))
         return result
 
-    monkeypatch.setitem(slide.STAGES, "describe", disturbed)
+    monkeypatch.setitem(stages.STAGES, "describe", disturbed)
     study = run(folder, tmp_path / "out", INLINE)
     assert [failure["slide"] for failure in study.failures] == ["two"]
     assert "changed while the run lasted" in study.failures[0]["error"]
     assert [name for name, stage in fakes.take() if stage == "paint"] == ["one", "three"]
-    monkeypatch.setitem(slide.STAGES, "describe", describe)
+    monkeypatch.setitem(stages.STAGES, "describe", describe)
     assert run(folder, tmp_path / "out", INLINE).failures == []
     assert [stage for name, stage in fakes.take() if name == "two"] == [*EARLY, "assign", "paint"]
 
@@ -511,13 +511,13 @@ def test_the_status_tells_how_far_a_run_is_while_it_lasts(fakes, folder, tmp_pat
 
     monkeypatch.setattr(collection, "_TELL_SECONDS", -1)
     seen = []
-    describe = slide.STAGES["describe"]
+    describe = stages.STAGES["describe"]
 
     def look(job, *args):
         seen.append(report(open_study(tmp_path / "out")))
         return describe(job, *args)
 
-    monkeypatch.setitem(slide.STAGES, "describe", look)
+    monkeypatch.setitem(stages.STAGES, "describe", look)
     study = run(folder, tmp_path / "out", INLINE)
     assert seen[0]["running"]["progress"] is None
     last = seen[-1]["running"]["progress"]

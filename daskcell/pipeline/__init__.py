@@ -2,7 +2,8 @@
 
 launch            `run`, `assign`, `open_study`: settings, inputs and weights are checked before any work
 collection        many slides: a window of tasks, what fails is set aside
-slide             one slide: the stages, each with its content key
+slide             one slide: what is done is left, what is not is done
+stages            what each stage does, and which files it writes
 groups            the one stage of all slides together
 team              the workers, started when they are needed
 transfer, regroup a model for other slides; other names for its groups

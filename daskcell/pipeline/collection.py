@@ -27,7 +27,6 @@ from daskcell.images.sources import Source
 from daskcell.pipeline.groups import Groups
 from daskcell.pipeline.progress import Progress
 from daskcell.pipeline.slide import (
-    Job,
     Outcome,
     missing_stages,
     process_batch,
@@ -35,6 +34,7 @@ from daskcell.pipeline.slide import (
     sentence,
     trace,
 )
+from daskcell.pipeline.stages import Job
 from daskcell.pipeline.team import LazyWorkers, slides_at_once
 from daskcell.pipeline.transfer import Given
 from daskcell.study import Study
