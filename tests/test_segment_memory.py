@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from daskcell import run
 from daskcell.config import parse_config
 from daskcell.errors import ComputeError
 from daskcell.geometry import Box
-from daskcell.pipeline.team import LazyWorkers, networks_bytes
+from daskcell.pipeline.team import networks_bytes, refuse_small_workers
 from daskcell.segmentation.memory import needed_memory, refuse_too_little_memory
 from daskcell.segmentation.methods import touches_rim
 from daskcell.segmentation.ownership import Thresholds, own_labels
@@ -38,19 +38,18 @@ def test_memory_that_fits_no_block_asks_for_more():
 
 
 @pytest.mark.parametrize(
-    ("kind", "client", "setting"),
+    ("kind", "given", "setting"),
     [
-        ("local", None, "compute.memory"),
-        ("slurm", None, "compute.jobs.memory"),
-        ("tcp://host:8786", None, "the memory limit of your Dask workers"),
-        ("local", "a client", "the memory limit of your Dask workers"),
+        ("local", False, "compute.memory"),
+        ("slurm", False, "compute.jobs.memory"),
+        ("tcp://host:8786", False, "the memory limit of your Dask workers"),
+        ("local", True, "the memory limit of your Dask workers"),
     ],
 )
-def test_the_setting_that_says_how_much_memory_there_is_is_named(kind, client, setting, tmp_path):
+def test_the_setting_that_says_how_much_memory_there_is_is_named(kind, given, setting):
     config = parse_config({"compute": {"kind": kind, "jobs": {"cores": 1, "memory": "1GB"}}})
-    team = LazyWorkers(tmp_path, client, config, contextlib.ExitStack(), lambda: None)
-    with pytest.raises(ComputeError, match=rf"raise {setting} to 1.08 GiB or more") as refusal:
-        refuse_too_little_memory(2**20, 2048, setting=team._memory_setting)
+    with pytest.raises(ComputeError, match=rf"raise {setting} to 1.\d+ GiB or more") as refusal:
+        refuse_small_workers(SimpleNamespace(memory=2**20), config, given=given)
     assert ("fewer workers" in str(refusal.value)) == (setting == "compute.memory")
 
 

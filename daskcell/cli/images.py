@@ -83,10 +83,9 @@ def segment(
     from daskcell.disk import remove
     from daskcell.images import convert_slide
     from daskcell.pipeline import fingerprints
-    from daskcell.pipeline.team import comfortable_memory, networks_bytes
+    from daskcell.pipeline.team import comfortable_memory, refuse_small_workers
     from daskcell.preprocess import freeze_slide
     from daskcell.segmentation.engine import segment_slide
-    from daskcell.segmentation.memory import refuse_too_little_memory
 
     settings = read_settings(
         config,
@@ -101,7 +100,7 @@ def segment(
         tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch,
         start_workers(settings.compute, memory=comfortable_memory(settings)) as workers,
     ):
-        refuse_too_little_memory(workers.memory, settings.compute.block, networks_bytes(settings))
+        refuse_small_workers(workers, settings)
         whole = Path(scratch) / out.name
         convert_slide(found, whole, workers, settings.input)
         plan = freeze_slide(whole, settings.preprocess, workers)

@@ -50,20 +50,20 @@ class LazyWorkers:
             else:
                 start = start_workers(config.compute, self._tell, comfortable_memory(config))
                 workers = self._stack.enter_context(start).watched(self._on_task, seconds)
-            refuse_too_little_memory(
-                workers.memory, config.compute.block, networks_bytes(config), self._memory_setting
-            )
+            refuse_small_workers(workers, config, given=self._client is not None)
             self._workers = workers.claim(self._out, self._tell)
             sweep(self._out)
         return self._workers
 
-    @property
-    def _memory_setting(self) -> str:
-        """What says how much memory a worker has."""
-        kind = self._config.compute.kind
-        if self._client is not None or kind not in (*QUEUES, "local", "gpu", "inline"):
-            return "the memory limit of your Dask workers"
-        return "compute.jobs.memory" if kind in QUEUES else "compute.memory"
+
+def refuse_small_workers(workers: Workers, config: Config, *, given: bool = False) -> None:
+    """Raise `ComputeError` if the blocks of `config` do not fit its workers, or `given` ones."""
+    kind, setting = config.compute.kind, "compute.memory"
+    if given or kind not in (*QUEUES, "local", "gpu", "inline"):
+        setting = "the memory limit of your Dask workers"
+    elif kind in QUEUES:
+        setting = "compute.jobs.memory"
+    refuse_too_little_memory(workers.memory, config.compute.block, networks_bytes(config), setting)
 
 
 def networks_bytes(config: Config) -> int:
