@@ -30,9 +30,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary
-        if temporary.is_dir():
-            remove(path)
-        os.replace(temporary, path)
+        if temporary.is_dir() and path.is_dir():  # which only moves onto nothing
+            old = temporary.with_name(f"{temporary.name}.old.tmp")
+            os.replace(path, old)
+            os.replace(temporary, path)
+            remove(old)
+        else:
+            os.replace(temporary, path)
     finally:
         remove(temporary)
 

@@ -108,6 +108,7 @@ def test_a_folder_is_replaced_whole(tmp_path):
             temporary.mkdir()
             (temporary / name).touch()
     assert [file.name for file in path.iterdir()] == ["b"]
+    assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(FileNotFoundError), disk.replacing(tmp_path / "removed" / "file") as temporary:
         temporary.touch()
     assert not (tmp_path / "removed").exists()

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from daskcell.clustering.naming import Naming
+from daskcell.disk import replacing
 from daskcell.errors import InputError
 
 if TYPE_CHECKING:
@@ -194,9 +192,9 @@ class ClusterModel:
         """Write the model as a folder of ``arrays.npz``, ``model.json`` and, if groups have names,
         ``names.json``; it appears whole or not at all."""
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-        temporary.mkdir(parents=True)
-        try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.mkdir()
             arrays = {name: getattr(self, name) for name in _ARRAYS if getattr(self, name) is not None}
             np.savez(temporary / "arrays.npz", **arrays)
             values = {
@@ -212,15 +210,6 @@ class ClusterModel:
             }
             (temporary / "model.json").write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
             self.naming.save(temporary)
-            if path.is_dir():
-                old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-                os.rename(path, old)
-                os.rename(temporary, path)
-                shutil.rmtree(old)
-            else:
-                os.rename(temporary, path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
     def _checked(self, features: np.ndarray) -> np.ndarray:
         if features.ndim != 2:

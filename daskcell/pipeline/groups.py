@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from daskcell.clustering import naming
 from daskcell.compute import Workers
 from daskcell.config import Config
 from daskcell.disk import remove, write_atomic
@@ -15,8 +16,6 @@ from daskcell.pipeline.transfer import Given, origin, set_named_aside
 from daskcell.study import CLUSTERS, Study
 from daskcell.study.checksums import damaged, sums
 from daskcell.study.keys import cluster_key
-
-NAMES = "names.json"
 
 
 class Groups:
@@ -72,8 +71,8 @@ class Groups:
             return None
         self.progress.working("cluster")
         names = b""
-        if ledger.held.get("cluster", {}).get("key") == key and (study.clusters / NAMES).exists():
-            names = (study.clusters / NAMES).read_bytes()  # the damaged groups come back as they were
+        if ledger.held.get("cluster", {}).get("key") == key and (study.clusters / naming.FILE).exists():
+            names = (study.clusters / naming.FILE).read_bytes()  # the damaged groups come back as they were
             remove(study.clusters)
         ledger.begin("cluster")
         set_named_aside(study, self.progress)
@@ -83,7 +82,7 @@ class Groups:
             self._fail(str(error))
             return None
         if names:
-            write_atomic(study.clusters / NAMES, names)
+            write_atomic(study.clusters / naming.FILE, names)
         ledger.finish("cluster", key, result, files=self._model_files())
         return key
 
@@ -102,7 +101,9 @@ class Groups:
     def _model_files(self) -> dict[str, Any]:
         """Checksums of the fitted groups; not of their names, which people change."""
         folder = self.study.clusters
-        return sums(self.study.out, (path for path in folder.iterdir() if path.name != NAMES), Workers())
+        return sums(
+            self.study.out, (path for path in folder.iterdir() if path.name != naming.FILE), Workers()
+        )
 
     def _fail(self, text: str) -> None:
         self.failures.append({"slide": None, "stage": "cluster", "error": text, "tries": 1})
