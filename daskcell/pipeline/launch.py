@@ -14,6 +14,7 @@ from daskcell.config import Config, load_config, parse_config
 from daskcell.disk import is_full, remove
 from daskcell.errors import ConfigError, DaskcellError, DriftWarning, ImageError, InputError, StudyError
 from daskcell.images import find_images
+from daskcell.images.sandbox import open_safely
 from daskcell.images.sources import Source
 from daskcell.pipeline.arrays import given_inputs, keep_arrays
 from daskcell.pipeline.collection import Run
@@ -219,7 +220,7 @@ def _check_readable(sources: Sequence[Source]) -> None:
         more = f" and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
         raise ImageError(f"{unreadable[0]}{more} cannot be read. Please check the permissions.")
     if len(sources) == 1:
-        sources[0].open().close()
+        open_safely(sources[0]).close()
 
 
 @contextlib.contextmanager
