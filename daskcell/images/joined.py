@@ -1,4 +1,4 @@
-"""The files of a source, opened and read as one image. For `sandbox` only, whose child process may die of it."""
+"""The files of a source, opened and read as one image: for `sandbox` only, whose child may die of it."""
 
 from __future__ import annotations
 

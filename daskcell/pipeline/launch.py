@@ -215,7 +215,7 @@ def fingerprints(config: Config) -> dict[str, str]:
 def _check_readable(sources: Sequence[Source]) -> None:
     """Refuse what cannot be read at all before any work; one bad file among many is set aside later."""
     local = [file for source in sources for file in source.files if not places.is_remote(file)]
-    unreadable = [file for file in local if not os.access(file, os.R_OK)]
+    unreadable = [file for file in local if os.path.exists(file) and not os.access(file, os.R_OK)]
     if unreadable:
         more = f" and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
         raise ImageError(f"{unreadable[0]}{more} cannot be read. Please check the permissions.")
