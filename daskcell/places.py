@@ -25,8 +25,16 @@ GAP_BYTES = 2**17
 RANGE_BYTES = 2**23
 """Longer ranges are asked for in parts, at the same time."""
 
+ZARR_NAMES = ("zarr.json", ".zgroup", ".zattrs", ".zarray")
+"""Files of metadata, of which every folder of Zarr has one."""
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-_PACKAGES = {"s3": "'daskcell[s3]'", "s3a": "'daskcell[s3]'", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs"}
+_PACKAGES = {
+    "s3": "'daskcell[s3]'",
+    "s3a": "'daskcell[s3]'",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+} | dict.fromkeys(("http", "https"), "aiohttp")
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -67,13 +75,18 @@ def exists(path: str) -> bool:
         return os.path.exists(path)
     with told(path):
         fs, inner = _at(path)
-        return bool(fs.exists(inner))
+        return bool(fs.exists(inner)) or (_is_web(path) and is_folder(path))
 
 
 def is_folder(path: str) -> bool:
-    """Whether `path` is a folder; on object storage, whether keys begin with it and a slash."""
+    """Whether `path` is a folder; on object storage, whether keys begin with it and a slash.
+
+    A web server has files only: what Zarr wrote counts as a folder there, and nothing else does.
+    """
     if not is_remote(path):
         return os.path.isdir(path)
+    if _is_web(path):
+        return bool(holding(path, ZARR_NAMES, most=1))
     with told(path):
         fs, inner = _at(path)
         try:
@@ -93,6 +106,23 @@ def children(folder: str) -> set[str]:
         except (FileNotFoundError, NotADirectoryError):
             return set()
         return {PurePath(name).name for name in found if name.rstrip("/") != inner.rstrip("/")}
+
+
+def holding(folder: str, names: Sequence[str], most: int | None = None) -> set[str]:
+    """Those of `names` that lie directly in `folder`, or the first `most` of them; asked for one by one where
+    a folder cannot be listed.
+    """
+    if not _is_web(folder):
+        return children(folder) & set(names)
+    found: set[str] = set()
+    with told(folder):
+        for name in names:
+            fs, inner = _at(join(folder, name))
+            if fs.exists(inner):
+                found.add(name)
+            if len(found) == most:
+                break
+    return found
 
 
 def walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
@@ -134,9 +164,12 @@ def version(path: str) -> tuple[int, int | str]:
 
 def versions_below(path: str) -> dict[str, tuple[int, int | str]]:
     """`version` of every object whose key begins with `path` and a slash; or of `path` alone, as ``""``."""
+    if _is_web(path) and (names := holding(path, ZARR_NAMES)):
+        # Without a listing: replaced metadata are seen, single chunks are not.
+        return {name: version(join(path, name)) for name in sorted(names)}
     with told(path):
         fs, inner = _at(path)
-        found = fs.find(inner, detail=True)
+        found = {inner: fs.info(inner)} if _is_web(path) else fs.find(inner, detail=True)
         if not found:
             raise FileNotFoundError(path)
         return {name.removeprefix(inner).lstrip("/"): _version(one) for name, one in sorted(found.items())}
@@ -149,6 +182,8 @@ def head(path: str, count: int) -> bytes:
             return b""
         with open(path, "rb") as file:
             return file.read(count)
+    if _is_web(path) and is_folder(path):
+        return b""
     with told(path):
         fs, inner = _at(path)
         status = fs.info(inner)
@@ -270,6 +305,10 @@ def _spans(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     ]
 
 
+def _is_web(path: str) -> bool:
+    return path.startswith(("http://", "https://"))
+
+
 def _ls(folder: str) -> dict[str, dict[str, Any]]:
     fs, inner = _at(folder)
     return {
@@ -280,7 +319,14 @@ def _ls(folder: str) -> dict[str, dict[str, Any]]:
 
 
 def _version(info: dict[str, Any]) -> tuple[int, int | str]:
-    tag = info.get("ETag") or info.get("etag") or info.get("LastModified") or info.get("mtime") or ""
+    tag = (
+        info.get("ETag")
+        or info.get("etag")
+        or info.get("LastModified")
+        or info.get("Last-Modified")
+        or info.get("mtime")
+        or ""
+    )
     return int(info["size"] or 0), hashlib.sha256(str(tag).strip('"').encode()).hexdigest()[:16]
 
 

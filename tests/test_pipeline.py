@@ -17,6 +17,7 @@ import tifffile
 from daskcell.compute import Permit, Postponed
 from daskcell.errors import ConfigError, DaskcellError, ImageError, InputError, StudyError, WeightsError
 from daskcell.images import Source, find_images
+from daskcell.images.sandbox import open_safely
 from daskcell.pipeline import collection, groups, launch, open_study, run, slide, stages, team
 from daskcell.pipeline.progress import STAGE_SHARES, Lines, Progress, clock
 from daskcell.study.lock import Lock
@@ -44,7 +45,7 @@ class Fakes:
         return run_stage
 
     def convert(self, job, study):
-        reader = job.source.open()
+        reader = open_safely(job.source)
         shape = (len(reader.channels), *reader.levels[0])
         self._write(study.image(job.slide) / "zarr.json")
         return {"shape": shape}
@@ -558,16 +559,16 @@ def test_ledgers_are_plain_json_without_pickles(fakes, folder, tmp_path):
 
 
 class Deadly(Source):
-    """A picture whose reading takes the process with it, as a broken decoder does."""
+    """An image whose task takes the worker with it, as no file can: those are opened beside the worker."""
 
-    def open(self):
+    def identity(self):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Hungry(Source):
-    """A picture that fills its worker's memory until the nanny ends it."""
+    """An image whose task fills its worker's memory until the nanny ends it."""
 
-    def open(self):
+    def identity(self):
         held = []
         while True:
             held.append(np.ones(1 << 23))  # 64 MB

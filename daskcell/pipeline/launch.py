@@ -14,6 +14,7 @@ from daskcell.config import Config, load_config, parse_config
 from daskcell.disk import is_full, remove
 from daskcell.errors import ConfigError, DaskcellError, DriftWarning, ImageError, InputError, StudyError
 from daskcell.images import find_images
+from daskcell.images.sandbox import open_safely
 from daskcell.images.sources import Source
 from daskcell.pipeline.arrays import given_inputs, keep_arrays
 from daskcell.pipeline.collection import Run
@@ -214,12 +215,12 @@ def fingerprints(config: Config) -> dict[str, str]:
 def _check_readable(sources: Sequence[Source]) -> None:
     """Refuse what cannot be read at all before any work; one bad file among many is set aside later."""
     local = [file for source in sources for file in source.files if not places.is_remote(file)]
-    unreadable = [file for file in local if not os.access(file, os.R_OK)]
+    unreadable = [file for file in local if os.path.exists(file) and not os.access(file, os.R_OK)]
     if unreadable:
         more = f" and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
         raise ImageError(f"{unreadable[0]}{more} cannot be read. Please check the permissions.")
     if len(sources) == 1:
-        sources[0].open().close()
+        open_safely(sources[0]).close()
 
 
 @contextlib.contextmanager

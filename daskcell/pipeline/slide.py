@@ -17,6 +17,7 @@ from daskcell.compute import Permit, Postponed, Workers
 from daskcell.compute.overtime import Overtime, renew
 from daskcell.disk import is_full, remove
 from daskcell.errors import ComputeError, ConfigError, DaskcellError, StudyError, WeightsError
+from daskcell.images.sandbox import open_safely
 from daskcell.pipeline.stages import STAGES, Job, outputs, rewritten
 from daskcell.study import Ledger, Study
 from daskcell.study.checksums import damaged, sums
@@ -158,7 +159,7 @@ def _pixels(job: Job, ledger: Ledger) -> int:
     shape = ledger.result("convert").get("shape")
     known = job.cluster_key is not None or unchanged(job.source.files, ledger.files, job.source.said)
     if shape is None or not known:
-        reader = job.source.open()
+        reader = open_safely(job.source)
         shape = (0, *reader.levels[0])
         reader.close()
     return shape[1] * shape[2]
