@@ -410,12 +410,6 @@ def test_an_output_folder_that_holds_something_else_is_refused(fakes, folder, tm
     assert sorted(path.name for path in folder.iterdir()) == ["one.tif", "three.tif", "two.tif"]
 
 
-def test_a_study_of_other_inputs_is_refused(fakes, folder, tmp_path):
-    run(folder, tmp_path / "out", INLINE)
-    with pytest.raises(StudyError, match="study of other inputs"):
-        run(folder / "one.tif", tmp_path / "out", INLINE)
-
-
 def test_two_runs_at_once_are_refused(fakes, folder, tmp_path):
     run(folder, tmp_path / "out", INLINE)
     with Lock(tmp_path / "out"), pytest.raises(StudyError, match="Another run works"):

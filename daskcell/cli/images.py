@@ -57,12 +57,14 @@ def flat(
     """Find how a microscope's light falls off, from many pictures; for preprocess.background.flat."""
     import tifffile
 
+    from daskcell.disk import replacing
     from daskcell.images.target import refuse_existing
     from daskcell.preprocess import estimate_flat
 
     refuse_existing(out)
     field = estimate_flat(pictures, dark)
-    tifffile.imwrite(out, field, photometric="minisblack", metadata={"axes": "CYX"}, ome=True)
+    with replacing(out) as part:
+        tifffile.imwrite(part, field, photometric="minisblack", metadata={"axes": "CYX"}, ome=True)
     print(f"{out}: use it with -s preprocess.background.flat={out} -s preprocess.background.dark={dark:g}")
 
 
@@ -130,8 +132,12 @@ def channels(
     rows += [[row["image"], row["channel"], row["file"]] for row in describe_sources(sources)]
     print(aligned(rows))
     if split is not None:
-        from daskcell.images.split import split_channels
+        from daskcell.images.split import channel_files, split_channels
+        from daskcell.images.target import refuse_existing
 
+        for source in sources:  # all are looked at before the first is written
+            for path in channel_files(source, split):
+                refuse_existing(path)
         for source in sources:
             for path in split_channels(source, split):
                 print(path)

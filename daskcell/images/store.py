@@ -338,7 +338,7 @@ def image_info(path: str | Path) -> ImageInfo:
     image = opened(path)
     finished: Any = ()
     labels = places.join(str(path), "labels")
-    if places.is_folder(labels):
+    if {"zarr.json", ".zgroup"} & places.children(labels):  # none where the list of labels was damaged
         group = zarr.open_group(labels, mode="r")
         finished = ome_attributes(group).get("labels", ())
     return ImageInfo(

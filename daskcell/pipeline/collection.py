@@ -28,6 +28,7 @@ from daskcell.pipeline.groups import Groups
 from daskcell.pipeline.progress import Progress
 from daskcell.pipeline.slide import (
     Outcome,
+    damage,
     missing_stages,
     process_batch,
     process_slide,
@@ -126,7 +127,7 @@ class Run:
                 described = [name for name in slides if name not in lost]
                 if self.groups.make(described, workers) is not None:
                     key = self.study.grouping
-                    jobs = [self.job(name, key) for name in described]
+                    jobs = [self.job(name, key) for name in (*described, *self.left())]
                     self.work([job for job in jobs if missing_stages(job, self.study)], workers)
             except DaskcellError as error:
                 error.after_start = workers.started  # type: ignore[attr-defined]
@@ -138,6 +139,17 @@ class Run:
                     self.write_failures()
         self.write_failures()
         remove(self.study.out / "scratch")
+
+    def left(self) -> list[str]:
+        """Slides that are no longer among the inputs and get their groups all the same: those that are
+        described, and whole."""
+        found = []
+        for name in self.study.left:
+            ledger = self.study.ledger(name)
+            if ledger.entry("describe") and not damage(ledger, self.study):
+                self.sources[name] = Source(name, tuple(file["path"] for file in ledger.files))
+                found.append(name)
+        return found
 
     def tick(self) -> None:
         """After every task: stop if we must; leave word for `status` now and then."""

@@ -73,7 +73,7 @@ class Groups:
         names = b""
         if ledger.held.get("cluster", {}).get("key") == key and (study.clusters / naming.FILE).exists():
             names = (study.clusters / naming.FILE).read_bytes()  # the damaged groups come back as they were
-            remove(study.clusters)
+            remove(study.clusters / naming.FILE)
         ledger.begin("cluster")
         set_named_aside(study, self.progress)
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from daskcell.compute import Workers
-from daskcell.disk import remove
 from daskcell.pipeline.status import drift_sentences
 from daskcell.report import report_key, write_report
 from daskcell.study import CLUSTERS, Study
@@ -16,7 +15,7 @@ def bring_report_up_to_date(study: Study) -> None:
     """Write ``report.html`` anew unless it is there and says what it should (``output.report``)."""
     ledger = study.ledger(CLUSTERS)
     if not study.config.output.report:
-        remove(study.report)
+        study.disown(study.report.name)
         return
     warnings = drift_sentences(study)
     key = report_key(study, warnings)

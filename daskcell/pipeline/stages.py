@@ -53,8 +53,10 @@ class Job:
 
 def _convert(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], workers: Workers) -> Any:
     from daskcell.images import convert_slide
+    from daskcell.images.target import refuse_foreign
 
     image = study.image(job.slide)
+    refuse_foreign(image)
     labels, kept = image / "labels", study.scratch(job.slide, "labels", 0)
     if ledger.held and labels.is_dir():
         # The picture was damaged, not they: they stay if it becomes the same again.
@@ -83,8 +85,6 @@ def _segment(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], wo
     from daskcell.segmentation.engine import segment_slide
 
     settings, block = job.config.segment, job.config.compute.block
-    if not any(path.exists() for path in rewritten("paint", study, job.slide)):
-        remove(study.image(job.slide) / "labels")  # its list was damaged: no Zarr group without
     scratch = study.scratch(job.slide, keys["segment"], block)
     report = segment_slide(
         study.image(job.slide),
@@ -103,11 +103,13 @@ def _segment(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], wo
 
 def _describe(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], workers: Workers) -> Any:
     from daskcell.features.engine import describe_slide
+    from daskcell.images.target import remove_zarr
 
     block = job.config.compute.block
     scratch = study.scratch(job.slide, keys["describe"], block)
     table, features = study.table(job.slide), study.features(job.slide)
-    remove(table, features)
+    remove_zarr(features)
+    remove(table)
     for path in (table, features):
         path.parent.mkdir(parents=True, exist_ok=True)
     report = describe_slide(
@@ -132,7 +134,7 @@ def _export(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], wor
     files = []
     if job.config.output.channels:
         # Under the slide's own folder: two slides may have channels of one name.
-        files += split_channels(study.image(job.slide), study.channels / job.slide)
+        files += split_channels(study.image(job.slide), study.channels / job.slide, overwrite=True)
     if job.config.output.preprocessed:
         target = study.preprocessed / f"{job.slide}.tif"
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -22,12 +22,13 @@ def report(study: Study) -> dict[str, Any]:
     """State of every slide and stage, with counts (JSON-able).
 
     A stage is ``done``, ``running``, ``failed``, ``old`` (done under other settings, to be redone) or empty.
+    A slide that ``left`` is no longer among the inputs, and is not redone.
     """
     config, weights = study.config, study.record.get("weights", {})
     owner = holder(study.out)
     general = study.ledger(CLUSTERS)
     cluster = study.grouping
-    rows = []
+    rows, left = [], set(study.left)
     for slide in study.slides:
         ledger = study.ledger(slide)
         keys = slide_keys(config, ledger.files, weights)
@@ -36,6 +37,7 @@ def report(study: Study) -> dict[str, Any]:
         rows.append(
             {
                 "slide": slide,
+                "left": slide in left,
                 "stages": {stage: _state(stage, keys.get(stage), ledger, owner) for stage in UPSTREAM},
                 "cells": ledger.result("segment").get("cells"),
                 "pixels": _pixels(ledger),
@@ -97,11 +99,12 @@ def _worst(study: Study, slide: str, values: dict[str, Any]) -> str:
 def counts(study: Study) -> dict[str, int]:
     """Slides, cells, pixels and groups of a study."""
     cells = pixels = failed = 0
+    left = set(study.left)
     for slide in study.slides:
         ledger = study.ledger(slide)
         cells += ledger.result("segment").get("cells") or 0
         pixels += _pixels(ledger) or 0
-        failed += ledger.failure is not None
+        failed += ledger.failure is not None and slide not in left
     k = study.ledger(CLUSTERS).result("cluster").get("k") or 0
     return {"slides": len(study.slides), "cells": cells, "pixels": pixels, "clusters": k, "failed": failed}
 
@@ -113,7 +116,7 @@ def table(found: dict[str, Any], limit: int | None = None) -> str:
         pixels, cells = row["pixels"], row["cells"]
         rows.append(
             [
-                row["slide"],
+                row["slide"] + (" (left)" if row["left"] else ""),
                 *(_MARKS[row["stages"][stage]] for stage in UPSTREAM),
                 "-" if pixels is None else f"{pixels / 1e6:.1f}",
                 "-" if cells is None else f"{cells:,}",
@@ -130,6 +133,9 @@ def table(found: dict[str, Any], limit: int | None = None) -> str:
         f"{done} of {total['slides']} slides done, {total['pixels'] / 1e6:.1f} Mpx, {total['cells']:,} cells"
         + (f", {total['clusters']} groups" if total["clusters"] else "")
     )
+    left = sum(row["left"] for row in found["slides"])
+    if left:
+        lines.append(f"{left} of them left: no longer among the inputs, kept, and no part of the fit")
     if "damaged" in found:
         lines += [f"damaged: {file}" for file in found["damaged"]] or ["every file is as it was written"]
         if found["damaged"]:

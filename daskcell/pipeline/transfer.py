@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from daskcell.config import Config, parse_config
-from daskcell.disk import remove
 from daskcell.errors import ConfigError, InputError
 from daskcell.study import Study, versions
 from daskcell.study.keys import STAGE_VERSIONS, content_key, digest
@@ -128,8 +127,9 @@ class Given:
 def set_named_aside(study: Study, progress: Progress) -> None:
     """Keep a model that somebody gave names to, before another takes its place: the groups differ."""
     if (study.clusters / "names.json").exists():
-        before = study.out / "clusters-before"
-        remove(before)
+        before, number = study.out / "clusters-before", 2
+        while os.path.lexists(before):  # of earlier groups with names
+            before, number = study.out / f"clusters-before-{number}", number + 1
         study.clusters.rename(before)
         progress.say(
             f"The groups are made anew, so those with names are kept in {before}; please name the new ones."

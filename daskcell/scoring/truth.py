@@ -127,7 +127,7 @@ def score_study(study: Study, truth: str | os.PathLike[str]) -> dict[str, Any]:
         "truth": str(truth),
         "grouping": study.grouping,
     }
-    write_json(study.out / FILE, result)
+    write_json(study.own(FILE), result)
     return result
 
 
