@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from daskcell.compute.former import owner_of, wait_for_former
-from daskcell.compute.overtime import limited, overtime, paused
+from daskcell.compute.overtime import WorkerLost, limited, overtime, paused
+from daskcell.compute.threads import thread_limited
 from daskcell.errors import ComputeError
 
 if TYPE_CHECKING:
@@ -265,16 +266,22 @@ class Window:
         self, client: Client, number: str, function: Callable[..., Any], args: tuple[Any, ...], kind: Kind
     ) -> Any:
         label = LABELS[kind]
-        call: tuple[Any, ...] = (function, *args)
-        if self._workers.task_seconds is not None:
-            call = (limited, self._workers.task_seconds, *call)
         return client.submit(
-            *call,
+            _run_as_task,
+            self._workers.task_seconds,
+            function,
+            *args,
             key=f"{getattr(function, '__name__', 'task')}-{number}",
             pure=False,
             resources={label: 1} if label in self._workers.labels else None,
             priority=1 if self._workers.inline else 0,  # a task waits for it, and holds a worker
         )
+
+
+def _run_as_task(seconds: float | None, function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)`` on a worker, with the threads and the time it may take."""
+    with thread_limited():
+        return function(*args) if seconds is None else limited(seconds, function, *args)
 
 
 def _wait_as_a_task(done: Completed) -> None:
@@ -306,7 +313,7 @@ def _explain(future: Any, outcome: Any, workers: Workers) -> BaseException:
             if late is not None:
                 return late
             limit = f"compute.memory or compute.block (the last one was {error.last_worker.address})"
-            return ComputeError(
+            return WorkerLost(
                 "A task killed its worker several times, most often for want of memory. Please change "
                 + limit
                 + "."
@@ -314,6 +321,4 @@ def _explain(future: Any, outcome: Any, workers: Workers) -> BaseException:
         return error
     state = str(outcome) if workers.alive else "its connection to the scheduler is lost"
     trouble = workers.trouble() if workers.trouble is not None else None
-    return ComputeError(
-        f"{trouble or f'A task was cancelled: {state}.'} The same command continues the study."
-    )
+    return WorkerLost(f"{trouble or f'A task was cancelled: {state}.'} The same command continues the study.")

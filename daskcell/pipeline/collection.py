@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from daskcell import places
 from daskcell.compute import Failed, Workers
-from daskcell.compute.overtime import Overtime
+from daskcell.compute.overtime import Overtime, WorkerLost
 from daskcell.config import Config
 from daskcell.disk import remove
 from daskcell.errors import ComputeError, DaskcellError, InputError
@@ -268,7 +268,7 @@ class Run:
 
     def worker_death(self, error: BaseException, team: Workers) -> BaseException:
         """The error of a task that was lost with its worker; any other is the end of the run."""
-        if not isinstance(error, ComputeError) or not team.alive or self.stop.is_set() or self.lock.lost:
+        if not isinstance(error, WorkerLost) or not team.alive or self.stop.is_set() or self.lock.lost:
             raise error
         return error
 
