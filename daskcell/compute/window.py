@@ -88,6 +88,8 @@ class Workers:
         self.on_task = on_task
         self.trouble = trouble
         self.task_seconds = task_seconds
+        self.on_step: Callable[[float | None], None] | None = None
+        self._step: float | None = None
         self.owner = ""
         self.inline: frozenset[Kind] = frozenset()
         self._counted: tuple[float, int, frozenset[str]] = (float("-inf"), 1, labels)
@@ -131,6 +133,28 @@ class Workers:
         workers = copy.copy(self)
         workers.on_task, workers.task_seconds = on_task, task_seconds
         return workers
+
+    def metered(self, on_step: Callable[[float | None], None]) -> Workers:
+        """The same workers; `on_step` hears of every finished task, as what part of the whole it was.
+
+        None: of an unknown one, since no `part` was said.
+        """
+        workers = copy.copy(self)
+        workers.on_step = on_step
+        return workers
+
+    def part(self, share: float, tasks: int) -> Workers:
+        """The same workers for a `share` (0 to 1) of the whole work, which comes in so many `tasks`."""
+        workers = copy.copy(self)
+        workers._step = share / max(tasks, 1)
+        return workers
+
+    def finished_task(self) -> None:
+        """Tell those who asked that a task is finished."""
+        if self.on_step is not None:
+            self.on_step(self._step)
+        if self.on_task is not None:
+            self.on_task()
 
     def claim(self, folder: str | os.PathLike[str], tell: Callable[[str], None] | None = None) -> Workers:
         """The same workers for tasks that write into `folder`, as soon as those of a killed run have ended.
@@ -207,8 +231,7 @@ class Window:
         run = self._run_here() if self._workers.client is None else self._run_on(self._workers.client)
         try:
             for key, result in run:
-                if self._workers.on_task is not None:
-                    self._workers.on_task()
+                self._workers.finished_task()
                 if isinstance(result, Failed) and not self._keep_going:
                     result.error.add_note(f"(in task {key!r})")
                     raise result.error

@@ -144,7 +144,7 @@ class Run:
         self.lock.check()
         if time.monotonic() - self.told > _TELL_SECONDS:
             self.told = time.monotonic()
-            self.study.tell(self.progress.fraction, self.progress.seconds_left)
+            self.study.tell(**self.progress.told)
         if self.stop.is_set():
             raise ComputeError("The run was stopped; the same command continues it.")
 
@@ -242,7 +242,7 @@ class Run:
 
         def one(job: Job) -> Outcome | ComputeError:
             try:
-                return process_slide(job, team, on_stage=self.on_stage)
+                return process_slide(job, team, on_stage=self.on_stage, on_step=self.progress.step)
             except ComputeError as error:
                 return error
 
@@ -280,7 +280,7 @@ class Run:
 
     def on_stage(self, slide: str, stage: str, outcome: Outcome) -> None:
         self.progress.counts(slide, outcome.pixels, outcome.cells)
-        self.progress.finished(slide, stage)
+        self.progress.finished(slide, stage, outcome.seconds.get(stage))
 
     def account(self, job: Job, outcome: Outcome) -> None:
         """Tell how a slide ended."""
@@ -291,7 +291,7 @@ class Run:
             self.progress.set_aside(outcome.slide, outcome.failure["error"])
         else:
             for stage in job.stages:
-                self.progress.finished(outcome.slide, stage)
+                self.progress.finished(outcome.slide, stage, outcome.seconds.get(stage))
 
     def write_failures(self) -> None:
         failures = [self.study.ledger(name).failure for name in sorted(self.sources)]
