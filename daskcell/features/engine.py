@@ -163,7 +163,7 @@ def settings_spec(settings: FeatureSettings, device: str = "cpu") -> EncoderSpec
 
 def find_cells(slide: Slide, grid: Grid, workers: Workers, folder: Path) -> np.ndarray:
     """Records of all cells of the slide."""
-    window = workers.window()
+    window = workers.part(0.1, len(grid)).window()
     for i, j in grid:
         path = folder / f"records-{i}-{j}.npy"
         if not path.exists():
@@ -246,9 +246,9 @@ def _describe(
         for task in tasks
     ]
     done = 0
-    window = workers.window()
     # Measuring is no work for a GPU; where both are done by the same workers, pixels are read once.
     apart = "GPU" in workers.labels
+    window = workers.part(0.8, len(tasks) * (2 if apart else 1)).window()
     for task, (measured, vectors) in zip(tasks, parts, strict=True):
         if not os.path.exists(measured) and (apart or os.path.exists(vectors)):
             window.submit(0, _measure, slide, task, greys, measured)

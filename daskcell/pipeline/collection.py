@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from daskcell import places
 from daskcell.compute import Failed, Workers
-from daskcell.compute.overtime import Overtime
+from daskcell.compute.overtime import Overtime, WorkerLost
 from daskcell.config import Config
 from daskcell.disk import remove
 from daskcell.errors import ComputeError, DaskcellError, InputError
@@ -156,7 +156,7 @@ class Run:
         self.lock.check()
         if time.monotonic() - self.told > _TELL_SECONDS:
             self.told = time.monotonic()
-            self.study.tell(self.progress.fraction, self.progress.seconds_left)
+            self.study.tell(**self.progress.told)
         if self.stop.is_set():
             raise ComputeError("The run was stopped; the same command continues it.")
 
@@ -254,7 +254,7 @@ class Run:
 
         def one(job: Job) -> Outcome | ComputeError:
             try:
-                return process_slide(job, team, on_stage=self.on_stage)
+                return process_slide(job, team, on_stage=self.on_stage, on_step=self.progress.step)
             except ComputeError as error:
                 return error
 
@@ -280,7 +280,7 @@ class Run:
 
     def worker_death(self, error: BaseException, team: Workers) -> BaseException:
         """The error of a task that was lost with its worker; any other is the end of the run."""
-        if not isinstance(error, ComputeError) or not team.alive or self.stop.is_set() or self.lock.lost:
+        if not isinstance(error, WorkerLost) or not team.alive or self.stop.is_set() or self.lock.lost:
             raise error
         return error
 
@@ -292,7 +292,7 @@ class Run:
 
     def on_stage(self, slide: str, stage: str, outcome: Outcome) -> None:
         self.progress.counts(slide, outcome.pixels, outcome.cells)
-        self.progress.finished(slide, stage)
+        self.progress.finished(slide, stage, outcome.seconds.get(stage))
 
     def account(self, job: Job, outcome: Outcome) -> None:
         """Tell how a slide ended."""
@@ -303,7 +303,7 @@ class Run:
             self.progress.set_aside(outcome.slide, outcome.failure["error"])
         else:
             for stage in job.stages:
-                self.progress.finished(outcome.slide, stage)
+                self.progress.finished(outcome.slide, stage, outcome.seconds.get(stage))
 
     def write_failures(self) -> None:
         failures = [self.study.ledger(name).failure for name in sorted(self.sources)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from daskcell.clustering import naming
@@ -77,7 +78,9 @@ class Groups:
         ledger.begin("cluster")
         set_named_aside(study, self.progress)
         try:
-            result = fit(full, study, config, workers.get())
+            team = workers.get().metered(partial(self.progress.step, "", "cluster"))
+            result = fit(full, study, config, team)
+            self.progress.finished("", "cluster")
         except InputError as error:
             self._fail(str(error))
             return None

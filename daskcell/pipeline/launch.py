@@ -75,7 +75,8 @@ def run(
     config
         Settings: a `Config`, nested dictionaries, or a YAML file. None: the defaults.
     client
-        A Dask client whose workers to use; None: as ``config.compute`` says.
+        A Dask client, a cluster object or a scheduler's address, whose workers to use; None: as
+        ``config.compute`` says. While the run lasts its workers have ``config.compute.threads``.
     progress
         Who is told how far it is; None: nobody.
     retry_failed

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ def process_slide(
     *,
     limit: int | None = None,
     on_stage: Callable[[str, str, Outcome], None] | None = None,
+    on_step: Callable[[str, str, float | None], None] | None = None,
 ) -> Outcome:
     """Do what is missing of `job`.
 
@@ -91,6 +93,9 @@ def process_slide(
         Largest number of pixels to begin with; a larger slide comes back as `too_large`.
     on_stage
         Called with slide, stage and counts after each stage.
+    on_step
+        Called with slide, stage and what part of it is done besides, when it begins (0) and after every task;
+        None: an unknown part.
 
     Raises
     ------
@@ -119,7 +124,11 @@ def process_slide(
             start = time.perf_counter()
             rewrites = [str(file.relative_to(study.out)) for file in rewritten(stage, study, job.slide)]
             ledger.begin(stage, rewrites)
-            result = STAGES[stage](job, study, ledger, keys, workers)
+            team = workers
+            if on_step is not None:
+                on_step(job.slide, stage, 0.0)
+                team = workers.metered(partial(on_step, job.slide, stage))
+            result = STAGES[stage](job, study, ledger, keys, team)
             written = sums(study.out, outputs(stage, result, study, job.slide), workers)
             seconds[stage] = time.perf_counter() - start
             later = (s for s in job.stages[number + 1 :] if not ledger.is_done(s, keys[s]))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 from daskcell.compute import Workers
-from daskcell.pipeline.progress import clock
+from daskcell.pipeline.progress import clock, seconds_left
 from daskcell.study import CLUSTERS, Ledger, Study
 from daskcell.study.checksums import damaged
 from daskcell.study.keys import UPSTREAM, late_keys, slide_keys
@@ -26,6 +27,9 @@ def report(study: Study) -> dict[str, Any]:
     """
     config, weights = study.config, study.record.get("weights", {})
     owner = holder(study.out)
+    told = study.told
+    if told is not None:
+        told["seconds_left"] = seconds_left(told, time.time())
     general = study.ledger(CLUSTERS)
     cluster = study.grouping
     rows, left = [], set(study.left)
@@ -48,7 +52,7 @@ def report(study: Study) -> dict[str, Any]:
         )
     return {
         "study": str(study.out),
-        "running": owner and owner | {"progress": study.told},
+        "running": owner and owner | {"progress": told},
         "slides": rows,
         "model": study.record.get("model"),
         "drift": drift(study),

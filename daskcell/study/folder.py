@@ -28,7 +28,6 @@ import hashlib
 import json
 import os
 import re
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -161,23 +160,21 @@ class Study:
             (self.out / name).unlink(missing_ok=True)
             self.update(owned=[one for one in owned if one != name])
 
-    def tell(self, fraction: float | None, seconds_left: float | None = None) -> None:
-        """Leave word of how far a run is, for `status`; None: it has ended."""
+    def tell(self, fraction: float | None, seconds_left: float | None = None, at: float = 0.0) -> None:
+        """Leave word of how far a run is `at` a time (since 1970), for `status`; None: it has ended."""
         path = self.out / ".progress.json"
         if fraction is None:
             path.unlink(missing_ok=True)
         else:
-            write_json(path, {"at": time.time(), "fraction": fraction, "seconds_left": seconds_left})
+            write_json(path, {"at": at, "fraction": fraction, "seconds_left": seconds_left})
 
     @property
     def told(self) -> dict[str, Any] | None:
-        """What a run has told of itself, with its guess of the seconds left now."""
+        """What a run has told of itself."""
         try:
             word: dict[str, Any] = json.loads((self.out / ".progress.json").read_bytes())
         except (FileNotFoundError, ValueError):
             return None
-        if word["seconds_left"] is not None:
-            word["seconds_left"] = max(0.0, word["seconds_left"] - (time.time() - word["at"]))
         return word
 
     @property
