@@ -96,11 +96,11 @@ def describe_sources(sources: Sequence[Source]) -> list[dict[str, str]]:
         if source.file_channels is None:
             rows.append({"image": source.name, "channel": _channels_inside(source), "file": source.files[0]})
             continue
-        for channel, file in zip(source.file_channels, source.files, strict=True):
-            taken = source.take is None or channel.lower() in [name.lower() for name in source.take]
-            rows.append(
-                {"image": source.name, "channel": channel + ("" if taken else " (left out)"), "file": file}
-            )
+        channels = source.file_channels
+        taken = [find_channel(name, channels, source) for name in source.take or channels]
+        for index, (channel, file) in enumerate(zip(channels, source.files, strict=True)):
+            note = "" if index in taken else " (left out)"
+            rows.append({"image": source.name, "channel": channel + note, "file": file})
     return rows
 
 

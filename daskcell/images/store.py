@@ -24,6 +24,7 @@ from zarr.codecs import BloscCodec, ZstdCodec
 from daskcell import places
 from daskcell.errors import ImageError, InputError
 from daskcell.geometry import Box, Grid, check_inside
+from daskcell.images.channels import name_channels
 from daskcell.images.codecs import read_fast
 
 CHUNK = 512
@@ -156,10 +157,8 @@ class OmeZarr:
         self.shape = (count, first.shape[-2], first.shape[-1])
         self.dtype = np.dtype(first.dtype)
         self.levels = tuple((a.shape[-2], a.shape[-1]) for a in self.arrays)
-        given = [str(c.get("label", "")) for c in (self.ome.get("omero") or {}).get("channels") or []]
-        if len(given) != count or not all(given) or len(set(given)) != count:
-            given = [f"channel {i + 1}" for i in range(count)]
-        self.channels = tuple(given)
+        given = [str(c.get("label") or "") for c in (self.ome.get("omero") or {}).get("channels") or []]
+        self.channels = name_channels(given, count)
         own = self.attributes.get("daskcell")
         if isinstance(own, dict) and "is_rgb" in own:
             self.is_rgb = bool(own["is_rgb"])
