@@ -125,7 +125,7 @@ def test_a_name_that_fits_two_channels_is_refused(tmp_path: Path) -> None:
             [f"{GUIDS[2 * k + j]}_{n}.tif" for k in (0, 1) for j, n in enumerate(("red", "green"))],
             {f"{GUIDS[2 * k + j]}_{n}": None for k in (0, 1) for j, n in enumerate(("red", "green"))},
         ),
-        ([f"{id}.png" for id in HEX], {id: None for id in HEX}),
+        ([f"{id}.png" for id in HEX], dict.fromkeys(HEX)),
         # InCell
         (
             [f"A - 01(fld {f} wv {w}).tif" for f in (1, 2) for w in ("DAPI - DAPI", "Green - dsRed")],
@@ -176,7 +176,7 @@ def test_a_name_that_fits_two_channels_is_refused(tmp_path: Path) -> None:
         # planes and time points alone are no channels
         ([f"s_z0{k}.tif" for k in range(3)], {f"s_z0{k}": None for k in range(3)}),
         ([f"s_t0{k}.tif" for k in range(3)], {f"s_t0{k}": None for k in range(3)}),
-        ([f"img_channel000_z00{k}.tif" for k in range(3)], {f"img_channel000_z00{k}": None for k in range(3)}),
+        ([f"i_channel000_z00{k}.tif" for k in range(3)], {f"i_channel000_z00{k}": None for k in range(3)}),
     ],
 )  # fmt: skip
 def test_names_as_instruments_write_them(files: list[str], expected: dict[str, object]) -> None:
