@@ -113,6 +113,17 @@ def _table(
     return images, words
 
 
+def without_ids(text: str) -> str:
+    """A stem without GUIDs and other long hexadecimal numbers; as it is if nothing else is left."""
+    return _ID.sub("", text).strip("_-. ") or text
+
+
+def without_channel(text: str) -> set[str]:
+    """What may be left of a stem without its channel: names of the image that it may be a channel of."""
+    matches = (match for _, pattern in _KINDS for match in pattern.finditer(text))
+    return {_field_name(f"{text[: match.start()]}\0{text[match.end() :]}") for match in matches}
+
+
 def _without_ids(stems: Mapping[str, str]) -> dict[str, str]:
     """The stems without ids that no two files share, and without what only follows the channel."""
     counts = Counter(found.upper() for text in stems.values() for found in set(_ID.findall(text)))
@@ -161,6 +172,16 @@ def group_by_pattern(files: Mapping[str, str], pattern: str) -> list[Group]:
         if len(paths) > 1:
             raise ImageError(f"The pattern '{pattern}' gives {' and '.join(paths)} the same name '{name}'.")
     return [*_complete(images), *(Group(name, (paths[0],)) for name, paths in singles.items())]
+
+
+def matching_names(files: Mapping[str, str], pattern: str) -> dict[str, str]:
+    """Those of `files` (path by its name relative to the folder) that fit a pattern."""
+    compiled = compile_pattern(pattern)
+    return {
+        relative: path
+        for relative, path in files.items()
+        if compiled.fullmatch(relative) or compiled.fullmatch(PurePath(relative).name)
+    }
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:

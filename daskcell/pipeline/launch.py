@@ -137,7 +137,7 @@ def _go(
     known = check_folder(out, given)
     _check_kind(out, known, model)
     keep_arrays(arrays, out)
-    sources = find_images(given, settings.input)
+    sources = find_images(given, settings.input, progress.say if progress is not None else None)
     _check_readable(sources)
     if truth is not None:
         read_truth(truth, [source.name for source in sources])  # before hours of work, not after
@@ -212,12 +212,14 @@ def fingerprints(config: Config) -> dict[str, str]:
 
 
 def _check_readable(sources: Sequence[Source]) -> None:
-    """Refuse what cannot be read at all before any work; one bad file among many is set aside later."""
-    local = [file for source in sources for file in source.files if not places.is_remote(file)]
-    unreadable = [file for file in local if not os.access(file, os.R_OK)]
-    if unreadable:
+    """Refuse what cannot be read at all before any work; bad files among many are set aside later."""
+    unreadable = [
+        next((f for f in source.files if not places.is_remote(f) and not os.access(f, os.R_OK)), None)
+        for source in sources
+    ]
+    if all(unreadable):
         more = f" and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
-        raise ImageError(f"{unreadable[0]}{more} cannot be read. Please check the permissions.")
+        raise ImageError(f"{unreadable[0]}{more} cannot be read. Please check links and permissions.")
     if len(sources) == 1:
         sources[0].open().close()
 
