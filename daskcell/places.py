@@ -11,7 +11,8 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePath
 from typing import Any, BinaryIO
 
@@ -62,6 +63,14 @@ def absolute(path: str | os.PathLike[str]) -> str:
 def join(folder: str, *names: str) -> str:
     """A path below `folder`."""
     return "/".join([folder.rstrip("/"), *names]) if is_remote(folder) else os.path.join(folder, *names)
+
+
+def split(path: str) -> tuple[str, str]:
+    """The folder that `path` lies in, and its name."""
+    if not is_remote(path):
+        return os.path.split(path)
+    folder, _, name = path.rstrip("/").rpartition("/")
+    return folder, name
 
 
 def real(path: str) -> str:
@@ -125,10 +134,16 @@ def holding(folder: str, names: Sequence[str], most: int | None = None) -> set[s
     return found
 
 
-def walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
-    """As `os.walk`: folders that are taken from the list are not searched."""
+def walk(
+    folder: str, failed: Callable[[str, OSError], None] | None = None
+) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As `os.walk`, from the top: folders that are taken from the list are not searched.
+
+    Links to folders are followed, each folder is searched once by its real path, and those that lead to a
+    folder above are left out. `failed` is called with a folder that cannot be listed.
+    """
     if not is_remote(folder):
-        yield from os.walk(folder)
+        yield from _walk_here(folder, failed)
         return
     with told(folder):
         names = _ls(folder)
@@ -136,6 +151,32 @@ def walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
     yield folder, folders, sorted(name for name, one in names.items() if one["type"] != "directory")
     for name in folders:
         yield from walk(join(folder, name))
+
+
+def _walk_here(
+    root: str, failed: Callable[[str, OSError], None] | None
+) -> Iterator[tuple[str, list[str], list[str]]]:
+    top = os.path.realpath(root)
+    seen: set[str] = set()
+    waiting, links = [root], deque[str]()
+    while waiting or links:
+        folder = waiting.pop() if waiting else links.popleft()  # so that real paths come first
+        real_path = os.path.realpath(folder)
+        if real_path in seen or (real_path != top and os.path.commonpath((real_path, top)) == real_path):
+            continue
+        seen.add(real_path)
+        try:
+            with os.scandir(folder) as entries:
+                found = sorted((one.name, os.path.isdir(one.path), one.is_symlink()) for one in entries)
+        except OSError as error:
+            if failed is not None:
+                failed(folder, error)
+            continue
+        folders = [name for name, is_dir, _ in found if is_dir]
+        yield folder, folders, [name for name, is_dir, _ in found if not is_dir]
+        linked = {name for name, _, is_link in found if is_link}
+        links.extend(os.path.join(folder, name) for name in folders if name in linked)
+        waiting.extend(os.path.join(folder, name) for name in reversed(folders) if name not in linked)
 
 
 def matching(pattern: str) -> list[str]:

@@ -54,7 +54,7 @@ def table(sources) -> dict[str, tuple[str, ...] | None]:
         (["Channel1-A-01.tif", "Channel2-A-01.tif"], {"A-01": ("Channel1", "Channel2")}),
         (["f_Ch3.tif", "f_Ch6.tif", "f_Ch10.tif"], {"f": ("Ch3", "Ch6", "Ch10")}),
         (["T_A02_s9_w1.tif", "T_A02_s9_w2.tif"], {"T_A02_s9": ("w1", "w2")}),
-        (["T_w1DAPI.tif", "T_w2GFP.tif"], {"T_w1DAPI": None, "T_w2GFP": None}),
+        (["T_w1DAPI.tif", "T_w2GFP.tif"], {"T": ("w1DAPI", "w2GFP")}),
         (
             [
                 "P_s1_w1A0B1C2D3-0000-1111-2222-333344445555.tif",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -127,10 +129,12 @@ def channels(
     from daskcell.config import InputSettings
     from daskcell.images import describe_sources, find_images
 
-    sources = find_images(inputs, InputSettings(pattern=pattern))
+    notes: list[str] = []
+    sources = find_images(inputs, InputSettings(pattern=pattern), notes.append)
     rows = [["image", "channel", "file"]]
     rows += [[row["image"], row["channel"], row["file"]] for row in describe_sources(sources)]
     print(aligned(rows))
+    print(*notes, sep="\n", end="\n" if notes else "")
     if split is not None:
         from daskcell.images.split import channel_files, split_channels
         from daskcell.images.target import refuse_existing
@@ -223,7 +227,7 @@ def _one_image(source: str, settings: Any) -> Any:
     from daskcell.errors import InputError
     from daskcell.images import find_images
 
-    found = find_images(source, settings.input)
+    found = find_images(source, settings.input, partial(print, file=sys.stderr))
     if len(found) > 1:
         names = ", ".join(one.name for one in found[:3])
         raise InputError(

@@ -10,6 +10,7 @@ from pathlib import PurePath
 
 from daskcell import places
 from daskcell.errors import InputError
+from daskcell.images.channels import matching_channels
 from daskcell.images.readers import ZChoice
 
 
@@ -52,9 +53,12 @@ class Source:
 
 
 def find_channel(name: str, available: Sequence[str], source: Source) -> int:
-    lower = [a.lower() for a in available]
-    if name.lower() in lower:
-        return lower.index(name.lower())
-    raise InputError(
-        f"Image '{source.name}' ({source.files[0]}) has no channel '{name}'; it has {', '.join(available)}."
-    )
+    """Position of the channel that `name` means; raises `InputError` for none or several."""
+    found = matching_channels(name, available)
+    if len(found) == 1:
+        return found[0]
+    where = f"Image '{source.name}' ({source.files[0]})"
+    if found:
+        shown = ", ".join(f"'{available[index]}'" for index in found)
+        raise InputError(f"{where} has several channels that '{name}' may mean: {shown}. Please name one.")
+    raise InputError(f"{where} has no channel '{name}'; it has {', '.join(available)}.")

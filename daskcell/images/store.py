@@ -24,6 +24,7 @@ from zarr.codecs import BloscCodec, ZstdCodec
 from daskcell import places
 from daskcell.errors import ImageError, InputError
 from daskcell.geometry import Box, Grid, check_inside
+from daskcell.images.channels import name_channels
 from daskcell.images.codecs import read_fast
 
 CHUNK = 512
@@ -197,12 +198,10 @@ class OmeZarr:
 
     def _channel_names(self, count: int) -> tuple[str, ...]:
         try:
-            given = [str(c.get("label", "")) for c in self.ome["omero"]["channels"]]
+            given = [str(c.get("label") or "") for c in self.ome["omero"]["channels"]]
         except (KeyError, TypeError, AttributeError):
             given = []
-        if len(given) != count or not all(given) or len(set(given)) != count:
-            given = [f"channel {i + 1}" for i in range(count)]
-        return tuple(given)
+        return name_channels(given, count)
 
     def size(self, axis: str) -> int:
         """Length of an axis, 1 where there is none."""

@@ -163,7 +163,7 @@ def _go(
         if arrays is not None:
             stack.enter_context(lock)
             files = keep_arrays(arrays, Study.create(out, given, settings) if known is None else Study(out))
-        sources = name_as_before(find_images(files, settings.input), out, known)
+        sources = name_as_before(find_images(files, settings.input, progress.say), out, known)
         _check_readable(sources)
         if truth is not None:
             # Before hours of work, not after.
@@ -315,12 +315,14 @@ def _tell_what_left(study: Study, progress: Progress) -> None:
 
 
 def _check_readable(sources: Sequence[Source]) -> None:
-    """Refuse what cannot be read at all before any work; one bad file among many is set aside later."""
-    local = [file for source in sources for file in source.files if not places.is_remote(file)]
-    unreadable = [file for file in local if os.path.exists(file) and not os.access(file, os.R_OK)]
-    if unreadable:
+    """Refuse what cannot be read at all before any work; bad files among many are set aside later."""
+    unreadable = [
+        next((f for f in source.files if not places.is_remote(f) and not os.access(f, os.R_OK)), None)
+        for source in sources
+    ]
+    if all(unreadable):
         more = f" and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
-        raise ImageError(f"{unreadable[0]}{more} cannot be read. Please check the permissions.")
+        raise ImageError(f"{unreadable[0]}{more} cannot be read. Please check links and permissions.")
     if len(sources) == 1:
         open_safely(sources[0]).close()
 

@@ -152,7 +152,10 @@ def _head(path: str) -> bytes:
     try:
         return places.head(path, 512)
     except OSError as error:
-        raise ImageError(f"Cannot read {path}: {error.strerror or error}.") from None
+        reason = error.strerror or error
+        if not places.is_remote(path) and os.path.islink(path) and not os.path.exists(path):
+            reason = f"it is a link to {os.readlink(path)}, which is not there"
+        raise ImageError(f"Cannot read {path}: {reason}.") from None
 
 
 def _what(path: str, head: bytes) -> str:
