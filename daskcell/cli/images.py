@@ -46,7 +46,8 @@ def convert(
     refuse_existing(target)
     open_safely(found).close()  # what cannot be read is told before workers are started
     with start_workers(settings.compute) as workers:
-        convert_slide(found, target, workers, settings.input)
+        report = convert_slide(found, target, workers, settings.input)
+    print(*(f"{note}\n" for note in report.get("notes", ())), sep="", end="", file=sys.stderr)
     print(f"{target}: {image_info(target)!r}")
 
 
@@ -106,7 +107,8 @@ def segment(
     ):
         refuse_small_workers(workers, settings)
         whole = Path(scratch) / out.name
-        convert_slide(found, whole, workers, settings.input)
+        notes = convert_slide(found, whole, workers, settings.input).get("notes", ())
+        print(*(f"{note}\n" for note in notes), sep="", end="", file=sys.stderr)
         plan = freeze_slide(whole, settings.preprocess, workers)
         block = settings.compute.block
         rest = Path(scratch) / "scratch"

@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 from daskcell import places
 from daskcell.config import Config, load_config, parse_config
 from daskcell.disk import is_full, remove
-from daskcell.errors import ConfigError, DaskcellError, DriftWarning, ImageError, InputError, StudyError
+from daskcell.errors import (
+    ConfigError,
+    DaskcellError,
+    DriftWarning,
+    ImageError,
+    InputError,
+    InputWarning,
+    StudyError,
+)
 from daskcell.images import find_images
 from daskcell.images.sandbox import open_safely
 from daskcell.images.sources import Source
@@ -70,7 +78,8 @@ def run(
     inputs
         Files, folders, patterns with ``*``, OME-Zarr images, or tables of images (CSV, Parquet; see
         `daskcell.images.manifest`); one or several. Any iterable of these; or of ``(name, array)``, with
-        ``(Y, X)`` or ``(C, Y, X)`` arrays, which are kept in the study's folder ``inputs``. An image is known
+        arrays of ``(Y, X)``, ``(C, Y, X)`` or other axes (`images.axes`; also of xarray, Zarr or torch),
+        which are kept in the study's folder ``inputs``. An image is known
         by its name: another file of the name of a slide is refused, unless its content is the same.
     config
         Settings: a `Config`, nested dictionaries, or a YAML file. None: the defaults.
@@ -156,14 +165,16 @@ def _go(
     known = check_folder(out)
     _check_kind(out, known, model)
     weights = fingerprints(settings)
+    tell = progress.say if progress is not None else _warn
     progress = progress or Progress()
     with _nothing_left_behind(out, new=known is None), contextlib.ExitStack() as stack:
         lock = Lock(out)
         files = given
         if arrays is not None:
             stack.enter_context(lock)
-            files = keep_arrays(arrays, Study.create(out, given, settings) if known is None else Study(out))
-        sources = name_as_before(find_images(files, settings.input, progress.say), out, known)
+            study = Study.create(out, given, settings) if known is None else Study(out)
+            files = keep_arrays(arrays, study, settings.input.axes, tell)
+        sources = name_as_before(find_images(files, settings.input, tell), out, known)
         _check_readable(sources)
         if truth is not None:
             # Before hours of work, not after.
@@ -186,6 +197,10 @@ def _go(
         sweep(out)
         bring_report_up_to_date(study)
     return Study(out)
+
+
+def _warn(sentence: str) -> None:
+    warnings.warn(sentence, InputWarning, stacklevel=4)
 
 
 def _check_kind(out: Path, known: Mapping[str, Any] | None, model: Given | None) -> None:
@@ -242,9 +257,7 @@ def fingerprints(config: Config) -> dict[str, str]:
     return found
 
 
-def name_as_before(
-    sources: Sequence[Source], out: Path, record: Mapping[str, Any] | None
-) -> list[Source]:
+def name_as_before(sources: Sequence[Source], out: Path, record: Mapping[str, Any] | None) -> list[Source]:
     """`sources` under the names that a study has for their files, so that growing changes no name.
 
     Raises
@@ -301,7 +314,9 @@ def _is_same(source: Source, known: list[dict[str, Any]]) -> bool:
         return True
     if [PurePath(file).name for file in source.files] != [file["name"] for file in known]:
         return False
-    found = identify(source.files, (one | {"path": file} for one, file in zip(known, source.files, strict=True)))
+    found = identify(
+        source.files, (one | {"path": file} for one, file in zip(known, source.files, strict=True))
+    )
     return [file["digest"] for file in found] == [file["digest"] for file in known]
 
 

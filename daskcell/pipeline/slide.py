@@ -129,6 +129,7 @@ def process_slide(
                 on_step(job.slide, stage, 0.0)
                 team = workers.metered(partial(on_step, job.slide, stage))
             result = STAGES[stage](job, study, ledger, keys, team)
+            notes += result.get("notes", ()) if isinstance(result, dict) else ()
             written = sums(study.out, outputs(stage, result, study, job.slide), workers)
             seconds[stage] = time.perf_counter() - start
             later = (s for s in job.stages[number + 1 :] if not ledger.is_done(s, keys[s]))

@@ -96,7 +96,11 @@ def report_key(study: Study, warnings: Sequence[str] = ()) -> str:
     keys = {  # one ledger at a time: thousands of them fill the memory
         name: [entry["key"] for entry in study.ledger(name).stages.values()] for name in study.slides
     }
-    said = {name: value for name, value in study.record.items() if name not in ("config", "inputs", "owned", "arrays")}
+    said = {
+        name: value
+        for name, value in study.record.items()
+        if name not in ("config", "inputs", "owned", "arrays")
+    }
     config = {name: value for name, value in study.record["config"].items() if name != "compute"}
     parts = [_VERSION, _title(study), keys, study.grouping, said, config]
     parts += [study.scores, _failures(study), list(warnings)]

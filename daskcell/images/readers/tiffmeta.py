@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from typing import Any
@@ -103,6 +104,17 @@ def _check_ome(file: Any, series: Any, pixels: Any, path: str, forms: Forms) -> 
     spare = sum(place not in used and form == forms.get((file, key.offset)) for place, form in forms.items())
     if spare:
         raise ImageError(f"Cannot read {path}: its OME metadata do not name {spare} of its pages.")
+
+
+def stated_axes(file: Any, series: Any) -> str | None:
+    """The axes of a series where its metadata say them; None for pages that nothing speaks of."""
+    if series.kind == "shaped":
+        try:
+            said = json.loads(series.keyframe.shaped_description or "{}").get("axes")
+        except (ValueError, AttributeError):
+            said = None
+        return str(series.axes) if said else None
+    return None if series.kind in ("generic", "uniform") else str(series.axes)
 
 
 def pixel_size(file: Any, page: Any) -> tuple[float, float] | None:
