@@ -102,8 +102,16 @@ def save_npz(path: str | Path, *arrays: np.ndarray, **named: np.ndarray) -> None
 
 def write_json(path: Path, values: Any, indent: int | None = 1) -> None:
     """`write_atomic` of JSON. Without `indent` it is on one line, and written ten times as fast."""
+    write_atomic(path, json_bytes(values, indent))
+
+
+def json_bytes(values: Any, indent: int | None = None) -> bytes:
+    """JSON in UTF-8 and a line end; file names that are not UTF-8 are escaped, and come back as they were."""
     text = json.dumps(values, indent=indent, ensure_ascii=False, sort_keys=True)
-    write_atomic(path, (text + "\n").encode())
+    try:
+        return (text + "\n").encode()
+    except UnicodeEncodeError:
+        return (json.dumps(values, indent=indent, sort_keys=True) + "\n").encode()
 
 
 def remove(*paths: Path) -> None:

@@ -65,6 +65,11 @@ def join(folder: str, *names: str) -> str:
     return "/".join([folder.rstrip("/"), *names]) if is_remote(folder) else os.path.join(folder, *names)
 
 
+def printable(text: str) -> str:
+    """`text` with the bytes of file names that are not UTF-8 as escapes, such as ``\\xff``."""
+    return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
 def split(path: str) -> tuple[str, str]:
     """The folder that `path` lies in, and its name."""
     if not is_remote(path):

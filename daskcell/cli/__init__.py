@@ -28,7 +28,10 @@ def main() -> NoReturn:
     except DaskcellError as error:
         if debug:
             raise
-        print(f"daskcell: {' '.join([str(error), *getattr(error, '__notes__', [])])}", file=sys.stderr)
+        from daskcell.places import printable
+
+        sentence = " ".join([str(error), *getattr(error, "__notes__", [])])
+        print(printable(f"daskcell: {sentence}"), file=sys.stderr)
         code = 1 if getattr(error, "after_start", False) else 2
     except BrokenPipeError:
         # Whoever read our output has gone (`| head`); keep Python from complaining when it flushes.

@@ -130,12 +130,13 @@ def channels(
     """Show which files become which channel of which image."""
     from daskcell.config import InputSettings
     from daskcell.images import describe_sources, find_images
+    from daskcell.places import printable
 
     notes: list[str] = []
     sources = find_images(inputs, InputSettings(pattern=pattern), notes.append)
     rows = [["image", "channel", "file"]]
     rows += [[row["image"], row["channel"], row["file"]] for row in describe_sources(sources)]
-    print(aligned(rows))
+    print(printable(aligned(rows)))
     print(*notes, sep="\n", end="\n" if notes else "")
     if split is not None:
         from daskcell.images.split import channel_files, split_channels

@@ -51,8 +51,9 @@ def choose_axes(shape: Sequence[int], what: str, axes: str | None = None) -> str
     if len(shape) == 2:
         return "YX"
     if len(shape) != 3:
-        known = "an image is (Y, X) or (C, Y, X)" if len(shape) < 2 else _REMEDY
-        raise InputError(f"{what} has shape {shape}, and nothing says which axis is what: {known}.")
+        if len(shape) < 2:
+            raise InputError(f"{what} of shape {shape} is no picture: one is (Y, X) or (C, Y, X).")
+        raise InputError(f"{what} has shape {shape}, and nothing says which axis is what: {_REMEDY}.")
     first, middle, last = shape
     if 0 in shape:
         return "CYX"

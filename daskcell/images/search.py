@@ -51,7 +51,8 @@ def find_images(
         If there is none, a name does not exist, or a channel is missing or there twice.
     """
     settings = settings or InputSettings()
-    tell = tell or _warn
+    say = tell or _warn
+    tell = lambda sentence: say(places.printable(sentence))  # noqa: E731
     groups: list[names.Group] = []
     if isinstance(inputs, (str, Path)):
         inputs = [inputs]

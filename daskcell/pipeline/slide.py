@@ -20,6 +20,7 @@ from daskcell.disk import is_full, remove
 from daskcell.errors import ComputeError, ConfigError, DaskcellError, StudyError, WeightsError
 from daskcell.images.sandbox import open_safely
 from daskcell.pipeline.stages import STAGES, Job, outputs, rewritten
+from daskcell.places import printable
 from daskcell.study import Ledger, Study
 from daskcell.study.checksums import damaged, sums
 from daskcell.study.keys import (
@@ -156,7 +157,7 @@ def no_room(out: str | Path, error: BaseException) -> StudyError:
 def sentence(error: BaseException) -> str:
     """What went wrong, in one line; a block's key is told too."""
     text = str(error) if isinstance(error, DaskcellError) else f"{type(error).__name__}: {error}"
-    return " ".join(" ".join([text, *getattr(error, "__notes__", [])]).split())
+    return printable(" ".join(" ".join([text, *getattr(error, "__notes__", [])]).split()))
 
 
 def trace(error: BaseException) -> str:

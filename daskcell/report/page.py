@@ -79,7 +79,7 @@ def write_report(study: Study, path: str | Path | None = None, warnings: Sequenc
     else:
         target = Path(path)
         _refuse_other(target)
-    write_atomic(target, page.encode())
+    write_atomic(target, page.encode(errors="backslashreplace"))
     return target
 
 

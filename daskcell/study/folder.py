@@ -34,7 +34,7 @@ from typing import Any
 
 from daskcell import places
 from daskcell.config import Config
-from daskcell.disk import remove, temporaries, write_atomic, write_json
+from daskcell.disk import json_bytes, remove, temporaries, write_atomic, write_json
 from daskcell.errors import ConfigError, StudyError
 from daskcell.study.ledger import Ledger
 
@@ -187,10 +187,10 @@ class Study:
 
     def write_failures(self, failures: Iterable[Mapping[str, Any]]) -> None:
         """Replace `failures.jsonl`; an empty list removes it."""
-        lines = [json.dumps(dict(failure), ensure_ascii=False, sort_keys=True) for failure in failures]
+        lines = [json_bytes(dict(failure)) for failure in failures]
         path = self.out / "failures.jsonl"
         if lines:
-            write_atomic(path, ("\n".join(lines) + "\n").encode())
+            write_atomic(path, b"".join(lines))
         else:
             path.unlink(missing_ok=True)
 
