@@ -49,7 +49,7 @@ class Source:
             for one in [places.join(file, name) for name in names] or [file]:
                 with contextlib.suppress(FileNotFoundError):
                     parts.append(" ".join(map(str, (PurePath(one).name, *places.version(one)))))
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()
 
 
 def find_channel(name: str, available: Sequence[str], source: Source) -> int:

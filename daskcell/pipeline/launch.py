@@ -111,8 +111,8 @@ def assign(
     """Give the cells of new images the groups of a model that was fitted before.
 
     Cells are found and described as those of the model were. The study holds a copy of the model, is
-    continued by the same call, and grows as by `run`. How far the new cells lie from the model's is in the study (`drift`), and told
-    by a `DriftWarning` where they are unlike.
+    continued by the same call, and grows as by `run`. How far the new cells lie from the model's is in the
+    study (`drift`), and told by a `DriftWarning` where they are unlike.
 
     Parameters
     ----------
@@ -242,9 +242,7 @@ def fingerprints(config: Config) -> dict[str, str]:
     return found
 
 
-def name_as_before(
-    sources: Sequence[Source], out: Path, record: Mapping[str, Any] | None
-) -> list[Source]:
+def name_as_before(sources: Sequence[Source], out: Path, record: Mapping[str, Any] | None) -> list[Source]:
     """`sources` under the names that a study has for their files, so that growing changes no name.
 
     Raises
@@ -301,7 +299,9 @@ def _is_same(source: Source, known: list[dict[str, Any]]) -> bool:
         return True
     if [PurePath(file).name for file in source.files] != [file["name"] for file in known]:
         return False
-    found = identify(source.files, (one | {"path": file} for one, file in zip(known, source.files, strict=True)))
+    found = identify(
+        source.files, (one | {"path": file} for one, file in zip(known, source.files, strict=True))
+    )
     return [file["digest"] for file in found] == [file["digest"] for file in known]
 
 
@@ -337,9 +337,8 @@ def _nothing_left_behind(out: Path, *, new: bool) -> Iterator[None]:
         if new and not (out / "ledger").exists() and (record := read_record(out)) is not None:
             take_back_arrays(out, record)
             remove(out / "study.json")
-        if new:
-            if not existed and out.is_dir() and not any(out.iterdir()):
-                out.rmdir()
+        if new and not existed and out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
         raise
     except Exception as error:
         if not is_full(error):

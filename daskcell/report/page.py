@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from daskcell.clustering.naming import Naming
-from daskcell.disk import write_atomic
+from daskcell.disk import refuse_impossible, write_atomic
 from daskcell.errors import InputError
 from daskcell.overlays.palette import colors
 from daskcell.report.facts import Cell, Facts, Group, SlideRow, best_of, gather, points
@@ -79,12 +79,13 @@ def write_report(study: Study, path: str | Path | None = None, warnings: Sequenc
     else:
         target = Path(path)
         _refuse_other(target)
-    write_atomic(target, page.encode())
+    write_atomic(target, page.encode(errors="backslashreplace"))
     return target
 
 
 def _refuse_other(path: Path) -> None:
     """Raise `InputError` if there is something at `path` that is no page of daskcell's."""
+    refuse_impossible(path)
     if path.is_dir() or (os.path.lexists(path) and _MARK not in path.read_bytes()[:1000]):
         raise InputError(
             f"{path} exists, and is no report of daskcell's. Please remove it or choose another name."
@@ -96,7 +97,11 @@ def report_key(study: Study, warnings: Sequence[str] = ()) -> str:
     keys = {  # one ledger at a time: thousands of them fill the memory
         name: [entry["key"] for entry in study.ledger(name).stages.values()] for name in study.slides
     }
-    said = {name: value for name, value in study.record.items() if name not in ("config", "inputs", "owned", "arrays")}
+    said = {
+        name: value
+        for name, value in study.record.items()
+        if name not in ("config", "inputs", "owned", "arrays")
+    }
     config = {name: value for name, value in study.record["config"].items() if name != "compute"}
     parts = [_VERSION, _title(study), keys, study.grouping, said, config]
     parts += [study.scores, _failures(study), list(warnings)]

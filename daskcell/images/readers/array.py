@@ -60,7 +60,7 @@ def open(path: str, *, t: int = 0, z: ZChoice = "max") -> ArrayReader:
     if not path.lower().endswith(SUFFIXES) and places.is_folder(path):
         import zarr
 
-        return ArrayReader(zarr.open_array(path, mode="r"), path)
+        return ArrayReader(zarr.open_array(places.store(path), mode="r"), path)
     if places.is_remote(path):
         raise ImageError(
             f"Cannot read {path}: .npy is read from disk only; please copy it, or save it as Zarr."
