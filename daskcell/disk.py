@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from daskcell.errors import InputError
+
 _TEMPORARY = re.compile(r"\.daskcell-[0-9a-f]{8}\.tmp")
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
@@ -56,7 +58,7 @@ def temporary_beside(path: str | Path) -> Path:
 
 
 def temporaries(folder: str | Path) -> list[Path]:
-    """Files and folders in `folder` that a process of ours was writing, and no longer does if it was killed."""
+    """Files and folders in `folder` that a process of ours is writing, or was when it was killed."""
     try:
         names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -121,6 +123,19 @@ def remove(*paths: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def refuse_impossible(path: str | Path) -> None:
+    """Raise `InputError` if nothing can be written at a path: there is a NUL in it, a name is longer than the
+    system takes, or it is not UTF-8, as Zarr and Parquet want it."""
+    try:
+        os.fspath(path).encode()
+        os.lstat(path)
+    except ValueError:
+        raise InputError(f"{os.fspath(path)!r} cannot be a path. Please choose another name.") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise InputError(f"{path} is too long for a path here. Please choose a shorter name.") from None
 
 
 def is_full(error: BaseException | None) -> bool:

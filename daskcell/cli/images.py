@@ -240,7 +240,9 @@ def _one_image(source: str, settings: Any) -> Any:
 
 
 def _refuse_existing(target: Path) -> None:
+    from daskcell.disk import refuse_impossible
     from daskcell.errors import InputError
 
+    refuse_impossible(target)
     if target.exists():
         raise InputError(f"{target} exists already. Please remove it or choose another name.")

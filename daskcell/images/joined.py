@@ -63,6 +63,8 @@ class SourceReader:
                 lambda each: len(set(each)) == 1, zip(*(r.levels for r in self.readers), strict=False)
             )
             self.levels = tuple(each[0] for each in same)
+        # From a file's name that is not UTF-8, which no metadata can hold.
+        self.channels = tuple(name.encode(errors="replace").decode() for name in self.channels)
         dtypes = [reader.dtype for reader in self.readers]
         self.dtype = np.result_type(*dtypes)
         if self.dtype.itemsize > 4 and self.dtype.kind in "iu":

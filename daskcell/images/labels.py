@@ -161,6 +161,6 @@ def _writable(group: str, level: int, stamp: tuple[int, ...]) -> zarr.Array:
 
 def _list(labels: Path, name: str, version: str, *, listed: bool) -> None:
     """Enter a name into, or take it out of, the list of finished label images."""
-    group = zarr.open_group(str(labels), mode="a", zarr_format=2 if version == "0.4" else 3)
+    group = zarr.open_group(labels, mode="a", zarr_format=2 if version == "0.4" else 3)
     names = [n for n in store.ome_attributes(group).get("labels", []) if n != name]
     group.attrs.update(metadata.enveloped({"labels": [*names, name] if listed else names}, version))

@@ -120,8 +120,8 @@ def assign(
     """Give the cells of new images the groups of a model that was fitted before.
 
     Cells are found and described as those of the model were. The study holds a copy of the model, is
-    continued by the same call, and grows as by `run`. How far the new cells lie from the model's is in the study (`drift`), and told
-    by a `DriftWarning` where they are unlike.
+    continued by the same call, and grows as by `run`. How far the new cells lie from the model's is in the
+    study (`drift`), and told by a `DriftWarning` where they are unlike.
 
     Parameters
     ----------
@@ -352,9 +352,8 @@ def _nothing_left_behind(out: Path, *, new: bool) -> Iterator[None]:
         if new and not (out / "ledger").exists() and (record := read_record(out)) is not None:
             take_back_arrays(out, record)
             remove(out / "study.json")
-        if new:
-            if not existed and out.is_dir() and not any(out.iterdir()):
-                out.rmdir()
+        if new and not existed and out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
         raise
     except Exception as error:
         if not is_full(error):

@@ -34,7 +34,7 @@ from typing import Any
 
 from daskcell import places
 from daskcell.config import Config
-from daskcell.disk import json_bytes, remove, temporaries, write_atomic, write_json
+from daskcell.disk import json_bytes, refuse_impossible, remove, temporaries, write_atomic, write_json
 from daskcell.errors import ConfigError, StudyError
 from daskcell.study.ledger import Ledger
 
@@ -286,6 +286,7 @@ class Study:
 def read_record(out: Path) -> dict[str, Any] | None:
     """`study.json` of a folder, or None if there is none; raises `StudyError` if it is not ours."""
     path = out / "study.json"
+    refuse_impossible(out)
     try:
         record = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -306,6 +307,7 @@ def check_folder(out: str | Path) -> dict[str, Any] | None:
     """The study record in `out`, None for a new folder; refuses what cannot be used. Writes nothing."""
     places.refuse_remote(out, "the output of a run")
     out = Path(out)
+    refuse_impossible(out)
     if out.exists() and not out.is_dir():
         raise StudyError(f"The output {out} is a file. Please give a folder.")
     record = read_record(out)

@@ -92,7 +92,7 @@ def open(path: str, *, t: int = 0, z: ZChoice = "max", axes: str | None = None) 
     if not path.lower().endswith(SUFFIXES) and places.is_folder(path):
         import zarr
 
-        array = zarr.open_array(path, mode="r")
+        array = zarr.open_array(places.store(path), mode="r")
         own = axes_of_names(dimension_names(array), path)
         return ArrayReader(array, path, own or axes, t, z)
     if places.is_remote(path):
