@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+_PIECE = 4 << 20
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
@@ -90,6 +92,23 @@ def remove(*paths: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def files_of(path: Path) -> list[Path]:
+    """All files of a folder, in order of their names; a file is itself."""
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
+def digest(path: Path) -> str:
+    """BLAKE2 of a file's bytes, or of the names and bytes of all files in a folder."""
+    total = hashlib.blake2b(digest_size=20)
+    for file in files_of(path):
+        if file != path:
+            total.update(str(file.relative_to(path)).encode() + b"\0")
+        with open(file, "rb") as stream:
+            while piece := stream.read(_PIECE):
+                total.update(piece)
+    return total.hexdigest()
 
 
 def is_full(error: BaseException | None) -> bool:

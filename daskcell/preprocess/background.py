@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from daskcell.disk import digest
 from daskcell.errors import InputError
 from daskcell.geometry import Box
 from daskcell.preprocess.lattice import Lattice
@@ -220,8 +221,6 @@ def _flat(step: FlatFile, dtype: np.dtype) -> Flat:
 
 
 def _digest(path: Path) -> str:
-    from daskcell.study.keys import digest
-
     try:
         return digest(path)
     except OSError as error:
