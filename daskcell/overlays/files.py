@@ -13,9 +13,7 @@ import numpy as np
 from daskcell.disk import replacing
 from daskcell.errors import InputError
 from daskcell.geometry import Box, Grid
-from daskcell.overlays.legend import add_legend, titled
-from daskcell.overlays.paint import as_rgb, cluster_values, paint, stretch_limits
-from daskcell.overlays.palette import colors
+from daskcell.overlays.paint import add_legend, as_rgb, cluster_values, colors, paint, stretch_limits, titled
 
 if TYPE_CHECKING:
     from daskcell.compute import Workers
