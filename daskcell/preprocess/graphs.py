@@ -97,10 +97,12 @@ def _filter(name: str, x: da.Array, reach: int, *arguments: Any, **options: Any)
 
 
 def _smooth(x: da.Array, sigma: float) -> da.Array:
+    import dask.array as da
+
     # Of integers SciPy cuts the fraction off after each axis.
     exact = x if x.dtype.kind == "f" else x.astype(np.float64)
     smooth = _filter("gaussian_filter", exact, Gaussian(sigma).halo, (0.0, sigma, sigma))
-    return smooth.map_blocks(to_dtype, x.dtype, dtype=x.dtype, meta=x._meta)
+    return da.map_blocks(to_dtype, smooth, x.dtype, dtype=x.dtype, meta=x._meta)
 
 
 def _clear(x: da.Array, step: Background) -> da.Array:
