@@ -7,6 +7,7 @@ knows that it is ours.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import numpy as np
 
 from daskcell.errors import InputError
 
+_PIECE = 4 << 20
 _TEMPORARY = re.compile(r"\.daskcell-[0-9a-f]{8}\.tmp")
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
@@ -136,6 +138,23 @@ def refuse_impossible(path: str | Path) -> None:
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise InputError(f"{path} is too long for a path here. Please choose a shorter name.") from None
+
+
+def files_of(path: Path) -> list[Path]:
+    """All files of a folder, in order of their names; a file is itself."""
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
+def digest(path: Path) -> str:
+    """BLAKE2 of a file's bytes, or of the names and bytes of all files in a folder."""
+    total = hashlib.blake2b(digest_size=20)
+    for file in files_of(path):
+        if file != path:
+            total.update(os.fsencode(file.relative_to(path)) + b"\0")
+        with open(file, "rb") as stream:
+            while piece := stream.read(_PIECE):
+                total.update(piece)
+    return total.hexdigest()
 
 
 def is_full(error: BaseException | None) -> bool:

@@ -27,7 +27,7 @@ from daskcell.geometry import Box, Grid
 
 if TYPE_CHECKING:
     from daskcell.config import FeatureSettings
-    from daskcell.preprocess import Plan
+    from daskcell.preprocess import PreparedImage
     from daskcell.study import Study
 
 BLOCK = 2048
@@ -42,9 +42,8 @@ _VERSION = 1
 class SlideCells:
     """Some cells of one slide that are to be cut."""
 
-    image: Path
+    image: PreparedImage
     table: Path
-    plan: Plan
     settings: FeatureSettings
     count: int
     """Of cells to cut at most."""
@@ -70,18 +69,10 @@ class SlideCells:
         records["area"] = values["area"][good]
         return records
 
-    def pixels(self, box: Box) -> np.ndarray:
-        from daskcell.images import read_block
-        from daskcell.preprocess import apply_block
-
-        grown = box.grow(self.plan.halo).clip(self.plan.shape)
-        block = apply_block(read_block(self.image, grown), self.plan, grown)
-        return block[(slice(None), *box.within(grown))]
-
     def labels(self, box: Box) -> np.ndarray:
         from daskcell.images import read_labels
 
-        return read_labels(self.image, "cells", box)
+        return read_labels(self.image.path, "cells", box)
 
     def cut(self) -> Iterator[np.ndarray]:
         """Crops ``(m, 3, side, side)`` uint8 of all cells that were drawn, some at a time."""
@@ -90,19 +81,19 @@ class SlideCells:
         from daskcell.models.encoder import SIZE
 
         chosen = self.settings
-        boxes, step = sample_boxes(self.plan.shape)
+        boxes, step = sample_boxes(self.image.shape)
         framing = freeze_framing(
-            [background_sample(self.pixels(box), self.labels(box), step) for box in boxes],
+            [background_sample(self.image.read(box), self.labels(box), step) for box in boxes],
             size=SIZE,
             margin=chosen.margin,
             window=chosen.window,
             mask=True,  # the encoder must see where the cell ends
             channels=chosen.channels,
         )
-        grid = Grid.regular(self.plan.shape, BLOCK)
+        grid = Grid.regular(self.image.shape, BLOCK)
         for readings in plan_readings(self.records(), grid, chosen.margin, chosen.window).values():
             for reading in readings:
-                pixels, labels = self.pixels(reading.box), self.labels(reading.box)
+                pixels, labels = self.image.read(reading.box), self.labels(reading.box)
                 for crops in crop_batches(pixels, labels, reading.box, reading.records, framing):
                     yield np.rint(crops * 255).astype(np.uint8)
 
@@ -171,15 +162,12 @@ def _fair(counts: Sequence[int], total: int) -> int:
 
 
 def _slide_cells(study: Study, name: str, count: int) -> SlideCells:
-    from daskcell.preprocess import Plan
-
     ledger, settings = study.ledger(name), study.config.features
     entry = ledger.entry("segment")
     assert entry is not None
     cut: list[Any] = [_VERSION, entry["key"], count, settings.margin, settings.window, settings.channels]
     key = hashlib.sha256(json.dumps(cut).encode()).hexdigest()[:32]
-    plan = Plan.from_json(ledger.result("freeze")["plan"])
-    return SlideCells(study.image(name), study.table(name), plan, settings, count, key)
+    return SlideCells(study.prepared(name), study.table(name), settings, count, key)
 
 
 class _Crops:

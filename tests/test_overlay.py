@@ -28,7 +28,7 @@ from daskcell.overlays import (
     write_overlay,
 )
 from daskcell.overlays.paint import borders
-from daskcell.preprocess import freeze_slide
+from daskcell.preprocess import PreparedImage, freeze_slide
 
 
 def scene(side: int = 60) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -180,6 +180,12 @@ def test_a_block_is_painted_by_the_lookup():
 # -- from disk to disk --------------------------------------------------------------------------------
 
 
+def prepared(path, **settings) -> PreparedImage:
+    nothing = {"reconstruct": None, "histogram": None}
+    plan = freeze_slide(path, PreprocessSettings.model_validate(nothing | settings))
+    return PreparedImage(str(path), plan)
+
+
 @pytest.fixture(scope="module")
 def slide(tmp_path_factory):
     folder = tmp_path_factory.mktemp("overlay")
@@ -223,13 +229,13 @@ def test_the_label_image_of_clusters_has_values_colours_and_counts(slide):
 
 def test_many_clusters_get_a_wider_type(slide):
     path, table, _, _, _ = slide
-    write_cluster_labels(path, table, 300, Workers(), 512, name="many")
-    assert zarr.open_array(path / "labels" / "many" / "0", mode="r").dtype == np.uint16
+    write_cluster_labels(path, table, 300, Workers(), 512)
+    assert zarr.open_array(path / "labels" / "clusters" / "0", mode="r").dtype == np.uint16
 
 
 def test_overlay_files_open_elsewhere_and_show_the_overlay(slide, tmp_path):
     path, table, image, labels, clusters = slide
-    files = write_overlay(path, table, tmp_path, "s", 3, Workers())
+    files = write_overlay(prepared(path), table, tmp_path, "s", 3, Workers())
     assert [file.name for file in files] == ["s.tif", "s.png"]
     expected = overlay(image, labels, clusters, outline=2)
     with tifffile.TiffFile(files[0]) as tif:
@@ -245,8 +251,8 @@ def test_overlay_files_open_elsewhere_and_show_the_overlay(slide, tmp_path):
 
 def test_a_large_image_is_shown_at_a_level_of_its_pyramid(slide, tmp_path):
     path, table, _, _, _ = slide
-    plan = freeze_slide(path, PreprocessSettings.model_validate({"gaussian": {"sigma": 2.0}}))
-    (file,) = write_overlay(path, table, tmp_path, "s", 3, Workers(), formats=["tif"], side=700, plan=plan)
+    image = prepared(path, gaussian={"sigma": 2.0})
+    (file,) = write_overlay(image, table, tmp_path, "s", 3, Workers(), formats=["tif"], side=700)
     picture = tifffile.imread(file)
     assert picture.shape == (*images.image_info(path).levels[1], 3)
     assert picture.std() > 20
@@ -261,7 +267,7 @@ def test_a_slide_without_cells_is_shown_as_it_is(slide, tmp_path):
     path, table = tmp_path / "e.zarr", tmp_path / "e.parquet"
     pd.read_parquet(slide[1]).iloc[:0].to_parquet(table)
     assert write_cluster_labels(path, table, 3, Workers(), 512) == [0, 0, 0]
-    for file in write_overlay(path, table, tmp_path, "e", 3, Workers()):
+    for file in write_overlay(prepared(path), table, tmp_path, "e", 3, Workers()):
         assert np.unique(skimage.io.imread(file)[:300, :300]).tolist() == [0, 255]
 
 

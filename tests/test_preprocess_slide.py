@@ -7,7 +7,6 @@ import pytest
 import tifffile
 from scipy import ndimage
 
-import daskcell.preprocess.engine
 import daskcell.preprocess.surveys
 from daskcell import images
 from daskcell.compute import Workers
@@ -15,11 +14,11 @@ from daskcell.config import BackgroundSettings, GaussianSettings, HistogramSetti
 from daskcell.errors import ConfigError, InputError
 from daskcell.images import convert, open_image
 from daskcell.preprocess import (
+    PreparedImage,
     apply_block,
     freeze,
     freeze_slide,
-    preprocess_slide,
-    preprocess_slide_to_tiff,
+    write_prepared_tiff,
 )
 
 
@@ -53,9 +52,9 @@ def test_histograms_kept_with_the_image_save_reading_it(slide, method, monkeypat
     path, x = slide
     settings = PreprocessSettings(histogram=HistogramSettings(method=method))
     read = []
-    count = daskcell.preprocess.surveys._count_slide_block
+    count = daskcell.preprocess.surveys._count_block
     monkeypatch.setattr(
-        daskcell.preprocess.surveys, "_count_slide_block", lambda *given: read.append(1) or count(*given)
+        daskcell.preprocess.surveys, "_count_block", lambda *given: read.append(1) or count(*given)
     )
     kept = freeze_slide(path, settings)
     passes = {"stretch": 2, "equalize": 2, "clahe": 3} if x.dtype == np.float32 else {"clahe": 2}
@@ -69,33 +68,11 @@ def test_the_tif_is_the_preprocessed_picture(slide, tmp_path):
     path, x = slide
     settings = PreprocessSettings(gaussian=GaussianSettings(sigma=2.0))
     plan = freeze_slide(path, settings)
-    preprocess_slide_to_tiff(path, plan, tmp_path / "made" / "x.tif")
+    write_prepared_tiff(PreparedImage(str(path), plan), tmp_path / "made" / "x.tif")
     np.testing.assert_array_equal(
         np.moveaxis(tifffile.imread(tmp_path / "made" / "x.tif"), -1, 0), apply_block(x, plan)
     )
     assert [f.name for f in (tmp_path / "made").iterdir()] == ["x.tif"]
-
-
-@pytest.mark.parametrize("workers", [None, Workers()], ids=["loop", "window"])
-def test_a_slide_becomes_the_preprocessed_slide(slide, tmp_path, workers):
-    path, x = slide
-    even = BackgroundSettings(radius=30)
-    plan = freeze_slide(path, PreprocessSettings(background=even, gaussian=GaussianSettings(sigma=2.0)))
-    preprocess_slide(path, plan, tmp_path / "made.zarr", workers)
-    made = open_image(tmp_path / "made.zarr")
-    np.testing.assert_array_equal(made.data.compute(), apply_block(x, plan))
-    assert made.is_rgb
-    assert len(images.image_info(tmp_path / "made.zarr").levels) == 2
-    with pytest.raises(InputError, match="exists already"):
-        preprocess_slide(path, plan, tmp_path / "made.zarr")
-
-
-def test_a_failed_slide_leaves_nothing(slide, tmp_path, monkeypatch):
-    path, _ = slide
-    monkeypatch.setattr(daskcell.preprocess.engine, "apply_block", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        preprocess_slide(path, freeze_slide(path), tmp_path / "made.zarr")
-    assert not list(tmp_path.iterdir())
 
 
 def test_blocks_are_counted_with_their_halo(slide, monkeypatch):
@@ -113,16 +90,16 @@ def test_channels_that_are_not_three_become_pages(slide, tmp_path):
     tifffile.imwrite(tmp_path / "x.tif", x, photometric="minisblack", metadata={"axes": "CYX"}, ome=True)
     convert(tmp_path / "x.tif", tmp_path / "x.zarr")
     plan = freeze_slide(tmp_path / "x.zarr", PreprocessSettings(reconstruct=None))
-    preprocess_slide_to_tiff(tmp_path / "x.zarr", plan, tmp_path / "y.tif")
+    write_prepared_tiff(PreparedImage(str(tmp_path / "x.zarr"), plan), tmp_path / "y.tif")
     np.testing.assert_array_equal(tifffile.imread(tmp_path / "y.tif"), apply_block(x, plan))
 
 
 def test_a_failed_write_leaves_no_file(slide, tmp_path, monkeypatch):
     path, _ = slide
-    plan = freeze_slide(path)
-    monkeypatch.setattr(daskcell.preprocess.export, "apply_block", lambda *_: 1 / 0)
+    image = PreparedImage(str(path), freeze_slide(path))
+    monkeypatch.setattr(PreparedImage, "read", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        preprocess_slide_to_tiff(path, plan, tmp_path / "x.tif")
+        write_prepared_tiff(image, tmp_path / "x.tif")
     assert not list(tmp_path.iterdir())
 
 

@@ -31,7 +31,7 @@ from daskcell.geometry import Box, Grid
 
 if TYPE_CHECKING:
     from daskcell.compute import Workers
-    from daskcell.preprocess import Plan
+    from daskcell.preprocess import Plan, PreparedImage
 
 _SAMPLE_GROUP = 16
 _FULL_TASK = 512  # cells that make a task worth its start, so that sparse blocks share one
@@ -41,27 +41,23 @@ _FULL_TASK = 512  # cells that make a task worth its start, so that sparse block
 class Slide:
     """Where a slide's pixels are and how they become features; carried by every task."""
 
-    path: str
+    image: PreparedImage
     labels: str
-    plan: Plan
     spec: EncoderSpec
     settings: FeatureSettings
-    shape: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.image.shape
 
     def cells(self, box: Box) -> np.ndarray:
         from daskcell.images import read_labels
 
-        return read_labels(self.path, self.labels, box)
+        return read_labels(self.image.path, self.labels, box)
 
     def pixels(self, box: Box) -> tuple[np.ndarray, np.ndarray]:
         """Pixels of `box` as they are, and as they are in the preprocessed whole image."""
-        from daskcell.images import read_block
-        from daskcell.preprocess import apply_block
-
-        grown = box.grow(self.plan.halo).clip(self.shape)
-        raw = read_block(self.path, grown)
-        inner = (slice(None), *box.within(grown))
-        return raw[inner], apply_block(raw, self.plan, grown)[inner]
+        return self.image.read_both(box)
 
 
 def describe_slide(
@@ -113,10 +109,11 @@ def describe_slide(
         The encoder's weights are not on this machine; before any work.
     """
     from daskcell.images import image_info
+    from daskcell.preprocess import PreparedImage
 
     spec = settings_spec(settings, device)
     info = image_info(zarr_path)
-    slide = Slide(str(zarr_path), labels, plan, spec, settings, (info.shape[1], info.shape[2]))
+    slide = Slide(PreparedImage(str(zarr_path), plan), labels, spec, settings)
     folder = Path(scratch, str(block))  # blocks of another size are other files
     folder.mkdir(parents=True, exist_ok=True)
     grid = Grid.regular(slide.shape, block)

@@ -140,19 +140,13 @@ def _export_slide(
     from daskcell.features.engine import Slide, find_cells, freeze, settings_spec
     from daskcell.features.vectors import CropVectors, share_out
     from daskcell.geometry import Grid
-    from daskcell.images import image_info
-    from daskcell.preprocess import Plan
 
     workers = workers or Workers()
     config = study.config
     settings = config.features
     if settings.pooling == "mask":
         settings = settings.model_copy(update={"pooling": "crop"})
-    plan = Plan.from_json(study.ledger(name).result("freeze")["plan"])
-    shape = image_info(study.image(name)).shape
-    slide = Slide(
-        str(study.image(name)), "cells", plan, settings_spec(settings), settings, (shape[1], shape[2])
-    )
+    slide = Slide(study.prepared(name), "cells", settings_spec(settings), settings)
     grid = Grid.regular(slide.shape, config.compute.block)
     scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=out))
     try:

@@ -1,9 +1,7 @@
 """Clusters to see: colours, pictures, and the label image of clusters."""
 
 from daskcell.overlays.files import write_cluster_labels, write_overlay
-from daskcell.overlays.legend import add_legend
-from daskcell.overlays.paint import overlay, paint
-from daskcell.overlays.palette import CLUSTER_COLORS, colors
+from daskcell.overlays.paint import CLUSTER_COLORS, add_legend, colors, overlay, paint
 
 __all__ = [
     "CLUSTER_COLORS",

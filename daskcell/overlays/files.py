@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,16 +13,14 @@ import numpy as np
 from daskcell.disk import replacing
 from daskcell.errors import InputError
 from daskcell.geometry import Box, Grid
-from daskcell.overlays.legend import add_legend, titled
-from daskcell.overlays.paint import as_rgb, cluster_values, paint, stretch_limits
-from daskcell.overlays.palette import colors
+from daskcell.overlays.paint import add_legend, as_rgb, cluster_values, colors, paint, stretch_limits, titled
 
 if TYPE_CHECKING:
     from daskcell.compute import Workers
-    from daskcell.preprocess import Plan
+    from daskcell.preprocess import PreparedImage
 
+LABELS, CLUSTERS = "cells", "clusters"
 _STRIP = 1024
-_PIXELWISE = ("mix", "stretch", "curve")
 
 
 def write_cluster_labels(
@@ -32,18 +29,14 @@ def write_cluster_labels(
     k: int,
     workers: Workers,
     block: int,
-    *,
-    labels: str = "cells",
-    name: str = "clusters",
     names: Sequence[str | None] | None = None,
 ) -> list[int]:
-    """Write the label image ``labels/<name>`` of clusters (value = cluster + 1), with its colours and
-    pyramid.
+    """Write the label image ``labels/clusters`` (value = cluster + 1), with its colours and pyramid.
 
     Parameters
     ----------
     zarr_path
-        OME-Zarr image with the label image `labels`.
+        OME-Zarr image with the label image ``cells``.
     table_path
         The slide's cells table, with the column ``cluster``.
     k
@@ -66,7 +59,7 @@ def write_cluster_labels(
     titles = titled(names, k)
     images.create_labels(
         zarr_path,
-        name,
+        CLUSTERS,
         block=block,
         dtype=np.uint8 if k < 255 else np.uint16,
         colors={i + 1: palette[i].tolist() for i, _ in titles},
@@ -75,20 +68,18 @@ def write_cluster_labels(
     grid = Grid.regular(images.image_info(zarr_path).shape[1:], block)
     window = workers.part(0.4, len(grid)).window()
     for index in grid:
-        window.submit(
-            index, _cluster_labels_task, str(zarr_path), str(table_path), labels, name, k, grid.core(index)
-        )
+        window.submit(index, _cluster_labels_task, str(zarr_path), str(table_path), k, grid.core(index))
     for _ in window:
         pass
-    images.build_label_pyramid(zarr_path, name, workers)
+    images.build_label_pyramid(zarr_path, CLUSTERS, workers)
     return counts
 
 
-def _cluster_labels_task(zarr_path: str, table_path: str, labels: str, name: str, k: int, box: Box) -> None:
+def _cluster_labels_task(zarr_path: str, table_path: str, k: int, box: Box) -> None:
     from daskcell import images
 
-    values = cluster_lookup(table_path)[images.read_labels(zarr_path, labels, box)]
-    images.write_labels_block(zarr_path, name, box, values.astype(np.uint8 if k < 255 else np.uint16))
+    values = cluster_lookup(table_path)[images.read_labels(zarr_path, LABELS, box)]
+    images.write_labels_block(zarr_path, CLUSTERS, box, values.astype(np.uint8 if k < 255 else np.uint16))
 
 
 def cluster_lookup(table_path: str | Path) -> np.ndarray:
@@ -109,7 +100,7 @@ def _read_lookup(table_path: str, _: int) -> np.ndarray:
 
 
 def write_overlay(
-    zarr_path: str | Path,
+    image: PreparedImage,
     table_path: str | Path,
     folder: str | Path,
     name: str,
@@ -118,23 +109,20 @@ def write_overlay(
     *,
     formats: Iterable[Literal["tif", "png"]] = ("tif", "png"),
     side: int = 8192,
-    plan: Plan | None = None,
-    labels: str = "cells",
     names: Sequence[str | None] | None = None,
 ) -> list[Path]:
-    """Write ``<name>.tif`` and ``<name>.png``: cells coloured by cluster over the picture.
+    """Write ``<name>.tif`` and ``<name>.png``: cells coloured by cluster over the image they were found in.
 
     Parameters
     ----------
-    zarr_path, table_path, labels, k, names
+    image
+        With the label image ``cells``.
+    table_path, k, names
         As in `write_cluster_labels`.
     folder
         Where to write; files appear whole or not at all.
     side
         Longest side in pixels: of a larger image the first level of its pyramid that is smaller.
-    plan
-        Preprocessing, so that the picture is the one that was segmented; steps that look at a pixel's
-        neighbours are left out of smaller levels.
 
     Returns
     -------
@@ -147,42 +135,38 @@ def write_overlay(
         return []
     window = workers.part(0.5, 1).window()
     files = [Path(folder, f"{name}.{ending}") for ending in formats]
-    window.submit(
-        "overlay", _overlay_task, str(zarr_path), str(table_path), files, k, side, plan, labels, names
-    )
+    window.submit("overlay", _overlay_task, image, str(table_path), files, k, side, names)
     for _ in window:
         pass
     return files
 
 
 def _overlay_task(
-    zarr_path: str,
+    image: PreparedImage,
     table_path: str,
     files: Sequence[Path],
     k: int,
     side: int,
-    plan: Plan | None,
-    labels: str,
     names: Sequence[str | None] | None,
 ) -> None:
     from daskcell import images
     from daskcell.features.crops import sample_boxes
 
-    info = images.image_info(zarr_path)
-    level = next((i for i, shape in enumerate(info.levels) if max(shape) <= side), len(info.levels) - 1)
-    shape = info.levels[level]
+    levels = image.levels
+    level = next((i for i, shape in enumerate(levels) if max(shape) <= side), len(levels) - 1)
+    shape = levels[level]
     lookup, palette = cluster_lookup(table_path), colors(k)
-    read = pixel_reader(zarr_path, level, shape, plan)
-    boxes, step = sample_boxes(shape)
-    samples = [read(box)[:, ::step, ::step] for box in boxes]
+    # Of the image and not of the level, so that colours are the same at every level.
+    boxes, step = sample_boxes(image.shape)
+    samples = [image.read(box)[:, ::step, ::step] for box in boxes]
     low, high = stretch_limits(samples, samples[0].dtype)
     outline = 1 if level or _typical_diameter(table_path) < 24 else 2
     picture = np.empty((*shape, 3), np.uint8)
     for y0 in range(0, shape[0], _STRIP):
         strip = Box(y0, 0, min(y0 + _STRIP, shape[0]), shape[1])
         grown = strip.grow(outline).clip(shape)
-        cells = images.read_labels(zarr_path, labels, grown, level)
-        painted = paint(as_rgb(read(grown), low, high), cells, lookup, palette, outline=outline)
+        cells = images.read_labels(image.path, LABELS, grown, level)
+        painted = paint(as_rgb(image.read(grown, level), low, high), cells, lookup, palette, outline=outline)
         picture[strip.slices] = painted[strip.within(grown)]
     counts = np.bincount(lookup[1:], minlength=k + 1)[1:]
     for path in files:
@@ -191,29 +175,8 @@ def _overlay_task(
             if path.suffix == ".png":
                 _write_png(temporary, add_legend(picture, palette, counts, names))
             else:
-                size = None if info.pixel_size is None else tuple(v * 2**level for v in info.pixel_size)
-                _write_tif(temporary, picture, size)
-
-
-def pixel_reader(
-    zarr_path: str, level: int, shape: tuple[int, int], plan: Plan | None
-) -> Callable[[Box], np.ndarray]:
-    """Pixels ``(C, h, w)`` of a box of a level, preprocessed."""
-    from daskcell import images
-    from daskcell.preprocess import apply_block
-
-    if plan is None:
-        return lambda box: images.read_block(zarr_path, box, level)
-    if level:
-        steps = tuple(step for step in plan.steps if step.kind in _PIXELWISE)
-        plan = replace(plan, shape=shape, steps=steps)
-
-    def read(box: Box) -> np.ndarray:
-        grown = box.grow(plan.halo).clip(shape)
-        block = apply_block(images.read_block(zarr_path, grown, level), plan, grown)
-        return block[(slice(None), *box.within(grown))]
-
-    return read
+                size = images.image_info(image.path).pixel_size
+                _write_tif(temporary, picture, None if size is None else tuple(v * 2**level for v in size))
 
 
 def _typical_diameter(table_path: str) -> float:

@@ -1,4 +1,4 @@
-"""Pictures of the cells coloured by cluster.
+"""Images of the cells coloured by cluster: colours, painting, and the legend beside it.
 
     picture, stretched  ──>  tinted inside each cell by its cluster's colour  ──>  cells outlined in full
     colour
@@ -9,6 +9,7 @@ pure function; over it `overlay` for arrays, and `write_overlay` and `write_clus
 
 from __future__ import annotations
 
+import colorsys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,6 @@ import numpy as np
 
 from daskcell.errors import InputError
 from daskcell.images.arrays import as_image, as_labels
-from daskcell.overlays.palette import colors
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -26,6 +26,38 @@ if TYPE_CHECKING:
 OPACITY = 0.5
 STRETCH = (0.5, 99.8)
 _BRIGHT = 200  # of 255: a colour picture that reaches it is shown as it is
+CLUSTER_COLORS = np.array(
+    [
+        (0, 150, 255),
+        (255, 150, 0),
+        (0, 200, 80),
+        (235, 50, 50),
+        (250, 235, 50),
+        (90, 60, 255),
+        (105, 240, 240),
+        (180, 90, 120),
+        (195, 0, 150),
+        (180, 240, 165),
+        (210, 180, 255),
+        (225, 0, 225),
+        (0, 255, 210),
+        (45, 120, 30),
+        (180, 240, 90),
+        (240, 75, 105),
+        (240, 225, 135),
+        (75, 90, 195),
+        (225, 105, 180),
+        (90, 195, 150),
+        (195, 105, 210),
+        (240, 105, 15),
+        (255, 150, 150),
+        (240, 150, 75),
+    ],
+    dtype=np.uint8,
+)
+"""Colours of the first clusters: seen on black and on white, each as far as can be from those before it, for
+people with red-green blindness too (greedy choice in CIELAB, with the vision model of Machado et al.
+2009)."""
 
 
 def overlay(
@@ -201,3 +233,68 @@ def stretch_limits(samples: Sequence[np.ndarray], dtype: np.dtype) -> tuple[np.n
     if dtype == np.uint8 and count == 3 and high.max() >= _BRIGHT:
         return np.zeros(3), np.full(3, 255.0)
     return low, np.where(high > low, high, low + 1)
+
+
+# -- what the colours mean ----------------------------------------------------------------------------
+def colors(k: int) -> np.ndarray:
+    """Colours of `k` clusters, ``(k, 3)`` uint8; those of the first clusters do not depend on `k`."""
+    more = [
+        # Steps of the golden angle never come back to a hue; lightness and strength change with every turn.
+        colorsys.hsv_to_rgb(
+            (0.1 + i * 0.6180339887) % 1, (0.95, 0.6, 0.8)[i % 3], (1.0, 0.95, 0.7)[i // 3 % 3]
+        )
+        for i in range(len(CLUSTER_COLORS), k)
+    ]
+    extra = np.round(np.array(more).reshape(-1, 3) * 255).astype(np.uint8)
+    return np.concatenate([CLUSTER_COLORS, extra])[:k]
+
+
+def titled(names: Sequence[str | None] | None, k: int) -> list[tuple[int, str]]:
+    """Number and name of the clusters that are shown; a name that is None belongs to one shown as another."""
+    if names is None:
+        names = [f"cluster {i}" for i in range(k)]
+    return [(i, name) for i, name in enumerate(names) if name is not None]
+
+
+def add_legend(
+    picture: np.ndarray,
+    palette: np.ndarray,
+    counts: np.ndarray,
+    names: Sequence[str | None] | None = None,
+) -> np.ndarray:
+    """The picture with a panel to its right: colour, name and number of cells of every cluster.
+
+    A cluster whose name is None is left out: it is shown as another. As many rows as there is room for; a
+    picture too low for three is made higher.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    height = picture.shape[0]
+    text = int(np.clip(height / 45, 13, 64))
+    row = int(1.7 * text)
+    titles = titled(names, len(palette))
+    k = len(titles)
+    wanted = (k + 1) * row
+    if height < wanted:
+        text = max(11, int(height / (k + 1) / 1.7))
+        row = int(1.7 * text)
+    height = max(height, min(wanted, (k + 1) * row) if k <= 30 else 3 * row)
+    font = ImageFont.load_default(text)
+    lines = [f"{title}: {int(counts[i]):,}" for i, title in titles]
+    room = max(1, height // row - 1)
+    cut = len(lines) > room
+    if cut:
+        lines = [*lines[: room - 1], f"and {k - room + 1} more"]
+    width = int(max([font.getlength(line) for line in lines] or [0])) + 3 * row
+    panel = Image.new("RGB", (width, height), (24, 24, 24))
+    draw = ImageDraw.Draw(panel)
+    for i, line in enumerate(lines):
+        y = row // 2 + i * row
+        if not cut or i < room - 1:
+            color = tuple(palette[titles[i][0]].tolist())
+            draw.rectangle((row // 2, y + 2, row // 2 + text, y + 2 + text), fill=color)
+        draw.text((row // 2 + int(1.5 * text), y), line, fill=(235, 235, 235), font=font)
+    out = np.zeros((height, picture.shape[1] + width, 3), np.uint8)
+    out[: picture.shape[0], : picture.shape[1]] = picture
+    out[:, picture.shape[1] :] = np.asarray(panel)
+    return out

@@ -75,12 +75,6 @@ def _freeze(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], wor
     return {"plan": freeze_slide(study.image(job.slide), job.config.preprocess, workers).to_json()}
 
 
-def _plan(ledger: Ledger) -> Any:
-    from daskcell.preprocess import Plan
-
-    return Plan.from_json(ledger.result("freeze")["plan"])
-
-
 def _segment(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], workers: Workers) -> Any:
     from daskcell.segmentation.engine import segment_slide
 
@@ -90,7 +84,7 @@ def _segment(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], wo
         study.image(job.slide),
         LABELS,
         settings,
-        _plan(ledger),
+        study.prepared(job.slide).plan,
         workers,
         block,
         scratch,
@@ -117,7 +111,7 @@ def _describe(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], w
         table,
         features,
         job.config.features,
-        _plan(ledger),
+        study.prepared(job.slide).plan,
         workers,
         block,
         scratch,
@@ -129,7 +123,7 @@ def _describe(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], w
 
 def _export(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], workers: Workers) -> Any:
     from daskcell.images.split import split_channels
-    from daskcell.preprocess import preprocess_slide_to_tiff
+    from daskcell.preprocess import write_prepared_tiff
 
     files = []
     if job.config.output.channels:
@@ -138,7 +132,7 @@ def _export(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], wor
     if job.config.output.preprocessed:
         target = study.preprocessed / f"{job.slide}.tif"
         target.parent.mkdir(parents=True, exist_ok=True)
-        preprocess_slide_to_tiff(study.image(job.slide), _plan(ledger), target)
+        write_prepared_tiff(study.prepared(job.slide), target)
         files.append(target)
     return {"files": [str(file.relative_to(study.out)) for file in files]}
 
@@ -159,7 +153,7 @@ def _paint(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], work
     counts = write_cluster_labels(image, table, k, workers, job.config.compute.block, names=names)
     output = job.config.output
     files = write_overlay(
-        image,
+        study.prepared(job.slide),
         table,
         study.overlays,
         job.slide,
@@ -167,7 +161,6 @@ def _paint(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], work
         workers,
         formats=output.overlays,
         side=output.overlay_side,
-        plan=_plan(ledger),
         names=names,
     )
     return {"counts": counts, "files": [str(file.relative_to(study.out)) for file in files]}

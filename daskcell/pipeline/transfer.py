@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from daskcell.config import Config, parse_config
+from daskcell.disk import digest
 from daskcell.errors import ConfigError, InputError
 from daskcell.study import Study, versions
-from daskcell.study.keys import STAGE_VERSIONS, content_key, digest
+from daskcell.study.keys import STAGE_VERSIONS, content_key
 
 if TYPE_CHECKING:
     from daskcell.clustering import ClusterModel

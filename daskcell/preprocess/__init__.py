@@ -5,17 +5,17 @@ steps, lattice       the arithmetic of each step, with frozen numbers; a coarse 
 background, stains   steps that even out light, and that change the stains of a slide
 statistics, clahe    global statistics, counted block by block
 plan                 all steps of one image, frozen, and `apply_block`
+prepared             an image and its plan, read box by box: `PreparedImage`
 surveys, freezing    reading an image for its statistics; from settings to a plan: `freeze`, `freeze_slide`
 flat                 the flat field of a camera, from many pictures
 graphs, lazy         the same on dask arrays: `reconstruct`, `adjust_histogram`, `gaussian`, ...
-engine, export       from disk to disk: OME-Zarr, TIFF
+export               the preprocessed image as a TIFF
 """
 
 from __future__ import annotations
 
 from daskcell.preprocess.colors import auto_colors
-from daskcell.preprocess.engine import preprocess_slide
-from daskcell.preprocess.export import preprocess_slide_to_tiff
+from daskcell.preprocess.export import write_prepared_tiff
 from daskcell.preprocess.flat import estimate_flat
 from daskcell.preprocess.freezing import freeze, freeze_slide
 from daskcell.preprocess.lazy import (
@@ -23,13 +23,15 @@ from daskcell.preprocess.lazy import (
     adjust_stains,
     correct_background,
     gaussian,
-    preprocess,
     reconstruct,
 )
 from daskcell.preprocess.plan import Plan, apply_block
+from daskcell.preprocess.prepared import PreparedArray, PreparedImage
 
 __all__ = [
     "Plan",
+    "PreparedArray",
+    "PreparedImage",
     "adjust_histogram",
     "adjust_stains",
     "apply_block",
@@ -39,8 +41,6 @@ __all__ = [
     "freeze",
     "freeze_slide",
     "gaussian",
-    "preprocess",
-    "preprocess_slide",
-    "preprocess_slide_to_tiff",
     "reconstruct",
+    "write_prepared_tiff",
 ]

@@ -7,31 +7,37 @@ the empty field shows it; `Background` takes off what is left below structures o
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
+from daskcell.disk import digest
 from daskcell.errors import InputError
 from daskcell.geometry import Box
 from daskcell.preprocess.lattice import Lattice
 from daskcell.preprocess.pixels import is_small, largest, to_dtype
-from daskcell.preprocess.steps import _Pointwise
+from daskcell.preprocess.steps import _Placed, _Same
 
 _CELLS = 6
 """Cells of the lattice in a disc's radius: more follow the background closer, and cost more."""
+_LEAST_RADIUS = 4.0
+"""Least radius of the disc at a coarser level: the background that comes closest to the image's own."""
 
 
 @dataclass(frozen=True)
-class Background(_Pointwise):
+class Background(_Same):
     """The picture less the background that a disc of `radius` pixels rolls under.
 
     The background is the morphological opening, by the disc, of the means of small square cells (a sixth of
     the radius), spread linearly: what is narrower than the disc is no background. Where the ground is `light`
     the closing, and the picture is divided by it, so that the ground becomes white. Same dtype; integers are
     rounded and cut, so nothing of theirs is below 0.
+
+    At a coarser level the disc covers the same part of the image, but never less than `_LEAST_RADIUS` pixels:
+    under a smaller one every pixel, a mean of many, would be background.
 
     S. R. Sternberg, "Biomedical image processing", Computer 16 (1983) 22-34.
     """
@@ -48,37 +54,48 @@ class Background(_Pointwise):
         return Lattice(self.shape, max(1, int(self.radius / _CELLS)))
 
     @property
-    def _reach(self) -> int:
+    def reach(self) -> int:
+        """Radius of the disc in cells of the lattice."""
         return math.ceil(self.radius / self.lattice.cell)
 
     @property
-    def halo(self) -> int:  # type: ignore[override]
+    def disc(self) -> np.ndarray:
+        """The cells ``(2 reach + 1, 2 reach + 1)`` that the disc covers."""
+        y, x = np.ogrid[-self.reach : self.reach + 1, -self.reach : self.reach + 1]
+        return (y * y + x * x) * self.lattice.cell**2 <= self.radius**2
+
+    def at_level(self, level: int, shape: tuple[int, int]) -> Background:
+        return Background(shape, max(_LEAST_RADIUS, self.radius / 2**level), self.light)
+
+    @property
+    def halo(self) -> int:
         # Opening reads twice its reach, spreading a cell more, and of the outermost cell a part may be cut.
-        return self.lattice.cell * (2 * self._reach + 2)
+        return self.lattice.cell * (2 * self.reach + 2)
 
-    def ground(self, plane: np.ndarray, box: Box) -> np.ndarray:
-        """Background (float64) of one plane at `box`."""
-        from scipy import ndimage
+    def means(self, block: np.ndarray, box: Box) -> np.ndarray:
+        """Mean (float64) of every cell of the lattice in each channel of a block at `box`."""
+        return np.stack([self.lattice.means(plane, box) for plane in block])
 
-        lattice, reach = self.lattice, self._reach
-        means = lattice.means(plane, box)
-        y, x = np.ogrid[-reach : reach + 1, -reach : reach + 1]
-        disc = (y * y + x * x) * lattice.cell**2 <= self.radius**2
-        turn = ndimage.grey_closing if self.light else ndimage.grey_opening
-        return lattice.spread(turn(means, footprint=disc, mode="reflect"), lattice.inside(box), box)
-
-    def apply(self, block: np.ndarray, box: Box) -> np.ndarray:
+    def clear(self, block: np.ndarray, ground: np.ndarray, cells: Box, box: Box) -> np.ndarray:
+        """A block at `box` less the `ground` of the `cells` below it (`light`: divided by it)."""
         out = np.empty_like(block)
         white = largest(block.dtype)
-        for target, plane in zip(out, block, strict=True):
-            ground = self.ground(plane, box)
+        for target, plane, values in zip(out, block, ground, strict=True):
+            below = self.lattice.spread(values, cells, box)
             if self.light:
                 with np.errstate(divide="ignore", invalid="ignore"):
-                    cleared = np.where(ground > 0, plane / ground * white, 0)
+                    cleared = np.where(below > 0, plane / below * white, 0)
             else:
-                cleared = plane - ground
+                cleared = plane - below
             target[...] = to_dtype(cleared, block.dtype)
         return out
+
+    def apply(self, block: np.ndarray, box: Box) -> np.ndarray:
+        from scipy import ndimage
+
+        turn = ndimage.grey_closing if self.light else ndimage.grey_opening
+        ground = turn(self.means(block, box), footprint=self.disc[None], mode="reflect")
+        return self.clear(block, ground, self.lattice.inside(box), box)
 
     def to_json(self) -> dict[str, Any]:
         return {"shape": list(self.shape), "radius": self.radius, "light": self.light}
@@ -89,8 +106,11 @@ class Background(_Pointwise):
 
 
 @dataclass(frozen=True, eq=False)
-class Flat(_Pointwise):
-    """``(pixel - dark) * gain``, the gain of a camera field repeated over the image; same dtype."""
+class Flat(_Placed):
+    """``(pixel - dark) * gain``, the gain of a camera field repeated over the image; same dtype.
+
+    At a coarser level the gain is the mean over each pixel.
+    """
 
     gain: np.ndarray
     """``(1 or C, h, w)`` float32 or float64, its mean light per channel over the light of each pixel."""
@@ -99,13 +119,22 @@ class Flat(_Pointwise):
     def apply(self, block: np.ndarray, box: Box) -> np.ndarray:
         exact = np.float32 if block.dtype == np.float32 or is_small(block.dtype) else np.float64
         height, width = self.gain.shape[1:]
-        rows = np.arange(box.y0, box.y1) % height
-        columns = np.arange(box.x0, box.x1) % width
+        rows = self.places(box.y0, box.y1) % height
+        columns = self.places(box.x0, box.x1) % width
         out = np.empty_like(block)
         for channel, (target, plane) in enumerate(zip(out, block, strict=True)):
             gain = self.gain[channel if len(self.gain) > 1 else 0][rows[:, None], columns]
             target[...] = to_dtype((plane - exact(self.dark)) * gain.astype(exact, copy=False), block.dtype)
         return out
+
+    def at_level(self, level: int, shape: tuple[int, int]) -> Flat:
+        from scipy import ndimage
+
+        # A window of 2 ** level pixels around `places` is a pixel of the level.
+        size = 1 << level
+        return replace(
+            self, gain=ndimage.uniform_filter(self.gain, (0, size, size), mode="wrap"), level=level
+        )
 
     @staticmethod
     def check(field: tuple[int, ...], shape: tuple[int, ...]) -> None:
@@ -144,11 +173,10 @@ class Flat(_Pointwise):
 
 
 @dataclass(frozen=True)
-class FlatFile(_Pointwise):
+class FlatFile(_Placed):
     """`Flat` from a file, read once per process: a plan names the picture and does not hold it."""
 
     kind: ClassVar[str] = "flat"
-    placed: ClassVar[bool] = True
     path: str
     digest: str
     dark: float
@@ -159,11 +187,18 @@ class FlatFile(_Pointwise):
         return _flat(self, block.dtype).apply(block, box)
 
     def to_json(self) -> dict[str, Any]:
-        return {"path": self.path, "digest": self.digest, "dark": self.dark, "shape": list(self.shape)}
+        return {
+            "path": self.path,
+            "digest": self.digest,
+            "dark": self.dark,
+            "shape": list(self.shape),
+            "level": self.level,
+        }
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> FlatFile:
-        return cls(values["path"], values["digest"], values["dark"], tuple(values["shape"]))
+        level = values.get("level", 0)
+        return cls(values["path"], values["digest"], values["dark"], tuple(values["shape"]), level=level)
 
     @classmethod
     def open(cls, path: str, dark: float, shape: tuple[int, int, int], dtype: np.dtype) -> FlatFile:
@@ -174,18 +209,18 @@ class FlatFile(_Pointwise):
         return step
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _flat(step: FlatFile, dtype: np.dtype) -> Flat:
     from daskcell import images
 
+    if step.level:
+        return _flat(replace(step, level=0), dtype).at_level(step.level, step.shape[1:])
     if _digest(Path(step.path)) != step.digest:
         raise InputError(f"The flat field {step.path} has changed since it was first read: run anew.")
     return Flat.of(np.asarray(images.open_image(step.path).data), step.dark, step.shape, dtype)
 
 
 def _digest(path: Path) -> str:
-    from daskcell.study.keys import digest
-
     try:
         return digest(path)
     except OSError as error:

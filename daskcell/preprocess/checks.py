@@ -6,9 +6,9 @@ import hashlib
 from pathlib import Path
 
 from daskcell.config import PreprocessSettings
+from daskcell.disk import digest
 from daskcell.errors import ConfigError, InputError
 from daskcell.preprocess.colors import color_rgb
-from daskcell.study.keys import digest
 
 
 def check_names(settings: PreprocessSettings) -> str | None:

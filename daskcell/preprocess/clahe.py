@@ -23,7 +23,7 @@ import numpy as np
 from daskcell.geometry import Box
 from daskcell.preprocess.pixels import float_dtype
 from daskcell.preprocess.statistics import pool
-from daskcell.preprocess.steps import _by_table, _Pointwise, decode_array, encode_array
+from daskcell.preprocess.steps import _by_table, _Placed, decode_array, encode_array
 
 GRAYS = 2**14
 
@@ -178,11 +178,13 @@ class ResultExtremes:
 
 
 @dataclass(frozen=True, eq=False)
-class Clahe(_Pointwise):
-    """The frozen step. Pointwise, but a pixel's place in the whole image matters. Result on the 0-1 scale."""
+class Clahe(_Placed):
+    """The frozen step. Result on the 0-1 scale.
+
+    At a coarser level the tiles and their maps are the whole image's, looked up at the middle of each pixel.
+    """
 
     kind: ClassVar[str] = "clahe"
-    placed: ClassVar[bool] = True
     tiling: Tiling
     maps: np.ndarray
     """``(C, down + 2, across + 2, bins)`` uint16: grey value of every bin, per tile."""
@@ -196,8 +198,9 @@ class Clahe(_Pointwise):
         """Equalised grey values (uint16) of one plane at `box`."""
         grays = self.tiling.grays(plane, channel)
         tiles, parts = [], []
-        for kernel, start, stop in zip(self.tiling.kernel, (box.y0, box.x0), (box.y1, box.x1), strict=True):
-            place = np.arange(start, stop) + kernel // 2
+        for axis, (start, stop) in enumerate(((box.y0, box.y1), (box.x0, box.x1))):
+            kernel = self.tiling.kernel[axis]
+            place = np.minimum(self.places(start, stop), self.tiling.shape[axis] - 1) + kernel // 2
             tiles.append(place // kernel)
             parts.append((place % kernel) / kernel)
         maps = self.maps[channel]
@@ -230,6 +233,7 @@ class Clahe(_Pointwise):
             "extremes": [list(pair) for pair in self.tiling.extremes],
             "maps": encode_array(self.maps),
             "limits": [list(pair) for pair in self.limits or ()],
+            "level": self.level,
         }
 
     @classmethod
@@ -240,4 +244,5 @@ class Clahe(_Pointwise):
             values["bins"],
             tuple(tuple(pair) for pair in values["extremes"]),
         )
-        return cls(tiling, decode_array(values["maps"]), tuple(tuple(pair) for pair in values["limits"]))
+        limits = tuple(tuple(pair) for pair in values["limits"])
+        return cls(tiling, decode_array(values["maps"]), limits, level=values.get("level", 0))

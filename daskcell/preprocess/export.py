@@ -1,4 +1,4 @@
-"""The preprocessed picture as a ``.tif``, tile by tile: memory does not grow with the slide."""
+"""The preprocessed image as a ``.tif``, tile by tile: memory does not grow with the slide."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy as np
 
 from daskcell.disk import replacing
 from daskcell.geometry import Box
-from daskcell.preprocess.plan import Plan, apply_block
+from daskcell.preprocess.prepared import PreparedImage
 
 TILE = 512
 _RUN = 4
 """Tiles of a row that are computed together, so that halos are read less often."""
 
 
-def preprocess_slide_to_tiff(zarr_path: str | Path, plan: Plan, path: str | Path) -> None:
-    """Carry a plan out on an OME-Zarr image and write the result as a tiled TIFF (BigTIFF from 2 GB on).
+def write_prepared_tiff(image: PreparedImage, path: str | Path) -> None:
+    """Write a prepared image as a tiled TIFF (BigTIFF from 2 GB on).
 
     Three channels are written as RGB; any other number as one grey page a channel, each computed by itself.
     The pixel size goes along. The file appears under its name only when whole.
@@ -27,9 +27,9 @@ def preprocess_slide_to_tiff(zarr_path: str | Path, plan: Plan, path: str | Path
 
     from daskcell import images
 
-    height, width = plan.shape
+    plan, (height, width) = image.plan, image.shape
     colour = plan.out_channels == 3
-    size = images.image_info(zarr_path).pixel_size
+    size = images.image_info(image.path).pixel_size
     options: dict[str, Any] = {"tile": (TILE, TILE), "compression": "zlib", "predictor": True}
     if size is not None:
         options |= {"resolution": (1e4 / size[1], 1e4 / size[0]), "resolutionunit": "CENTIMETER"}
@@ -41,7 +41,7 @@ def preprocess_slide_to_tiff(zarr_path: str | Path, plan: Plan, path: str | Path
     ):
         for page in [slice(0, 3)] if colour else [slice(c, c + 1) for c in range(plan.out_channels)]:
             writer.write(
-                _tiles(zarr_path, plan, page),
+                _tiles(image, page),
                 shape=(height, width, 3) if colour else (height, width),
                 dtype=plan.out_dtype,
                 photometric="rgb" if colour else "minisblack",
@@ -50,17 +50,13 @@ def preprocess_slide_to_tiff(zarr_path: str | Path, plan: Plan, path: str | Path
             )
 
 
-def _tiles(zarr_path: str | Path, plan: Plan, page: slice) -> Iterator[np.ndarray]:
+def _tiles(image: PreparedImage, page: slice) -> Iterator[np.ndarray]:
     """Tiles in reading order, ``(h, w, 3)`` or ``(h, w)``, filled up at the border as tifffile wants them."""
-    from daskcell import images
-
-    height, width = plan.shape
+    height, width = image.shape
     for y in range(0, height, TILE):
         for start in range(0, width, _RUN * TILE):
-            core = Box(y, start, y + TILE, start + _RUN * TILE).clip(plan.shape)
-            grown = core.grow(plan.halo).clip(plan.shape)
-            block = apply_block(images.read_block(zarr_path, grown), plan, grown)
-            block = np.moveaxis(block[(page, *core.within(grown))], 0, -1)
+            core = Box(y, start, y + TILE, start + _RUN * TILE).clip(image.shape)
+            block = np.moveaxis(image.read(core)[page], 0, -1)
             for x in range(0, block.shape[1], TILE):
                 tile = block[:, x : x + TILE]
                 missing = [(0, TILE - tile.shape[0]), (0, TILE - tile.shape[1]), (0, 0)]

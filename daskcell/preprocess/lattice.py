@@ -24,6 +24,11 @@ class Lattice:
     shape: tuple[int, int]
     cell: int
 
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Cells down and across."""
+        return -(-self.shape[0] // self.cell), -(-self.shape[1] // self.cell)
+
     def inside(self, box: Box) -> Box:
         """The cells that lie whole in a box of pixels, as a box of cells."""
         low = [-(-start // self.cell) for start in (box.y0, box.x0)]

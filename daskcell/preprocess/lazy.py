@@ -24,7 +24,6 @@ from daskcell.preprocess.colors import mixing_weights
 from daskcell.preprocess.freezing import check_reference, find_reference_stains, start_pass
 from daskcell.preprocess.graphs import as_planes, frozen_lazily, map_frozen, map_step, read_again
 from daskcell.preprocess.pixels import float_dtype
-from daskcell.preprocess.plan import Plan
 from daskcell.preprocess.stains import ColourCounts, separation
 from daskcell.preprocess.statistics import Equalizing, Referring, Stretching, first_pass, passes_needed
 from daskcell.preprocess.steps import Gaussian, Mix
@@ -52,7 +51,8 @@ def correct_background(
     ====== ==================================================================================================
     flat   ``(x - dark) * mean(flat - dark) / (flat - dark)``
     radius the picture less the ground that a disc rolls under it: the morphological opening of the means of
-           small cells (`skimage.morphology.opening` and `disk`), spread linearly (`skimage.transform.resize`)
+           small cells (`dask_image.ndfilters.minimum_filter` and `maximum_filter`, as
+           `skimage.morphology.opening`), spread linearly (`skimage.transform.resize`)
     light  the same from above, for bright field: the picture is divided by it, and the ground becomes white
     ====== ==================================================================================================
 
@@ -271,9 +271,9 @@ def adjust_histogram(
 def gaussian(x: Any, sigma: float, *, axes: str | None = None) -> da.Array:
     """Smooth each channel by a Gaussian.
 
-    Equal to `dask_image.ndfilters.gaussian_filter` and `scipy.ndimage.gaussian_filter`: reflected at the
-    image's border, cut at four standard deviations. (`skimage.filters.gaussian` differs at the border, where
-    it repeats the edge.)
+    By `dask_image.ndfilters.gaussian_filter`, and so what `scipy.ndimage.gaussian_filter` makes of the whole:
+    reflected at the image's border, cut at four standard deviations. (`skimage.filters.gaussian` differs at
+    the border, where it repeats the edge.)
 
     Parameters
     ----------
@@ -299,19 +299,6 @@ def gaussian(x: Any, sigma: float, *, axes: str | None = None) -> da.Array:
         raise InputError(f"The sigma {sigma!r} of the Gaussian filter cannot be used: it must be above 0.")
     result = map_step(as_planes(x, allow_2d=True, axes=axes), Gaussian(float(sigma)))
     return result[0] if np.ndim(x) == 2 else result
-
-
-def preprocess(x: Any, plan: Plan) -> da.Array:
-    """A frozen plan on a dask or numpy array ``(C, Y, X)``, lazily: what the engine makes by blocks."""
-    planes = as_planes(x)
-    if tuple(planes.shape[1:]) != plan.shape or planes.shape[0] != plan.in_channels:
-        raise InputError(
-            f"The plan is for shape {(plan.in_channels, *plan.shape)}, but the image has {planes.shape}."
-        )
-    result = planes
-    for step in plan.steps:
-        result = map_step(result, step)
-    return result
 
 
 def _checked(kind: type[_Settings], function: str, values: dict[str, Any]) -> _Settings:

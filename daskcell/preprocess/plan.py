@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -20,9 +20,6 @@ from daskcell.preprocess.clahe import Clahe
 from daskcell.preprocess.pixels import working_dtype
 from daskcell.preprocess.stains import Stains
 from daskcell.preprocess.steps import Curve, Floor, Gaussian, Mix, Step, Stretch
-
-if TYPE_CHECKING:
-    from daskcell.preprocess.statistics import Pass
 
 _KINDS: dict[str, Any] = {
     step.kind: step for step in (FlatFile, Background, Stains, Floor, Mix, Stretch, Curve, Clahe, Gaussian)
@@ -68,6 +65,13 @@ class Plan:
 
     def __hash__(self) -> int:
         return hash(self.key)
+
+    def at_level(self, level: int, shape: tuple[int, int]) -> Plan:
+        """The plan for a level of the image's pyramid, of `shape` ``(Y, X)``; level 0 is the image."""
+        if not level:
+            return self
+        coarse = (step.at_level(level, shape) for step in self.steps)
+        return replace(self, shape=shape, steps=tuple(step for step in coarse if step is not None))
 
     def to_json(self) -> dict[str, Any]:
         """The plan as values that `json` writes; floats and arrays come back bit for bit."""
@@ -128,12 +132,3 @@ def apply_steps(block: np.ndarray, steps: Sequence[Step], box: Box) -> np.ndarra
     for step in steps:
         block = step.apply(block, box)
     return block
-
-
-def count_block(
-    block: np.ndarray, core: Box, counting: Pass, steps: tuple[Step, ...] = (), grown: Box | None = None
-) -> Any:
-    """Counts of the pixels of `core` after `steps`; the block lies at `grown` (None: at `core`)."""
-    grown = grown or core
-    done = apply_steps(block, steps, grown)
-    return counting.count(done[(slice(None), *core.within(grown))], core)

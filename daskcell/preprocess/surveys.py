@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ from daskcell.geometry import Box, Grid
 from daskcell.preprocess.background import Background
 from daskcell.preprocess.graphs import count_lazily
 from daskcell.preprocess.pixels import all_values
-from daskcell.preprocess.plan import count_block, halo_of
+from daskcell.preprocess.plan import Plan
+from daskcell.preprocess.prepared import PreparedArray, PreparedImage
 from daskcell.preprocess.statistics import ExactCounts, Extremes, Pass
 from daskcell.preprocess.steps import Step
 
@@ -66,18 +68,12 @@ def _on(step: Step, shape: tuple[int, ...]) -> Step:
     return replace(step, shape=(shape[1], shape[2])) if isinstance(step, Background) else step
 
 
-def count_array(image: Any, counting: Pass, steps: tuple[Step, ...]) -> Any:
+def count_array(array: Any, counting: Pass, steps: tuple[Step, ...]) -> Any:
     """Counts of an array: numpy in blocks, dask chunk by chunk, so that no pass holds more than blocks."""
-    if isinstance(image, np.ndarray):
-        grid = Grid.regular(image.shape[1:], COUNT_BLOCK)
-        total = None
-        for index in grid:
-            core = grid.core(index)
-            grown = core.grow(halo_of(steps)).clip(grid.shape)
-            part = count_block(image[(slice(None), *grown.slices)], core, counting, steps, grown)
-            total = part if total is None else counting.merge(total, part)
-        return total
-    return count_lazily(image, counting, steps).compute()
+    if isinstance(array, np.ndarray):
+        plan = Plan((array.shape[1], array.shape[2]), array.shape[0], array.dtype, steps)
+        return _count(PreparedArray.of(array, plan), counting, None)
+    return count_lazily(array, counting, steps).compute()
 
 
 def count_slide(
@@ -89,19 +85,25 @@ def count_slide(
     kept = None if steps else _kept_counts(zarr_path, counting)
     if kept is not None:
         return kept
-    grid = Grid.regular(images.image_info(zarr_path).shape[1:], COUNT_BLOCK)
-    total = None
+    info = images.image_info(zarr_path)
+    plan = Plan((info.shape[1], info.shape[2]), info.shape[0], info.dtype, steps)
+    return _count(PreparedImage(str(zarr_path), plan), counting, workers)
+
+
+def _count(image: PreparedImage, counting: Pass, workers: Workers | None) -> Any:
+    grid = Grid.regular(image.shape, COUNT_BLOCK)
     if workers is None:
+        parts = (_count_block(image, grid.core(index), counting) for index in grid)
+    else:
+        window = workers.part(0.5, len(grid)).window()  # there may be two
         for index in grid:
-            part = _count_slide_block(zarr_path, grid.core(index), counting, steps)
-            total = part if total is None else counting.merge(total, part)
-        return total
-    window = workers.part(0.5, len(grid)).window()  # there may be two
-    for index in grid:
-        window.submit(index, _count_slide_block, zarr_path, grid.core(index), counting, steps)
-    for _, part in window:
-        total = part if total is None else counting.merge(total, part)
-    return total
+            window.submit(index, _count_block, image, grid.core(index), counting)
+        parts = (part for _, part in window)
+    return reduce(counting.merge, parts)
+
+
+def _count_block(image: PreparedImage, core: Box, counting: Pass) -> Any:
+    return counting.count(image.read(core), core)
 
 
 def _kept_counts(zarr_path: str | Path, counting: Pass) -> Any:
@@ -120,10 +122,3 @@ def _kept_counts(zarr_path: str | Path, counting: Pass) -> Any:
     for row, (values, numbers) in zip(counts, histograms, strict=True):
         row[values - first] = numbers
     return counts
-
-
-def _count_slide_block(zarr_path: str | Path, box: Box, counting: Pass, steps: tuple[Step, ...]) -> Any:
-    from daskcell import images
-
-    grown = box.grow(halo_of(steps)).clip(images.image_info(zarr_path).shape[1:])
-    return count_block(images.read_block(zarr_path, grown), box, counting, steps, grown)

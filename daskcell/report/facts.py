@@ -11,8 +11,7 @@ import numpy as np
 from daskcell.clustering.naming import Naming
 from daskcell.clustering.tables import shared_columns
 from daskcell.errors import InputError
-from daskcell.overlays.legend import titled
-from daskcell.overlays.palette import colors
+from daskcell.overlays.paint import colors, titled
 from daskcell.study import CLUSTERS, Study
 
 if TYPE_CHECKING:

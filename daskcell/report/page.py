@@ -14,7 +14,7 @@ from typing import Any
 from daskcell.clustering.naming import Naming
 from daskcell.disk import refuse_impossible, write_atomic
 from daskcell.errors import InputError
-from daskcell.overlays.palette import colors
+from daskcell.overlays.paint import colors
 from daskcell.report.facts import Cell, Facts, Group, SlideRow, best_of, gather, points
 from daskcell.report.pictures import Pictures, common_side
 from daskcell.study import CLUSTERS, Study

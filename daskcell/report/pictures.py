@@ -5,19 +5,15 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from daskcell.geometry import Box
-from daskcell.images import image_info, read_labels
-from daskcell.overlays.files import cluster_lookup, pixel_reader
+from daskcell.images import read_labels
+from daskcell.overlays.files import LABELS, cluster_lookup
 from daskcell.overlays.paint import as_rgb, borders, paint, stretch_limits
 from daskcell.report.facts import Cell
 from daskcell.study import Study
-
-if TYPE_CHECKING:
-    from daskcell.preprocess import Plan
 
 _SIDE = 96
 """Pixels that a cell's picture has at most, and at least half of."""
@@ -32,18 +28,17 @@ class Pictures:
     def __init__(self, study: Study):
         self._study = study
         self._limits = lru_cache(maxsize=64)(self._measure)
+        self._image = lru_cache(maxsize=4)(study.prepared)
 
     def cell(self, cell: Cell, side: int, color: str) -> bytes:
         """JPEG of the square of `side` pixels around a cell, its outline in `color` (``#rrggbb``)."""
-        path, plan = self._study.image(cell.slide), self._plan(cell.slide)
-        info = image_info(path)
-        shape = info.levels[0]
+        image = self._image(cell.slide)
         y, x = (round(v) - side // 2 for v in cell.centre)
         square = Box(y, x, y + side, x + side)
-        there = square.clip(shape)
+        there = square.clip(image.shape)
         low, high = self._limits(cell.slide)
-        picture = as_rgb(pixel_reader(str(path), 0, shape, plan)(there), low, high)
-        labels = read_labels(path, "cells", there)
+        picture = as_rgb(image.read(there), low, high)
+        labels = read_labels(image.path, LABELS, there)
         canvas = np.full((side, side, 3), 0.5, np.float32)
         canvas[there.within(square)] = picture
         mask = np.zeros((side, side), bool)
@@ -56,32 +51,24 @@ class Pictures:
 
     def slide(self, name: str, palette: np.ndarray) -> bytes:
         """JPEG of a slide, its cells coloured by group, from a level of its pyramid that is large enough."""
-        path, plan = self._study.image(name), self._plan(name)
-        info = image_info(path)
-        level = max((i for i, shape in enumerate(info.levels) if max(shape) >= _SLIDE), default=0)
-        shape = info.levels[level]
-        whole = Box(0, 0, *shape)
+        image = self._image(name)
+        levels = image.levels
+        level = max((i for i, shape in enumerate(levels) if max(shape) >= _SLIDE), default=0)
+        whole = Box(0, 0, *levels[level])
         low, high = self._limits(name)
-        picture = as_rgb(pixel_reader(str(path), level, shape, plan)(whole), low, high)
         painted = paint(
-            picture,
-            read_labels(path, "cells", whole, level),
+            as_rgb(image.read(whole, level), low, high),
+            read_labels(image.path, LABELS, whole, level),
             cluster_lookup(self._study.table(name)),
             palette,
         )
         return _jpeg(painted, _SLIDE)
 
-    def _plan(self, slide: str) -> Plan:
-        from daskcell.preprocess import Plan
-
-        return Plan.from_json(self._study.ledger(slide).result("freeze")["plan"])
-
     def _measure(self, slide: str) -> tuple[np.ndarray, np.ndarray]:
         """What becomes black and white, from the smallest level: the same for a slide and its cells."""
-        path = self._study.image(slide)
-        levels = image_info(path).levels
-        last = len(levels) - 1
-        sample = pixel_reader(str(path), last, levels[last], self._plan(slide))(Box(0, 0, *levels[last]))
+        image = self._image(slide)
+        levels = image.levels
+        sample = image.read(Box(0, 0, *levels[-1]), len(levels) - 1)
         return stretch_limits([sample], sample.dtype)
 
 

@@ -31,7 +31,7 @@ from daskcell.disk import remove, save_arrays
 from daskcell.errors import InputError
 from daskcell.geometry import Box
 from daskcell.images import build_label_pyramid, create_labels
-from daskcell.preprocess.plan import Plan
+from daskcell.preprocess import Plan, PreparedImage
 from daskcell.segmentation.cells import number, refuse_too_many
 from daskcell.segmentation.diameter import diameter_of
 from daskcell.segmentation.globals import Globals
@@ -79,7 +79,7 @@ def segment_slide(
     path
         OME-Zarr image group.
     plan
-        Frozen preprocessing; what the network sees is ``apply_block`` of the pixels.
+        Frozen preprocessing; what the network sees is `PreparedImage.read`.
     block
         Side in pixels of the blocks; changes no label.
     scratch
@@ -108,7 +108,7 @@ def segment_slide(
     key = _flows_key(settings, plan, block)
     scratch = Path(scratch)
     flows = scratch / "flows" if flows is None else Path(flows) / key
-    job = Job(str(path), name, settings, plan, block, str(scratch), str(flows), device)
+    job = Job(PreparedImage(str(path), plan), name, settings, block, str(scratch), str(flows), device)
     for kind in ("samples", "labels", "further", "cells", "ids"):
         (scratch / kind).mkdir(parents=True, exist_ok=True)
     (flows / "tiles").mkdir(parents=True, exist_ok=True)

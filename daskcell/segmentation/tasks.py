@@ -19,7 +19,7 @@ from daskcell.config import SegmentSettings
 from daskcell.disk import save_npz, save_parts, write_json
 from daskcell.geometry import Box, Grid
 from daskcell.images import image_info, read_block, write_labels_block
-from daskcell.preprocess.plan import Plan, apply_block
+from daskcell.preprocess import PreparedImage
 from daskcell.segmentation.cells import check_block, load_cells, save_cells
 from daskcell.segmentation.diameter import cell_areas, first_pass_windows
 from daskcell.segmentation.globals import Globals
@@ -37,18 +37,21 @@ Index = tuple[int, int]
 class Job:
     """What all tasks of one slide share; small, and fit to be sent to a worker."""
 
-    path: str
+    image: PreparedImage
     name: str
     settings: SegmentSettings
-    plan: Plan
     block: int
     scratch: str
     flows: str
     device: str
 
     @property
+    def path(self) -> str:
+        return self.image.path
+
+    @property
     def shape(self) -> tuple[int, int]:
-        return self.plan.shape
+        return self.image.shape
 
     @property
     def grid(self) -> Grid:
@@ -68,8 +71,7 @@ class Job:
 
     def read(self, box: Box) -> np.ndarray:
         """Preprocessed pixels ``(C, h, w)`` of `box`."""
-        grown = box.grow(self.plan.halo).clip(self.shape)
-        part = apply_block(read_block(self.path, grown), self.plan, grown)[(slice(None), *box.within(grown))]
+        part = self.image.read(box)
         return part if self.settings.channels is None else part[list(self.settings.channels)]
 
     @property

@@ -30,13 +30,16 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from daskcell import places
 from daskcell.config import Config
 from daskcell.disk import json_bytes, refuse_impossible, remove, temporaries, write_atomic, write_json
 from daskcell.errors import ConfigError, StudyError
 from daskcell.study.ledger import Ledger
+
+if TYPE_CHECKING:
+    from daskcell.preprocess import PreparedImage
 
 FORMAT = 1
 CLUSTERS = ".clusters"
@@ -275,6 +278,13 @@ class Study:
             return table if group is None else table.assign(group=group)
         tables = [self.cells(name).assign(slide=name) for name in self.slides if self.table(name).exists()]
         return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+    def prepared(self, slide: str) -> PreparedImage:
+        """The image of a slide as its preprocessing makes it, read box by box."""
+        from daskcell.preprocess import Plan, PreparedImage
+
+        plan = Plan.from_json(self.ledger(slide).result("freeze")["plan"])
+        return PreparedImage(str(self.image(slide)), plan)
 
     def open_image(self, slide: str) -> Any:
         """The picture of a slide, as `daskcell.open_image` gives it."""

@@ -10,16 +10,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
 from daskcell import places
 from daskcell.config import Config
+from daskcell.disk import digest, files_of
 from daskcell.errors import ImageError
-
-_PIECE = 4 << 20
 
 UPSTREAM: dict[str, str | None] = {
     "convert": None,
@@ -152,30 +150,14 @@ def unchanged(paths: Iterable[str | Path], known: list[dict[str, Any]], said: It
     return False
 
 
-def digest(path: Path) -> str:
-    """BLAKE2 of a file's bytes, or of the names and bytes of all files in a folder."""
-    total = hashlib.blake2b(digest_size=20)
-    for file in _files(path):
-        if file != path:
-            total.update(os.fsencode(file.relative_to(path)) + b"\0")
-        with open(file, "rb") as stream:
-            while piece := stream.read(_PIECE):
-                total.update(piece)
-    return total.hexdigest()
-
-
 def _weigh(path: str | Path) -> tuple[int, int | str]:
     """Size in bytes and time in ns: of a folder, the sum and the latest. Remote: a hash of ETags."""
     if places.is_remote(path):
         found = places.versions_below(str(path))
         tags = hashlib.blake2b(repr(found).encode(), digest_size=20)
         return sum(size for size, _ in found.values()), tags.hexdigest()
-    status = [file.stat() for file in _files(Path(path))]
+    status = [file.stat() for file in files_of(Path(path))]
     return sum(s.st_size for s in status), max((s.st_mtime_ns for s in status), default=0)
-
-
-def _files(path: Path) -> list[Path]:
-    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 
 def _dump(settings: Any) -> dict[str, Any]:
