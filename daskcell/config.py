@@ -37,6 +37,9 @@ class InputSettings(Settings):
     """Plane of a stack to take, the maximum over planes, or one image per plane."""
     t: int | Literal["all"] = "all"
     """Time point to take, or one image per time point."""
+    scenes: Literal["all"] | list[str | int] = "all"
+    """Images to take of a file that holds several (scenes, positions, series, fields of a plate): each is a
+    slide named ``<file>_<scene>``. All; or a list of names, patterns with ``*``, or numbers from 0 on."""
     ome_zarr: Literal["0.5", "0.4"] = "0.5"
     """Version of OME-Zarr to write; 0.4 for viewers that know no other, with a file for every 512 pixels."""
 

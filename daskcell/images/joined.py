@@ -27,7 +27,7 @@ class SourceReader:
         self.readers: list[Reader] = []
         try:
             for file in source.files:
-                self.readers.append(open_reader(file, t=source.t, z=source.z))
+                self.readers.append(open_reader(file, t=source.t, z=source.z, scene=source.scene))
             self._join(source)
         except BaseException:
             self.close()
@@ -37,6 +37,7 @@ class SourceReader:
         first = self.readers[0]
         self.axes, self.levels, self.piece, self.sizes = first.axes, first.levels, first.piece, first.sizes
         self.files = tuple(sorted({file for reader in self.readers for file in reader.files}))
+        self.scenes = tuple(getattr(first, "scenes", ("",)))
         self.is_rgb = first.is_rgb and source.file_channels is None
         self.pixel_size = source.pixel_size or first.pixel_size
         if source.file_channels is None:

@@ -18,8 +18,9 @@ from daskcell.images import channels as names
 from daskcell.images import derived
 from daskcell.images.manifest import is_manifest, read_manifest
 from daskcell.images.readers import ZChoice, may_be_stack, suffixes
-from daskcell.images.readers.omezarr import images_within, is_zarr
+from daskcell.images.readers.omezarr import is_zarr
 from daskcell.images.sandbox import open_safely
+from daskcell.images.scenes import split_scenes
 from daskcell.images.sources import Source, find_channel
 
 REQUESTS_AT_ONCE = 16
@@ -99,8 +100,9 @@ def find_images(
             for name in take:
                 find_channel(name, source.file_channels, source)
     sources = []
-    for source, is_stack in _stacks_marked(whole, settings):
-        sources += _planes(source, is_stack, settings)
+    for source, may_be_several in _marked(whole):
+        for scene in split_scenes(source, settings.scenes) if may_be_several else [source]:
+            sources += _planes(scene, may_be_several, settings)
     unique = names.unique_names(source.name for source in sources)
     return [replace(source, name=name) for source, name in zip(sources, unique, strict=True)]
 
@@ -134,10 +136,8 @@ def _channels_inside(source: Source) -> str:
     return ", ".join(reader.channels) + note
 
 
-def _stacks_marked(sources: list[Source], settings: InputSettings) -> list[tuple[Source, bool]]:
-    """Each source, and whether it must be opened to know how many images the settings make of it."""
-    if settings.z != "all" and settings.t != "all":
-        return [(source, False) for source in sources]
+def _marked(sources: list[Source]) -> list[tuple[Source, bool]]:
+    """Each source, and whether it must be opened to know how many images it holds."""
     first = [source.files[0] for source in sources]
     if not any(places.is_remote(file) for file in first):
         return [(source, may_be_stack(file)) for source, file in zip(sources, first, strict=True)]
@@ -150,10 +150,10 @@ def _planes(source: Source, is_stack: bool, settings: InputSettings) -> list[Sou
     z: ZChoice = 0 if settings.z == "all" else settings.z
     t = 0 if settings.t == "all" else settings.t
     chosen = replace(source, t=t, z=z)
-    if not is_stack:
+    if not is_stack or (settings.z != "all" and settings.t != "all"):
         return [chosen]
     try:
-        reader = open_safely(Source(source.name, source.files[:1]))
+        reader = open_safely(replace(source, files=source.files[:1], file_channels=None, take=None))
     except DaskcellError:
         return [chosen]  # says so itself when it is converted, and does not stop the others
     sizes = reader.sizes
@@ -302,16 +302,7 @@ def _below(path: str, folder: str) -> str:
 def _grouped(files: list[str]) -> list[names.Group]:
     """Images among the files of one folder: what says itself what it holds first, the rest by the names."""
     groups: list[names.Group] = []
-    rest = []
-    for file in files:
-        images = images_within(file) if _may_be_folder(file) and is_zarr(file) else []
-        if images:
-            stem = names.stem(file)
-            groups += [
-                names.Group(f"{stem}_{inner.replace('/', '_')}", (f"{file}/{inner}",)) for inner in images
-            ]
-        else:
-            rest.append(file)
+    rest = files
     taken: set[str] = set()
     for file in rest:
         spans = _spans(file) if len(rest) > 1 and file not in taken else ()

@@ -43,6 +43,7 @@ class ArrayReader:
         self.dtype = np.dtype({"?": np.uint8, "e": np.float32}.get(dtype.char, dtype.newbyteorder("=")))
         self.is_rgb = False
         self.sizes = {"t": 1, "z": 1}
+        self.scenes = ("",)
         self.files = (places.real(path),)
         chunks = getattr(array, "shards", None) or getattr(array, "chunks", None)
         self.piece = (chunks[-2], chunks[-1]) if chunks else (min(64, array.shape[-2]), array.shape[-1])

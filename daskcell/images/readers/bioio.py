@@ -1,4 +1,4 @@
-"""CZI, ND2, LIF and what else bioio has a plugin for (extra ``bioio``): the first scene of a file."""
+"""CZI, ND2, LIF and what else bioio has a plugin for (extra ``bioio``): the scenes of a file."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ from daskcell.images.readers import ZChoice
 class BioioReader:
     """A picture of axes T, C, Z, Y, X, and S for the samples of a colour picture."""
 
-    def __init__(self, path: str, t: int = 0, z: ZChoice = "max") -> None:
+    def __init__(self, path: str, t: int = 0, z: ZChoice = "max", scene: int = 0) -> None:
         from bioio import BioImage
 
         self.image: Any = BioImage(path)
+        self.scenes = tuple(str(name) for name in self.image.scenes)
+        if not 0 <= scene < len(self.scenes):
+            raise InputError(f"{path} holds {len(self.scenes)} images; there is none with number {scene}.")
+        self.image.set_scene(scene)
         self.path, self.name = path, Path(path).stem
         dims = self.image.dims
         self.axes = str(dims.order)
@@ -74,5 +78,5 @@ class BioioReader:
         self.image = None
 
 
-def open(path: str, *, t: int = 0, z: ZChoice = "max") -> BioioReader:
-    return BioioReader(path, t, z)
+def open(path: str, *, t: int = 0, z: ZChoice = "max", scene: int = 0) -> BioioReader:
+    return BioioReader(path, t, z, scene)

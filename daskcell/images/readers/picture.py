@@ -47,6 +47,7 @@ class PictureReader:
         self.pixel_size = pixel_size
         self.dtype = pixels.dtype
         self.sizes = {"t": 1, "z": 1}
+        self.scenes = ("",)
         self.piece = self.levels[0]
         self.files: tuple[str, ...] = ()
 
