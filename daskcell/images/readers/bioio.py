@@ -23,6 +23,12 @@ class BioioReader:
 
         self.image: Any = BioImage(path)
         self.scenes = tuple(str(name) for name in self.image.scenes)
+        stored = _scenes_of_czi(path)
+        if stored > len(self.scenes):
+            raise ImageError(
+                f"Cannot read {path}: it holds {stored} scenes, of which its metadata name {len(self.scenes)}; "
+                "please save them under names, or as OME-TIFF."
+            )
         if not 0 <= scene < len(self.scenes):
             raise InputError(f"{path} holds {len(self.scenes)} images; there is none with number {scene}.")
         self.image.set_scene(scene)
@@ -76,6 +82,17 @@ class BioioReader:
 
     def close(self) -> None:
         self.image = None
+
+
+def _scenes_of_czi(path: str) -> int:
+    """How many scenes the pixels of a CZI file belong to; bioio believes its metadata, which may name fewer."""
+    try:
+        from aicspylibczi import CziFile
+    except ImportError:
+        return 0
+    if not path.lower().endswith(".czi"):
+        return 0
+    return max((part.get("S", (0, 1))[1] for part in CziFile(path).get_dims_shape()), default=0)
 
 
 def open(path: str, *, t: int = 0, z: ZChoice = "max", scene: int = 0) -> BioioReader:
