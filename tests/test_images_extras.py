@@ -220,6 +220,7 @@ def test_time_planes_levels_and_names_of_bioio(
     module = ModuleType("bioio")
     module.BioImage = StandIn  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "bioio", module)
+    monkeypatch.setitem(sys.modules, "aicspylibczi", None)
     for plugin in ("bioio_czi", "bioio_nd2", "bioio_lif"):
         monkeypatch.setitem(sys.modules, plugin, ModuleType(plugin))
     (tmp_path / name).write_bytes(content)

@@ -26,8 +26,8 @@ class BioioReader:
         stored = _scenes_of_czi(path)
         if stored > len(self.scenes):
             raise ImageError(
-                f"Cannot read {path}: it holds {stored} scenes, of which its metadata name {len(self.scenes)}; "
-                "please save them under names, or as OME-TIFF."
+                f"Cannot read {path}: it holds {stored} scenes, of which its metadata name "
+                f"{len(self.scenes)}; please save them under names, or as OME-TIFF."
             )
         if not 0 <= scene < len(self.scenes):
             raise InputError(f"{path} holds {len(self.scenes)} images; there is none with number {scene}.")
@@ -85,12 +85,12 @@ class BioioReader:
 
 
 def _scenes_of_czi(path: str) -> int:
-    """How many scenes the pixels of a CZI file belong to; bioio believes its metadata, which may name fewer."""
+    """How many scenes the pixels of a CZI file are of; bioio believes its metadata, which may name fewer."""
+    if not path.lower().endswith(".czi"):
+        return 0
     try:
         from aicspylibczi import CziFile
     except ImportError:
-        return 0
-    if not path.lower().endswith(".czi"):
         return 0
     return max((part.get("S", (0, 1))[1] for part in CziFile(path).get_dims_shape()), default=0)
 
