@@ -226,7 +226,7 @@ def test_time_planes_levels_and_names_of_bioio(
     (tmp_path / name).write_bytes(content)
     reader = open_reader(tmp_path / name, t=1)
     assert reader.levels == ((40, 60), (20, 30))
-    assert reader.channels == ("channel 1", "channel 2")  # names that are not different are none
+    assert reader.channels == ("DAPI", "DAPI 2")
     assert reader.sizes == {"t": 2, "z": 3}
     assert reader.pixel_size == (0.5, 0.25)
     np.testing.assert_array_equal(
