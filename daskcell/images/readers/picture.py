@@ -77,11 +77,8 @@ def open(path: str, *, t: int = 0, z: ZChoice = "max") -> PictureReader:
         pixels = _decode_deep(content, path, deep)
     else:
         with Pillow.open(io.BytesIO(content)) as file:
-            if getattr(file, "n_frames", 1) > 1:
-                raise ImageError(
-                    f"Cannot read {path}: it is an animation of {file.n_frames} images; please save each of "
-                    "them as a file of its own."
-                )
+            if file.format == "PNG" and getattr(file, "n_frames", 1) > 1:
+                raise ImageError(_ANIMATED.format(path))
             _check_size(path, file.height, file.width, len(file.getbands()))
             mode = file.mode
             shown = file.convert("RGB") if mode in _CONVERTED else file
@@ -104,6 +101,7 @@ def open(path: str, *, t: int = 0, z: ZChoice = "max") -> PictureReader:
 
 _CONVERTED = ("P", "PA", "CMYK", "YCbCr", "LAB", "HSV", "RGBX")
 """Modes of Pillow that become red, green and blue."""
+_ANIMATED = "Cannot read {}: it is an animation; please save each of its images as a file."
 _LOSSLESS = {0xC3, 0xC7, 0xCB, 0xCF}
 """JPEG markers of frames that Pillow does not decode."""
 
@@ -129,9 +127,7 @@ def _decode_deep(content: bytes, path: str, shape: tuple[int, int, int]) -> NDAr
     _check_size(path, height, width, 2 * samples)
     if content.startswith(_PNG):
         if b"acTL" in content[: content.find(b"IDAT")]:
-            raise ImageError(
-                f"Cannot read {path}: it is an animation; please save each of its images as a file."
-            )
+            raise ImageError(_ANIMATED.format(path))
         pixels = imagecodecs.png_decode(content)
         with Pillow.open(io.BytesIO(content)) as file:
             turn = int(file.getexif().get(_ORIENTATION, 1))

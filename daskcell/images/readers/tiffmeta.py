@@ -133,7 +133,8 @@ def channel_names(file: Any, count: int, image: int = 0) -> tuple[str, ...] | No
         labels = (file.imagej_metadata or {}).get("Labels") or []
         names = [str(label) for label in labels] if len(labels) == count else []
     elif file.is_shaped:
-        said = (file.shaped_metadata or ({},))[0].get("Channel")
+        shaped: Any = file.shaped_metadata
+        said = shaped[0].get("Channel") if shaped else None
         given = said.get("Name") if isinstance(said, dict) else None
         names = [str(name) for name in ([given] if isinstance(given, str) else given or [])]
     return name_channels(names, count) if any(name.strip() for name in names) else None
