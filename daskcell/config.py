@@ -40,6 +40,9 @@ class InputSettings(Settings):
     axes: str | None = None
     """Order of the axes of files and arrays that do not say it (TIFF, NumPy, Zarr), such as ``YXC``: letters
     of T, C, Z, Y, X, or S for samples of a colour image. None: ``CYX``, or ``YXC`` for a last of up to 4."""
+    scenes: Literal["all"] | list[str | int] = "all"
+    """Images to take of a file that holds several (scenes, positions, series, fields of a plate): each is a
+    slide named ``<file>_<scene>``. All; or a list of names, patterns with ``*``, or numbers from 0 on."""
     ome_zarr: Literal["0.5", "0.4"] = "0.5"
     """Version of OME-Zarr to write; 0.4 for viewers that know no other, with a file for every 512 pixels."""
 

@@ -189,13 +189,18 @@ class StandIn:
 
     pixels = RNG.integers(0, 4000, (2, 2, 3, 40, 60), np.uint16)  # TCZYX
 
+    scenes = ("First", "Second")
+
     def __init__(self, path: str) -> None:
-        self.level = 0
+        self.level = self.scene = 0
         self.dims = SimpleNamespace(order="TCZYX", T=2, C=2, Z=3, Y=40, X=60)
         self.dtype = np.dtype(">u2")
         self.channel_names = ["DAPI", "DAPI"]
         self.physical_pixel_sizes = SimpleNamespace(Z=1.0, Y=0.5, X=0.25)
         self.resolution_level_dims = {0: (2, 2, 3, 40, 60), 1: (2, 2, 3, 20, 30)}
+
+    def set_scene(self, number: int) -> None:
+        self.scene = number
 
     def set_resolution_level(self, level: int) -> None:
         self.level = level
@@ -205,7 +210,7 @@ class StandIn:
         import dask.array as da
 
         step = 2**self.level
-        return da.from_array(self.pixels[..., ::step, ::step], chunks=(1, 1, 1, 20, 30))
+        return da.from_array(self.pixels[..., ::step, ::step] + self.scene, chunks=(1, 1, 1, 20, 30))
 
 
 @pytest.mark.parametrize(("name", "content"), [("a.nd2", ND2), ("a.lif", LIF), ("a.czi", CZI)])
@@ -215,12 +220,13 @@ def test_time_planes_levels_and_names_of_bioio(
     module = ModuleType("bioio")
     module.BioImage = StandIn  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "bioio", module)
+    monkeypatch.setitem(sys.modules, "aicspylibczi", None)
     for plugin in ("bioio_czi", "bioio_nd2", "bioio_lif"):
         monkeypatch.setitem(sys.modules, plugin, ModuleType(plugin))
     (tmp_path / name).write_bytes(content)
     reader = open_reader(tmp_path / name, t=1)
     assert reader.levels == ((40, 60), (20, 30))
-    assert reader.channels == ("channel 1", "channel 2")  # names that are not different are none
+    assert reader.channels == ("DAPI", "DAPI 2")
     assert reader.sizes == {"t": 2, "z": 3}
     assert reader.pixel_size == (0.5, 0.25)
     np.testing.assert_array_equal(
@@ -228,7 +234,10 @@ def test_time_planes_levels_and_names_of_bioio(
     )
     parts_agree(reader, StandIn.pixels[1].max(axis=1))
     parts_agree(open_reader(tmp_path / name, z=2), StandIn.pixels[0, :, 2])
-    for choice in ({"t": 2}, {"z": 3}):
+    second = open_reader(tmp_path / name, z=2, scene=1)
+    assert second.scenes == ("First", "Second")
+    parts_agree(second, StandIn.pixels[0, :, 2] + 1)
+    for choice in ({"t": 2}, {"z": 3}, {"scene": 2}):
         with pytest.raises(InputError, match="there is none with number"):
             open_reader(tmp_path / name, **choice)
 

@@ -227,16 +227,9 @@ def _method(settings: Any) -> Any:
 
 
 def _one_image(source: str, settings: Any) -> Any:
-    from daskcell.errors import InputError
-    from daskcell.images import find_images
+    from daskcell.images.image import find_image
 
-    found = find_images(source, settings.input, partial(print, file=sys.stderr))
-    if len(found) > 1:
-        names = ", ".join(one.name for one in found[:3])
-        raise InputError(
-            f"{source} holds {len(found)} images ({names} ...). Please give one, or use 'daskcell run'."
-        )
-    return found[0]
+    return find_image(source, settings.input, tell=partial(print, file=sys.stderr))
 
 
 def _refuse_existing(target: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +15,7 @@ from daskcell.config import InputSettings
 from daskcell.errors import ImageError, InputError, InputWarning
 from daskcell.geometry import Box
 from daskcell.images.sandbox import open_safely
+from daskcell.images.scenes import list_scenes
 from daskcell.images.search import find_images
 from daskcell.images.sources import Source
 
@@ -56,23 +57,25 @@ class Image:
 
 
 def open_image(
-    path: str | Path | Sequence[str | Path] | Source, settings: InputSettings | None = None
+    path: str | Path | Sequence[str | Path] | Source,
+    settings: InputSettings | None = None,
+    *,
+    scene: str | int | None = None,
 ) -> Image:
     """Open any readable file, OME-Zarr image, or folder with one file per channel; pixels are read lazily.
+
+    Parameters
+    ----------
+    scene
+        Name, or number counted from 0, of the image to open in a file that holds several (scenes, positions,
+        series, fields of a plate).
 
     Raises
     ------
     ImageError
-        If it cannot be read, or is several images.
+        If it cannot be read, or is several images: the sentence names them.
     """
-    if isinstance(path, Source):
-        source = path
-    else:
-        sources = find_images(path, settings)
-        if len(sources) > 1:
-            found = ", ".join(s.name for s in sources[:3])
-            raise ImageError(f"{path} holds {len(sources)} images ({found}, ...); please open one of them.")
-        source = sources[0]
+    source = find_image(path, settings, scene)
     reader = open_safely(source)
     for note in getattr(reader, "notes", ()):
         warnings.warn(note, InputWarning, stacklevel=2)
@@ -89,6 +92,7 @@ def convert(
     client: Any = None,
     *,
     version: Literal["0.5", "0.4"] = "0.5",
+    scene: str | int | None = None,
 ) -> Image:
     """Write any readable image as OME-Zarr at `dst` and open that.
 
@@ -98,6 +102,8 @@ def convert(
         A Dask client, a cluster or a scheduler's address to work on; None: this process.
     version
         Of OME-Zarr; 0.4 for viewers that know no other, with a file for every 512 x 512 pixels of a channel.
+    scene
+        As for `open_image`.
 
     Raises
     ------
@@ -110,22 +116,44 @@ def convert(
 
     if version not in ("0.4", "0.5"):
         raise InputError(f"OME-Zarr {version} cannot be written; please choose 0.5 or 0.4.")
-    sources = [src] if isinstance(src, Source) else find_images(src)
-    if len(sources) > 1:
-        raise ImageError(
-            f"{src} holds {len(sources)} images; please convert them one by one, or use daskcell run."
-        )
-    settings = InputSettings(ome_zarr=version)
+    source, settings = find_image(src, None, scene), InputSettings(ome_zarr=version)
     if client is None:
-        report = convert_slide(sources[0], dst, None, settings)
+        report = convert_slide(source, dst, None, settings)
     else:
         from daskcell.compute import start_workers
 
         with start_workers(client=client) as workers:
-            report = convert_slide(sources[0], dst, workers, settings)
+            report = convert_slide(source, dst, workers, settings)
     for note in report.get("notes", ()):
         warnings.warn(note, InputWarning, stacklevel=2)
     return open_image(dst)
+
+
+def find_image(
+    path: str | Path | Sequence[str | Path] | Source,
+    settings: InputSettings | None = None,
+    scene: str | int | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Source:
+    """The only image among `path`, or that of one `scene`; raises `ImageError` where there are several."""
+    if isinstance(path, Source):
+        return path
+    if scene is not None:
+        settings = (settings or InputSettings()).model_copy(update={"scenes": [scene]})
+    sources = find_images(path, settings, tell)
+    if len(sources) == 1:
+        return sources[0]
+    scenes = list(dict.fromkeys(source.part for source in sources if source.part))
+    if len(scenes) > 1:
+        raise ImageError(
+            f"{path} holds {len(scenes)} images: {list_scenes(scenes)}. Please choose one, such as "
+            f"scene={scenes[0]!r} (input.scenes), or use 'daskcell run' for all."
+        )
+    found = list_scenes([source.name for source in sources])
+    raise ImageError(
+        f"{path} holds {len(sources)} images ({found}). Please choose one of them (a file, a time point t, a "
+        "plane z), or use 'daskcell run' for all."
+    )
 
 
 def _lazy(source: Source, reader: Any) -> Image:
@@ -163,4 +191,4 @@ def _read_chunk(source: Source, identity: str, block_info: Any = None) -> Any:
     return cached_reader(source, identity).read(0, Box(y0, x0, y1, x1))
 
 
-__all__ = ["Image", "convert", "open_image"]
+__all__ = ["Image", "convert", "find_image", "open_image"]

@@ -27,7 +27,8 @@ class SourceReader:
         self.readers: list[Reader] = []
         try:
             for file in source.files:
-                self.readers.append(open_reader(file, t=source.t, z=source.z, axes=source.axes))
+                reader = open_reader(file, t=source.t, z=source.z, axes=source.axes, scene=source.scene)
+                self.readers.append(reader)
             self._join(source)
         except BaseException:
             self.close()
@@ -39,6 +40,7 @@ class SourceReader:
         self.notes = tuple(note for reader in self.readers for note in getattr(reader, "notes", ()))
         """What the readers assume that the files do not say, in sentences."""
         self.files = tuple(sorted({file for reader in self.readers for file in reader.files}))
+        self.scenes = tuple(getattr(first, "scenes", ("",)))
         self.is_rgb = first.is_rgb and source.file_channels is None
         self.pixel_size = source.pixel_size or first.pixel_size
         if source.file_channels is None:

@@ -18,8 +18,9 @@ from daskcell.images import channels as names
 from daskcell.images import derived
 from daskcell.images.manifest import is_manifest, read_manifest
 from daskcell.images.readers import ZChoice, may_be_stack, suffixes
-from daskcell.images.readers.omezarr import images_within, is_zarr
+from daskcell.images.readers.omezarr import is_zarr
 from daskcell.images.sandbox import open_safely
+from daskcell.images.scenes import split_scenes
 from daskcell.images.sources import Source, find_channel
 
 REQUESTS_AT_ONCE = 16
@@ -95,13 +96,15 @@ def find_images(
     take = tuple(settings.channels) if settings.channels is not None else None
     whole = [Source(group.name, group.files, group.channels, take, pixel_size) for group in groups]
     whole += [replace(s, take=s.take or take, pixel_size=s.pixel_size or pixel_size) for s in listed]
+    whole = [replace(source, axes=settings.axes) for source in whole]
     for source in whole:
         if take and source.file_channels:
             for name in take:
                 find_channel(name, source.file_channels, source)
     sources = []
-    for source, is_stack in _stacks_marked(whole, settings):
-        sources += _planes(source, is_stack, settings)
+    for source, may_be_several in _marked(whole):
+        for scene in split_scenes(source, settings.scenes) if may_be_several else [source]:
+            sources += _planes(scene, may_be_several, settings)
     unique = names.unique_names(source.name for source in sources)
     return [replace(source, name=name) for source, name in zip(sources, unique, strict=True)]
 
@@ -136,10 +139,8 @@ def _channels_inside(source: Source) -> str:
     return ", ".join(reader.channels) + note
 
 
-def _stacks_marked(sources: list[Source], settings: InputSettings) -> list[tuple[Source, bool]]:
-    """Each source, and whether it must be opened to know how many images the settings make of it."""
-    if settings.z != "all" and settings.t != "all":
-        return [(source, False) for source in sources]
+def _marked(sources: list[Source]) -> list[tuple[Source, bool]]:
+    """Each source, and whether it must be opened to know how many images it holds."""
     first = [source.files[0] for source in sources]
     if not any(places.is_remote(file) for file in first):
         return [(source, may_be_stack(file)) for source, file in zip(sources, first, strict=True)]
@@ -151,11 +152,11 @@ def _planes(source: Source, is_stack: bool, settings: InputSettings) -> list[Sou
     """One source for each time point and plane that the settings want."""
     z: ZChoice = 0 if settings.z == "all" else settings.z
     t = 0 if settings.t == "all" else settings.t
-    chosen = replace(source, t=t, z=z, axes=settings.axes)
-    if not is_stack:
+    chosen = replace(source, t=t, z=z)
+    if not is_stack or (settings.z != "all" and settings.t != "all"):
         return [chosen]
     try:
-        reader = open_safely(Source(source.name, source.files[:1], axes=settings.axes))
+        reader = open_safely(replace(chosen, files=source.files[:1], file_channels=None, take=None, t=0, z=0))
     except DaskcellError:
         return [chosen]  # says so itself when it is converted, and does not stop the others
     sizes = reader.sizes
@@ -304,16 +305,7 @@ def _below(path: str, folder: str) -> str:
 def _grouped(files: list[str]) -> list[names.Group]:
     """Images among the files of one folder: what says itself what it holds first, the rest by the names."""
     groups: list[names.Group] = []
-    rest = []
-    for file in files:
-        images = images_within(file) if _may_be_folder(file) and is_zarr(file) else []
-        if images:
-            stem = names.stem(file)
-            groups += [
-                names.Group(f"{stem}_{inner.replace('/', '_')}", (f"{file}/{inner}",)) for inner in images
-            ]
-        else:
-            rest.append(file)
+    rest = files
     taken: set[str] = set()
     for file in rest:
         spans = _spans(file) if len(rest) > 1 and file not in taken else ()

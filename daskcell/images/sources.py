@@ -32,6 +32,10 @@ class Source:
     z: ZChoice = "max"
     axes: str | None = None
     """Order of the axes, where the settings say it; for files that do not."""
+    scene: int = 0
+    """Position of the image in a file that holds several."""
+    part: str = ""
+    """What tells it from the other images of its file: the name of a scene, or its number."""
     group: str | None = None
     """What a manifest says it belongs to, such as a treatment; changes nothing."""
     said: tuple[str, ...] = ()
@@ -45,7 +49,9 @@ class Source:
 
     def identity(self) -> str:
         """Hash of what decides the pixels: the files (name, size, time of change) and how they are read."""
-        parts: list[str] = [repr((self.file_channels, self.take, self.pixel_size, self.t, self.z, self.axes))]
+        parts: list[str] = [
+            repr((self.file_channels, self.take, self.pixel_size, self.t, self.z, self.axes, self.scene))
+        ]
         for file in self.files:
             names = ("zarr.json", ".zattrs") if places.is_folder(file) else ()
             for one in [places.join(file, name) for name in names] or [file]:

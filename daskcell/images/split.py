@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from daskcell.disk import replacing
 from daskcell.geometry import Box
 from daskcell.images.channels import safe_name, unique_names
+from daskcell.images.image import find_image
 from daskcell.images.readers import Reader
 from daskcell.images.sandbox import open_safely
-from daskcell.images.search import find_images
 from daskcell.images.sources import Source
 from daskcell.images.target import refuse_existing
 
@@ -29,7 +29,7 @@ def split_channels(image: str | Path | Source, folder: str | Path, *, overwrite:
     """
     import tifffile
 
-    source = image if isinstance(image, Source) else find_images(image)[0]
+    source = find_image(image)
     files = channel_files(source, folder)
     if not overwrite:
         for file in files:

@@ -68,7 +68,7 @@ def slide_keys(
         Fingerprints of other files by stage: networks for ``segment`` and ``describe``.
     """
     identity = [[file["name"], file["digest"], *file.get("said", ())] for file in files]
-    keys = {"convert": content_key("convert", identity, _dump(config.input))}
+    keys = {"convert": content_key("convert", identity, input_settings(config))}
     keys["freeze"] = content_key(
         "freeze", keys["convert"], _dump(config.preprocess), weights.get("freeze", "")
     )
@@ -95,6 +95,13 @@ def late_keys(config: Config, describe: str, cluster: str) -> dict[str, str]:
         "assign": assign,
         "paint": content_key("paint", assign, config.output.overlays, config.output.overlay_side),
     }
+
+
+def input_settings(config: Config) -> dict[str, Any]:
+    """The settings an image depends on: not which of a file are taken."""
+    values = _dump(config.input)
+    del values["scenes"]
+    return values
 
 
 def segment_settings(config: Config) -> dict[str, Any]:

@@ -25,6 +25,10 @@ from daskcell.geometry import Box
 ZChoice = int | Literal["max"]
 
 
+class MissingScene(ImageError):
+    """One of the images of a file is not there; others are."""
+
+
 @runtime_checkable
 class Reader(Protocol):
     """One picture, opened: ``(C, Y, X)`` at one time point and one plane (or the maximum over planes)."""
@@ -43,6 +47,9 @@ class Reader(Protocol):
     """Number of time points and planes: ``{"t": 1, "z": 1}``."""
     files: tuple[str, ...]
     """All files that are read (real paths or URLs): several where one file names others."""
+    scenes: tuple[str, ...]
+    """Names of all images that the file holds (scenes, positions, series), empty where one has none; this is
+    one of them. Readers of other packages may leave it out."""
     piece: tuple[int, int]
     """Height and width of what the file can give at once (its tiles or strips): read in multiples of it."""
 
@@ -58,8 +65,9 @@ class Kind(Protocol):
 
     A kind may also have ``may_be_stack(path) -> bool``, which quickly says (False) that a file is one plane
     at one time; without it, files are opened to know. Where ``TAKES_AXES`` is true, ``open`` takes ``axes``,
-    the order of the axes as the settings say it, for files that do not. A reader may have ``notes``:
-    sentences about what it assumes.
+    the order of the axes as the settings say it, for files that do not. Where its readers name several
+    `Reader.scenes`, ``open`` must take ``scene``, the position of the one to read. A reader may have
+    ``notes``: sentences about what it assumes.
     """
 
     SUFFIXES: tuple[str, ...]
@@ -91,7 +99,7 @@ def suffixes() -> tuple[str, ...]:
 
 
 def may_be_stack(path: str) -> bool:
-    """Whether a file may hold several time points or planes; told by its name or a glance where that does."""
+    """Whether a file may hold several scenes, times or planes; by its name or a glance where that does."""
     for kind in kinds():
         if path.lower().endswith(tuple(kind.SUFFIXES)):
             look = getattr(kind, "may_be_stack", None)
@@ -99,8 +107,10 @@ def may_be_stack(path: str) -> bool:
     return True
 
 
-def open_reader(path: str | Path, *, t: int = 0, z: ZChoice = "max", axes: str | None = None) -> Reader:
-    """Open a file (or OME-Zarr folder) for reading.
+def open_reader(
+    path: str | Path, *, t: int = 0, z: ZChoice = "max", axes: str | None = None, scene: int = 0
+) -> Reader:
+    """Open a file (or OME-Zarr folder) for reading; of several images in it the one at position `scene`.
 
     Raises
     ------
@@ -109,8 +119,10 @@ def open_reader(path: str | Path, *, t: int = 0, z: ZChoice = "max", axes: str |
     """
     path = os.fspath(path)
     kind = _kind_of(path)
-    said = {"axes": axes} if axes is not None and getattr(kind, "TAKES_AXES", False) else {}
-    return guarded(path, partial(kind.open, path, t=t, z=z, **said))
+    chosen: dict[str, Any] = {"scene": scene} if scene else {}
+    if axes is not None and getattr(kind, "TAKES_AXES", False):
+        chosen["axes"] = axes
+    return guarded(path, partial(kind.open, path, t=t, z=z, **chosen))
 
 
 def is_zarr_folder(path: str) -> bool:

@@ -1,4 +1,4 @@
-"""CZI, ND2, LIF and what else bioio has a plugin for (extra ``bioio``): the first scene of a file."""
+"""CZI, ND2, LIF and what else bioio has a plugin for (extra ``bioio``): the scenes of a file."""
 
 from __future__ import annotations
 
@@ -18,10 +18,20 @@ from daskcell.images.readers import ZChoice
 class BioioReader:
     """A picture of axes T, C, Z, Y, X, and S for the samples of a colour picture."""
 
-    def __init__(self, path: str, t: int = 0, z: ZChoice = "max") -> None:
+    def __init__(self, path: str, t: int = 0, z: ZChoice = "max", scene: int = 0) -> None:
         from bioio import BioImage
 
         self.image: Any = BioImage(path)
+        self.scenes = tuple(str(name) for name in self.image.scenes)
+        stored = _scenes_of_czi(path)
+        if stored > len(self.scenes):
+            raise ImageError(
+                f"Cannot read {path}: it holds {stored} scenes, of which its metadata name "
+                f"{len(self.scenes)}; please save them under names, or as OME-TIFF."
+            )
+        if not 0 <= scene < len(self.scenes):
+            raise InputError(f"{path} holds {len(self.scenes)} images; there is none with number {scene}.")
+        self.image.set_scene(scene)
         self.path, self.name = path, Path(path).stem
         dims = self.image.dims
         self.axes = str(dims.order)
@@ -74,5 +84,16 @@ class BioioReader:
         self.image = None
 
 
-def open(path: str, *, t: int = 0, z: ZChoice = "max") -> BioioReader:
-    return BioioReader(path, t, z)
+def _scenes_of_czi(path: str) -> int:
+    """How many scenes the pixels of a CZI file are of; bioio believes its metadata, which may name fewer."""
+    if not path.lower().endswith(".czi"):
+        return 0
+    try:
+        from aicspylibczi import CziFile
+    except ImportError:
+        return 0
+    return max((part.get("S", (0, 1))[1] for part in CziFile(path).get_dims_shape()), default=0)
+
+
+def open(path: str, *, t: int = 0, z: ZChoice = "max", scene: int = 0) -> BioioReader:
+    return BioioReader(path, t, z, scene)

@@ -39,7 +39,7 @@ class Extra:
             return any(head[at : at + len(start)] == start for at, start in self.starts)
         return path.lower().endswith(self.SUFFIXES)
 
-    def open(self, path: str, *, t: int = 0, z: ZChoice = "max") -> Reader:
+    def open(self, path: str, *, t: int = 0, z: ZChoice = "max", scene: int = 0) -> Reader:
         if places.is_remote(path):
             raise ImageError(
                 f"Cannot read {path}: files of this kind are read from disk only; please copy it."
@@ -52,7 +52,8 @@ class Extra:
                 f"Cannot read {path}: files of this kind need an extra. Please: pip install "
                 f"'daskcell[{self.name}]' ({error})."
             ) from None
-        opened: Reader = import_module(f"daskcell.images.readers.{self.name}").open(path, t=t, z=z)
+        chosen = {"scene": scene} if scene else {}
+        opened: Reader = import_module(f"daskcell.images.readers.{self.name}").open(path, t=t, z=z, **chosen)
         return opened
 
 

@@ -41,8 +41,9 @@ def is_array(path: str) -> bool:
 
 
 def images_within(path: str) -> list[str]:
-    """Paths of the images inside a plate, a well, a collection or what bioformats2raw wrote, in their order; none
-    for a single image.
+    """Paths of the images inside a plate, a well, a collection or what bioformats2raw wrote, in their order.
+
+    None for a single image.
 
     A well that cannot be read stands for its fields, so that it is missed where it is opened.
     """
@@ -99,8 +100,9 @@ def _paths(entries: Any) -> list[str]:
 class OmeZarrReader:
     """An OME-Zarr image at one time point."""
 
-    def __init__(self, path: str, t: int = 0, z: ZChoice = "max") -> None:
-        self.image = OmeZarr(path)
+    def __init__(self, path: str, t: int = 0, z: ZChoice = "max", scene: int = 0) -> None:
+        self.image = OmeZarr(path, scene=scene)
+        self.scenes = self.image.scenes
         self.name = self.image.name
         self.axes = self.image.axes.replace("-", "").upper()
         self.levels = self.image.levels
@@ -131,7 +133,7 @@ class OmeZarrReader:
         self.image.close()
 
 
-def open(path: str, *, t: int = 0, z: ZChoice = "max") -> OmeZarrReader:
+def open(path: str, *, t: int = 0, z: ZChoice = "max", scene: int = 0) -> OmeZarrReader:
     if not places.is_folder(path):
         raise ImageError(f"{path} is not an OME-Zarr folder.")
-    return OmeZarrReader(path, t, z)
+    return OmeZarrReader(path, t, z, scene)

@@ -32,6 +32,7 @@ class OpenSlideReader:
         self.dtype = np.dtype(np.uint8)
         self.is_rgb = True
         self.sizes = {"t": 1, "z": 1}
+        self.scenes = ("",)
         self.files = (places.real(path),)
         tile = [properties.get(f"openslide.level[0].tile-{side}", PIECE) for side in ("height", "width")]
         self.piece = (int(tile[0]), int(tile[1]))

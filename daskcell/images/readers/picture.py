@@ -1,12 +1,15 @@
 """PNG, JPEG and the like: small pictures, decoded whole.
 
 A colour picture whose channels are all the same (fluorescence saved as RGB) is read as one channel; alpha is
-left out.
+left out; the orientation of EXIF is honoured; gamma and colour profiles are not. All bits are kept: of what
+Pillow would narrow, and of JPEG that it does not know (12 bits, lossless), imagecodecs decodes. Grey of 2 and
+4 bits is spread over 0 to 255, as everywhere; of one bit it is 0 and 1.
 """
 
 from __future__ import annotations
 
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +50,7 @@ class PictureReader:
         self.pixel_size = pixel_size
         self.dtype = pixels.dtype
         self.sizes = {"t": 1, "z": 1}
+        self.scenes = ("",)
         self.piece = self.levels[0]
         self.files: tuple[str, ...] = ()
 
@@ -68,19 +72,21 @@ def open(path: str, *, t: int = 0, z: ZChoice = "max") -> PictureReader:
         raise ImageError(
             f"Cannot read {path}: damaged, its data hold zeros in a row that were never written."
         )
-    with Pillow.open(io.BytesIO(content)) as file:
-        width, height = file.size
-        if width * height * len(file.getbands()) > LARGEST_BYTES:
-            raise ImageError(
-                f"{path} is too large for its format ({height} x {width} pixels); please save it as TIFF."
-            )
-        mode = file.mode
-        picture = file.convert("RGB") if mode in ("P", "PA", "CMYK", "YCbCr", "LAB", "HSV", "RGBX") else file
-        pixels = np.asarray(ImageOps.exif_transpose(picture))
-    if pixels.dtype == bool:
-        pixels = pixels.astype(np.uint8)
-    if pixels.dtype == np.int32 and mode.startswith("I") and 0 <= pixels.min() <= pixels.max() <= 65535:
-        pixels = pixels.astype(np.uint16)  # Pillow holds the 16 bits of a grey PNG in 32
+    deep = _deep(content)
+    if deep is not None:
+        pixels = _decode_deep(content, path, deep)
+    else:
+        with Pillow.open(io.BytesIO(content)) as file:
+            if file.format == "PNG" and getattr(file, "n_frames", 1) > 1:
+                raise ImageError(_ANIMATED.format(path))
+            _check_size(path, file.height, file.width, len(file.getbands()))
+            mode = file.mode
+            shown = file.convert("RGB") if mode in _CONVERTED else file
+            pixels = np.asarray(ImageOps.exif_transpose(shown))
+        if pixels.dtype == bool:
+            pixels = pixels.astype(np.uint8)
+        if pixels.dtype == np.int32 and mode.startswith("I") and 0 <= pixels.min() <= pixels.max() <= 65535:
+            pixels = pixels.astype(np.uint16)  # Pillow holds the 16 bits of a grey PNG in 32
     if pixels.ndim == 3:
         colours = pixels.shape[2] - (pixels.shape[2] in (2, 4))  # without alpha
         pixels = np.moveaxis(pixels[..., :colours], 2, 0)
@@ -91,3 +97,62 @@ def open(path: str, *, t: int = 0, z: ZChoice = "max") -> PictureReader:
     reader = PictureReader(np.ascontiguousarray(pixels), Path(path).stem, pixels.shape[0] == 3, None)
     reader.files = (places.real(path),)
     return reader
+
+
+_CONVERTED = ("P", "PA", "CMYK", "YCbCr", "LAB", "HSV", "RGBX")
+"""Modes of Pillow that become red, green and blue."""
+_ANIMATED = "Cannot read {}: it is an animation; please save each of its images as a file."
+_LOSSLESS = {0xC3, 0xC7, 0xCB, 0xCF}
+"""JPEG markers of frames that Pillow does not decode."""
+
+
+def _deep(content: bytes) -> tuple[int, int, int] | None:
+    """Height, width and samples of what Pillow would narrow to 8 bits, or cannot decode; None of all else."""
+    if content.startswith(_PNG) and len(content) > 26:
+        width, height, bits, kind = struct.unpack_from(">IIBB", content, 16)
+        return (height, width, {2: 3, 4: 2, 6: 4}[kind]) if bits == 16 and kind in (2, 4, 6) else None
+    if content.startswith(_JPEG):
+        for marker, at in tiffstreams.frames(content):
+            bits, height, width, samples = struct.unpack_from(">BHHB", content, at)
+            return (height, width, samples) if bits != 8 or marker in _LOSSLESS else None
+    return None
+
+
+def _decode_deep(content: bytes, path: str, shape: tuple[int, int, int]) -> NDArray:
+    """Pixels of all their bits, turned as the file says."""
+    import imagecodecs
+    from PIL import Image as Pillow
+
+    height, width, samples = shape
+    _check_size(path, height, width, 2 * samples)
+    if content.startswith(_PNG):
+        if b"acTL" in content[: content.find(b"IDAT")]:
+            raise ImageError(_ANIMATED.format(path))
+        pixels = imagecodecs.png_decode(content)
+        with Pillow.open(io.BytesIO(content)) as file:
+            turn = int(file.getexif().get(_ORIENTATION, 1))
+        return np.asarray(orient(pixels, turn))
+    if samples not in (1, 3):
+        raise ImageError(f"Cannot read {path}: a JPEG of {samples} colours and more than 8 bits is not read.")
+    return np.asarray(imagecodecs.jpeg_decode(content))
+
+
+_ORIENTATION = 0x0112
+
+
+def orient(pixels: NDArray, orientation: int) -> NDArray:
+    """``(Y, X, ...)`` as EXIF says that it is to be seen; 1 and what is unknown is as stored."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels
+
+
+def _check_size(path: str, height: int, width: int, pixel_bytes: int) -> None:
+    if width * height * pixel_bytes > LARGEST_BYTES:
+        raise ImageError(
+            f"{path} is too large for its format ({height} x {width} pixels); please save it as TIFF."
+        )

@@ -7,7 +7,9 @@ Reads only the tiles or strips that a box touches. What the file stores is turne
 - a palette that is a ramp (grey, green, "fire") is a way of showing: its indices are the intensities and are
   kept; any other palette is expanded to red, green and blue (`is_ramp`).
 
-Of a slide with several pictures (label, thumbnail) the largest is read, of other files the first. Pages that
+A file may hold several images (`Reader.scenes`): those of OME-XML, pages of different sizes or kinds,
+positions of a stage. Left out are images of the glass beside a slide (label, macro, thumbnail) and smaller
+copies; of what a slide scanner wrote, the largest image and those of the same pixel size are read. Pages that
 nobody names are channels up to `PAGES_AS_CHANNELS` of them, and planes of a stack beyond.
 """
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,12 +31,13 @@ from daskcell import places
 from daskcell.errors import ImageError, InputError
 from daskcell.geometry import Box, check_inside
 from daskcell.images.axes import SIDE, choose_axes
-from daskcell.images.readers import ZChoice, guarded, tiffmeta, tiffpeek
+from daskcell.images.readers import MissingScene, ZChoice, guarded, tiffmeta, tiffpeek
 from daskcell.images.readers.array import ArrayReader
 from daskcell.images.readers.tiffcheck import Forms, check_data, check_page, check_pages
 from daskcell.images.readers.tiffpieces import Pieces
 
-_SLIDES = (".svs", ".ndpi", ".scn", ".qptiff", ".bif")
+_SINGLE = (".svs", ".ndpi", ".qptiff", ".bif")
+"""Slides that are a single image."""
 SUFFIXES = (
     ".tif",
     ".tiff",
@@ -42,7 +46,8 @@ SUFFIXES = (
     ".tf2",
     ".stk",
     ".lsm",
-    *_SLIDES,
+    ".scn",
+    *_SINGLE,
 )
 logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what is wrong is told by errors
 
@@ -51,9 +56,11 @@ PAGES_AS_CHANNELS = 8
 BAND_BYTES = 32 * 2**20
 """Stored pixels of one page that are in memory at a time."""
 
+_POSITIONS = "R"
+"""Axis of positions of the stage, in stacks of Micro-Manager and in what tifffile writes."""
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR, _LAB = 0, 1, 2, 3, 5, 6, 8
-_BESIDE = {"label", "macro", "overview", "thumbnail"}
-"""Names tifffile gives to the other pictures of a slide."""
+_BESIDE = {"label", "macro", "map", "overview", "probability", "thumbnail"}
+"""Names tifffile, and with "image" behind them Bio-Formats, give to the other pictures of a slide."""
 
 
 def matches(path: str, head: bytes) -> bool:
@@ -61,11 +68,13 @@ def matches(path: str, head: bytes) -> bool:
 
 
 def may_be_stack(path: str) -> bool:
-    return not path.lower().endswith(_SLIDES) and tiffpeek.may_be_stack(path)
+    return not path.lower().endswith(_SINGLE) and tiffpeek.may_be_stack(path)
 
 
-def open(path: str, *, t: int = 0, z: ZChoice = "max", axes: str | None = None) -> TiffReader | ArrayReader:
-    reader = TiffReader(path, t=t, z=z, axes=axes)
+def open(
+    path: str, *, t: int = 0, z: ZChoice = "max", axes: str | None = None, scene: int = 0
+) -> TiffReader | ArrayReader:
+    reader = TiffReader(path, t=t, z=z, axes=axes, scene=scene)
     return reader if reader.rearranged is None else reader.rearranged
 
 
@@ -90,13 +99,28 @@ def is_ramp(colormap: NDArray) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class _Scene:
+    """One of the images of a file."""
+
+    name: str
+    series: Any
+    """Of tifffile; None where its pages are not there."""
+    image: int = 0
+    """Position in OME-XML."""
+    position: int = 0
+    """Along an axis of positions of the stage."""
+
+
 class TiffReader:
-    """The largest picture of a TIFF file, at one time point."""
+    """One image of a TIFF file, at one time point."""
 
     rearranged: ArrayReader | None = None
     """Reads the file instead, if its pages are not planes of an image: channels that come last, say."""
 
-    def __init__(self, path: str, t: int = 0, z: ZChoice = "max", axes: str | None = None) -> None:
+    def __init__(
+        self, path: str, t: int = 0, z: ZChoice = "max", axes: str | None = None, scene: int = 0
+    ) -> None:
         self.path = path
         self.name = (
             Path(path).name.split(".")[0]
@@ -107,25 +131,35 @@ class TiffReader:
         self._stream: Any = places.open_file(path) if self.remote else path
         self.file = tifffile.TiffFile(self._stream, name=Path(path).name if self.remote else None)
         try:
-            self._open(t, z, check_pages(self.file, path), axes)
+            self._open(t, z, scene, check_pages(self.file, path), axes)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, t: int, z: ZChoice, forms: Forms, axes: str | None) -> None:
+    def _open(self, t: int, z: ZChoice, number: int, forms: Forms, axes: str | None) -> None:
         tiffmeta.check_description(self.file, self.path)
         if not self.file.series:
             raise ImageError(f"Cannot read {self.path}: the TIFF file holds no picture.")
-        series = self._main_series()
-        self.series = series
+        scenes = self._find_scenes()
+        self.scenes = tuple(scene.name for scene in scenes)
+        if not 0 <= number < len(scenes):
+            raise InputError(f"{self.path} holds {len(scenes)} images; there is none with number {number}.")
+        scene = scenes[number]
+        if scene.series is None:
+            raise MissingScene(
+                f"Cannot read image {number} of {self.path} ({scene.name}): its pages are not there, or in a "
+                "file that is missing."
+            )
+        self.series = series = scene.series
+        self.position = scene.position
         self.keyframe = keyframe = series.keyframe
         check_page(keyframe, self.path)
-        tiffmeta.check_counts(self.file, series, self.path, forms)
+        tiffmeta.check_counts(self.file, series, scene.image, self.path, forms)
         said = axes if tiffmeta.stated_axes(self.file, series) is None else None
         self.axes = self._name_axes(series, said)
         if not self.axes.endswith(keyframe.axes):
             check_data(series, series.ndim - len(keyframe.axes), self.path, forms)
-            self._rearrange(series, t, z, said)
+            self._rearrange(scene, t, z, said)
             return
         self._lay_out(series)
         self._choose(t, z)
@@ -143,14 +177,15 @@ class TiffReader:
         for level in self.level_series:
             check_data(level, self.leading, self.path, forms)
         self._set_colours()
-        size = tiffmeta.pixel_size(self.file, keyframe)
+        size = tiffmeta.pixel_size(self.file, keyframe, scene.image)
         self.pixel_size = size[::-1] if size and swapped else size
-        names = tiffmeta.channel_names(self.file, self.count)
+        names = tiffmeta.channel_names(self.file, self.count, scene.image)
         if names is not None and not self.is_rgb:
-            self.channels = names
+            self.channels: tuple[str, ...] = names
         piece = keyframe.chunks[:2]
         self.piece = (piece[1], piece[0]) if swapped else (piece[0], piece[1])
-        paths = {page.parent.filehandle.path for page in series.pages if page is not None}
+        every = [one.series for one in scenes if one.series is not None]
+        paths = {p.parent.filehandle.path for one in every for p in one.pages if p is not None}
         self.files = (self.path,) if self.remote else tuple(sorted(os.path.realpath(p) for p in paths))
 
     def _name_axes(self, series: Any, said: str | None) -> str:
@@ -167,16 +202,16 @@ class TiffReader:
             raise ImageError(f"Cannot read {self.path}: {error}") from None
         return str(series.axes) if said is None and found == "CYX" else found
 
-    def _rearrange(self, series: Any, t: int, z: ZChoice, said: str | None) -> None:
+    def _rearrange(self, scene: _Scene, t: int, z: ZChoice, said: str | None) -> None:
         """Read a file whose pages are no planes, such as one of channels that come last, as a whole."""
         if int(self.keyframe.photometric) not in (_BLACK_IS_ZERO, _RGB):
             raise ImageError(
                 f"Cannot read {self.path}: its pages are no planes of an image (axes {self.axes})."
             )
-        own = said or tiffmeta.stated_axes(self.file, series)
-        self.rearranged = ArrayReader(series.asarray(), self.path, own, t, z)
-        self.rearranged.name = self.name
-        self.rearranged.pixel_size = tiffmeta.pixel_size(self.file, self.keyframe)
+        own = said or tiffmeta.stated_axes(self.file, scene.series)
+        self.rearranged = ArrayReader(scene.series.asarray(), self.path, own, t, z)
+        self.rearranged.name, self.rearranged.scenes = self.name, self.scenes
+        self.rearranged.pixel_size = tiffmeta.pixel_size(self.file, self.keyframe, scene.image)
         names = tiffmeta.channel_names(self.file, len(self.rearranged.channels))
         if names is not None and not self.rearranged.is_rgb:
             self.rearranged.channels = names
@@ -193,15 +228,48 @@ class TiffReader:
             and (len(kinds) == 1 or kinds == {_RGB, _YCBCR})
         )
 
-    def _main_series(self) -> Any:
-        """The first picture; of a slide, or where the first is a thumbnail, the largest."""
+    def _find_scenes(self) -> list[_Scene]:
+        """All images of the file; of what a slide scanner wrote the largest, and others of its pixel size."""
+        file, series = self.file, self.file.series
+        named = tiffmeta.ome_images(self.file) if series[0].kind == "ome" else []
+        found = [_Scene(name, None, i) for i, name in enumerate(named)] or [
+            _Scene(one.name if file.is_scn else "", one) for one in series
+        ]
+        if named:
+            owners = self._owners(len(named))
+            found = [_Scene(scene.name, owners.get(scene.image), scene.image) for scene in found]
+        scanned = [
+            one
+            for one in found
+            if one.series is None or not (_is_beside(one) or one.series.keyframe.is_reduced)
+        ]
+        if file.is_svs or file.is_scn or file.is_qpi or file.is_bif or file.is_ndpi or file.is_philips:
+            scanned = self._of_one_size(scanned or found)
+        elif not scanned:  # a thumbnail and nothing else
+            scanned = [max(found, key=lambda one: math.prod(_yx(one.series)))]
+        return [place for scene in scanned for place in _positions(scene)]
+
+    def _owners(self, count: int) -> dict[int, Any]:
+        """The series of each of `count` images of OME-XML; tifffile leaves out those without pages."""
         series = self.file.series
-        is_slide = self.file.is_svs or self.file.is_scn or self.file.is_qpi or self.file.is_bif
-        if not is_slide and not series[0].keyframe.is_reduced:
-            return series[0]
-        # Beside a small piece of a slide the picture of the whole glass is the larger one.
-        scanned = [one for one in series if one.name.lower() not in _BESIDE] if is_slide else []
-        return max(scanned or series, key=lambda one: math.prod(_yx(one)))
+        if len(series) == count:
+            return dict(enumerate(series))
+        own = {
+            (page.parent.filehandle.name, page.index): one
+            for one in series
+            for page in one.pages
+            if page is not None
+        }
+        first = tiffmeta.first_pages(self.file)
+        return {image: own[page] for image, page in enumerate(first) if page in own}
+
+    def _of_one_size(self, scenes: list[_Scene]) -> list[_Scene]:
+        """The largest, and those whose pixels are of the same size: other areas of one glass."""
+        largest = max(scenes, key=lambda one: math.prod(_yx(one.series)))
+        size = tiffmeta.pixel_size(self.file, largest.series.keyframe)
+        if not self.file.is_scn or size is None:  # of the others tifffile gives one image, and its company
+            return [largest]
+        return [s for s in scenes if tiffmeta.pixel_size(self.file, s.series.keyframe) == size]
 
     def _lay_out(self, series: Any) -> None:
         """Which pages are which channel, plane and time point."""
@@ -213,7 +281,7 @@ class TiffReader:
         self.lengths = dict(zip(self.axes[: self.leading], series.shape[: self.leading], strict=True))
         if len(self.lengths) != self.leading:
             raise ImageError(f"Cannot read {self.path}: axes {self.axes} are ambiguous.")
-        roles = {axis: axis.lower() for axis in self.lengths if axis in "CZT"}
+        roles = {axis: axis.lower() for axis in self.lengths if axis in ("C", "Z", "T", _POSITIONS)}
         for axis, length in self.lengths.items():
             if axis in roles:
                 continue
@@ -241,7 +309,7 @@ class TiffReader:
 
     def _page_number(self, channel: int, z: int) -> int:
         number = 0
-        at = {"t": self.t, "z": z, "c": channel}
+        at = {"t": self.t, "z": z, "c": channel, _POSITIONS.lower(): self.position}
         for axis, length in self.lengths.items():
             number = number * length + at[self.roles[axis]]
         return number
@@ -353,6 +421,20 @@ class TiffReader:
 
     def __repr__(self) -> str:
         return f"<TiffReader {os.path.basename(self.path)} {self.axes} {self.levels[0]} {self.dtype}>"
+
+
+def _is_beside(scene: _Scene) -> bool:
+    names = {scene.name.lower(), str(scene.series.name).lower()}
+    return any(name.removesuffix(" image") in _BESIDE for name in names)
+
+
+def _positions(scene: _Scene) -> list[_Scene]:
+    """A scene for each position of the stage, where they are an axis of the series."""
+    if scene.series is None or _POSITIONS not in scene.series.axes:
+        return [scene]
+    count = scene.series.shape[scene.series.axes.index(_POSITIONS)]
+    names = [f"{scene.name}_{i}" if scene.name else "" for i in range(count)]
+    return [_Scene(name, scene.series, scene.image, i) for i, name in enumerate(names)]
 
 
 def _yx(series: Any) -> tuple[int, int]:

@@ -56,8 +56,7 @@ def check_description(file: Any, path: str) -> None:
             ElementTree.fromstring(text)
         except ElementTree.ParseError as error:
             raise ImageError(f"Cannot read {path}: its OME metadata is broken ({error}).") from None
-    pixels = _ome_pixels(file)
-    if pixels is not None:
+    for pixels in _all_pixels(file):
         sizes = [pixels.get(f"Size{axis}", "") for axis in "XYCZT"]
         if not all(size.isdigit() and int(size) for size in sizes):
             raise ImageError(f"Cannot read {path}: its OME metadata give no sizes ({', '.join(sizes)}).")
@@ -66,13 +65,16 @@ def check_description(file: Any, path: str) -> None:
             raise ImageError(f"Cannot read {path}: its OME metadata claim {planes} planes.")
 
 
-def check_counts(file: Any, series: Any, path: str, forms: Forms) -> None:
-    """Refuse a file whose metadata speak of other pages than there are; `forms` are those of its pages."""
-    if series is not file.series[0]:
-        return
-    pixels = _ome_pixels(file)
+def check_counts(file: Any, series: Any, image: int, path: str, forms: Forms) -> None:
+    """Refuse a file whose metadata speak of other pages than there are; `forms` are those of its pages.
+
+    `image` is the position of the series among the images of the metadata.
+    """
+    pixels = _ome_pixels(file, image)
     if pixels is not None:
         _check_ome(file, series, pixels, path, forms)
+    elif series is not file.series[0]:
+        return
     elif file.is_imagej:
         said = file.imagej_metadata or {}
         planes = [said.get(name, 1) for name in ("images", "channels", "slices", "frames")]
@@ -117,20 +119,23 @@ def stated_axes(file: Any, series: Any) -> str | None:
     return None if series.kind in ("generic", "uniform") else str(series.axes)
 
 
-def pixel_size(file: Any, page: Any) -> tuple[float, float] | None:
-    """``(y, x)`` in micrometres, from OME-XML, ImageJ, Aperio or resolution tags; None if none is sound."""
+def pixel_size(file: Any, page: Any, image: int = 0) -> tuple[float, float] | None:
+    """``(y, x)`` of an image in micrometres, from OME-XML, ImageJ, Aperio or resolution tags.
+
+    None if none of them is sound.
+    """
     return (
-        _sound(_ome_size(file))
+        _sound(_ome_size(file, image))
         or _sound(_imagej_size(file, page))
         or _sound(_aperio_size(page))
         or _sound(_tag_size(page))
     )
 
 
-def channel_names(file: Any, count: int) -> tuple[str, ...] | None:
+def channel_names(file: Any, count: int, image: int = 0) -> tuple[str, ...] | None:
     """Names of `count` channels where OME-XML, ImageJ or tifffile's own description give any."""
     names: list[str] = []
-    pixels = _ome_pixels(file)
+    pixels = _ome_pixels(file, image)
     if pixels is not None:
         for channel in (each for each in pixels if each.tag.endswith("}Channel")):
             samples = channel.get("SamplesPerPixel", "1")
@@ -153,19 +158,49 @@ def _sound(size: tuple[float, float] | None) -> tuple[float, float] | None:
     return float(f"{size[0]:.6g}"), float(f"{size[1]:.6g}")
 
 
-def _ome_pixels(file: Any) -> Any:
+def ome_images(file: Any) -> list[str]:
+    """Names of the images that OME-XML speaks of, empty where one has none; none without OME-XML."""
+    return [image.get("Name", "") for image, _ in _ome_images(file)]
+
+
+def _ome_images(file: Any) -> list[tuple[Any, Any]]:
+    """Each ``Image`` of OME-XML with its ``Pixels``, in the order of tifffile's series."""
     text = file.ome_metadata
     if not text:
-        return None
+        return []
     try:
         root = ElementTree.fromstring(text)
     except ElementTree.ParseError:
-        return None
-    return next((e for e in root.iter() if e.tag.endswith("}Pixels")), None)
+        return []
+    images = [element for element in root.iter() if element.tag.endswith("}Image")]
+    return [(image, pixels) for image in images for pixels in image if pixels.tag.endswith("}Pixels")]
 
 
-def _ome_size(file: Any) -> tuple[float, float] | None:
-    pixels = _ome_pixels(file)
+def first_pages(file: Any) -> list[tuple[str, int] | None]:
+    """Name of the file, and number of the page in it, where each image of OME-XML begins."""
+    found: list[tuple[str, int] | None] = []
+    for pixels in _all_pixels(file):
+        data = next((element for element in pixels if element.tag.endswith("}TiffData")), None)
+        if data is None:
+            found.append(None)
+            continue
+        names = [element.get("FileName", "") for element in data if element.tag.endswith("}UUID")]
+        number = data.get("IFD", "0")
+        found.append((next(iter(names), file.filename), int(number) if number.isdigit() else 0))
+    return found
+
+
+def _all_pixels(file: Any) -> list[Any]:
+    return [pixels for _, pixels in _ome_images(file)]
+
+
+def _ome_pixels(file: Any, image: int) -> Any:
+    found = _all_pixels(file)
+    return found[image] if image < len(found) else None
+
+
+def _ome_size(file: Any, image: int) -> tuple[float, float] | None:
+    pixels = _ome_pixels(file, image)
     if pixels is None:
         return None
     sizes = []

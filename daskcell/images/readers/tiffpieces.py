@@ -170,8 +170,11 @@ class Pieces:
             if self.remote:
                 (data,) = places.read_ranges(self.path, [(start, count)])
             else:
-                self.file.filehandle.seek(start)
-                data = self.file.filehandle.read(count)
+                handle = key.parent.filehandle  # of another file, where several make an OME-TIFF
+                if handle.closed:
+                    handle.open()
+                handle.seek(start)
+                data = handle.read(count)
             if len(data) != count:
                 raise ImageError(f"Cannot read {self.path}: the file is truncated.")
             rows = np.frombuffer(data, dtype).reshape(-1, width, inner)[:, box.x0 : box.x1]

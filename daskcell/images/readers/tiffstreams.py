@@ -113,15 +113,21 @@ def _scan(data: bytes, tables: bytes) -> int:
     return first if baseline and not blank else len(data)
 
 
+def frames(data: bytes) -> Iterator[tuple[int, int]]:
+    """Markers of the frames of a JPEG stream, and where their bits, height, width and colours stand."""
+    for marker, at in _segments(data):
+        if marker in _FRAMES and at + 6 <= len(data):
+            yield marker, at
+
+
 def exceeds(data: bytes, rows: int, columns: int) -> bool:
     """Whether JPEG `data` hold more than `rows` x `columns`, each rounded up to whole blocks of 16.
 
     False where the size is not in them (NDPI).
     """
-    for marker, at in _segments(data):
-        if marker in _FRAMES and at + 5 <= len(data):
-            height, width = struct.unpack_from(">HH", data, at + 1)
-            return height > -(-rows // 16) * 16 or width > -(-columns // 16) * 16
+    for _, at in frames(data):
+        height, width = struct.unpack_from(">HH", data, at + 1)
+        return height > -(-rows // 16) * 16 or width > -(-columns // 16) * 16
     return False
 
 

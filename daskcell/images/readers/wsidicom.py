@@ -28,6 +28,7 @@ class WsiDicomReader:
         self.files = (places.real(path),)
         self.sizes = {"t": 1, "z": len(base.focal_planes) or 1}
         self.pixel_size = None
+        self.scenes = ("",)
         if base.mpp is not None:
             self.pixel_size = (float(base.mpp.height), float(base.mpp.width))
         self.piece = (base.tile_size.height, base.tile_size.width)

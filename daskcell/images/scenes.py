@@ -1,0 +1,109 @@
+"""Files that hold several images: scenes, positions, series, fields of a plate. Each becomes a source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from daskcell import places
+from daskcell.errors import DaskcellError, ImageError
+from daskcell.images.channels import safe_name, unique_names
+from daskcell.images.readers import MissingScene, is_zarr_folder
+from daskcell.images.readers.omezarr import images_within
+from daskcell.images.sandbox import open_safely
+from daskcell.images.sources import Source
+
+Chosen = Literal["all"] | Sequence[str | int]
+SHOWN = 8
+"""Names that a sentence lists."""
+
+
+def split_scenes(source: Source, chosen: Chosen = "all") -> list[Source]:
+    """One source for each image that the file of `source` holds, or for those that are chosen.
+
+    Where there are several, each is named after the file and the scene: its name where it has one of its own,
+    else its number, counted from 0. `source` itself is returned where there is one, or the file cannot be
+    read, which is said when it is converted.
+
+    Raises
+    ------
+    ImageError
+        If there are several, and what is chosen is none of them.
+    """
+    first = source.files[0]
+    try:
+        folders = images_within(first) if is_zarr_folder(first) else []
+        names = folders or _names(replace(source, files=source.files[:1], file_channels=None, take=None))
+    except DaskcellError:
+        return [source]
+    if len(names) < 2 and not folders:
+        return [source]
+    labels = scene_labels(names)
+    found = []
+    for number in _positions(first, names, labels, chosen):
+        part = names[number] if folders else labels[number]
+        scene = replace(source, name=f"{source.name}_{labels[number]}", part=part)
+        if folders:
+            files = tuple(places.join(file, *names[number].split("/")) for file in source.files)
+            found.append(replace(scene, files=files))
+        else:
+            # Of which scene a slide is made is part of its keys, as what a manifest says.
+            found.append(replace(scene, scene=number, said=(*source.said, f"scene {number}")))
+    return found
+
+
+def _names(source: Source) -> Sequence[str]:
+    """Names of the images in a file, of which the first may be missing."""
+    while True:
+        try:
+            reader = open_safely(source)
+        except MissingScene:
+            source = replace(source, scene=source.scene + 1)
+        else:
+            reader.close()
+            return reader.scenes
+
+
+def scene_labels(names: Sequence[str]) -> list[str]:
+    """What each scene is called: its name, or its number where it has none or shares it; all differ."""
+    safe = [safe_name(name).lower() if name.strip() else "" for name in names]
+    own = [bool(text) and safe.count(text) == 1 for text in safe]
+    return unique_names(
+        name if is_own else str(i) for i, (name, is_own) in enumerate(zip(names, own, strict=True))
+    )
+
+
+def list_scenes(names: Sequence[str]) -> str:
+    """The names of scenes for a sentence, the first of many."""
+    shown = ", ".join(names[:SHOWN])
+    return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN} more"
+
+
+def _positions(file: str, names: Sequence[str], labels: Sequence[str], chosen: Chosen) -> list[int]:
+    if chosen == "all":
+        return list(range(len(names)))
+    found = [
+        i
+        for i, (name, label) in enumerate(zip(names, labels, strict=True))
+        if any(_is_meant(wanted, i, (name, label), names, labels) for wanted in chosen)
+    ]
+    if not found:
+        raise ImageError(
+            f"{file} holds {len(names)} images ({list_scenes(labels)}); none of them is "
+            f"{' or '.join(map(repr, chosen))}. Please name others in input.scenes."
+        )
+    return found
+
+
+def _is_meant(
+    wanted: str | int, position: int, own: tuple[str, str], names: Sequence[str], labels: Sequence[str]
+) -> bool:
+    if isinstance(wanted, int):
+        return wanted == position
+    if wanted in names or wanted in labels:  # exactly: a name may hold a * itself
+        return wanted in own
+    if wanted.isdigit():
+        return int(wanted) == position
+    return any(fnmatchcase(name.lower(), wanted.lower()) for name in own)
