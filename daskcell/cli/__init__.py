@@ -7,6 +7,7 @@ a signal.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ def main() -> NoReturn:
     if debug:
         sys.argv.remove("--debug")
     signal.signal(signal.SIGTERM, _terminated)
+    _print_anything()
     try:
         app()
         code = 0
@@ -40,6 +42,13 @@ def main() -> NoReturn:
         print(f"daskcell: {_unforeseen(error)}", file=sys.stderr)
         code = 1
     raise SystemExit(code)
+
+
+def _print_anything() -> None:
+    """Names of files and channels may have letters that the terminal or pipe has not: escape these."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _unforeseen(error: Exception) -> str:
