@@ -12,11 +12,12 @@ from daskcell.errors import InputError
 from daskcell.features.crops import Sample, background_sample, sample_boxes
 from daskcell.features.encoders import Encoder, as_encoder, encoder_spec, load
 from daskcell.features.measurements import KINDS, Kind, measure_block, measurement_columns, to_table
-from daskcell.features.objects import Reading, block_records, merge_records, plan_readings
+from daskcell.features.objects import Reading, block_records, merge_records, plan_readings, refuse_far_labels
 from daskcell.features.stages import as_stages
 from daskcell.features.textures import Greys, freeze_greys, grey_sample
 from daskcell.features.vectors import Network, Vectors, choose_vectors, share_out
 from daskcell.geometry import Grid
+from daskcell.inputs import as_numbers
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -54,7 +55,8 @@ def measure(
         Row i is label i + 1, with the columns ``label``, those of `measurements.SHAPE_COLUMNS` (named as in
         scikit-image; ``touches_edge`` marks cells at the image's border) and, for every channel,
         ``intensity_mean``, ``_std``, ``_min`` and ``_max`` and those of
-        `textures.TEXTURE_COLUMNS`. A label no pixel has gives area 0 and missing numbers.
+        `textures.TEXTURE_COLUMNS`. A label no pixel has gives area 0 and missing numbers; labels
+        that go far beyond their number (such as 5 and 2 200 000 000) are refused.
 
     Raises
     ------
@@ -174,7 +176,7 @@ def embed(
         network = as_stages(encoder, batch_size=batch_size, device=device, precision=precision)
     else:
         network = as_encoder(encoder, size=size, batch_size=batch_size, device=device, precision=precision)
-    pixels, picture = _arrays(labels, image)
+    pixels, picture = _arrays(labels, as_numbers(image, "image"))
     assert picture is not None
     records, grid = _find_cells(pixels)
     side = None
@@ -242,13 +244,11 @@ def _arrays(labels: Any, image: Any) -> tuple[Any, Any]:
     """Both as Dask arrays that fit together, labels in memory."""
     import dask.array as da
 
-    labels = da.asanyarray(labels)
+    labels = da.asanyarray(as_numbers(labels, "labels", "iu"))
     if labels.ndim != 2:
         raise InputError(f"labels must have the axes (Y, X), but have the shape {labels.shape}.")
-    if labels.dtype.kind not in "iu":
-        raise InputError(f"labels must be whole numbers, but are {labels.dtype}.")
     if image is not None:
-        image = da.asanyarray(image)
+        image = da.asanyarray(as_numbers(image, "image"))
         image = image[None] if image.ndim == 2 else image
         if image.ndim != 3 or image.shape[1:] != labels.shape:
             raise InputError(
@@ -264,7 +264,9 @@ def _find_cells(labels: da.Array) -> tuple[np.ndarray, Grid]:
     grid = Grid.from_chunks(labels.chunks)
     cores = [grid.core(index) for index in grid]
     jobs = [_job(_records_task, labels, None, [Reading(core, _NONE)]) for core in cores if not core.is_empty]
-    return merge_records(_compute(jobs)), grid
+    records = merge_records(_compute(jobs))
+    refuse_far_labels(records)
+    return records, grid
 
 
 def _records_task(pixels: Pixels, readings: Sequence[Reading]) -> np.ndarray:

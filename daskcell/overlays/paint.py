@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from daskcell.errors import InputError
+from daskcell.inputs import as_numbers
 from daskcell.overlays.palette import colors
 
 if TYPE_CHECKING:
@@ -69,14 +70,17 @@ def overlay(
     from daskcell.features.crops import sample_boxes
 
     lazy = isinstance(image, da.Array) or isinstance(labels, da.Array)
-    picture, cells = da.asanyarray(image), da.asanyarray(labels)
+    picture = da.asanyarray(as_numbers(image, "image"))
+    cells = da.asanyarray(as_numbers(labels, "labels", "iu"))
     picture = picture[None] if picture.ndim == 2 else picture
     if cells.ndim != 2 or picture.ndim != 3 or picture.shape[1:] != cells.shape:
         raise InputError(
             f"image must be (C, Y, X) with the Y and X of the labels, but the shapes are {picture.shape} and "
             f"{cells.shape}."
         )
-    clusters = np.asarray(clusters)
+    clusters = np.asarray(as_numbers(clusters, "clusters", "iuf"))
+    if clusters.ndim != 1:
+        raise InputError(f"clusters must be one number a cell, but has the shape {clusters.shape}.")
     if clusters.ndim != 1 or clusters.dtype.kind not in "iu":
         raise InputError(
             f"clusters must be one whole number per cell, not {clusters.dtype} {clusters.shape}."
@@ -145,7 +149,8 @@ def paint(
     if labels.size and int(labels.max()) >= len(lookup):
         raise InputError(
             f"There is a cell {int(labels.max())}, but clusters of {len(lookup) - 1} cells only. "
-            "Give one cluster per label."
+            "Please give a cluster for each label, or number the labels anew, as with "
+            "skimage.segmentation.relabel_sequential(labels)[0]."
         )
     value = lookup[labels]
     table = np.concatenate([np.zeros((1, 3), np.uint8), palette]).astype(np.float32) / 255

@@ -14,6 +14,7 @@ import numpy as np
 
 from daskcell.errors import InputError
 from daskcell.geometry import Box, Grid
+from daskcell.inputs import as_numbers
 from daskcell.preprocess.pixels import working_dtype
 from daskcell.preprocess.plan import apply_steps, count_block
 from daskcell.preprocess.statistics import Pass
@@ -29,13 +30,15 @@ def as_planes(x: Any, *, allow_2d: bool = False) -> da.Array:
     """A dask array ``(C, Y, X)`` of a working dtype with all channels in each chunk."""
     import dask.array as da
 
+    if isinstance(x, list | tuple) and not all(hasattr(plane, "shape") for plane in x):
+        x = as_numbers(x, "image")
     if isinstance(x, list | tuple):
         shapes = {np.shape(plane) for plane in x}
         if len(shapes) != 1:
             raise InputError(f"The channels differ in size: {sorted(shapes)}.")
-        x = da.stack([da.asarray(plane) for plane in x])
-    elif not isinstance(x, da.Array):
-        x = np.asarray(x)
+        x = da.stack([da.asarray(as_numbers(plane, "a channel")) for plane in x])
+    x = as_numbers(x, "image")
+    if not isinstance(x, da.Array):
         # One chunk a block of this size keeps filters and counts parallel.
         x = da.from_array(x, chunks=(-1,) * (x.ndim - 2) + (2048, 2048) if x.ndim >= 2 else -1)
     if x.ndim == 2 and allow_2d:

@@ -14,6 +14,7 @@ import numpy as np
 
 from daskcell.errors import InputError
 from daskcell.geometry import Box, Grid
+from daskcell.inputs import as_numbers
 from daskcell.segmentation.cells import Cells, check_block, number, refuse_too_many
 from daskcell.segmentation.methods import BlockMethod, CellposeMethod, Method, network_source
 from daskcell.segmentation.ownership import Candidates, Thresholds, own_labels
@@ -206,10 +207,10 @@ def as_image(image: Any, channels: list[int] | None = None, most: int = 3) -> An
     """``(C, Y, X)`` dask array with one to `most` channels; raises `InputError` otherwise."""
     import dask.array as da
 
+    image = as_numbers(image, "image")
+    if image.ndim not in (2, 3):
+        raise InputError(f"An image is (Y, X) or (C, Y, X), but this one has shape {image.shape}.")
     if not isinstance(image, da.Array):
-        image = np.asarray(image)
-        if image.dtype.kind not in "buif":
-            raise InputError(f"Cannot segment pixels of type {image.dtype}. Please give integers or floats.")
         image = da.from_array(
             image, chunks=(*image.shape[:-2], *(min(side, 2048) for side in image.shape[-2:]))
         )
