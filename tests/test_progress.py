@@ -169,6 +169,7 @@ class Watcher(Progress):
         self.fractions.append(self.fraction)
 
 
+@pytest.mark.slow
 def test_long_stages_of_a_slide_tell_of_every_block_and_status_says_the_same(slide, tmp_path, monkeypatch):
     monkeypatch.setattr(collection, "_TELL_SECONDS", -1)
     monkeypatch.setattr("daskcell.segmentation.diameter.WHOLE_UP_TO", 0)
