@@ -303,7 +303,9 @@ class JobSettings(Settings):
 
 
 class ComputeSettings(Settings):
-    """Where the work runs; never changes a result."""
+    """Where the work runs. Results do not depend on the number and kind of workers or on the size of blocks.
+    On what networks run (`device`), and in how many `threads`, changes their last bits, since sums are then
+    made in another order."""
 
     kind: str = "local"
     """``local`` (worker processes here), ``gpu`` (the same, and one per GPU of this machine), ``inline``
@@ -313,7 +315,7 @@ class ComputeSettings(Settings):
     """Worker processes on this machine; None: one per core, or fewer where they would have too little
     memory."""
     threads: Annotated[int, Field(ge=1)] = 1
-    """Threads of torch, BLAS and numba in each worker. Results depend on it in the last bit."""
+    """Threads of torch, BLAS and numba in each worker; see above for what depends on it."""
     memory: str = "auto"
     """Memory limit per worker on this machine."""
     block: Annotated[int, Field(ge=256, multiple_of=16)] = 2048

@@ -18,6 +18,7 @@ from daskcell.config import parse_config
 from daskcell.disk import write_atomic, write_json
 from daskcell.errors import StudyError
 from daskcell.pipeline.progress import Progress
+from daskcell.pipeline.status import open_first
 from daskcell.study import Study
 
 SETTINGS: dict[str, Any] = {
@@ -154,7 +155,7 @@ def tell(study: Study, scores: dict[str, dict[str, float]]) -> str:
     ]
     lines += [
         "(cells found at IoU 0.5; ARI: groups of the matched cells against their 11 types; 0 is chance)",
-        f"pictures coloured by group: {study.overlays}",
+        *open_first(study),
         f"tables: {study.out / 'tables' / 'cells'}",
         f"napari or any OME-Zarr viewer: {study.out / 'images'}",
     ]

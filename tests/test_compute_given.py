@@ -215,6 +215,7 @@ def test_workers_with_another_daskcell_are_refused(package, sentence, folder, tm
     with LocalCluster(processes=False, protocol="tcp", **QUIET | {"n_workers": 0}) as cluster:
         worker = subprocess.Popen(
             [sys.executable, "-m", "distributed.cli.dask_worker", cluster.scheduler_address, *options],
+            cwd=tmp_path,
             env=os.environ | {"PYTHONPATH": str(tmp_path)},
             stderr=subprocess.DEVNULL,
         )

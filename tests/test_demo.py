@@ -79,3 +79,15 @@ def test_a_second_demo_continues_and_finds_all_done(result):
     again = demo(result.study.out.parent, fields=2, size=384, workers=2)
     assert again.scores == result.scores
     assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+def test_what_to_open_first_is_named_first_by_a_whole_path(tmp_path):
+    from types import SimpleNamespace
+
+    from daskcell.pipeline.status import open_first
+
+    study = SimpleNamespace(report=tmp_path / "report.html", overlays=tmp_path / "overlays")
+    assert open_first(study) == []
+    study.overlays.mkdir()
+    study.report.touch()
+    assert open_first(study) == [f"open first: {study.report}", f"overlays: {study.overlays}"]

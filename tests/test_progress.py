@@ -169,6 +169,7 @@ class Watcher(Progress):
         self.fractions.append(self.fraction)
 
 
+@pytest.mark.slow
 def test_long_stages_of_a_slide_tell_of_every_block_and_status_says_the_same(slide, tmp_path, monkeypatch):
     monkeypatch.setattr(collection, "_TELL_SECONDS", -1)
     monkeypatch.setattr("daskcell.segmentation.diameter.WHOLE_UP_TO", 0)
@@ -205,6 +206,15 @@ def test_long_stages_of_a_slide_tell_of_every_block_and_status_says_the_same(sli
         if status is not None and status["at"] == before["at"]:
             assert status["fraction"] == before["fraction"]
     assert sum(status is not None for _, status in told.records) > 25
+
+
+def test_an_ome_zarr_weighs_what_its_pixels_do(slide, tmp_path):
+    """Its folder has 4096 bytes, whatever is in it."""
+    from daskcell.images import find_images
+
+    dc.convert(slide, tmp_path / "a.zarr")
+    (source,) = find_images([tmp_path / "a.zarr"])
+    assert collection._weight(source) == 300 * 520
 
 
 def test_lines_tell_the_same_as_the_record_and_quiet_says_nothing(capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -99,3 +100,75 @@ def test_a_block_that_looks_further_holds_one_part_at_a_time():
     found, doublings = own_labels(Box(0, 0, 100, 100), 32, shape, look, Thresholds(flow=0.0))
     assert doublings > 1
     assert found.owned.sum() == 1
+
+
+def peak_memory() -> int:
+    """Of this process (that of `getrusage` begins with its parent's)."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
+    return 1024 * int(line.split()[1])
+
+
+def label_a_block(diameter: float, block: int) -> float:
+    """Bytes that this process has grown by, at most, while it labels a real block that is full of cells."""
+    from daskcell.segmentation.globals import Globals
+    from daskcell.segmentation.methods import CellposeMethod
+    from daskcell.segmentation.tiles import TILE
+
+    side = 3 * block
+    shape = (side, side)
+    method = CellposeMethod(None, diameter=diameter)
+    frozen = Globals(shape, ((0.0, 255.0),), diameter)
+
+    class Everywhere(dict):
+        """Network outputs of tiles full of cells, made when they are asked for, as from disk."""
+
+        def __contains__(self, tile):
+            return True
+
+        def __getitem__(self, tile):
+            out = np.full((3, TILE, TILE), 5.0, np.float32)
+            box = frozen.tiles.box(tile)
+            scale = frozen.tiles.scaled[0] / side
+            for axis, start in enumerate((box.y0, box.x0)):
+                at = np.arange(start, start + TILE) / scale
+                centre = (at // diameter + 0.5) * diameter
+                flow = 5 * np.clip((centre - at) / 3, -1, 1)
+                out[axis] = flow[:, None] if axis == 0 else flow[None]
+            return out
+
+    core = Box(block, block, 2 * block, 2 * block)
+    before = peak_memory()
+    look = method.look(frozen, lambda box: np.zeros((1, *box.shape), np.uint8), Everywhere())
+    found, _ = own_labels(core, method.halo, shape, look, method.thresholds)
+    assert found.owned.sum() > (block / diameter) ** 2 / 8
+    return peak_memory() - before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the peak of a process")
+def test_what_a_worker_should_have_is_enough_for_a_block_of_large_cells():
+    """By the peak of a process of its own; with a halo for small cells it was too little."""
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    from daskcell.segmentation.memory import PROCESS, settings_halo
+
+    diameter, block = 150.0, 256
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        peak = pool.submit(label_a_block, diameter, block).result()
+    halo = settings_halo(parse_config({"segment": {"diameter": diameter}}).segment)
+    libraries = 32 * 2**20  # that load on their first use; the room for these is in PROCESS
+    assert needed_memory(block, halo=100) - PROCESS < peak - libraries
+    assert peak - libraries < needed_memory(block, halo=halo) - PROCESS
+
+
+@pytest.mark.parametrize(("diameter", "halo"), [(None, 96), (20, 96), ("auto", 122), (100, 332), (150, 482)])
+def test_the_halo_is_that_of_the_method(diameter, halo):
+    from daskcell.segmentation.memory import settings_halo
+
+    config = parse_config({"segment": {"diameter": diameter}, "compute": {"kind": "local"}})
+    assert settings_halo(config.segment) == halo
+    needed = needed_memory(2048, networks_bytes(config), halo)
+    refuse_small_workers(SimpleNamespace(memory=needed), config)
+    with pytest.raises(ComputeError, match="Please"):
+        refuse_small_workers(SimpleNamespace(memory=needed - 1), config)

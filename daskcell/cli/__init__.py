@@ -23,9 +23,7 @@ def main() -> NoReturn:
     if debug:
         sys.argv.remove("--debug")
     signal.signal(signal.SIGTERM, _terminated)
-    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is no reason to stop
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    _print_anything()
     try:
         app()
         code = 0
@@ -47,6 +45,13 @@ def main() -> NoReturn:
         print(f"daskcell: {_unforeseen(error)}", file=sys.stderr)
         code = 1
     raise SystemExit(code)
+
+
+def _print_anything() -> None:
+    """Names of files and channels may have letters that the terminal or pipe has not: escape these."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _unforeseen(error: Exception) -> str:

@@ -150,6 +150,14 @@ def aligned(rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
+def this_command() -> str:
+    """The command as it was given, to be given again."""
+    import shlex
+    import sys
+
+    return shlex.join(["daskcell", *sys.argv[1:]])
+
+
 def make_progress(quiet: bool, interval: float) -> Progress:
     """Bars on a terminal, lines elsewhere, nothing when quiet."""
     import sys

@@ -27,6 +27,7 @@ from daskcell.cli.app import (
     app,
     make_progress,
     read_settings,
+    this_command,
     word_or_number,
 )
 
@@ -109,7 +110,7 @@ def told(quiet: bool, interval: float) -> Iterator[Progress]:
 
 def ending(study: Any) -> str:
     """What a run came to, in a few lines."""
-    from daskcell.pipeline.status import counts
+    from daskcell.pipeline.status import counts, open_first
 
     total = counts(study)
     groups = f", {total['clusters']} groups" if total["clusters"] else ""
@@ -118,15 +119,14 @@ def ending(study: Any) -> str:
         from daskcell.scoring.truth import tell
 
         lines.append(tell(study.scores))
-    if study.overlays.is_dir():
-        lines.append(f"pictures: {study.overlays}")
-    if study.report.exists():
-        lines.append(f"report: {study.report}")
+    lines += open_first(study)
     for failure in study.failures[:10]:
         name = failure["slide"] or "all slides"
         lines.append(f"set aside: {name} ({failure['stage']}): {failure['error']}")
     if len(study.failures) > 10:
         lines.append(f"and {len(study.failures) - 10} more, see {study.out / 'failures.jsonl'}")
+    if study.failures:
+        lines.append(f"once that is mended, this continues: {this_command()}")
     return "\n".join(lines)
 
 
@@ -189,4 +189,6 @@ def demo(
     with make_progress(quiet, interval) as progress:
         result = room.demo(out, fields=fields, size=size, workers=workers, progress=progress)
     print(result.text)
+    if result.study.failures:
+        print(f"once that is mended, this continues: {this_command()}")
     raise typer.Exit(3 if result.study.failures else 0)

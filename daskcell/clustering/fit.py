@@ -19,6 +19,7 @@ from daskcell.clustering.model import ClusterModel
 from daskcell.clustering.nearest import Nearest, steps
 from daskcell.clustering.rows import ArrayRows, FileRows, Rows, cut, finite, gather, in_order, survey
 from daskcell.errors import InputError
+from daskcell.images.arrays import as_values
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -87,9 +88,8 @@ def fit_clusters(
     """
     import dask.array as da
 
-    if not isinstance(features, da.Array):
-        features = np.asarray(features)
-    if features.ndim != 2 or features.dtype.kind not in "fiub":
+    features = as_values(features, "features")
+    if features.ndim != 2:
         raise InputError(
             f"features must be numbers (cells, d), but have the shape {features.shape} and type "
             f"{features.dtype}."

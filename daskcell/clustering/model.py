@@ -14,6 +14,7 @@ from daskcell.clustering.naming import FILE as NAMES
 from daskcell.clustering.naming import Naming
 from daskcell.disk import refuse_impossible, replacing
 from daskcell.errors import InputError
+from daskcell.images.arrays import as_values
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -227,7 +228,7 @@ class ClusterModel:
         import dask.array as da
 
         if not isinstance(features, da.Array):
-            return function(np.asarray(features))
+            return function(np.asarray(as_values(features, "features")))
         self.check(features.shape[1])
         whole = features.rechunk({1: -1})
         return whole.map_blocks(function, dtype=dtype, drop_axis=1)

@@ -105,7 +105,7 @@ def changed_settings(most: int = 8) -> list[str]:
     def flat(values: Any, name: str = "") -> dict[str, Any]:
         if not isinstance(values, dict):
             return {name: values}
-        found = {}
+        found: dict[str, Any] = {}
         for key, value in values.items():
             found |= flat(value, f"{name}.{key}".lstrip(".").replace("_", "-"))
         return found

@@ -97,12 +97,12 @@ def _restore(variables: dict[str, str | None], torch_threads: int | None) -> Non
 def _torch_threads() -> int | None:
     """Of this thread; None while torch is not loaded."""
     torch = sys.modules.get("torch")
-    return torch.get_num_threads() if hasattr(torch, "get_num_threads") else None
+    return torch.get_num_threads() if torch is not None and hasattr(torch, "get_num_threads") else None
 
 
 def _set_torch_threads(threads: int | None) -> None:
     torch = sys.modules.get("torch")
-    if threads is not None and hasattr(torch, "set_num_threads"):
+    if threads is not None and torch is not None and hasattr(torch, "set_num_threads"):
         torch.set_num_threads(threads)
 
 

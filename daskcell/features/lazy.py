@@ -13,7 +13,7 @@ from daskcell.errors import InputError
 from daskcell.features.crops import Sample, background_sample, sample_boxes
 from daskcell.features.encoders import Encoder, as_encoder, encoder_spec, load
 from daskcell.features.measurements import KINDS, Kind, measure_block, measurement_columns, to_table
-from daskcell.features.objects import Reading, block_records, merge_records, plan_readings
+from daskcell.features.objects import Reading, block_records, merge_records, plan_readings, refuse_far_labels
 from daskcell.features.stages import as_stages
 from daskcell.features.textures import Greys, freeze_greys, grey_sample
 from daskcell.features.vectors import Network, Vectors, choose_vectors, share_out
@@ -61,7 +61,8 @@ def measure(
         Row i is label i + 1, with the columns ``label``, those of `measurements.SHAPE_COLUMNS` (named as in
         scikit-image; ``touches_edge`` marks cells at the image's border) and, for every channel,
         ``intensity_mean``, ``_std``, ``_min`` and ``_max`` and those of
-        `textures.TEXTURE_COLUMNS`. A label no pixel has gives area 0 and missing numbers.
+        `textures.TEXTURE_COLUMNS`. A label no pixel has gives area 0 and missing numbers; labels
+        that go far beyond their number (such as 5 and 2 200 000 000) are refused.
 
     Raises
     ------
@@ -274,7 +275,9 @@ def _find_cells(labels: da.Array) -> tuple[np.ndarray, Grid]:
     grid = Grid.from_chunks(labels.chunks)
     cores = [grid.core(index) for index in grid]
     jobs = [_job(_records_task, labels, None, [Reading(core, _NONE)]) for core in cores if not core.is_empty]
-    return merge_records(_compute(jobs)), grid
+    records = merge_records(_compute(jobs))
+    refuse_far_labels(records)
+    return records, grid
 
 
 def _records_task(pixels: Pixels, readings: Sequence[Reading]) -> np.ndarray:

@@ -37,6 +37,9 @@ RECORD = np.dtype(
 )
 """One cell, or its part in one block: anchor, half-open bounding box, area; pixels of the whole image."""
 
+_ROWS = 1_000_000
+"""So many rows a table may always have."""
+
 
 def block_records(labels: np.ndarray, origin: tuple[int, int] = (0, 0)) -> np.ndarray:
     """Records of the labels in one block, in increasing order of label.
@@ -64,7 +67,10 @@ def block_records(labels: np.ndarray, origin: tuple[int, int] = (0, 0)) -> np.nd
     if values.size and values[0] < 0:
         raise InputError(f"labels must not be negative, but {values[0]} is among them.")
     if values.size and values[-1] > np.iinfo(np.uint32).max:
-        raise InputError(f"labels go up to {values[-1]}, but must fit 32 bits. Number them anew, from 1.")
+        raise InputError(
+            f"labels go up to {values[-1]}, but must fit 32 bits. Please number them anew, "
+            "as with skimage.segmentation.relabel_sequential(labels)[0]."
+        )
     values = values[values > 0]
     records = np.zeros(len(values), RECORD)
     if not len(values):
@@ -86,6 +92,16 @@ def block_records(labels: np.ndarray, origin: tuple[int, int] = (0, 0)) -> np.nd
         records[name] = column + shift
     records["area"] = area[1:]
     return records[np.argsort(records["label"])]
+
+
+def refuse_far_labels(records: np.ndarray) -> None:
+    """Raise `InputError` for labels such as 5 and 2 200 000 000: row i of a table is label i + 1."""
+    last = int(records["label"].max(initial=0))
+    if last > max(_ROWS, 100 * len(records)):
+        raise InputError(
+            f"Labels go up to {last}, but only {len(records)} are there, and row i of a table is label "
+            "i + 1. Please number them anew, as with skimage.segmentation.relabel_sequential(labels)[0]."
+        )
 
 
 def merge_records(parts: Iterable[np.ndarray]) -> np.ndarray:

@@ -44,7 +44,7 @@ def freeze_greys(samples: Sequence[np.ndarray]) -> Greys:
         values = values[np.isfinite(values)]
         first, last = np.percentile(values, _PERCENTILES).tolist() if len(values) else (0.0, 1.0)
         low.append(first)
-        high.append(last if last > first else first + 1.0)
+        high.append(last if last > first else max(first + 1.0, float(np.nextafter(first, np.inf))))
     return Greys(tuple(low), tuple(high))
 
 

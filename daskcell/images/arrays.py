@@ -73,6 +73,11 @@ def as_labels(value: Any, what: str = "labels") -> Any:
     return given.data if axes_of_names(given.dims, what) in (None, "YX") else given.data.T
 
 
+def as_values(value: Any, what: str) -> Any:
+    """Values of cells as a NumPy or Dask array; a table or a column of one gives its numbers."""
+    return plain(value.to_numpy() if hasattr(value, "to_numpy") else value, what).data
+
+
 def plain(value: Any, what: str = "The array") -> Given:
     """An array of a user's as a NumPy or Dask array, with its axes in their order."""
     module = type(value).__module__.partition(".")[0]
@@ -89,6 +94,8 @@ def plain(value: Any, what: str = "The array") -> Given:
         _refuse(meta, type(meta).__module__.partition(".")[0], what)
         if any(math.isnan(side) for side in value.shape):
             raise InputError(f"{what} has chunks of unknown size. Please call compute_chunk_sizes() first.")
+        if any(0 in sizes for sizes in value.chunks) and 0 not in value.shape:
+            value = value.rechunk(tuple(tuple(size for size in sizes if size) for sizes in value.chunks))
     elif module in ("zarr", "h5py") and hasattr(value, "shape"):
         import dask.array as da
 

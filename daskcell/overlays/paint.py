@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from daskcell.errors import InputError
-from daskcell.images.arrays import as_image, as_labels
+from daskcell.images.arrays import as_image, as_labels, as_values
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -113,7 +113,7 @@ def overlay(
             f"image must be (C, Y, X) with the Y and X of the labels, but the shapes are {picture.shape} and "
             f"{cells.shape}."
         )
-    clusters = np.asarray(clusters)
+    clusters = np.asarray(as_values(clusters, "clusters"))
     if clusters.ndim != 1 or clusters.dtype.kind not in "iu":
         raise InputError(
             f"clusters must be one whole number per cell, not {clusters.dtype} {clusters.shape}."
@@ -182,7 +182,8 @@ def paint(
     if labels.size and int(labels.max()) >= len(lookup):
         raise InputError(
             f"There is a cell {int(labels.max())}, but clusters of {len(lookup) - 1} cells only. "
-            "Give one cluster per label."
+            "Please give a cluster for each label, or number the labels anew, as with "
+            "skimage.segmentation.relabel_sequential(labels)[0]."
         )
     value = lookup[labels]
     table = np.concatenate([np.zeros((1, 3), np.uint8), palette]).astype(np.float32) / 255

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import threading
 import time
 from collections import deque
@@ -23,6 +24,7 @@ from daskcell.compute.overtime import Overtime, WorkerLost
 from daskcell.config import Config
 from daskcell.disk import remove
 from daskcell.errors import ComputeError, DaskcellError, InputError
+from daskcell.images import image_info
 from daskcell.images.sources import Source
 from daskcell.pipeline.groups import Groups
 from daskcell.pipeline.progress import Progress
@@ -311,10 +313,15 @@ class Run:
 
 
 def _weight(source: Source) -> float:
+    """Bytes of the input, as far as they are known before it is opened."""
     total = 0.0
     for file in source.files:
         with contextlib.suppress(OSError, DaskcellError):
-            total += places.version(file)[0]
+            if places.is_folder(file):  # an OME-Zarr: its own size says nothing
+                info = image_info(file)
+                total += math.prod(info.shape) * info.dtype.itemsize
+            else:
+                total += places.version(file)[0]
     return total
 
 

@@ -176,6 +176,12 @@ def table(found: dict[str, Any], limit: int | None = None) -> str:
     return "\n".join(lines)
 
 
+def open_first(study: Study) -> list[str]:
+    """What to open of a study, the best of it first, as whole paths."""
+    named = [("open first", study.report), ("overlays", study.overlays)]
+    return [f"{name}: {path.resolve()}" for name, path in named if path.exists()]
+
+
 def seams(result: dict[str, Any]) -> str:
     """The seam report in a few words: ``cut 0.0 %, 0 conflicts, 0 redone``; the first two should read 0.
 
@@ -203,4 +209,4 @@ def _pixels(ledger: Ledger) -> int | None:
     return shape[1] * shape[2] if shape else None
 
 
-__all__ = ["counts", "drift", "drift_sentences", "report", "seams", "table"]
+__all__ = ["counts", "drift", "drift_sentences", "open_first", "report", "seams", "table"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from daskcell.compute import Workers, start_workers
 from daskcell.compute.former import owner_of
 from daskcell.config import QUEUES, Config
-from daskcell.segmentation.memory import needed_memory, refuse_too_little_memory
+from daskcell.segmentation.memory import needed_memory, refuse_too_little_memory, settings_halo
 from daskcell.study import sweep
 
 if TYPE_CHECKING:
@@ -61,7 +61,9 @@ def refuse_small_workers(workers: Workers, config: Config, *, given: bool = Fals
         setting = "the memory limit of your Dask workers"
     elif kind in QUEUES:
         setting = "compute.jobs.memory"
-    refuse_too_little_memory(workers.memory, config.compute.block, networks_bytes(config), setting)
+    refuse_too_little_memory(
+        workers.memory, config.compute.block, networks_bytes(config), setting, settings_halo(config.segment)
+    )
 
 
 def networks_bytes(config: Config) -> int:
@@ -79,7 +81,8 @@ def networks_bytes(config: Config) -> int:
 def comfortable_memory(config: Config) -> int:
     """Bytes for each worker of this machine: more than it must have, as there is the process that opens its
     files, and Dask has workers wait from 0.8 of their limit on."""
-    return int(1.5 * needed_memory(config.compute.block, networks_bytes(config)))
+    halo = settings_halo(config.segment)
+    return int(1.5 * needed_memory(config.compute.block, networks_bytes(config), halo))
 
 
 def slides_at_once(team: Workers, blocks: int) -> int:

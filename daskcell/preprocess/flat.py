@@ -10,6 +10,7 @@ import numpy as np
 
 from daskcell.errors import InputError
 from daskcell.geometry import Box
+from daskcell.images.arrays import plain
 from daskcell.preprocess.lattice import Lattice
 from daskcell.preprocess.pixels import check_finite, working_dtype
 from daskcell.preprocess.steps import smooth
@@ -79,6 +80,8 @@ def _each(pictures: Any) -> Iterator[np.ndarray]:
 
     if isinstance(pictures, str | os.PathLike):
         pictures = images.find_images(os.fspath(pictures))
+    if hasattr(pictures, "chunks"):
+        pictures = plain(pictures, "pictures").data
     if not isinstance(pictures, Iterable):
         raise InputError(f"A flat field comes from pictures or a folder of them, not from {pictures!r}.")
     for one in pictures:
@@ -87,7 +90,7 @@ def _each(pictures: Any) -> Iterator[np.ndarray]:
             pixels = images.open_image(os.fspath(one)).data
         elif isinstance(one, images.Source):
             pixels = images.open_image(one).data
-        pixels = np.asarray(pixels)
+        pixels = np.asarray(plain(pixels, "An image").data)
         pixels = pixels[None] if pixels.ndim == 2 else pixels
         if pixels.ndim != 3 or 0 in pixels.shape:
             raise InputError(f"A picture has shape {pixels.shape}, but must be (C, Y, X).")

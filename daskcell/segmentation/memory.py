@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from daskcell.config import SegmentSettings
 from daskcell.errors import ComputeError
 
 PROCESS = 800 * 2**20
@@ -10,28 +11,48 @@ PER_PIXEL = 64
 """Bytes per pixel of a block and its halo where all is foreground (measured: 55)."""
 PER_WEIGHT = 1.6
 """Bytes per byte of a larger network's file, while it is loaded and runs (Cellpose-SAM: 1.4 to 1.6)."""
-HALO = 100
+HALO = 96
+"""Pixels that every method looks at around a block, at least."""
+USUAL_DIAMETER = 30.0
 SMALLEST, STEP = 256, 256
 
 
-def needed_memory(block: int, weights: int = 0) -> int:
-    """Bytes a worker should have for blocks of `block` pixels a side and networks in files of `weights`
-    bytes."""
-    return PROCESS + int(PER_WEIGHT * weights) + PER_PIXEL * (block + 2 * HALO) ** 2
+def needed_memory(block: int, weights: int = 0, halo: int = HALO) -> int:
+    """Bytes a worker should have for blocks of `block` pixels a side, a method that looks `halo` pixels
+    further, and networks in files of `weights` bytes."""
+    return PROCESS + int(PER_WEIGHT * weights) + PER_PIXEL * (block + 2 * halo) ** 2
+
+
+def settings_halo(settings: SegmentSettings) -> int:
+    """Pixels around a block that the method of `settings` looks at first.
+
+    A diameter that is measured is not known yet; it is taken for the usual one.
+    """
+    from daskcell.segmentation.methods import CellposeMethod
+    from daskcell.segmentation.watershed import WatershedMethod
+
+    if settings.method != "cellpose":
+        return WatershedMethod.halo
+    diameter = USUAL_DIAMETER if settings.diameter == "auto" else settings.diameter
+    return CellposeMethod(None, diameter=None if diameter is None else float(diameter)).halo
 
 
 def refuse_too_little_memory(
-    limit: int | None, block: int, weights: int = 0, setting: str = "compute.memory"
+    limit: int | None,
+    block: int,
+    weights: int = 0,
+    setting: str = "compute.memory",
+    halo: int = HALO,
 ) -> None:
     """Raise `ComputeError` if `limit` bytes (None: any number) are too few for blocks of `block` pixels.
 
     `setting` is what says how many there are.
     """
-    needed = needed_memory(block, weights)
+    needed = needed_memory(block, weights, halo)
     if limit is None or limit >= needed:
         return
     has, needs = f"{limit / 2**30:.2f} GiB", f"{needed / 2**30:.2f} GiB"
-    fitting = [side for side in range(SMALLEST, block, STEP) if needed_memory(side, weights) <= limit]
+    fitting = [side for side in range(SMALLEST, block, STEP) if needed_memory(side, weights, halo) <= limit]
     advice = f"set compute.block to {fitting[-1]} or less, or " if fitting else ""
     fewer = " (fewer workers leave more for each)" if setting == "compute.memory" else ""
     raise ComputeError(

@@ -66,7 +66,7 @@ class ArrayReader:
         if z != "max" and not 0 <= z < self.sizes["z"]:
             raise InputError(f"{path} has {self.sizes['z']} planes; there is none with number {z}.")
         self.t, self.planes = t, range(self.sizes["z"]) if z == "max" else range(z, z + 1)
-        self.scenes = ("",)
+        self.scenes: tuple[str, ...] = ("",)
         self.files = (places.real(path),)
         chunks = getattr(array, "shards", None) or getattr(array, "chunks", None)
         piece = dict(zip(self.axes, chunks or shape, strict=True))
