@@ -79,8 +79,9 @@ def test_a_coarse_image_is_the_prepared_image_made_small(scene, light, data_dir,
         plan = freeze(x, PreprocessSettings.model_validate(values), list("RGB"), is_rgb=scene is tissue)
         whole = apply_block(x, plan)
         white = np.iinfo(whole.dtype).max if whole.dtype.kind == "u" else np.percentile(whole, 99.8)
-        steep = 2 if method == "equalize" else 1
-        for level, most, least in ((1, 0.04, 0.85), (3, 0.08, 0.65)):
+        # Curves that are steep make small differences large, and so does a ground of few large pixels.
+        steep = (2 if method == "equalize" else 1) * (2 if light and "radius" in light else 1)
+        for level, most, least in ((1, 0.03, 0.8), (3, 0.06, 0.5)):
             raw = smaller(x, level)
             got = apply_block(raw, plan.at_level(level, raw.shape[1:])) / white
             expected = smaller(whole.astype(np.float64), level) / white
