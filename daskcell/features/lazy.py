@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from daskcell.config import FeatureSettings
 from daskcell.errors import InputError
 from daskcell.features.crops import Sample, background_sample, sample_boxes
 from daskcell.features.encoders import Encoder, as_encoder, encoder_spec, load
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     ArrayLike = np.ndarray | da.Array
 
+_DEFAULT = FeatureSettings()
 _FULL_JOB = 512  # cells that share a job, so that the network's batches are full
 
 
@@ -40,11 +42,13 @@ def measure(
     ----------
     labels : (Y, X) numpy or Dask array of whole numbers
         0 is background. Computed once and kept in memory, 4 bytes a pixel.
-    image : (C, Y, X) or (Y, X) numpy or Dask array, optional
+    image : `Image`, or (C, Y, X) or (Y, X) numpy or Dask array, optional
+        A study measures the pixels as they were before preprocessing.
     pixel_size : (y, x) or one number, in micrometres
-        Adds columns in micrometres (``_um``, ``_um2``).
+        Adds columns in micrometres (``_um``, ``_um2``). None: what an `Image` says.
     channels : sequence of str
-        Channel names that the columns of brightness and texture end in; None: 0, 1, 2, ...
+        Channel names that the columns of brightness and texture end in; None: those of an `Image`, or 0, 1,
+        2, ...
     kinds : collection of {"shape", "intensity", "texture"}
         What to measure besides place and area. For textures the image is looked at twice.
 
@@ -69,6 +73,10 @@ def measure(
     >>> measure(labels)[["label", "centroid-0", "centroid-1", "area"]].values.tolist()
     [[1.0, 1.5, 2.5, 8.0]]
     """
+    if pixel_size is None:  # an `Image` says
+        pixel_size = getattr(image, "pixel_size", None)
+    if channels is None:
+        channels = getattr(image, "channels", None)
     pixels, picture = _arrays(labels, image)
     names: tuple[str, ...] = ()
     if picture is not None:
@@ -96,20 +104,20 @@ def measure(
 def embed(
     image: ArrayLike,
     labels: ArrayLike,
-    encoder: Any = "tiny",
+    encoder: Any = _DEFAULT.encoder,
     *,
-    layer: Literal["output", "pool"] = "output",
-    pooling: Literal["crop", "mask"] = "crop",
-    scale: float | Literal["auto"] = 1.0,
-    size: int | None = None,
-    margin: float = 0.1,
-    window: int | None = None,
-    mask: bool = True,
-    channels: Sequence[int] | None = None,
+    layer: Literal["output", "pool"] = _DEFAULT.layer,
+    pooling: Literal["crop", "mask"] = _DEFAULT.pooling,
+    scale: float | Literal["auto"] = _DEFAULT.scale,
+    size: int | None = _DEFAULT.size,
+    margin: float = _DEFAULT.margin,
+    window: int | None = _DEFAULT.window,
+    mask: bool = _DEFAULT.mask,
+    channels: Sequence[int] | None = _DEFAULT.channels,
     limits: tuple[float, float] | None = None,
-    batch_size: int = 32,
+    batch_size: int = _DEFAULT.batch_size,
     device: str = "cpu",
-    precision: Literal["float32", "bfloat16"] = "float32",
+    precision: Literal["float32", "bfloat16"] = _DEFAULT.precision,
 ) -> np.ndarray:
     """A network's vector for every cell.
 
@@ -242,6 +250,7 @@ def _arrays(labels: Any, image: Any) -> tuple[Any, Any]:
     """Both as Dask arrays that fit together, labels in memory."""
     import dask.array as da
 
+    image = getattr(image, "data", image) if hasattr(image, "is_rgb") else image  # an `Image`
     labels = da.asanyarray(labels)
     if labels.ndim != 2:
         raise InputError(f"labels must have the axes (Y, X), but have the shape {labels.shape}.")

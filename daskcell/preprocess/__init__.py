@@ -23,7 +23,7 @@ from daskcell.preprocess.lazy import (
     adjust_stains,
     correct_background,
     gaussian,
-    preprocess,
+    prepare,
     reconstruct,
 )
 from daskcell.preprocess.plan import Plan, apply_block
@@ -39,7 +39,7 @@ __all__ = [
     "freeze",
     "freeze_slide",
     "gaussian",
-    "preprocess",
+    "prepare",
     "preprocess_slide",
     "preprocess_slide_to_tiff",
     "reconstruct",

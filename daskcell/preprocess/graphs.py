@@ -16,6 +16,7 @@ from daskcell.errors import InputError
 from daskcell.geometry import Box, Grid
 from daskcell.preprocess.pixels import working_dtype
 from daskcell.preprocess.plan import apply_steps, count_block
+from daskcell.preprocess.signal import TILE, aligned
 from daskcell.preprocess.statistics import Pass
 from daskcell.preprocess.steps import Step
 
@@ -29,6 +30,7 @@ def as_planes(x: Any, *, allow_2d: bool = False) -> da.Array:
     """A dask array ``(C, Y, X)`` of a working dtype with all channels in each chunk."""
     import dask.array as da
 
+    x = getattr(x, "data", x) if hasattr(x, "is_rgb") else x  # an `Image`
     if isinstance(x, list | tuple):
         shapes = {np.shape(plane) for plane in x}
         if len(shapes) != 1:
@@ -100,6 +102,7 @@ def count_lazily(x: Any, counting: Any, steps: tuple[Step, ...] = ()) -> Any:
     x = as_planes(x)
     for step in steps:
         x = map_step(x, step)
+    x = x.rechunk((-1, *aligned(x.chunks[1:], TILE)))  # for passes that count tiles
     grid = Grid.from_chunks(x.chunks[1:])
     blocks = x.to_delayed(optimize_graph=False)[0]
     count = delayed(count_block, pure=True)
