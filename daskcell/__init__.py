@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         correct_background,
         estimate_flat,
         gaussian,
+        prepare,
         reconstruct,
     )
     from daskcell.segmentation import segment
@@ -63,6 +64,7 @@ _WHERE = {
     "open_image": "images",
     "open_study": "pipeline",
     "overlay": "overlays",
+    "prepare": "preprocess",
     "reconstruct": "preprocess",
     "run": "pipeline",
     "segment": "segmentation",
@@ -92,6 +94,7 @@ __all__ = [
     "open_image",
     "open_study",
     "overlay",
+    "prepare",
     "reconstruct",
     "run",
     "segment",

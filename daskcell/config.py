@@ -176,6 +176,10 @@ class SegmentSettings(Settings):
     precision: Literal["float32", "bfloat16"] | None = None
     """What the network computes in; None: float32, and bfloat16 for Cellpose-SAM, as Cellpose does.
     Processors that only emulate bfloat16 (``daskcell doctor`` says so) take some ten times as long for it."""
+    normalize: Literal["signal", "cellpose"] = "signal"
+    """What becomes 0 and 1 for the network. cellpose: the 1st and 99th percentile of all pixels; signal: the
+    same, but padding is not counted, and where cells cover so little that the percentile lies in the noise
+    of the background, the cells' own brightness is taken (``daskcell/preprocess/signal.py``)."""
     channels: list[int] | None = None
     """Channels of the preprocessed image the network sees (at most three); None: all."""
     diameter: Positive | Literal["auto"] | None = "auto"

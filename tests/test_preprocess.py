@@ -26,6 +26,7 @@ from daskcell.preprocess import (
     auto_colors,
     freeze,
     gaussian,
+    prepare,
     reconstruct,
 )
 from daskcell.preprocess.colors import color_rgb
@@ -123,9 +124,16 @@ def test_colors_and_ratios_that_do_not_fit_are_refused(options, named):
         reconstruct(np.zeros((4, 5, 5), np.uint8), **options)
 
 
-def test_more_channels_than_default_colors_are_refused():
+def test_more_channels_than_colors_are_refused():
     with pytest.raises(InputError, match="5 channel"):
-        reconstruct(np.zeros((5, 5, 5), np.uint8))
+        reconstruct(np.zeros((5, 5, 5), np.uint8), colors=("red", "green", "blue", "cyan"))
+
+
+def test_every_channel_has_a_color_of_its_own_by_default():
+    x = np.random.default_rng(0).integers(0, 50, (5, 8, 9)).astype(np.uint8)
+    colors = auto_colors([""] * 5)
+    assert colors[:4] == ["red", "green", "blue", "cyan"]
+    np.testing.assert_array_equal(reconstruct(x), reconstruct(x, colors=colors))
 
 
 @pytest.mark.parametrize(
@@ -421,6 +429,7 @@ def test_blocks_equal_the_whole_and_the_lazy_functions(method, dtype):
     np.testing.assert_array_equal(pieces, whole)
 
     lazy = da.from_array(x, chunks=(2, 23, 31))
+    np.testing.assert_array_equal(prepare(lazy, plan).compute(), whole)
     options = {"reference": reconstruct(picture(dtype, (4, 30, 30), seed=3))} if method == "match" else {}
     by_hand = gaussian(adjust_histogram(reconstruct(lazy), method, **options), 1.3)
     np.testing.assert_array_equal(by_hand.compute(), whole)

@@ -25,7 +25,7 @@ from daskcell.config import (
 )
 from daskcell.errors import ConfigError, InputError
 from daskcell.geometry import Box, Grid
-from daskcell.preprocess import Plan, apply_block, freeze
+from daskcell.preprocess import Plan, apply_block, freeze, prepare
 from daskcell.preprocess.background import Background
 from daskcell.preprocess.stains import LEVELS, ColourCounts, find_stains
 
@@ -375,6 +375,7 @@ def test_a_plan_with_all_light_steps_is_the_functions_one_after_another(field, d
     even = dc.correct_background(cut, 12, flat=flat, dark=2)
     by_hand = dc.gaussian(dc.adjust_histogram(dc.reconstruct(even)), 1.3).compute()
     np.testing.assert_array_equal(blockwise(x, plan, 23), by_hand)
+    np.testing.assert_array_equal(prepare(cut, plan).compute(), by_hand)
 
 
 @pytest.mark.parametrize("method", ["normalize", "separate"])

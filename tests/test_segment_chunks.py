@@ -17,7 +17,7 @@ from daskcell.segmentation import segment
 
 def run(image, workers=1, **options):
     """Labels and seam report, by so many threads."""
-    labels = segment(image, return_report=True, **options)
+    labels = segment(image, **{"diameter": None, "return_report": True} | options)
     return dask.compute(*labels, scheduler="threads" if workers > 1 else "synchronous", num_workers=workers)
 
 
@@ -98,7 +98,7 @@ def test_worker_processes_give_the_same_labels_however_many_there_are():
             # The halo is too small: blocks that look further ask the scheduler from within their task.
             labels, report = segment(
                 da.from_array(image, chunks=((77, 200, 323), 190)),
-                model=BlobNetwork(), block=128, halo=8, return_report=True,
+                model=BlobNetwork(), diameter=None, block=128, halo=8, return_report=True,
             )  # fmt: skip
             labels, report = client.gather([client.compute(labels), client.compute(report)])
         np.testing.assert_array_equal(labels, expected)

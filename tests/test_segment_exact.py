@@ -36,7 +36,8 @@ def whole(serial, image, net, **options):
 
 
 def run(image, **options):
-    """Labels and seam report."""
+    """Labels and seam report, by Cellpose's own defaults."""
+    options = {"diameter": None, "normalize": "cellpose"} | options
     return dask.compute(*segment(image, return_report=True, **options), scheduler="synchronous")
 
 

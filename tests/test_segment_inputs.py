@@ -25,7 +25,9 @@ KINDS += ["float16", "float32", "float64", ">u2", ">f4"]
 
 def run(image, **options):
     """Labels and seam report."""
-    return dask.compute(*segment(image, return_report=True, **options), scheduler="synchronous")
+    return dask.compute(
+        *segment(image, **{"diameter": None, "return_report": True} | options), scheduler="synchronous"
+    )
 
 
 def run_engine(image, folder, settings):

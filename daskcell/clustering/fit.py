@@ -18,6 +18,7 @@ from daskcell.clustering.engines import incremental, inertia, rounds
 from daskcell.clustering.model import ClusterModel
 from daskcell.clustering.nearest import Nearest, steps
 from daskcell.clustering.rows import ArrayRows, FileRows, Rows, cut, finite, gather, in_order, survey
+from daskcell.config import ClusterSettings
 from daskcell.errors import InputError
 from daskcell.images.arrays import as_values
 
@@ -32,6 +33,7 @@ _SMALL = 1 << 30
 _TOLERANCE = 1e-4
 """Of the variance of a feature, as in scikit-learn."""
 Engine = Literal["incremental", "parallel"]
+_DEFAULT = ClusterSettings()
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,14 @@ class Kind:
 
 def fit_clusters(
     features: np.ndarray | da.Array,
-    k: int | Literal["auto"] = 11,
+    k: int | Literal["auto"] = _DEFAULT.k,
     *,
-    engine: Engine = "parallel",
-    standardise: bool = False,
-    components: int | None = None,
-    unit_length: bool = False,
-    seed: int = 0,
+    engine: Engine = _DEFAULT.engine,
+    standardise: bool = _DEFAULT.standardise,
+    components: int | None = _DEFAULT.components,
+    unit_length: bool = _DEFAULT.unit_length,
+    seed: int = _DEFAULT.seed,
+    random_state: int | None = None,
     info: dict[str, Any] | None = None,
 ) -> ClusterModel:
     """Group cells by their features with k-means.
@@ -69,10 +72,12 @@ def fit_clusters(
     standardise : bool
         Bring every feature to mean 0 and deviation 1 first.
     components : int or None
-        Then keep so many principal axes.
+        Then keep so many principal axes; None, or as many as there are features or cells: all features.
     unit_length : bool
         Then scale every cell's vector to length 1: helps groups of about the same size, hurts unequal ones.
     seed : int
+    random_state : int, optional
+        scikit-learn's word for `seed`.
     info : dict
         Kept in the model: what the features are.
 
@@ -88,6 +93,8 @@ def fit_clusters(
     """
     import dask.array as da
 
+    if random_state is not None:
+        seed = random_state
     features = as_values(features, "features")
     if features.ndim != 2:
         raise InputError(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from daskcell.config import FeatureSettings
 from daskcell.errors import InputError
 from daskcell.features.crops import Sample, background_sample, sample_boxes
 from daskcell.features.encoders import Encoder, as_encoder, encoder_spec, load
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     ArrayLike = np.ndarray | da.Array
 
+_DEFAULT = FeatureSettings()
 _FULL_JOB = 512  # cells that share a job, so that the network's batches are full
 
 
@@ -44,9 +46,10 @@ def measure(
     ----------
     labels : (Y, X) numpy or Dask array of whole numbers
         0 is background. Computed once and kept in memory, 4 bytes a pixel.
-    image : (C, Y, X) or (Y, X) numpy or Dask array, optional
+    image : `Image`, or (C, Y, X) or (Y, X) numpy or Dask array, optional
+        A study measures the pixels as they were before preprocessing.
     pixel_size : (y, x) or one number, in micrometres
-        Adds columns in micrometres (``_um``, ``_um2``).
+        Adds columns in micrometres (``_um``, ``_um2``). None: what an `Image` says.
     channels : sequence of str
         Channel names that the columns of brightness and texture end in; None: those of the image (`Image`,
         xarray), else 0, 1, 2, ...
@@ -77,6 +80,8 @@ def measure(
     >>> measure(labels)[["label", "centroid-0", "centroid-1", "area"]].values.tolist()
     [[1.0, 1.5, 2.5, 8.0]]
     """
+    if pixel_size is None:  # an `Image` says
+        pixel_size = getattr(image, "pixel_size", None)
     pixels, given = _arrays(labels, image, axes)
     picture = None if given is None else given.data
     names: tuple[str, ...] = ()
@@ -106,20 +111,20 @@ def measure(
 def embed(
     image: ArrayLike,
     labels: ArrayLike,
-    encoder: Any = "tiny",
+    encoder: Any = _DEFAULT.encoder,
     *,
-    layer: Literal["output", "pool"] = "output",
-    pooling: Literal["crop", "mask"] = "crop",
-    scale: float | Literal["auto"] = 1.0,
-    size: int | None = None,
-    margin: float = 0.1,
-    window: int | None = None,
-    mask: bool = True,
-    channels: Sequence[int] | None = None,
+    layer: Literal["output", "pool"] = _DEFAULT.layer,
+    pooling: Literal["crop", "mask"] = _DEFAULT.pooling,
+    scale: float | Literal["auto"] = _DEFAULT.scale,
+    size: int | None = _DEFAULT.size,
+    margin: float = _DEFAULT.margin,
+    window: int | None = _DEFAULT.window,
+    mask: bool = _DEFAULT.mask,
+    channels: Sequence[int] | None = _DEFAULT.channels,
     limits: tuple[float, float] | None = None,
-    batch_size: int = 32,
+    batch_size: int = _DEFAULT.batch_size,
     device: str = "cpu",
-    precision: Literal["float32", "bfloat16"] = "float32",
+    precision: Literal["float32", "bfloat16"] = _DEFAULT.precision,
     axes: str | None = None,
 ) -> np.ndarray:
     """A network's vector for every cell.

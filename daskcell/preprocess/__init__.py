@@ -23,6 +23,7 @@ from daskcell.preprocess.lazy import (
     adjust_stains,
     correct_background,
     gaussian,
+    prepare,
     reconstruct,
 )
 from daskcell.preprocess.plan import Plan, apply_block
@@ -41,6 +42,7 @@ __all__ = [
     "freeze",
     "freeze_slide",
     "gaussian",
+    "prepare",
     "reconstruct",
     "write_prepared_tiff",
 ]

@@ -29,6 +29,7 @@ from daskcell.preprocess.statistics import (
     Pass,
     Reference,
     Referring,
+    SignalCounts,
     Stretching,
     first_pass,
 )
@@ -150,8 +151,12 @@ def _freeze(
         state: Any = start_pass(settings.histogram, kind, (count, *shape[1:]), linked, matched)
 
         def counts(counting: Pass) -> Any:
-            known = counted is not None and isinstance(counting, ExactCounts)
-            return counted if known else survey(counting, tuple(steps))
+            known = counted
+            if known is not None and isinstance(counting, SignalCounts):
+                known = counting.of_pixels(known)
+            elif not isinstance(counting, ExactCounts):
+                known = None
+            return survey(counting, tuple(steps)) if known is None else known
 
         steps.append(run_passes(state, counts))
     if settings.gaussian is not None:

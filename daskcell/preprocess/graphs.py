@@ -21,6 +21,7 @@ from daskcell.images.arrays import Given, as_image, plain
 from daskcell.preprocess.background import Background
 from daskcell.preprocess.pixels import to_dtype, working_dtype
 from daskcell.preprocess.plan import apply_steps
+from daskcell.preprocess.signal import TILE, aligned
 from daskcell.preprocess.statistics import Pass
 from daskcell.preprocess.steps import Gaussian, Step
 
@@ -145,6 +146,7 @@ def count_lazily(x: Any, counting: Any, steps: tuple[Step, ...] = ()) -> Any:
     x = as_planes(x)
     for step in steps:
         x = map_step(x, step)
+    x = x.rechunk((-1, *aligned(x.chunks[1:], TILE)))  # for passes that count tiles
     grid = Grid.from_chunks(x.chunks[1:])
     blocks = x.to_delayed(optimize_graph=False)[0]
     count = delayed(_count, pure=True)

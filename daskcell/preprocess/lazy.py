@@ -1,5 +1,5 @@
 """Preprocessing of dask arrays: `correct_background`, `adjust_stains`, `reconstruct`, `adjust_histogram`,
-`gaussian`.
+`gaussian`; and `prepare`, all of them as a study's settings say.
 
 Lazy: nothing is computed before the result is asked for. All take dask or numpy arrays and return dask
 arrays. The arithmetic is that of the steps the engine applies, so both give the same bits, for every
@@ -17,13 +17,22 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
-from daskcell.config import BackgroundSettings, HistogramSettings, Settings, StainSettings
+from daskcell.config import (
+    BackgroundSettings,
+    GaussianSettings,
+    HistogramSettings,
+    PreprocessSettings,
+    ReconstructSettings,
+    Settings,
+    StainSettings,
+)
 from daskcell.errors import InputError
 from daskcell.preprocess.background import Background, Flat
-from daskcell.preprocess.colors import mixing_weights
-from daskcell.preprocess.freezing import check_reference, find_reference_stains, start_pass
+from daskcell.preprocess.colors import auto_colors, mixing_weights
+from daskcell.preprocess.freezing import check_reference, find_reference_stains, freeze, start_pass
 from daskcell.preprocess.graphs import as_planes, frozen_lazily, map_frozen, map_step, read_again
 from daskcell.preprocess.pixels import float_dtype
+from daskcell.preprocess.plan import Plan
 from daskcell.preprocess.stains import ColourCounts, separation
 from daskcell.preprocess.statistics import Equalizing, Referring, Stretching, first_pass, passes_needed
 from daskcell.preprocess.steps import Gaussian, Mix
@@ -33,17 +42,20 @@ if TYPE_CHECKING:
     import dask.array as da
 
 _Settings = TypeVar("_Settings", bound=Settings)
-_COLORS = ("red", "green", "blue", "cyan")
-_RATIO = (1, 1, 1, 1)
+_BACKGROUND = BackgroundSettings.model_construct()
+_STAINS = StainSettings()
+_RECONSTRUCT = ReconstructSettings()
+_HISTOGRAM = HistogramSettings()
+_GAUSSIAN = GaussianSettings()
 
 
 def correct_background(
     x: Any,
-    radius: float | None = None,
+    radius: float | None = _BACKGROUND.radius,
     *,
-    light: bool = False,
-    flat: Any = None,
-    dark: float = 0.0,
+    light: bool = _BACKGROUND.light,
+    flat: Any = _BACKGROUND.flat,
+    dark: float = _BACKGROUND.dark,
     axes: str | None = None,
 ) -> da.Array:
     """Take uneven light out of every channel: by a flat field, by what lies below the cells, or by both.
@@ -98,9 +110,9 @@ def correct_background(
 
 def adjust_stains(
     x: Any,
-    method: Literal["normalize", "separate"] = "normalize",
+    method: Literal["normalize", "separate"] = _STAINS.method,
     *,
-    reference: Any = None,
+    reference: Any = _STAINS.reference,
     axes: str | None = None,
 ) -> da.Array:
     """Bring the light and the stains of a colour slide to a standard, or take the stains apart.
@@ -140,22 +152,24 @@ def adjust_stains(
 
 def reconstruct(
     channels: Any,
-    colors: Sequence[str] = _COLORS,
-    ratio: Sequence[float] = _RATIO,
+    colors: Sequence[str] | Literal["auto"] = _RECONSTRUCT.colors,
+    ratio: Sequence[float] | None = _RECONSTRUCT.ratio,
     *,
     axes: str | None = None,
 ) -> da.Array:
     """Rebuild the colour picture from one picture per stain, by adding their light.
 
     Every channel adds to red, green and blue what its colour has of them, times its ratio: cyan adds to
-    green and blue. With fewer channels than four, the first of the default colours and ratios are taken.
+    green and blue.
 
     Parameters
     ----------
-    channels : dask or numpy array ``(C, Y, X)``, or a list of ``(Y, X)``
-    colors : one colour a channel
-        Any matplotlib name, or ``"#rrggbb"``; ``"green"`` is full green ``(0, 1, 0)``.
+    channels : dask or numpy array ``(C, Y, X)``, an `Image`, or a list of ``(Y, X)``
+    colors : one colour a channel, or "auto"
+        Any matplotlib name, or ``"#rrggbb"``; ``"green"`` is full green ``(0, 1, 0)``. auto: from the names
+        of an `Image`'s channels, else red, green, blue, cyan.
     ratio : one weight of 0 or more a channel
+        None: equal.
 
     Returns
     -------
@@ -169,25 +183,25 @@ def reconstruct(
     """
     x = as_planes(channels, axes=axes)
     count = int(x.shape[0])
-    if colors is _COLORS:
-        colors = colors[:count]
-    if ratio is _RATIO:
-        ratio = [1] * count
-    step = Mix(mixing_weights(count, list(colors), list(ratio)))
+    if isinstance(colors, str):
+        if colors != "auto":
+            raise InputError(f"colors cannot be {colors!r}: give one colour a channel, or 'auto'.")
+        colors = auto_colors(getattr(channels, "channels", [""] * count))
+    step = Mix(mixing_weights(count, list(colors), [1.0] * count if ratio is None else list(ratio)))
     return map_step(x, step)
 
 
 def adjust_histogram(
     x: Any,
-    method: Literal["stretch", "equalize", "clahe", "match"] = "stretch",
-    low: float = 0.2,
-    high: float = 99.8,
+    method: Literal["stretch", "equalize", "clahe", "match"] = _HISTOGRAM.method,
+    low: float = _HISTOGRAM.low,
+    high: float = _HISTOGRAM.high,
     *,
-    linked: bool = False,
-    reference: Any = None,
-    tiles: int = 8,
-    clip_limit: float = 0.01,
-    bins: int = 256,
+    linked: bool | Literal["auto"] = _HISTOGRAM.linked,
+    reference: Any = _HISTOGRAM.reference,
+    tiles: int = _HISTOGRAM.tiles,
+    clip_limit: float = _HISTOGRAM.clip_limit,
+    bins: int = _HISTOGRAM.bins,
     axes: str | None = None,
 ) -> da.Array:
     """Adjust the histogram of each channel over the whole image.
@@ -214,11 +228,12 @@ def adjust_histogram(
 
     Parameters
     ----------
-    x : dask or numpy array ``(C, Y, X)`` or ``(Y, X)``
+    x : dask or numpy array ``(C, Y, X)`` or ``(Y, X)``, or an `Image`
     low, high : float
         Percentiles, 0-100 (stretch).
-    linked : bool
-        Give all channels the curve of their common histogram, which keeps the colours of a colour picture.
+    linked : bool or "auto"
+        Give all channels the curve of their common histogram, which keeps the colours of a colour picture;
+        auto: for an `Image` that is one (``is_rgb``). An array does not say whether it is.
     reference : array ``(C, Y, X)`` or ``(Y, X)``, or list of such
         The image to match, or a set of them, whose pixels are counted together (match): same channels and
         dtype, any size.
@@ -241,8 +256,9 @@ def adjust_histogram(
         "tiles": tiles,
         "clip_limit": clip_limit,
     }
-    values |= {"bins": bins, "reference": "given" if method == "match" else None}
+    values |= {"bins": bins, "linked": linked, "reference": "given" if method == "match" else None}
     settings = _checked(HistogramSettings, "adjust_histogram", values)
+    linked = getattr(x, "is_rgb", False) if linked == "auto" else linked
     planes = as_planes(x, allow_2d=True, axes=axes)
     dtype = planes.dtype
     if method != "match":
@@ -268,7 +284,7 @@ def adjust_histogram(
     return result[0] if np.ndim(x) == 2 else result
 
 
-def gaussian(x: Any, sigma: float, *, axes: str | None = None) -> da.Array:
+def gaussian(x: Any, sigma: float = _GAUSSIAN.sigma, *, axes: str | None = None) -> da.Array:
     """Smooth each channel by a Gaussian.
 
     By `dask_image.ndfilters.gaussian_filter`, and so what `scipy.ndimage.gaussian_filter` makes of the whole:
@@ -299,6 +315,42 @@ def gaussian(x: Any, sigma: float, *, axes: str | None = None) -> da.Array:
         raise InputError(f"The sigma {sigma!r} of the Gaussian filter cannot be used: it must be above 0.")
     result = map_step(as_planes(x, allow_2d=True, axes=axes), Gaussian(float(sigma)))
     return result[0] if np.ndim(x) == 2 else result
+
+
+def prepare(image: Any, settings: PreprocessSettings | Plan | None = None) -> da.Array:
+    """All steps before segmentation, as `run` takes them.
+
+    Parameters
+    ----------
+    image : `Image`, or dask or numpy array ``(C, Y, X)``
+        An `Image` knows the names of its channels and whether it is a colour picture; an array has neither.
+    settings : PreprocessSettings, optional
+        Read for their statistics at once, block by block; or a `Plan`, whose numbers are known.
+
+    Returns
+    -------
+    dask array ``(C, Y, X)``
+        The same bits as a study with these settings segments.
+
+    Raises
+    ------
+    InputError
+        For settings or a plan that do not fit the image, or NaN pixels where a histogram is adjusted.
+    """
+    planes = as_planes(image)
+    if isinstance(settings, Plan):
+        plan = settings
+    else:
+        names = getattr(image, "channels", None)
+        plan = freeze(planes, settings, names, getattr(image, "is_rgb", False))
+    if tuple(planes.shape[1:]) != plan.shape or planes.shape[0] != plan.in_channels:
+        raise InputError(
+            f"The plan is for shape {(plan.in_channels, *plan.shape)}, but the image has {planes.shape}."
+        )
+    result = planes
+    for step in plan.steps:
+        result = map_step(result, step)
+    return result
 
 
 def _checked(kind: type[_Settings], function: str, values: dict[str, Any]) -> _Settings:

@@ -24,6 +24,7 @@ import numpy as np
 
 from daskcell.geometry import Box
 from daskcell.preprocess.pixels import all_values, check_finite, float_dtype, is_small
+from daskcell.preprocess.signal import PIXELS, TILE, Signal, bin_values, count_tiles, find_signal, may_matter
 from daskcell.preprocess.steps import Curve, Step, Stretch
 
 DIGIT = 16
@@ -72,7 +73,7 @@ def rank_of(percentile: float, count: int) -> tuple[int, int, float]:
 # -- small integers: everything from exact histograms -----------------------------------------------
 @dataclass(frozen=True)
 class Stretching:
-    """Values at two percentiles become black and white."""
+    """Values at two percentiles of the signal (see `signal`) become black and white."""
 
     low: float
     high: float
@@ -104,7 +105,7 @@ Aim = Stretching | Equalizing | Matching | Referring
 class ExactCounts:
     """One bin a value: counts ``(C, 256 or 65536)``."""
 
-    aim: Aim
+    aim: Equalizing | Matching | Referring
     dtype: np.dtype
     linked: bool = False
     """All channels get the curve of their common histogram."""
@@ -128,9 +129,6 @@ class ExactCounts:
             np.cumsum(counts[where]) / float(counts.sum())
             for counts, where in zip(total, present, strict=True)
         )
-        if isinstance(self.aim, Stretching):
-            limits = self.limits(total, self.aim)
-            return Stretch(tuple(a for a, _ in limits), tuple(b for _, b in limits))
         if isinstance(self.aim, Equalizing):
             curves = (share if len(share) > 1 else 0 * share for share in shares)
             return Curve(found, tuple(curve.astype(np.float32) for curve in curves), to_float=True)
@@ -155,6 +153,44 @@ class ExactCounts:
             below, above, part = rank_of(percentile, size)
             limits.append(lerp(at(below), at(above), part))
         return _apart(limits[0], limits[1], at(0), at(size - 1))
+
+
+@dataclass(frozen=True, eq=False)
+class SignalCounts:
+    """Percentiles of the signal: pixels and tiles, one bin a value: counts ``(C, 4, 256 or 65536)``."""
+
+    aim: Stretching
+    dtype: np.dtype
+    linked: bool = False
+
+    def count(self, block: np.ndarray, box: Box) -> np.ndarray:
+        assert box.y0 % TILE == box.x0 % TILE == 0, f"tiles are cut by the block at {box}"
+        return count_tiles(block)
+
+    def merge(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return a + b
+
+    def finish(self, total: np.ndarray) -> Stretch:
+        limits = [self._limits(counts) for counts in pool(total, self.linked)]
+        return Stretch(tuple(a for a, _ in limits), tuple(b for _, b in limits))
+
+    def _limits(self, counts: np.ndarray) -> tuple[float, float]:
+        values = all_values(self.dtype)
+        signal = find_signal(counts, values)
+        pixels = counts[PIXELS] if signal is None else signal.pixels
+        low, high = ExactCounts._limits(values, pixels, self.aim)
+        return (low, high) if signal is None else signal.widen(low, high)
+
+    def of_pixels(self, counts: np.ndarray) -> np.ndarray | None:
+        """The counts that known pixels ``(C, bins)`` lead to the same limits with; None: tiles must be
+        counted."""
+        values = all_values(self.dtype)
+        for pixels in pool(counts, self.linked)[: 1 if self.linked else None]:
+            if may_matter(pixels, values, *ExactCounts._limits(values, pixels, self.aim)):
+                return None
+        total = np.zeros((len(counts), 4, counts.shape[1]), np.int64)
+        total[:, PIXELS] = counts
+        return total
 
 
 def _apart(low: float, high: float, smallest: float, largest: float) -> tuple[float, float]:
@@ -204,7 +240,10 @@ class Target:
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Exact order statistics, 16 bits a pass (radix selection): counts ``(C, targets, 65536)``."""
+    """Exact order statistics, 16 bits a pass (radix selection): counts ``(C, targets, 65536)``.
+
+    The first pass counts tiles too, in four more rows, for the limits of the signal.
+    """
 
     aim: Stretching
     dtype: np.dtype
@@ -215,6 +254,8 @@ class Selection:
     """Digits known so far."""
     targets: tuple[tuple[Target, ...], ...] = ()
     """Per channel: smallest, below and above `low`, below and above `high`, largest."""
+    signals: tuple[Signal | None, ...] = ()
+    """Per channel, after the first pass."""
 
     @classmethod
     def start(cls, aim: Stretching, dtype: np.dtype, channels: int, size: int, linked: bool) -> Selection:
@@ -237,6 +278,9 @@ class Selection:
                 if target.prefix not in seen:
                     seen[target.prefix] = self._digits(keys, target.prefix)
                 row[...] = seen[target.prefix]
+        if not self.known:
+            assert box.y0 % TILE == box.x0 % TILE == 0, f"tiles are cut by the block at {box}"
+            out = np.concatenate([out, count_tiles(block)], axis=1)
         return out
 
     def _digits(self, keys: np.ndarray, prefix: int) -> np.ndarray:
@@ -249,14 +293,18 @@ class Selection:
 
     def finish(self, total: np.ndarray) -> Selection | Stretch:
         total = pool(total, self.linked)
+        signals = self.signals
+        if not self.known:
+            values = bin_values(self.dtype)
+            signals = tuple(find_signal(counts[-4:], values) for counts in total)
         found = tuple(
-            tuple(self._narrow(target, row) for target, row in zip(targets, counts, strict=True))
+            tuple(self._narrow(target, row) for target, row in zip(targets, counts, strict=False))
             for targets, counts in zip(self.targets, total, strict=True)
         )
-        narrowed = replace(self, known=self.known + 1, targets=found)
+        narrowed = replace(self, known=self.known + 1, targets=found, signals=signals)
         if self._shift:
             return narrowed
-        limits = [narrowed._limits(targets) for targets in found]
+        limits = [narrowed._limits(*one) for one in zip(found, signals, strict=True)]
         return Stretch(tuple(a for a, _ in limits), tuple(b for _, b in limits))
 
     @staticmethod
@@ -266,13 +314,16 @@ class Selection:
         before = int(until[digit - 1]) if digit else 0
         return Target((target.prefix << DIGIT) | digit, target.rank - before)
 
-    def _limits(self, targets: Sequence[Target]) -> tuple[float, float]:
+    def _limits(self, targets: Sequence[Target], signal: Signal | None) -> tuple[float, float]:
         smallest, *around, largest = (unsortable(target.prefix, self.dtype) for target in targets)
         if self.dtype.kind != "f":
             smallest, *around, largest = (int(value) for value in (smallest, *around, largest))
         low = lerp(around[0], around[1], rank_of(self.aim.low, self.size)[2])
         high = lerp(around[2], around[3], rank_of(self.aim.high, self.size)[2])
-        return _apart(low, high, smallest, largest)
+        low, high = _apart(low, high, smallest, largest)
+        if signal is not None and signal.padding.any():
+            low, high = (signal.percentile(part) for part in (self.aim.low, self.aim.high))
+        return (low, high) if signal is None else signal.widen(low, high)
 
 
 # -- wide types: curves from bins between the extremes ----------------------------------------------
@@ -342,9 +393,11 @@ class BinCounts:
 
 def first_pass(
     aim: Aim, dtype: np.dtype, channels: int, size: int, linked: bool = False
-) -> ExactCounts | Selection | Extremes:
+) -> ExactCounts | SignalCounts | Selection | Extremes:
     """Where counting starts for `aim` on an image of `channels` with `size` pixels each."""
     if is_small(dtype):
+        if isinstance(aim, Stretching):
+            return SignalCounts(aim, dtype, linked)
         return ExactCounts(aim, dtype, linked)
     if isinstance(aim, Stretching):
         return Selection.start(aim, dtype, channels, size, linked)

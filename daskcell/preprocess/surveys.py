@@ -21,7 +21,7 @@ from daskcell.preprocess.graphs import count_lazily
 from daskcell.preprocess.pixels import all_values
 from daskcell.preprocess.plan import Plan
 from daskcell.preprocess.prepared import PreparedArray, PreparedImage
-from daskcell.preprocess.statistics import ExactCounts, Extremes, Pass
+from daskcell.preprocess.statistics import ExactCounts, Extremes, Pass, SignalCounts
 from daskcell.preprocess.steps import Step
 
 if TYPE_CHECKING:
@@ -110,15 +110,16 @@ def _kept_counts(zarr_path: str | Path, counting: Pass) -> Any:
     """The counts kept with the image when it was converted, where they answer the question."""
     from daskcell import images
 
-    histograms = images.read_histograms(zarr_path) if isinstance(counting, ExactCounts | Extremes) else None
+    if not isinstance(counting, ExactCounts | Extremes | SignalCounts):
+        return None
+    histograms = images.read_histograms(zarr_path)
     if histograms is None:
         return None
     if isinstance(counting, Extremes):
         ends = [[values[i] for values, _ in histograms] for i in (0, -1)]
         return np.array(ends, counting.dtype)
-    assert isinstance(counting, ExactCounts)
     first = int(all_values(counting.dtype)[0])
     counts = np.zeros((len(histograms), len(all_values(counting.dtype))), np.int64)
     for row, (values, numbers) in zip(counts, histograms, strict=True):
         row[values - first] = numbers
-    return counts
+    return counting.of_pixels(counts) if isinstance(counting, SignalCounts) else counts

@@ -15,9 +15,10 @@ from itertools import pairwise
 import numpy as np
 
 from daskcell.geometry import Box
+from daskcell.preprocess.signal import bin_values, find_signal
 from daskcell.segmentation.cells import check_block
 from daskcell.segmentation.globals import Globals
-from daskcell.segmentation.methods import CellposeMethod, Read
+from daskcell.segmentation.methods import CellposeMethod, Read, tiles_of
 from daskcell.segmentation.ownership import Thresholds, own_labels
 
 WHOLE_UP_TO = 2048 * 2048
@@ -52,9 +53,11 @@ def first_pass_windows(
     windows = [(box, read(box)) for box in sample_windows(shape)]
     if len(windows) > WINDOWS:
         # Glass has no cells to measure; of equals the first in reading order.
-        windows.sort(key=lambda window: -float(np.std(window[1].astype(np.float32))))
-        windows = windows[:WINDOWS]
-    samples = [method.observe(part, box, box.shape) for box, part in windows]
+        contrast = _contrast(method, [part for _, part in windows])
+        order = np.argsort(-np.array(contrast), kind="stable")[:WINDOWS]
+        windows = [windows[n] for n in order]
+    # Every window is an image of its own.
+    samples = [method.observe(part, Box(0, 0, *box.shape), box.shape) for box, part in windows]
     return [(box, method.freeze(samples, box.shape)) for box, _ in windows]
 
 
@@ -80,6 +83,23 @@ def diameter_of(areas: Iterable[list[int]]) -> float | None:
 def _first_pass(method: CellposeMethod) -> CellposeMethod:
     # The thresholds of the run do not matter here: they can be changed without the network being run again.
     return dataclasses.replace(method, diameter=None, thresholds=Thresholds(), steps=None)
+
+
+def _contrast(method: CellposeMethod, parts: list[np.ndarray]) -> list[float]:
+    """How much each window seems to hold: its deviation; of a nearly empty image, the signal in it.
+
+    There, a hot pixel has more deviation than a cell.
+    """
+    deviation = [float(np.std(part.astype(np.float32))) for part in parts]
+    if method.normalize != "signal":
+        return deviation
+    counts = [tiles_of(part, Box(0, 0, *part.shape[1:])) for part in parts]
+    cores = np.zeros(len(parts))
+    for channel, total in enumerate(np.sum(counts, axis=0)):
+        signal = find_signal(total, bin_values(parts[0].dtype))
+        if signal is not None and signal.is_sparse:
+            cores += [signal.count_cores(part[channel]) for part in counts]
+    return list(cores) if cores.any() else deviation
 
 
 def _crop(part: np.ndarray, box: Box) -> np.ndarray:

@@ -134,7 +134,14 @@ def _flows_key(settings: SegmentSettings, plan: Plan, block: int) -> str:
     from daskcell.models import network_fingerprint
 
     parts = [network_fingerprint(settings.model), plan.key, settings.diameter, settings.channels]
-    parts += [settings.precision, settings.batch_size, settings.tissue_mask, block, STAGE_VERSIONS["segment"]]
+    parts += [
+        settings.precision,
+        settings.normalize,
+        settings.batch_size,
+        settings.tissue_mask,
+        block,
+        STAGE_VERSIONS["segment"],
+    ]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
 
 

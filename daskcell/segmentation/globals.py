@@ -6,6 +6,7 @@ every block. A block that measured them by itself would segment a different pict
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from daskcell.errors import InputError
+from daskcell.preprocess.signal import bin_values, find_signal
 from daskcell.segmentation.tiles import MEAN_DIAMETER, TileGrid
 
 EXACT_UP_TO = 224**3
@@ -30,8 +32,32 @@ def sampling_step(shape: tuple[int, int]) -> tuple[int, int]:
     return max(1, shape[0] // 224), max(1, shape[1] // 224)
 
 
-def intensity_bounds(values: np.ndarray) -> tuple[float, float] | None:
-    """1st and 99th percentile of one channel's sample; None for a channel without contrast.
+def find_bounds(
+    samples: list[np.ndarray], tiles: np.ndarray | None = None
+) -> tuple[tuple[float, float] | None, ...]:
+    """Intensities of each channel that become 0 and 1; None for a channel without contrast.
+
+    The 1st and 99th percentile of its sample, as Cellpose takes them; with counts of `tiles`, those of the
+    signal (see `daskcell.preprocess.signal`), and a channel of noise beside one that holds something is one
+    without contrast.
+    """
+    limits = [_percentiles(values) for values in samples]
+    if tiles is not None:
+        signals = [find_signal(t, bin_values(s.dtype)) for t, s in zip(tiles, samples, strict=True)]
+        empty = [signal is None or signal.is_empty for signal in signals]
+        for c, signal in enumerate(signals):
+            if signal is None:
+                continue
+            if signal.padding.any():
+                limits[c] = _percentiles(signal.without_padding(samples[c]))
+            limits[c] = signal.widen(*limits[c])
+            if empty[c] and not all(empty):
+                limits[c] = (0.0, 0.0)
+    return tuple((low, high) if high - low > 1e-3 else None for low, high in limits)
+
+
+def _percentiles(values: np.ndarray) -> tuple[float, float]:
+    """1st and 99th percentile.
 
     Raises
     ------
@@ -44,8 +70,15 @@ def intensity_bounds(values: np.ndarray) -> tuple[float, float] | None:
         raise InputError(
             f"The image has {bad} NaN or infinite pixels, so no percentiles can be taken. Replace them first."
         )
-    low, high = np.percentile(values, 1), np.percentile(values, 99)
-    return (float(low), float(high)) if high - low > 1e-3 else None
+    if not len(values):
+        return 0.0, 0.0
+    return float(np.percentile(values, 1)), float(np.percentile(values, 99))
+
+
+def merge_observed(parts: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
+    """What was observed of several parts: samples one after the other, and the sum of the tiles' counts."""
+    *samples, tiles = zip(*parts, strict=True)
+    return [*(np.concatenate(channel) for channel in samples), np.sum(tiles, axis=0)]
 
 
 @dataclass(frozen=True)

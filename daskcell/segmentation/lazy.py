@@ -7,35 +7,45 @@ paints; in between stand three small reductions over the whole picture (percenti
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from daskcell.config import SegmentSettings
 from daskcell.errors import InputError
 from daskcell.geometry import Box, Grid
 from daskcell.images.arrays import as_image
+from daskcell.preprocess.signal import TILE, aligned
 from daskcell.segmentation.cells import Cells, check_block, number, refuse_too_many
 from daskcell.segmentation.methods import BlockMethod, CellposeMethod, Method, network_source
 from daskcell.segmentation.ownership import Candidates, Thresholds, own_labels
 from daskcell.segmentation.seams import SeamReport, paint_core
 from daskcell.segmentation.tiles import TileGrid
+from daskcell.segmentation.tissue import is_bright, smallest_level, tiles_without
+from daskcell.segmentation.tissue import tissue_mask as find_tissue
+
+_DEFAULT = SegmentSettings()
 
 
 def segment(
     image: Any,
-    method: str | Callable[[np.ndarray], np.ndarray] = "cellpose",
-    model: Any = "tiny",
-    diameter: float | str | None = None,
+    method: str | Callable[[np.ndarray], np.ndarray] = _DEFAULT.method,
+    model: Any = _DEFAULT.model,
+    diameter: float | str | None = _DEFAULT.diameter,
     *,
-    channels: list[int] | None = None,
+    channels: list[int] | None = _DEFAULT.channels,
     axes: str | None = None,
-    cellprob_threshold: float = 0.0,
-    flow_threshold: float = 0.4,
-    min_size: int = 15,
-    max_size_fraction: float = 0.4,
-    niter: int | None = None,
-    batch_size: int | None = None,
+    precision: Literal["float32", "bfloat16"] | None = _DEFAULT.precision,
+    normalize: Literal["signal", "cellpose"] = _DEFAULT.normalize,
+    cellprob_threshold: float = _DEFAULT.cellprob_threshold,
+    flow_threshold: float = _DEFAULT.flow_threshold,
+    min_size: int = _DEFAULT.min_size,
+    max_size_fraction: float = _DEFAULT.max_size_fraction,
+    niter: int | None = _DEFAULT.niter,
+    batch_size: int | None = _DEFAULT.batch_size,
+    tissue_mask: Any = _DEFAULT.tissue_mask,
     device: str = "cpu",
     block: int = 1024,
     halo: int | None = None,
@@ -59,6 +69,14 @@ def segment(
     diameter : float, "auto" or None
         Expected cell diameter in pixels, to which the picture is rescaled; None: no rescaling; auto:
         estimated from a first pass, which is computed at once.
+    precision : "float32", "bfloat16" or None
+        What the network computes in; None: float32, and bfloat16 for Cellpose-SAM. Only for a `model` that is
+        a name or a file.
+    normalize : "signal" or "cellpose"
+        What becomes 0 and 1 for the network: percentiles 1 and 99 of all pixels, as in Cellpose; or of the
+        signal, which differ where an image is padded or nearly empty (see `daskcell.preprocess.signal`).
+    tissue_mask : bool or `Image`
+        Skip tiles of bare glass (Cellpose), seen in `image`, or in the `Image` that it was made from.
     cellprob_threshold, flow_threshold, min_size, max_size_fraction, niter, batch_size
         As in ``CellposeModel.eval``. `min_size` and `max_size_fraction` hold for all methods.
     block : int
@@ -98,11 +116,14 @@ def segment(
     from dask.delayed import Delayed
     from dask.highlevelgraph import HighLevelGraph
 
+    overview = _overview(image if tissue_mask is True else tissue_mask, image, axes)
     image = as_channels(image, channels, axes)
     shape = image.shape[1:]
     refuse_too_many(shape, min_size)
     thresholds = Thresholds(cellprob_threshold, flow_threshold, min_size, max_size_fraction)
-    way = make_method(method, model, thresholds, diameter, niter, batch_size, device, halo, options)
+    way = make_method(
+        method, model, thresholds, diameter, niter, batch_size, device, halo, options, precision, normalize
+    )
     source = Source(image)
     if isinstance(way, CellposeMethod):
         if diameter == "auto":
@@ -123,13 +144,21 @@ def segment(
         touching = chunks.touching(box)
         return [chunks.core(at) for at in touching], [(image.name, 0, *at) for at in touching]
 
+    whole_tiles = image.rechunk((-1, *aligned(image.chunks[1:], TILE)))  # the same image where they are
+    parts_seen = Grid.from_chunks(whole_tiles.chunks[1:])
     seen = [
         graph.add(
-            "observe", at, partial(_observe, box=chunks.core(at), shape=shape), shared, (image.name, 0, *at)
+            "observe",
+            at,
+            partial(_observe, box=parts_seen.core(at), shape=shape),
+            shared,
+            (whole_tiles.name, 0, *at),
         )
-        for at in chunks
+        for at in parts_seen
     ]
-    frozen = graph.add("globals", (), partial(_freeze, shape=shape), shared, seen)
+    glass = [] if overview is None else [(overview[0].name, 0, 0, 0)]
+    freeze = partial(_freeze, shape=shape, bright=overview and overview[1])
+    frozen = graph.add("globals", (), freeze, shared, seen, glass)
     tiles = TileGrid.lay(shape, way.diameter) if isinstance(way, CellposeMethod) else None
     owner: dict[int, tuple[int, int]] = {}
     networks: dict[tuple[int, int], Any] = {}
@@ -167,7 +196,11 @@ def segment(
         reports.append(graph.add("report", at, _report, painted, found[at]))
     seams = graph.add("seams", (), partial(_sum_reports, blocks=len(grid), tiles=len(owner)), reports)
 
-    layers = HighLevelGraph.from_collections(graph.name("cells"), graph.tasks, dependencies=[image])
+    layers = HighLevelGraph.from_collections(
+        graph.name("cells"),
+        graph.tasks,
+        dependencies=[image, whole_tiles] + ([] if overview is None else [overview[0]]),
+    )
     labels = da.Array(layers, graph.name("cells"), grid.chunks, dtype=np.uint32)
     return (labels, Delayed(seams, layers, layer=graph.name("cells"))) if return_report else labels
 
@@ -231,7 +264,8 @@ def as_channels(image: Any, channels: list[int] | None = None, axes: str | None 
 
 def make_method(
     method: Any, model: Any, thresholds: Thresholds, diameter: Any, niter: int | None, batch_size: int | None,
-    device: str, halo: int | None, options: dict[str, Any],
+    device: str, halo: int | None, options: dict[str, Any], precision: str | None = None,
+    normalize: Literal["signal", "cellpose"] = "signal",
 ) -> Any:  # fmt: skip
     """The method object for `segment`'s arguments."""
     if method == "watershed":
@@ -249,21 +283,47 @@ def make_method(
         raise InputError(f"diameter cannot be {diameter!r}. Please give pixels, 'auto' or None.")
     if isinstance(diameter, (int, float)) and not diameter > 0:
         raise InputError(f"diameter cannot be {diameter}. Please give a size in pixels above 0, or None.")
+    if normalize not in ("signal", "cellpose"):
+        raise InputError(f"normalize cannot be {normalize!r}. Please give 'signal' or 'cellpose'.")
     size = None if diameter in (None, "auto") else float(diameter)
-    return CellposeMethod(network_source(model, device), thresholds, size, batch_size, niter)
+    network = network_source(model, device, precision)
+    return CellposeMethod(network, thresholds, size, batch_size, niter, normalize)
 
 
 def _observe(method: Method, part: np.ndarray, *, box: Box, shape: tuple[int, int]) -> Any:
     return method.observe(part, box, shape)
 
 
-def _freeze(method: Method, observed: list[Any], *, shape: tuple[int, int]) -> Any:
-    return method.freeze(observed, shape)
+def _freeze(
+    method: Method,
+    observed: list[Any],
+    overview: list[np.ndarray],
+    *,
+    shape: tuple[int, int],
+    bright: bool | None,
+) -> Any:
+    frozen = method.freeze(observed, shape)
+    if not overview or not isinstance(method, CellposeMethod):
+        return frozen
+    picture = np.asarray(overview[0])
+    tissue = find_tissue(picture, is_bright(picture) if bright is None else bright)
+    return replace(frozen, skipped=tiles_without(tissue, frozen.tiles))
+
+
+def _overview(seen: Any, image: Any, axes: str | None) -> tuple[Any, bool | None] | None:
+    """The smallest level of what tissue is seen in; whether its ground is bright (None: by the pixels)."""
+    if seen is False:
+        return None
+    level = as_channels(seen, axes=axes if seen is image else None, most=1 << 16)
+    if level.shape[1:] != as_channels(image, axes=axes, most=1 << 16).shape[1:]:
+        raise InputError(f"The tissue is seen in an image of shape {level.shape}, not in one of this size.")
+    return smallest_level(level), getattr(seen, "is_rgb", None)
 
 
 def _network(
     method: CellposeMethod, frozen: Any, parts: list[np.ndarray], *, tiles: list[int], boxes: list[Box]
 ) -> dict[int, np.ndarray]:
+    tiles = [tile for tile in tiles if tile not in frozen.skipped]
     return dict(zip(tiles, method.run(partial(_assemble, boxes, parts), frozen, tiles), strict=True))
 
 

@@ -14,15 +14,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from tlz import partition_all
 
 from daskcell.errors import InputError
 from daskcell.geometry import Box
+from daskcell.preprocess.signal import TILE, count_tiles
 from daskcell.segmentation import dynamics
-from daskcell.segmentation.globals import Globals, intensity_bounds, sampling_step
+from daskcell.segmentation.globals import Globals, find_bounds, merge_observed, sampling_step
 from daskcell.segmentation.network import (
     CELLPROB,
     blend,
@@ -71,6 +72,7 @@ class CellposeMethod:
     diameter: float | None = None
     batch_size: int | None = None
     steps: int | None = None
+    normalize: Literal["signal", "cellpose"] = "signal"
 
     @property
     def halo(self) -> int:
@@ -79,13 +81,12 @@ class CellposeMethod:
 
     def observe(self, part: np.ndarray, box: Box, shape: tuple[int, int]) -> list[np.ndarray]:
         refuse_unusable(part, box)
-        step = sampling_step(shape)
-        return [plane[-box.y0 % step[0] :: step[0], -box.x0 % step[1] :: step[1]].ravel() for plane in part]
+        tiles = tiles_of(part, box) if self.normalize == "signal" else np.zeros(0, np.int64)
+        return [*sample(part, box, shape), tiles]
 
     def freeze(self, observed: list[list[np.ndarray]], shape: tuple[int, int]) -> Globals:
-        channels = zip(*observed, strict=True)
-        bounds = tuple(intensity_bounds(np.concatenate(samples)) for samples in channels)
-        return Globals(shape, bounds, self.diameter)
+        *samples, tiles = merge_observed(observed)
+        return Globals(shape, find_bounds(samples, tiles if tiles.size else None), self.diameter)
 
     def run(self, read: Read, frozen: Globals, tiles: list[int]) -> Iterator[np.ndarray]:
         """Network outputs of `tiles`, each ``(3, 256, 256)`` float32, one after another."""
@@ -147,6 +148,18 @@ class BlockMethod:
             return labels, touches_rim(labels, held, frozen), None
 
         return at
+
+
+def sample(part: np.ndarray, box: Box, shape: tuple[int, int]) -> list[np.ndarray]:
+    """Pixels of each channel of the block at `box` that Cellpose's percentiles are taken of."""
+    step = sampling_step(shape)
+    return [plane[-box.y0 % step[0] :: step[0], -box.x0 % step[1] :: step[1]].ravel() for plane in part]
+
+
+def tiles_of(part: np.ndarray, box: Box) -> np.ndarray:
+    """Counts of the tiles of the block at `box`, which must begin at multiples of `TILE` pixels."""
+    assert box.y0 % TILE == box.x0 % TILE == 0, f"tiles are cut by the block at {box}"
+    return count_tiles(part.astype(np.uint8) if part.dtype.kind == "b" else part)
 
 
 def network_source(model: Any, device: str, precision: str | None = None) -> Any:

@@ -22,7 +22,7 @@ from daskcell.images import image_info, read_block, write_labels_block
 from daskcell.preprocess import PreparedImage
 from daskcell.segmentation.cells import check_block, load_cells, save_cells
 from daskcell.segmentation.diameter import cell_areas, first_pass_windows
-from daskcell.segmentation.globals import Globals
+from daskcell.segmentation.globals import Globals, merge_observed
 from daskcell.segmentation.methods import CellposeMethod, Method, Read, network_source
 from daskcell.segmentation.ownership import Thresholds, load_candidates, own_labels, save_candidates
 from daskcell.segmentation.seams import SeamReport, paint_core
@@ -91,15 +91,16 @@ class Job:
             return WatershedMethod(settings.watershed, thresholds)
         network = network_source(settings.model, self.device, settings.precision)
         diameter = None if settings.diameter in (None, "auto") else float(settings.diameter)
-        return CellposeMethod(network, thresholds, diameter, settings.batch_size, settings.niter)
+        return CellposeMethod(
+            network, thresholds, diameter, settings.batch_size, settings.niter, settings.normalize
+        )
 
 
 def observe_blocks(job: Job, group: tuple[Index, ...]) -> None:
     """Some blocks, one after another: what is kept of each is small, and so is the time."""
     method, cores = job.method, [job.grid.core(at) for at in group]
     observed = [method.observe(job.read(core), core, job.shape) for core in cores]
-    together = [np.concatenate(channel) for channel in zip(*observed, strict=True)]
-    save_npz(job.file("samples", group[0]), *together)
+    save_npz(job.file("samples", group[0]), *merge_observed(observed))
 
 
 def choose_windows(job: Job) -> list[tuple[Box, Globals]]:

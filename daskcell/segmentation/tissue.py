@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from daskcell.geometry import Box
+from daskcell.images.pyramid import halve_mean, level_shapes
 from daskcell.segmentation.tiles import TileGrid
+
+if TYPE_CHECKING:
+    import dask.array as da
 
 MARGIN = 2
 """Pixels of the small level that tissue is widened by on every side."""
@@ -47,6 +53,24 @@ def tissue_mask(picture: np.ndarray, bright_field: bool) -> np.ndarray:
     threshold = float(np.clip(threshold_otsu(signal), low, high)) if np.ptp(signal) > 0 else low
     found = ndimage.median_filter(signal, 3) > threshold
     return np.asarray(ndimage.binary_dilation(found, np.ones((3, 3)), iterations=MARGIN))
+
+
+def is_bright(picture: np.ndarray) -> bool:
+    """Whether the ground of a picture ``(C, y, x)`` is bright: most pixels lie above the middle."""
+    low, middle, high = np.percentile(picture, (0.1, 50, 99.9))
+    return bool(middle > (low + high) / 2)
+
+
+def smallest_level(image: da.Array) -> da.Array:
+    """The level of an array ``(C, Y, X)`` that a converted image has last, lazily, as one chunk."""
+    small = image
+    for height, width in level_shapes((image.shape[1], image.shape[2]))[1:]:
+        # Halved chunk by chunk, so each begins at an even pixel; odd sides are at the end alone.
+        small = small.rechunk((-1, 2048, 2048))
+        chunks = ((image.shape[0],), *(tuple((n + 1) // 2 for n in sides) for sides in small.chunks[1:]))
+        small = small.map_blocks(halve_mean, dtype=image.dtype, chunks=chunks, meta=small._meta)
+        assert small.shape[1:] == (height, width)
+    return small.rechunk(-1)
 
 
 def tiles_without(mask: np.ndarray, grid: TileGrid) -> frozenset[int]:

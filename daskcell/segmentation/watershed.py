@@ -22,9 +22,10 @@ from numba import njit
 from daskcell.config import WatershedSettings
 from daskcell.errors import InputError
 from daskcell.geometry import Box
+from daskcell.preprocess.signal import SIGMAS, Signal, bin_values, find_signal
 from daskcell.segmentation import dynamics
-from daskcell.segmentation.globals import sampling_step
-from daskcell.segmentation.methods import Look, Read, refuse_unusable
+from daskcell.segmentation.globals import merge_observed
+from daskcell.segmentation.methods import Look, Read, refuse_unusable, sample, tiles_of
 from daskcell.segmentation.ownership import Thresholds
 
 
@@ -77,15 +78,26 @@ class WatershedMethod:
 
     def observe(self, part: np.ndarray, box: Box, shape: tuple[int, int]) -> list[np.ndarray]:
         refuse_unusable(part, box)
-        step = sampling_step(shape)
-        return [gray(part)[-box.y0 % step[0] :: step[0], -box.x0 % step[1] :: step[1]].ravel()]
+        grey = gray(part)[None]
+        return [*sample(grey, box, shape), tiles_of(grey, box)]
 
     def freeze(self, observed: list[list[np.ndarray]], shape: tuple[int, int]) -> WatershedGlobals:
-        """Range, polarity and Otsu's threshold of the whole picture (of a strided sample, if it is large)."""
+        """Range, polarity and Otsu's threshold of the whole picture (of a strided sample, if it is large).
+
+        Of the signal alone (see `daskcell.preprocess.signal`): without padding, and where nearly all is
+        ground, which Otsu would cut in two, half way from there to the cells.
+        """
         from skimage.filters import threshold_otsu
 
-        values = np.concatenate([samples[0] for samples in observed])
+        values, tiles = merge_observed(observed)
+        signal = find_signal(tiles[0], bin_values(values.dtype))
+        if signal is not None:
+            values = signal.without_padding(values)
         low, middle, high = (float(v) for v in np.percentile(values, (0.1, 50, 99.9)))
+        sparse = False
+        if signal is not None:
+            usual, (low, high) = (low, high), signal.widen(low, high)
+            sparse = usual != (low, high)
         dark = self.settings.dark if self.settings.dark != "auto" else middle > (low + high) / 2
         if high <= low:
             return WatershedGlobals(shape, low, high, bool(dark), 1.0)
@@ -93,6 +105,10 @@ class WatershedMethod:
         threshold = self.settings.threshold
         if threshold is None:
             threshold = float(threshold_otsu(1 - scaled if dark else scaled))
+            if signal is not None:
+                level = low + (1 - threshold if dark else threshold) * (high - low)
+                if sparse or (signal.even and abs(level - signal.ground) < SIGMAS * signal.noise):
+                    threshold = _half_way(signal, low, high, bool(dark))
         return WatershedGlobals(shape, low, high, bool(dark), threshold)
 
     def look(self, frozen: WatershedGlobals, read: Read, outputs: Any) -> Look:
@@ -101,6 +117,15 @@ class WatershedMethod:
             return labels, unsafe, None
 
         return at
+
+
+def _half_way(signal: Signal, low: float, high: float, dark: bool) -> float:
+    """Threshold on the 0-1 scale between the ground and the cells; 1 where there are none."""
+    core = signal.core(50, dark=dark)
+    if core is None:
+        return 1.0
+    level = ((signal.ground + core) / 2 - low) / (high - low)
+    return float(np.clip(1 - level if dark else level, 0, 1))
 
 
 def gray(part: np.ndarray) -> np.ndarray:

@@ -34,7 +34,7 @@ SLIDE_STAGES = ("convert", "freeze", "export", "segment", "describe")
 """Stages that need no other slide; `assign` and `paint` wait for the clusters of all."""
 
 STAGE_VERSIONS = dict.fromkeys((*UPSTREAM, "cluster"), 1)
-STAGE_VERSIONS |= {"convert": 2, "segment": 2, "describe": 2, "assign": 2, "cluster": 2}
+STAGE_VERSIONS |= {"convert": 2, "freeze": 2, "segment": 3, "describe": 2, "assign": 2, "cluster": 2}
 """Raised by one when a stage gives another result for the same input and settings: studies redo it."""
 
 
@@ -111,7 +111,7 @@ def segment_settings(config: Config) -> dict[str, Any]:
     if config.segment.method == "cellpose":
         del values["watershed"]
     else:
-        for name in ("model", "cellprob_threshold", "flow_threshold", "niter", "batch_size"):
+        for name in ("model", "normalize", "cellprob_threshold", "flow_threshold", "niter", "batch_size"):
             del values[name]
     return values
 

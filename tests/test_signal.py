@@ -1,0 +1,232 @@
+"""Sparse and padded images: the cells of the patch that holds them, whatever lies around it."""
+
+from __future__ import annotations
+
+import dask.array as da
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import daskcell as dc
+from daskcell.geometry import Box
+from daskcell.images import Image
+from daskcell.preprocess import freeze
+from daskcell.preprocess.signal import TILE, aligned, bin_values, count_tiles, find_signal
+from daskcell.preprocess.steps import Stretch
+from daskcell.segmentation.methods import CellposeMethod
+from daskcell.segmentation.watershed import WatershedMethod
+
+PATCH = 256
+CENTRES = [(50, 60), (60, 170), (120, 40), (140, 130), (200, 210), (210, 90)]
+
+
+def dark_field(side, dtype=np.uint16, cells=6, seed=0):
+    """Bright cells in one patch of a dark field with shot and read noise; and the patch."""
+    rng = np.random.default_rng(seed)
+    yy, xx = np.mgrid[:PATCH, :PATCH]
+    light = np.zeros((side, side))
+    for n, (y, x) in enumerate(CENTRES[:cells]):
+        inside = np.clip((14 - np.hypot(yy - y, xx - x)) / 4 + 0.5, 0, 1)
+        light[41 : 41 + PATCH, 54 : 54 + PATCH] += (0.7 + 0.1 * n) * inside
+    if dtype == np.uint8:
+        pixels = rng.poisson(150 * light + 6) + rng.normal(0, 1.5, light.shape)
+    else:
+        pixels = 2 * rng.poisson(700 * light + 20) + 60 + rng.normal(0, 4, light.shape)
+    pixels = np.clip(np.rint(pixels), 0, np.iinfo(dtype).max).astype(dtype)
+    return pixels, (slice(41, 41 + PATCH), slice(54, 54 + PATCH))
+
+
+def padded(image, patch, value=0, before=512, after=800):
+    moved = tuple(slice(place.start + before, place.stop + before) for place in patch)
+    return np.pad(image, ((before, after), (before, after)), constant_values=value), moved
+
+
+def with_gaps(image, patch):
+    image = image.copy()
+    image[:20, :] = image[500:700, 300:] = image[800:, 100:400] = 0
+    return image, patch
+
+
+def with_defects(image, patch):
+    """Hot pixels, and a speck of dust."""
+    image, rng = image.copy(), np.random.default_rng(1)
+    image[tuple(rng.integers(0, len(image), (2, 40)))] = np.iinfo(image.dtype).max
+    image[700:703, 700:704] = np.iinfo(image.dtype).max
+    return image, patch
+
+
+AROUND = {
+    "field": lambda image, patch: (image, patch),
+    "rim": padded,
+    "one side": lambda image, patch: (np.pad(image, ((0, 0), (0, 1500))), patch),
+    "gaps": with_gaps,
+    "defects": with_defects,
+}
+
+
+@pytest.fixture(params=AROUND)
+def around(request):
+    return AROUND[request.param]
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint8, np.float32, np.int32], ids=lambda d: d.__name__)
+def test_percentiles_are_those_of_the_cells_and_not_of_the_noise(around, dtype):
+    field = dark_field(1024, np.uint8 if dtype == np.uint8 else np.uint16)
+    image, _patch = around(*field)
+    alone = field[0][field[1]].astype(dtype)
+    (stretch,) = freeze(image[None].astype(dtype)).steps
+    (expected,) = freeze(alone[None]).steps
+    width = expected.high[0] - expected.low[0]
+    assert stretch.low[0] == pytest.approx(expected.low[0], abs=0.03 * width)
+    assert stretch.high[0] == pytest.approx(expected.high[0], abs=0.4 * width)
+
+    ((low, high),) = bounds(image[None].astype(dtype))
+    ((low_alone, high_alone),) = bounds(alone[None])
+    width = high_alone - low_alone
+    assert (low, high) == pytest.approx((low_alone, high_alone), abs=0.4 * width)
+    assert low == pytest.approx(low_alone, abs=0.03 * width)
+
+
+def bounds(image, normalize="signal"):
+    method, box = CellposeMethod(None, normalize=normalize), Box(0, 0, *image.shape[1:])
+    return method.freeze([method.observe(image, box, box.shape)], box.shape).bounds
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint8], ids=lambda d: d.__name__)
+def test_the_watershed_finds_the_cells_of_the_patch_alone(around, dtype):
+    field, patch = dark_field(1024, dtype)
+    alone = dc.segment(dc.prepare(field[patch][None]), method="watershed").compute(scheduler="synchronous")
+    image, patch = around(field, patch)
+    found = dc.segment(dc.prepare(image[None]), method="watershed").compute(scheduler="synchronous")
+    assert found.max() == alone.max() == len(CENTRES)
+    assert_alike(found[patch], alone)
+
+
+@pytest.mark.slow
+def test_cellpose_finds_the_cells_of_the_patch_alone():
+    image, patch = padded(*dark_field(512), before=64, after=128)
+    options = {"diameter": 28.0}
+    alone = dc.segment(dc.prepare(image[patch][None]), **options).compute()
+    found = dc.segment(dc.prepare(image[None]), **options).compute()
+    assert found.max() == alone.max() == len(CENTRES)
+    assert_alike(found[patch], alone)
+    assert dc.segment(image, normalize="cellpose", **options).compute().max() == 0
+
+
+def assert_alike(found, expected):
+    for label in range(1, expected.max() + 1):
+        cell = expected == label
+        other = found == np.bincount(found[cell]).argmax()
+        assert (cell & other).sum() / (cell | other).sum() > 0.85
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint8], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("spoil", [AROUND["field"], with_defects], ids=["clean", "defects"])
+def test_nothing_is_found_in_an_empty_field(dtype, spoil):
+    image, _ = spoil(*dark_field(1024, dtype, cells=0))
+    labels = dc.segment(dc.prepare(image[None]), method="watershed").compute(scheduler="synchronous")
+    assert labels.max() == 0
+
+
+def test_little_tissue_on_a_bright_ground_keeps_its_contrast():
+    rng = np.random.default_rng(0)
+    dark = dark_field(1536)[0].clip(140, 1400) - 140.0
+    light = np.stack([235 - 0.08 * dark, 230 - 0.12 * dark, 238 - 0.05 * dark])
+    slide = np.clip(light + rng.normal(0, 2.5, light.shape), 0, 255).astype(np.uint8)
+    patch = (slice(None), slice(41, 41 + PATCH), slice(54, 54 + PATCH))
+    expected = stretch_of(slide[patch])
+    for whole in (slide, np.pad(slide, ((0, 0), (300, 9), (0, 333)), constant_values=255)):
+        found = stretch_of(whole)
+        assert found.low == pytest.approx(expected.low, abs=40)
+        assert found.high == pytest.approx(expected.high, abs=6)
+
+
+def stretch_of(rgb):
+    plan = freeze(rgb, is_rgb=True)
+    return next(step for step in plan.steps if isinstance(step, Stretch))
+
+
+def test_a_channel_of_noise_is_not_shown_beside_one_with_cells():
+    cells, noise = dark_field(1024)[0], dark_field(1024, cells=0, seed=3)[0]
+    found = bounds(np.stack([cells, noise]))
+    assert found[0] is not None
+    assert found[1] is None
+    assert None not in bounds(noise[None])
+
+
+@pytest.mark.parametrize("coverage", [0.06, 0.3, 0.7])
+def test_where_cells_cover_enough_nothing_changes_in_any_bit(coverage):
+    rng = np.random.default_rng(0)
+    image = rng.poisson(100, (400, 404)).astype(np.uint16)
+    side = int(400 * coverage**0.5)
+    image[40 : 40 + side, 4 : 4 + side] += rng.poisson(rng.uniform(200, 900, (side, side))).astype(np.uint16)
+    assert bounds(image[None]) == bounds(image[None], "cellpose")
+    (stretch,) = freeze(image[None]).steps
+    assert (stretch.low[0], stretch.high[0]) == tuple(np.percentile(image, (0.2, 99.8)))
+
+
+def test_a_ground_of_zeros_is_no_padding():
+    image = np.zeros((300, 300), np.uint8)
+    image[60:90, 60:90] = image[150:190, 100:140] = np.random.default_rng(0).integers(180, 220, (1,))
+    image[200:230, 201:231] = 100
+    assert bounds(image[None]) == bounds(image[None], "cellpose")
+    small = np.pad(image, (0, 2000))  # 99 % and more of zeros
+    assert bounds(small[None])[0] == (0.0, pytest.approx(200, abs=25))
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.data())
+def test_counts_do_not_depend_on_chunks(data):
+    shape = data.draw(st.tuples(st.integers(9, 90), st.integers(9, 90)))
+    chunks = tuple(
+        tuple(np.diff([0, *sorted(data.draw(st.sets(st.integers(1, side - 1), max_size=4))), side]).tolist())
+        for side in shape
+    )
+    image = np.random.default_rng(0).poisson(3, shape).astype(np.uint16)
+    image[: shape[0] // 2] = 0
+    image[-4:, -4:] = 900
+    whole = freeze(image[None])
+    lazy = dc.adjust_histogram(da.from_array(image, chunks=chunks))
+    np.testing.assert_array_equal(lazy.compute(), dc.adjust_histogram(image).compute())
+    assert freeze(da.from_array(image, chunks=chunks)[None]) == whole
+    cut = aligned(chunks, TILE)
+    assert all(sum(sides) == side for sides, side in zip(cut, shape, strict=True))
+    assert all(end % TILE == 0 for sides in cut for end in np.cumsum(sides)[:-1])
+    total = sum(count_tiles(np.asarray(block)[None]) for block in da.from_array(image, cut).blocks.ravel())
+    np.testing.assert_array_equal(total, count_tiles(image[None]))
+
+
+def test_an_image_kept_with_its_histogram_gives_the_plan_of_its_pixels(tmp_path):
+    import tifffile
+
+    from daskcell.preprocess import freeze_slide
+
+    image, _ = padded(*dark_field(1024))
+    tifffile.imwrite(tmp_path / "sparse.tif", image)
+    dc.convert(tmp_path / "sparse.tif", tmp_path / "sparse.zarr")
+    assert freeze_slide(tmp_path / "sparse.zarr") == freeze(image[None])
+
+
+def test_one_value_is_no_signal():
+    assert (
+        find_signal(count_tiles(np.full((1, 64, 64), 7, np.uint8))[0], bin_values(np.dtype(np.uint8))) is None
+    )
+    assert dc.segment(np.full((64, 64), 7, np.uint8), method="watershed").compute().max() == 0
+
+
+def test_the_watershed_takes_the_threshold_it_is_given():
+    image, _ = dark_field(1024)
+    method, box = (
+        WatershedMethod.from_options(WatershedMethod().thresholds, {"threshold": 0.3}),
+        Box(0, 0, 1024, 1024),
+    )
+    assert method.freeze([method.observe(image[None], box, box.shape)], box.shape).threshold == 0.3
+
+
+def test_an_image_is_prepared_as_what_it_is():
+    pixels = da.from_array(np.random.default_rng(0).integers(0, 200, (3, 64, 64)).astype(np.uint8))
+    colours = Image(pixels, ("red", "green", "blue"), None, "slide", "slide.png", is_rgb=True)
+    low = stretch_of(pixels.compute()).low
+    np.testing.assert_array_equal(dc.adjust_histogram(colours), dc.prepare(colours))
+    assert len(set(low)) == 1
