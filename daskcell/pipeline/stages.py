@@ -16,7 +16,7 @@ from daskcell.config import Config
 from daskcell.disk import remove
 from daskcell.images.sources import Source
 from daskcell.study import CLUSTERS, Ledger, Study
-from daskcell.study.keys import SLIDE_STAGES, late_keys, slide_keys
+from daskcell.study.keys import SLIDE_STAGES, flows_key, late_keys, slide_keys
 
 LABELS = "cells"
 
@@ -86,6 +86,10 @@ def _segment(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], wo
     if not any(path.exists() for path in rewritten("paint", study, job.slide)):
         remove(study.image(job.slide) / "labels")  # its list was damaged: no Zarr group without
     scratch = study.scratch(job.slide, keys["segment"], block)
+    flows = study.flows(job.slide) / flows_key(job.config, ledger.files, job.weights)[:16]
+    if study.flows(job.slide).is_dir():
+        # Of another image or under other settings: they are large, and seldom come back.
+        remove(*(kept for kept in study.flows(job.slide).iterdir() if kept != flows))
     report = segment_slide(
         study.image(job.slide),
         LABELS,
@@ -94,7 +98,7 @@ def _segment(job: Job, study: Study, ledger: Ledger, keys: Mapping[str, str], wo
         workers,
         block,
         scratch,
-        flows=study.flows(job.slide) if settings.keep_flows else None,
+        flows=flows if settings.keep_flows else None,
         device=job.config.compute.network_device,
     )
     remove(scratch)

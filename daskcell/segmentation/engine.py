@@ -16,8 +16,6 @@ and flows of all blocks, 8 bytes a pixel of a cell, wait for the largest mask.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -49,7 +47,6 @@ from daskcell.segmentation.tasks import (
     read_globals,
     run_tiles,
 )
-from daskcell.study.keys import STAGE_VERSIONS
 
 _CHECKS_A_TASK = 4
 _OBSERVED_A_TASK = 8
@@ -81,7 +78,9 @@ def segment_slide(
     scratch
         Folder for intermediate files. A folder from a run that was killed is continued.
     flows
-        Folder that keeps the network's outputs; with it, thresholds can be changed without the network.
+        Folder that keeps the network's outputs and the image parameters, so that thresholds can be changed
+        without the network. It belongs to one image, one preprocessing, one network and the settings that
+        decide its outputs: another of these needs another folder.
     device
         ``"cpu"`` or ``"cuda"``: where the network runs.
 
@@ -101,16 +100,15 @@ def segment_slide(
             "Please choose with segment.channels, or leave preprocess.reconstruct on."
         )
     refuse_too_many(plan.shape, settings.min_size)
-    key = _flows_key(settings, plan, block)
     scratch = Path(scratch)
-    flows = scratch / "flows" if flows is None else Path(flows) / key
+    keep = flows is not None
+    flows = scratch / "flows" if flows is None else Path(flows)
     job = Job(str(path), name, settings, plan, block, str(scratch), str(flows), device)
     for kind in ("samples", "labels", "further", "cells", "ids"):
         (scratch / kind).mkdir(parents=True, exist_ok=True)
     (flows / "tiles").mkdir(parents=True, exist_ok=True)
 
     _globals(job, workers)
-    keep = flows.parent != scratch
     report, extent = _label(job, workers, keep=keep)
     if keep:
         remove(*flows.rglob(".*.tmp"))  # of tasks that were killed
@@ -121,17 +119,6 @@ def segment_slide(
         result["diameter"] = frozen.diameter
         result["skipped_fraction"] = len(frozen.skipped) / len(frozen.tiles)
     return result
-
-
-def _flows_key(settings: SegmentSettings, plan: Plan, block: int) -> str:
-    """What network outputs depend on, and what they are cut by."""
-    if settings.method != "cellpose":
-        return "none"
-    from daskcell.models import network_fingerprint
-
-    parts = [network_fingerprint(settings.model), plan.key, settings.diameter, settings.channels]
-    parts += [settings.precision, settings.batch_size, settings.tissue_mask, block, STAGE_VERSIONS["segment"]]
-    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
 
 
 # -- facts of the whole picture ------------------------------------------------------------------------

@@ -110,6 +110,26 @@ def segment_settings(config: Config) -> dict[str, Any]:
     return values
 
 
+_ONLY_MASKS = ("cellprob_threshold", "flow_threshold", "niter", "min_size", "max_size_fraction")
+"""Settings of a segmentation that come into play once flows and image parameters are there."""
+
+
+def flows_key(config: Config, files: Iterable[Mapping[str, Any]], weights: Mapping[str, str]) -> str:
+    """Content key of what a segmentation keeps so that masks can be made anew (``segment.keep_flows``).
+
+    It is the key of the segmentation without the settings that only matter to masks, and with the side of
+    the blocks, which are what is kept is cut into.
+    """
+    settings = {k: v for k, v in segment_settings(config).items() if k not in _ONLY_MASKS}
+    return content_key(
+        "segment",
+        slide_keys(config, files, weights)["freeze"],
+        settings,
+        weights.get("segment", ""),
+        {"block": config.compute.block},
+    )
+
+
 def identify(
     paths: Iterable[str | Path], known: Iterable[Mapping[str, Any]] = (), said: Iterable[str] = ()
 ) -> list[dict[str, Any]]:
