@@ -171,15 +171,12 @@ def _fair(counts: Sequence[int], total: int) -> int:
 
 
 def _slide_cells(study: Study, name: str, count: int) -> SlideCells:
-    from daskcell.preprocess import Plan
-
-    ledger, settings = study.ledger(name), study.config.features
-    entry = ledger.entry("segment")
+    settings = study.config.features
+    entry = study.ledger(name).entry("segment")
     assert entry is not None
     cut: list[Any] = [_VERSION, entry["key"], count, settings.margin, settings.window, settings.channels]
     key = hashlib.sha256(json.dumps(cut).encode()).hexdigest()[:32]
-    plan = Plan.from_json(ledger.result("freeze")["plan"])
-    return SlideCells(study.image(name), study.table(name), plan, settings, count, key)
+    return SlideCells(study.image(name), study.table(name), study.plan(name), settings, count, key)
 
 
 def _on_disk(slide: SlideCells, folder: Path, name: str, report: Callable[[str], None]) -> np.ndarray:

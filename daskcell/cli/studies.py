@@ -166,12 +166,12 @@ def report(
 
     A run writes it by itself (output.report); this is for studies under way, and for a copy elsewhere.
     """
-    from daskcell.pipeline.status import drift_sentences
+    from daskcell.pipeline.status import remarks
     from daskcell.report import write_report
     from daskcell.study import Study
 
     found = Study(study)
-    print(write_report(found, out, drift_sentences(found)))
+    print(write_report(found, out, remarks(found)))
 
 
 @app.command()

@@ -28,7 +28,7 @@ _PIXELWISE = ("mix", "stretch", "curve")
 
 def write_cluster_labels(
     zarr_path: str | Path,
-    table_path: str | Path,
+    clusters_path: str | Path,
     k: int,
     workers: Workers,
     block: int,
@@ -44,8 +44,8 @@ def write_cluster_labels(
     ----------
     zarr_path
         OME-Zarr image with the label image `labels`.
-    table_path
-        The slide's cells table, with the column ``cluster``.
+    clusters_path
+        Table with the column ``cluster``, row i for label i + 1.
     k
         Number of clusters of the model (of which a slide may show a few).
     block
@@ -60,7 +60,7 @@ def write_cluster_labels(
     """
     from daskcell import images
 
-    lookup = cluster_lookup(table_path)
+    lookup = cluster_lookup(clusters_path)
     counts = np.bincount(lookup[1:], minlength=k + 1)[1:].tolist()
     palette = colors(k)
     titles = titled(names, k)
@@ -76,7 +76,7 @@ def write_cluster_labels(
     window = workers.window()
     for index in grid:
         window.submit(
-            index, _cluster_labels_task, str(zarr_path), str(table_path), labels, name, k, grid.core(index)
+            index, _cluster_labels_task, str(zarr_path), str(clusters_path), labels, name, k, grid.core(index)
         )
     for _ in window:
         pass
@@ -84,33 +84,36 @@ def write_cluster_labels(
     return counts
 
 
-def _cluster_labels_task(zarr_path: str, table_path: str, labels: str, name: str, k: int, box: Box) -> None:
+def _cluster_labels_task(
+    zarr_path: str, clusters_path: str, labels: str, name: str, k: int, box: Box
+) -> None:
     from daskcell import images
 
-    values = cluster_lookup(table_path)[images.read_labels(zarr_path, labels, box)]
+    values = cluster_lookup(clusters_path)[images.read_labels(zarr_path, labels, box)]
     images.write_labels_block(zarr_path, name, box, values.astype(np.uint8 if k < 255 else np.uint16))
 
 
-def cluster_lookup(table_path: str | Path) -> np.ndarray:
-    """Cluster + 1 of every label, from a cells table; 0 for no cell and for cells of no cluster."""
-    table_path = str(table_path)
-    return _read_lookup(table_path, os.stat(table_path).st_mtime_ns)
+def cluster_lookup(clusters_path: str | Path) -> np.ndarray:
+    """Cluster + 1 of every label, from a table; 0 for no cell and for cells of no cluster."""
+    clusters_path = str(clusters_path)
+    return _read_lookup(clusters_path, os.stat(clusters_path).st_mtime_ns)
 
 
 @lru_cache(maxsize=2)
-def _read_lookup(table_path: str, _: int) -> np.ndarray:
+def _read_lookup(clusters_path: str, _: int) -> np.ndarray:
     import pyarrow.parquet as pq
 
     try:
-        column = pq.read_table(table_path, columns=["cluster"])["cluster"]
+        column = pq.read_table(clusters_path, columns=["cluster"])["cluster"]
     except (KeyError, ValueError) as error:
-        raise InputError(f"{table_path} has no column 'cluster'. Assign clusters first.") from error
+        raise InputError(f"{clusters_path} has no column 'cluster'. Assign clusters first.") from error
     return cluster_values(column.to_numpy())
 
 
 def write_overlay(
     zarr_path: str | Path,
     table_path: str | Path,
+    clusters_path: str | Path,
     folder: str | Path,
     name: str,
     k: int,
@@ -126,7 +129,9 @@ def write_overlay(
 
     Parameters
     ----------
-    zarr_path, table_path, labels, k, names
+    table_path
+        The slide's cells table, with the column ``area``.
+    zarr_path, clusters_path, labels, k, names
         As in `write_cluster_labels`.
     folder
         Where to write; files appear whole or not at all.
@@ -148,7 +153,17 @@ def write_overlay(
     window = workers.window()
     files = [Path(folder, f"{name}.{ending}") for ending in formats]
     window.submit(
-        "overlay", _overlay_task, str(zarr_path), str(table_path), files, k, side, plan, labels, names
+        "overlay",
+        _overlay_task,
+        str(zarr_path),
+        str(table_path),
+        str(clusters_path),
+        files,
+        k,
+        side,
+        plan,
+        labels,
+        names,
     )
     for _ in window:
         pass
@@ -158,6 +173,7 @@ def write_overlay(
 def _overlay_task(
     zarr_path: str,
     table_path: str,
+    clusters_path: str,
     files: Sequence[Path],
     k: int,
     side: int,
@@ -171,7 +187,7 @@ def _overlay_task(
     info = images.image_info(zarr_path)
     level = next((i for i, shape in enumerate(info.levels) if max(shape) <= side), len(info.levels) - 1)
     shape = info.levels[level]
-    lookup, palette = cluster_lookup(table_path), colors(k)
+    lookup, palette = cluster_lookup(clusters_path), colors(k)
     read = pixel_reader(zarr_path, level, shape, plan)
     boxes, step = sample_boxes(shape)
     samples = [read(box)[:, ::step, ::step] for box in boxes]

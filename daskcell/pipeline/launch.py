@@ -20,8 +20,10 @@ from daskcell.pipeline.collection import Run
 from daskcell.pipeline.progress import Progress
 from daskcell.pipeline.reporting import bring_report_up_to_date
 from daskcell.pipeline.slide import no_room
+from daskcell.pipeline.stages import fingerprints
 from daskcell.pipeline.status import drift_sentences
 from daskcell.pipeline.transfer import Given
+from daskcell.pipeline.upgrade import upgrade
 from daskcell.scoring.truth import read_truth, score_study
 from daskcell.study import Study, check_folder, sweep
 from daskcell.study.lock import Lock
@@ -144,6 +146,7 @@ def _go(
     weights = fingerprints(settings)
     progress = progress or Progress()
     with _nothing_left_behind(out, new=known is None), Lock(out) as lock:
+        upgrade(out)
         study = Study.create(out, given, settings)
         groups = {source.name: source.group for source in sources if source.group is not None}
         study.update(slides=sorted(source.name for source in sources), weights=weights, groups=groups)
@@ -189,26 +192,6 @@ def as_config(config: Config | Mapping[str, Any] | str | os.PathLike[str] | None
     if isinstance(config, Mapping):
         return parse_config(dict(config))
     raise ConfigError(f"config must be a Config, a mapping or a YAML file, not a {type(config).__name__}.")
-
-
-def fingerprints(config: Config) -> dict[str, str]:
-    """Hashes of the weights a run needs; raises `WeightsError` for those that are not here."""
-    from daskcell.features.encoders import encoder_spec
-    from daskcell.preprocess.checks import check_names
-
-    found = {}
-    if config.segment.method == "cellpose":
-        from daskcell.models import network_fingerprint
-
-        found["segment"] = network_fingerprint(config.segment.model)
-    # Not weights, but all the same files that the settings only name.
-    pictures = check_names(config.preprocess)
-    if pictures is not None:
-        found["freeze"] = pictures
-    features = config.features
-    spec = encoder_spec(features.encoder, layer=features.layer, size=features.size, pooling=features.pooling)
-    found["describe"] = spec.fingerprint
-    return found
 
 
 def _check_readable(sources: Sequence[Source]) -> None:

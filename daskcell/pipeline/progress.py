@@ -10,18 +10,9 @@ import threading
 import time
 from typing import Any, TextIO
 
-LATE = {"assign", "paint"}
-"""Stages that wait for all slides: a slide counts as done before them."""
-STAGE_SHARES = {
-    "convert": 0.06,
-    "freeze": 0.03,
-    "segment": 0.55,
-    "describe": 0.28,
-    "export": 0.02,
-    "assign": 0.02,
-    "paint": 0.04,
-}
-"""Part of a slide's work in each stage, roughly: only the estimate of the time left hangs on it."""
+from daskcell.pipeline.stages import LATE, SLIDE_STAGES, STAGES
+
+STAGE_SHARES = {name: STAGES[name].weight for name in SLIDE_STAGES}
 
 
 class Progress:
@@ -48,7 +39,7 @@ class Progress:
             self._done = self._at_start = sum(
                 self._weights[s] * (1 - sum(STAGE_SHARES[stage] for stage in self._left[s])) for s in slides
             )
-            self.slides_done = sum(not left - LATE for left in self._left.values())
+            self.slides_done = sum(not left.difference(LATE) for left in self._left.values())
             self._started = time.monotonic()
         self.changed()
 
@@ -66,10 +57,10 @@ class Progress:
         with self._lock:
             left = self._left.get(slide, set())
             if stage in left:
-                early = bool(left - LATE)
+                early = bool(left.difference(LATE))
                 left.discard(stage)
                 self._done += self._weights[slide] * STAGE_SHARES[stage]
-                self.slides_done += early and not left - LATE
+                self.slides_done += early and not left.difference(LATE)
             self.stage = stage
         self.changed()
 

@@ -62,19 +62,20 @@ class Pictures:
         shape = info.levels[level]
         whole = Box(0, 0, *shape)
         low, high = self._limits(name)
+        assigned = self._study.assigned_table(name)
+        assert assigned is not None
         picture = as_rgb(pixel_reader(str(path), level, shape, plan)(whole), low, high)
         painted = paint(
             picture,
             read_labels(path, "cells", whole, level),
-            cluster_lookup(self._study.table(name)),
+            cluster_lookup(assigned),
             palette,
         )
         return _jpeg(painted, _SLIDE)
 
     def _plan(self, slide: str) -> Plan:
-        from daskcell.preprocess import Plan
-
-        return Plan.from_json(self._study.ledger(slide).result("freeze")["plan"])
+        plan: Plan = self._study.plan(slide)
+        return plan
 
     def _measure(self, slide: str) -> tuple[np.ndarray, np.ndarray]:
         """What becomes black and white, from the smallest level: the same for a slide and its cells."""

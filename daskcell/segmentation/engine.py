@@ -39,6 +39,7 @@ from daskcell.segmentation.tasks import (
     Job,
     check_blocks,
     freeze_globals,
+    index_labels,
     label_block,
     largest_extent,
     measure_diameter,
@@ -64,6 +65,7 @@ def segment_slide(
     *,
     flows: str | Path | None = None,
     device: str = "cpu",
+    index: str | Path | None = None,
 ) -> dict[str, Any]:
     """Find the cells of an OME-Zarr image and write them as ``labels/<name>``.
 
@@ -83,6 +85,8 @@ def segment_slide(
         decide its outputs: another of these needs another folder.
     device
         ``"cpu"`` or ``"cuda"``: where the network runs.
+    index
+        Parquet file to write: first pixel, bounding box and area of every label (`segmentation.index`).
 
     Returns
     -------
@@ -104,7 +108,7 @@ def segment_slide(
     keep = flows is not None
     flows = scratch / "flows" if flows is None else Path(flows)
     job = Job(str(path), name, settings, plan, block, str(scratch), str(flows), device)
-    for kind in ("samples", "labels", "further", "cells", "ids"):
+    for kind in ("samples", "labels", "further", "cells", "ids", "records"):
         (scratch / kind).mkdir(parents=True, exist_ok=True)
     (flows / "tiles").mkdir(parents=True, exist_ok=True)
 
@@ -112,7 +116,7 @@ def segment_slide(
     report, extent = _label(job, workers, keep=keep)
     if keep:
         remove(*flows.rglob(".*.tmp"))  # of tasks that were killed
-    report += _check_and_paint(job, workers, 2 * extent)
+    report += _check_and_paint(job, workers, 2 * extent, index)
     frozen = read_globals(str(job.globals_file))
     result = report.to_json()
     if isinstance(frozen, Globals):
@@ -241,7 +245,7 @@ def _halo(job: Job, frozen: Any) -> int:
 
 
 # -- checks, ids, painting -----------------------------------------------------------------------------
-def _check_and_paint(job: Job, workers: Workers, steps: int) -> SeamReport:
+def _check_and_paint(job: Job, workers: Workers, steps: int, index: str | Path | None) -> SeamReport:
     grid = job.grid
     window = workers.window()
     # A check is short: some at a time, so that tasks have a length worth sending.
@@ -267,6 +271,11 @@ def _check_and_paint(job: Job, workers: Workers, steps: int) -> SeamReport:
     report = SeamReport(cells=total)
     for _, part in window:
         report += part
+    if index is not None:  # a task, so that the records do not travel through this process
+        window = workers.window()
+        window.submit("index", index_labels, job, str(index))
+        for _ in window:
+            pass
     build_label_pyramid(job.path, job.name, workers)
     return report
 

@@ -1,8 +1,9 @@
 """Content keys: what a stage's result depends on, as one hash.
 
-A key covers the input's bytes, the settings that matter to the stage, the weights, the stage's version and
-the key of the stage before. Two runs with equal keys have equal results, so a study redoes what has another
-key, and nothing else. Where a run works (`compute`) is no part of any key.
+A key covers the keys of the stages before, the settings and files (weights) that decide the stage's result,
+and the stage's version; the first stage's covers the input's bytes. Two runs with equal keys have equal
+results, so a study redoes what has another key, and nothing else. Where a run works (`compute`) is no part of
+any key. What stages there are is said in `daskcell.pipeline.stages`.
 """
 
 from __future__ import annotations
@@ -15,119 +16,21 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from daskcell import places
-from daskcell.config import Config
 from daskcell.errors import ImageError
 
 _PIECE = 4 << 20
 
-UPSTREAM: dict[str, str | None] = {
-    "convert": None,
-    "freeze": "convert",
-    "export": "freeze",
-    "segment": "freeze",
-    "describe": "segment",
-    "assign": "describe",
-    "paint": "assign",
-}
-"""The stages of a slide, in order, each with the one whose output it reads."""
 
-SLIDE_STAGES = ("convert", "freeze", "export", "segment", "describe")
-"""Stages that need no other slide; `assign` and `paint` wait for the clusters of all."""
-
-STAGE_VERSIONS = dict.fromkeys((*UPSTREAM, "cluster"), 1)
-STAGE_VERSIONS |= {"convert": 2, "segment": 2, "describe": 2, "assign": 2, "cluster": 2}
-"""Raised by one when a stage gives another result for the same input and settings: studies redo it."""
-
-
-def descendants(stage: str) -> set[str]:
-    """Stages that read, at first or second hand, what `stage` writes."""
-    found: set[str] = set()
-    for name, before in UPSTREAM.items():  # in order: a stage comes after the one it reads
-        if before == stage or before in found:
-            found.add(name)
-    return found
-
-
-def content_key(stage: str, *parts: Any) -> str:
+def content_key(stage: str, version: int, *parts: Any) -> str:
     """Hash of a stage's name, its version and everything its result depends on (JSON-able)."""
-    text = json.dumps(
-        [stage, STAGE_VERSIONS[stage], *parts], sort_keys=True, separators=(",", ":"), default=str
-    )
+    text = json.dumps([stage, version, *parts], sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def slide_keys(
-    config: Config, files: Iterable[Mapping[str, Any]], weights: Mapping[str, str]
-) -> dict[str, str]:
-    """Content keys of the stages that need no other slide.
-
-    Parameters
-    ----------
-    files
-        Identity of the input, as `identify` gives it.
-    weights
-        Fingerprints of other files by stage: networks for ``segment`` and ``describe``.
-    """
-    identity = [[file["name"], file["digest"], *file.get("said", ())] for file in files]
-    keys = {"convert": content_key("convert", identity, _dump(config.input))}
-    keys["freeze"] = content_key(
-        "freeze", keys["convert"], _dump(config.preprocess), weights.get("freeze", "")
-    )
-    keys["segment"] = content_key(
-        "segment", keys["freeze"], segment_settings(config), weights.get("segment", "")
-    )
-    keys["describe"] = content_key(
-        "describe", keys["segment"], _dump(config.features), weights.get("describe", "")
-    )
-    pictures = {"channels": config.output.channels, "preprocessed": config.output.preprocessed}
-    keys["export"] = content_key("export", keys["freeze"], pictures)
-    return keys
-
-
-def cluster_key(config: Config, describe_keys: Mapping[str, str]) -> str:
-    """Content key of the fitted clusters: depends on the slides that took part, not on their order."""
-    return content_key("cluster", sorted(describe_keys.items()), _dump(config.cluster))
-
-
-def late_keys(config: Config, describe: str, cluster: str) -> dict[str, str]:
-    """Content keys of the stages of a slide that follow the clusters."""
-    assign = content_key("assign", describe, cluster)
-    return {
-        "assign": assign,
-        "paint": content_key("paint", assign, config.output.overlays, config.output.overlay_side),
-    }
-
-
-def segment_settings(config: Config) -> dict[str, Any]:
-    """The settings a segmentation depends on: not those of the other method, nor what is only kept."""
-    values = _dump(config.segment)
-    del values["keep_flows"]
-    if config.segment.method == "cellpose":
-        del values["watershed"]
-    else:
-        for name in ("model", "cellprob_threshold", "flow_threshold", "niter", "batch_size"):
-            del values[name]
-    return values
-
-
-_ONLY_MASKS = ("cellprob_threshold", "flow_threshold", "niter", "min_size", "max_size_fraction")
-"""Settings of a segmentation that come into play once flows and image parameters are there."""
-
-
-def flows_key(config: Config, files: Iterable[Mapping[str, Any]], weights: Mapping[str, str]) -> str:
-    """Content key of what a segmentation keeps so that masks can be made anew (``segment.keep_flows``).
-
-    It is the key of the segmentation without the settings that only matter to masks, and with the side of
-    the blocks, which are what is kept is cut into.
-    """
-    settings = {k: v for k, v in segment_settings(config).items() if k not in _ONLY_MASKS}
-    return content_key(
-        "segment",
-        slide_keys(config, files, weights)["freeze"],
-        settings,
-        weights.get("segment", ""),
-        {"block": config.compute.block},
-    )
+def identity(files: Iterable[Mapping[str, Any]]) -> list[list[Any]]:
+    """What of an input decides results, from what `identify` gives: not where it lies, nor when it was
+    written."""
+    return [[file["name"], file["digest"], *file.get("said", ())] for file in files]
 
 
 def identify(
@@ -195,7 +98,3 @@ def _weigh(path: str | Path) -> tuple[int, int | str]:
 
 def _files(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-
-
-def _dump(settings: Any) -> dict[str, Any]:
-    return settings.model_dump(mode="json")
