@@ -370,6 +370,61 @@ def test_images_without_cells_are_a_result(fakes, folder, tmp_path):
     assert "no cell was found" in study.failures[0]["error"]
 
 
+def test_what_a_slide_that_was_set_aside_has_done_so_far_is_there_for_the_next_run(
+    fakes, folder, tmp_path, monkeypatch
+):
+    segment, found = STAGES["segment"], []
+
+    def failing(context):
+        found.append((context.slide, context.scratch.is_dir()))
+        context.scratch.mkdir(parents=True, exist_ok=True)
+        (context.scratch / "tiles.npy").write_text("hours of work")
+        if context.slide == "two":
+            raise ImageError("two.tif took too long.")
+        return segment.run(context)
+
+    monkeypatch.setitem(STAGES, "segment", replace(segment, run=failing))
+    scratch = tmp_path / "out" / "scratch"
+    for _ in range(2):
+        assert [f["slide"] for f in run(folder, tmp_path / "out", INLINE).failures] == ["two"]
+        assert [path.name for path in scratch.iterdir()] == ["two"]
+    assert found == [("one", False), ("three", False), ("two", False), ("two", True)]
+    # Of other settings, or once it is done, it is of no use.
+    other = INLINE | {"segment": {"min_size": 3}}
+    run(folder, tmp_path / "out", other)
+    assert found[-1] == ("two", False)
+    assert len(list((scratch / "two").iterdir())) == 1
+    monkeypatch.setitem(STAGES, "segment", segment)
+    assert run(folder, tmp_path / "out", other).failures == []
+    assert not scratch.exists()
+
+
+def test_results_that_were_made_in_different_ways_are_named(fakes, folder, tmp_path):
+    from daskcell.pipeline.status import remarks, report, table
+
+    fakes.raises["two", "describe"] = ImageError("two.tif is broken.")
+    study = run(folder, tmp_path / "out", INLINE)
+    ran = {"device": "cpu", "threads": 1, "precision": "float32"}
+    assert {name: entry.get("ran") for name, entry in study.ledger("one").stages.items()} == {
+        "convert": None,
+        "fit": None,
+        "export": None,
+        "segment": ran,
+        "describe": ran,
+        "assign": None,
+        "paint": None,
+    }
+    assert remarks(study) == []
+    fakes.raises.clear()
+    study = run(folder, tmp_path / "out", INLINE | {"compute": {"kind": "inline", "threads": 2}})
+    (sentence,) = remarks(study)
+    assert sentence == (
+        "The stage describe ran in different ways, so results differ in their last bits: "
+        "2 slides on cpu with 1 thread in float32, 1 slide on cpu with 2 threads in float32."
+    )
+    assert sentence in table(report(study))
+
+
 # ---------------------------------------------------------------------- refused before any work
 
 

@@ -21,6 +21,7 @@ from daskcell.images import image_info, read_labels
 from daskcell.preprocess import freeze_slide
 from daskcell.preprocess.plan import Plan
 from daskcell.segmentation import engine, tasks
+from daskcell.segmentation.index import block_records, read_index
 from daskcell.segmentation.ownership import load_candidates, save_candidates
 
 PLAIN = PreprocessSettings(reconstruct=None, histogram=None)
@@ -86,7 +87,9 @@ def test_disk_to_disk_equals_the_lazy_labels_for_any_block(slide, tmp_path, pict
 
 def test_watershed_on_disk_equals_the_lazy_labels(slide, tmp_path, picture):
     expected = dc.segment(picture, method="watershed").compute()
-    labels, report = segment(slide, tmp_path, SegmentSettings(method="watershed"))
+    index = tmp_path / "index" / "slide.parquet"
+    labels, report = segment(slide, tmp_path, SegmentSettings(method="watershed"), index=index)
+    np.testing.assert_array_equal(read_index(index), block_records(labels))
     np.testing.assert_array_equal(labels, expected)
     assert report["tiles"] == 0 < report["cells"]
 

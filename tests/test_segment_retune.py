@@ -157,3 +157,29 @@ def test_flows_of_what_is_gone_are_not_kept_for_ever(data_dir, tmp_path):
         tifffile.imwrite(tmp_path / "in" / "a.tif", pixels)
         _run(tmp_path / "in", tmp_path / "study", CELLPOSE)
     assert len(list((tmp_path / "study" / "flows" / "a").iterdir())) == 1
+
+
+def test_a_slide_that_was_set_aside_goes_on_where_it_stopped(data_dir, tmp_path, monkeypatch, tiles):
+    from daskcell.segmentation import engine
+
+    (tmp_path / "in").mkdir()
+    tifffile.imwrite(tmp_path / "in" / "a.tif", _real(data_dir))
+    settings = {"compute": {"kind": "inline", "block": 256}, "cluster": {"k": 2}}
+    settings |= {"segment": {"diameter": None}, "output": {"overlays": [], "report": False}}
+    check = engine._check_and_paint
+
+    def broken(*arguments):
+        raise ValueError("The worker ran out of luck.")
+
+    monkeypatch.setattr(engine, "_check_and_paint", broken)
+    study = dc.run(tmp_path / "in", tmp_path / "study", settings)
+    assert [failure["stage"] for failure in study.failures] == ["segment"]
+    assert tiles["all"] > 0
+    tiles.clear()
+    monkeypatch.setattr(engine, "_check_and_paint", check)
+    study = dc.run(tmp_path / "in", tmp_path / "study", settings)
+    assert study.failures == []
+    assert tiles["all"] == 0
+    assert not (study.out / "scratch").exists()
+    fresh = dc.run(tmp_path / "in", tmp_path / "fresh", settings)
+    np.testing.assert_array_equal(_cells(study), _cells(fresh))
