@@ -387,13 +387,14 @@ def test_what_a_slide_that_was_set_aside_has_done_so_far_is_there_for_the_next_r
     scratch = tmp_path / "out" / "scratch"
     for _ in range(2):
         assert [f["slide"] for f in run(folder, tmp_path / "out", INLINE).failures] == ["two"]
-        assert [path.name for path in scratch.iterdir()] == ["two"]
+        (left,) = scratch.iterdir()
+        assert left.name.startswith("two-segment-")
     assert found == [("one", False), ("three", False), ("two", False), ("two", True)]
     # Of other settings, or once it is done, it is of no use.
     other = INLINE | {"segment": {"min_size": 3}}
     run(folder, tmp_path / "out", other)
     assert found[-1] == ("two", False)
-    assert len(list((scratch / "two").iterdir())) == 1
+    assert left not in scratch.iterdir()
     monkeypatch.setitem(STAGES, "segment", segment)
     assert run(folder, tmp_path / "out", other).failures == []
     assert not scratch.exists()

@@ -54,6 +54,9 @@ def run(
         bool, typer.Option("--verify", help="Read all that is done, and make again what is damaged.")
     ] = False,
     truth: Truth = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what would be done and why, and do nothing.")
+    ] = False,
     quiet: Quiet = False,
     interval: Interval = 30.0,
 ) -> None:
@@ -76,6 +79,11 @@ def run(
             "compute.device": device,
         },
     )
+    if plan:
+        from daskcell.pipeline import launch
+
+        print(launch.plan(inputs, out, settings))
+        return
     study = run_and_tell(
         inputs, out, settings, quiet, interval, retry_failed=retry_failed, verify=verify, truth=truth
     )

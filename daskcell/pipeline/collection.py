@@ -297,11 +297,12 @@ class Run:
         """Remove what stages kept between their tasks, but that of slides that were set aside: the next run
         goes on from there."""
         scratch = self.study.out / "scratch"
-        unfinished = {name for name in self.sources if self.study.ledger(name).failure}
+        unfinished = (name for name in self.sources if self.study.ledger(name).failure)
+        kept = {folder for name in unfinished for folder in self.study.scratches(name)}
         if scratch.is_dir():
-            remove(*(folder for folder in scratch.iterdir() if folder.name not in unfinished))
-            if not any(scratch.iterdir()):
-                remove(scratch)
+            remove(*(set(scratch.iterdir()) - kept))
+            if not kept:
+                scratch.rmdir()
 
     def write_failures(self) -> None:
         failures = [self.study.ledger(name).failure for name in sorted(self.sources)]

@@ -31,6 +31,8 @@ from daskcell.study.lock import Lock
 if TYPE_CHECKING:
     from distributed import Client
 
+    from daskcell.pipeline.plan import RunPlan
+
 Inputs = str | os.PathLike[str] | Iterable[str | os.PathLike[str] | tuple[str, Any]]
 
 
@@ -174,6 +176,31 @@ def _check_kind(out: Path, known: Mapping[str, Any] | None, model: Given | None)
             f"{out} is a study with groups of its own. Please continue it with 'run', or choose another "
             "output folder."
         )
+
+
+def plan(
+    inputs: Inputs,
+    out: str | os.PathLike[str],
+    config: Config | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+) -> RunPlan:
+    """What `run` would do with the same arguments, and why; does nothing and writes nothing.
+
+    Raises
+    ------
+    DaskcellError
+        What `run` would be refused for before any work.
+    """
+    from daskcell.pipeline.plan import make_plan
+    from daskcell.pipeline.slide import Job
+
+    settings, out = as_config(config), Path(out)
+    given, _ = given_inputs(inputs, out)
+    known = check_folder(out, given)
+    _check_kind(out, known, None)
+    sources = sorted(find_images(given, settings.input), key=lambda source: source.name)
+    weights = fingerprints(settings)
+    jobs = [Job(str(out), source, settings, weights) for source in sources]
+    return make_plan(Study(out) if known else None, out, jobs, settings)
 
 
 def open_study(out: str | os.PathLike[str]) -> Study:

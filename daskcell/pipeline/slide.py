@@ -6,12 +6,15 @@ block by block over all workers. Knows no other slides; `collection` does.
 
 from __future__ import annotations
 
+import math
 import time
 import traceback
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from daskcell.compute import Permit, Postponed, Workers
 from daskcell.compute.overtime import Overtime, renew
@@ -130,7 +133,7 @@ def process_slide(
     notes: list[str] = []
     stage = job.stages[0]
     try:
-        if limit is not None and (pixels := _pixels(job, ledger)) > limit:
+        if limit is not None and (pixels := math.prod(header(job, ledger)[0][1:])) > limit:
             return Outcome(job.slide, pixels, too_large=True)
         if job.clusters is None:
             files = identify(job.source.files, ledger.files, job.source.said)
@@ -184,16 +187,16 @@ def trace(error: BaseException) -> str:
     return "" if isinstance(error, DaskcellError) else "".join(traceback.format_exception(error))
 
 
-def _pixels(job: Job, ledger: Ledger) -> int:
-    """Pixels of one channel, from the ledger where the slide was opened before."""
+def header(job: Job, ledger: Ledger) -> tuple[tuple[int, int, int], int]:
+    """``(C, Y, X)`` of a slide and bytes a pixel, from the ledger where it was opened before."""
     converted = ledger.read(Converted)
     known = job.clusters is not None or unchanged(job.source.files, ledger.files, job.source.said)
     if converted is not None and known:
-        return converted.pixels
+        return converted.shape, np.dtype(converted.dtype or "u1").itemsize
     reader = job.source.open()
-    height, width = reader.levels[0]
+    found = (len(reader.channels), *reader.levels[0]), np.dtype(reader.dtype).itemsize
     reader.close()
-    return height * width
+    return found
 
 
 def _outcome(job: Job, ledger: Ledger, seconds: Mapping[str, float]) -> Outcome:

@@ -125,6 +125,8 @@ class Stage:
         Whether it is done for each slide, or once for all.
     weight
         Share of a slide's work, roughly; only the estimate of the time left hangs on it.
+    section
+        Of the configuration, where its settings are.
     settings
         The settings that decide its result (JSON-able), and no others.
     files
@@ -142,6 +144,7 @@ class Stage:
     version: int = 1
     scope: Literal["slide", "study"] = "slide"
     weight: float = 0.0
+    section: str = ""
     settings: Callable[[Config], Any] = _no_settings
     files: Callable[[Config], Files | None] = _no_files
     precision: Callable[[Config], str | None] = _no_precision
@@ -183,8 +186,8 @@ def _dump(settings: Any, leave_out: Iterable[str] = ()) -> dict[str, Any]:
 def _convert(context: Context) -> Converted:
     from daskcell.images import convert_slide
 
-    image, kept = context.image, context.study.scratch(context.slide) / "labels"
-    labels = image / "labels"
+    image = context.image
+    labels, kept = image / "labels", context.study.scratch(context.slide, "labels", "0" * 16, 0)
     if context.ledger.held and labels.is_dir():
         # The image was damaged, not they: they stay if it becomes the same again.
         remove(kept)
@@ -210,6 +213,7 @@ CONVERT = Stage(
     Converted,
     version=2,
     weight=0.06,
+    section="input",
     settings=lambda config: _dump(config.input),
 )
 
@@ -236,6 +240,7 @@ FIT = Stage(
     Fitted,
     needs=(CONVERT,),
     weight=0.03,
+    section="preprocess",
     settings=lambda config: _dump(config.preprocess),
     files=_reference_images,
 )
@@ -273,6 +278,7 @@ EXPORT = Stage(
     Exported,
     needs=(FIT,),
     weight=0.02,
+    section="output",
     settings=lambda config: {
         "channels": config.output.channels,
         "preprocessed": config.output.preprocessed,
@@ -306,7 +312,7 @@ def _segment_settings(config: Config) -> dict[str, Any]:
     return _dump(config.segment, {"keep_flows", *others})
 
 
-def _flows(context: Context) -> Path:
+def flows_folder(context: Context) -> Path:
     """Folder of what is kept so that masks can be made anew without the network.
 
     Its key is that of the segmentation without the settings that only matter to masks, and with the side of
@@ -322,7 +328,7 @@ def _flows(context: Context) -> Path:
 def _segment(context: Context) -> Segmented:
     from daskcell.segmentation.engine import segment_slide
 
-    study, config, flows = context.study, context.config, _flows(context)
+    study, config, flows = context.study, context.config, flows_folder(context)
     if flows.parent.is_dir():
         # Of another image or under other settings: they are large, and seldom come back.
         remove(*(folder for folder in flows.parent.iterdir() if folder != flows))
@@ -372,6 +378,7 @@ SEGMENT = Stage(
     needs=(FIT,),
     version=2,
     weight=0.55,
+    section="segment",
     settings=_segment_settings,
     files=_network,
     precision=_network_precision,
@@ -420,6 +427,7 @@ DESCRIBE = Stage(
     needs=(SEGMENT,),
     version=2,
     weight=0.28,
+    section="features",
     settings=lambda config: _dump(config.features),
     files=_encoder,
     precision=lambda config: config.features.precision,
@@ -433,12 +441,11 @@ def _cluster(context: Context) -> Clustered:
     from daskcell.pipeline.transfer import origin, set_named_aside
 
     study, config = context.study, context.config
-    names = study.clusters / naming.FILE
-    named = b""
+    names, named = study.clusters / naming.FILE, b""
     if context.ledger.held.get(CLUSTER.name, {}).get("key") == context.key and names.exists():
         named = names.read_bytes()  # the damaged clusters come back as they were
-        remove(study.clusters)
-    set_named_aside(study, context.say)
+    else:
+        set_named_aside(study, context.say)
     if context.model is not None:
         model = context.model.model
     else:
@@ -471,6 +478,7 @@ CLUSTER = Stage(
     needs=(DESCRIBE,),
     version=2,
     scope="study",
+    section="cluster",
     settings=lambda config: _dump(config.cluster),
 )
 """Its `needs` in the key are the keys of the described slides, in any order."""
@@ -542,6 +550,7 @@ PAINT = Stage(
     Painted,
     needs=(ASSIGN,),
     weight=0.04,
+    section="output",
     settings=lambda config: {
         "overlays": config.output.overlays,
         "overlay_side": config.output.overlay_side,
@@ -632,11 +641,9 @@ def do(stage: Stage, context: Context, key: str, then: str | None = None) -> flo
         return None
     start = time.perf_counter()
     ledger.begin(stage.name)
-    folder = study.scratch(context.slide or CLUSTERS)
-    scratch = folder / f"{stage.name}-{key[:16]}-{context.config.compute.block}"
-    if scratch.parent.is_dir():  # what was kept under another key
-        others = scratch.parent.glob(f"{stage.name}-*")
-        remove(*(folder for folder in others if folder != scratch))
+    slide = context.slide or CLUSTERS
+    scratch = study.scratch(slide, stage.name, key, context.config.compute.block)
+    remove(*(folder for folder in study.scratches(slide, stage.name) if folder != scratch))  # of other keys
     context = replace(context, key=key, scratch=scratch)
     result = stage.run(context)
     files = sums(study.out, stage.outputs(context, result), context.workers)
@@ -651,5 +658,6 @@ def do(stage: Stage, context: Context, key: str, then: str | None = None) -> flo
         files,
         needs=[need.name for need in stage.needs],
         ran=stage.ran(context.config),
+        version=stage.version,
     )
     return seconds

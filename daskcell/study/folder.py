@@ -25,6 +25,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -222,9 +223,15 @@ class Study:
         """Network outputs kept for other thresholds (``segment.keep_flows``)."""
         return self.out / "flows" / slide
 
-    def scratch(self, slide: str) -> Path:
-        """Room for what the stages of a slide keep between their tasks."""
-        return self.out / "scratch" / slide
+    def scratch(self, slide: str, stage: str, key: str, block: int) -> Path:
+        """Room for what a stage keeps between its tasks; belongs to one content key and one block size."""
+        return self.out / "scratch" / f"{slide}-{stage}-{key[:16]}-{block}"
+
+    def scratches(self, slide: str, stage: str | None = None) -> list[Path]:
+        """What there is of a slide's `scratch`, of one stage or of all."""
+        name = re.compile(rf"{re.escape(slide)}-{stage or '[a-z]+'}-[0-9a-f]{{16}}-\d+")
+        folder = self.out / "scratch"
+        return [path for path in folder.iterdir() if name.fullmatch(path.name)] if folder.is_dir() else []
 
     @property
     def clusters(self) -> Path:

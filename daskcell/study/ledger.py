@@ -97,6 +97,7 @@ class Ledger:
         files: Mapping[str, Any] | None = None,
         needs: Iterable[str] = (),
         ran: Mapping[str, Any] | None = None,
+        version: int | None = None,
     ) -> None:
         """Enter `stage` as done. Call when its output is whole.
 
@@ -108,6 +109,8 @@ class Ledger:
             Stages whose output it was made from.
         ran
             Where it ran, as far as results depend on that in the last bit.
+        version
+            Of the stage.
         then
             The stage that begins at once.
         """
@@ -115,6 +118,8 @@ class Ledger:
         entry["files"] = dict(files or {})
         if ran:
             entry["ran"] = dict(ran)
+        if version is not None:
+            entry["version"] = version
         self.stages[stage] = entry
         self._restore(stage)
         self.began = None if then in self.stages else then
