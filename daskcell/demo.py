@@ -86,7 +86,7 @@ def draw(out: Path, fields: int, size: int) -> None:
     elif out.exists() and any(out.iterdir()):
         raise StudyError(f"{out} holds something else. Please choose a new or empty folder.")
     else:
-        write_json(mark, plan)
+        write_json(mark, plan)  # from now on, the files that are named here are ours
     for number, name in enumerate(names(fields)):
         types = out / "truth" / f"{name}.csv"  # written last: when it is there, all is
         if types.exists():

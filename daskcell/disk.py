@@ -1,4 +1,8 @@
-"""Files on disk: written whole or not at all."""
+"""Files on disk: written whole or not at all, and nothing of other people's is replaced or removed.
+
+What is still being written is called ``.daskcell-<8 hex digits>.tmp``: whoever finds one of a killed process
+knows that it is ours.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
@@ -16,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+_TEMPORARY = re.compile(r"\.daskcell-[0-9a-f]{8}\.tmp")
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
@@ -27,11 +33,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
     folder must be there: what a lost worker still writes does not bring removed ones back.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = temporary_beside(path)
     try:
         yield temporary
         if temporary.is_dir() and path.is_dir():  # which only moves onto nothing
-            old = temporary.with_name(f"{temporary.name}.old.tmp")
+            old = temporary_beside(path)
             os.replace(path, old)
             os.replace(temporary, path)
             remove(old)
@@ -39,6 +45,23 @@ def replacing(path: str | Path) -> Iterator[Path]:
             os.replace(temporary, path)
     finally:
         remove(temporary)
+
+
+def temporary_beside(path: str | Path) -> Path:
+    """A name for what is still being written, in the folder of `path`.
+
+    Nothing of the name of `path` is in it, which may be as long as names can be.
+    """
+    return Path(path).parent / f".daskcell-{uuid.uuid4().hex[:8]}.tmp"
+
+
+def temporaries(folder: str | Path) -> list[Path]:
+    """Files and folders in `folder` that a process of ours was writing, and no longer does if it was killed."""
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [Path(folder, name) for name in names if _TEMPORARY.fullmatch(name)]
 
 
 def write_atomic(path: str | Path, data: bytes | memoryview) -> None:

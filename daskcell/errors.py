@@ -44,6 +44,10 @@ class ComputeError(DaskcellError):
     """The machine asked for is not there."""
 
 
+class InputWarning(UserWarning):
+    """Something among the inputs was left out, or is not said by a file and was guessed."""
+
+
 class MemoryWarning(UserWarning):
     """An image takes more memory than others do, since its file can only be read whole."""
 

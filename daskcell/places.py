@@ -11,7 +11,8 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePath
 from typing import Any, BinaryIO
 
@@ -25,8 +26,16 @@ GAP_BYTES = 2**17
 RANGE_BYTES = 2**23
 """Longer ranges are asked for in parts, at the same time."""
 
+ZARR_NAMES = ("zarr.json", ".zgroup", ".zattrs", ".zarray")
+"""Files of metadata, of which every folder of Zarr has one."""
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-_PACKAGES = {"s3": "'daskcell[s3]'", "s3a": "'daskcell[s3]'", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs"}
+_PACKAGES = {
+    "s3": "'daskcell[s3]'",
+    "s3a": "'daskcell[s3]'",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+} | dict.fromkeys(("http", "https"), "aiohttp")
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -56,6 +65,14 @@ def join(folder: str, *names: str) -> str:
     return "/".join([folder.rstrip("/"), *names]) if is_remote(folder) else os.path.join(folder, *names)
 
 
+def split(path: str) -> tuple[str, str]:
+    """The folder that `path` lies in, and its name."""
+    if not is_remote(path):
+        return os.path.split(path)
+    folder, _, name = path.rstrip("/").rpartition("/")
+    return folder, name
+
+
 def real(path: str) -> str:
     """`path` without links, so that two names of one file are equal."""
     return path if is_remote(path) else os.path.realpath(path)
@@ -67,13 +84,18 @@ def exists(path: str) -> bool:
         return os.path.exists(path)
     with told(path):
         fs, inner = _at(path)
-        return bool(fs.exists(inner))
+        return bool(fs.exists(inner)) or (_is_web(path) and is_folder(path))
 
 
 def is_folder(path: str) -> bool:
-    """Whether `path` is a folder; on object storage, whether keys begin with it and a slash."""
+    """Whether `path` is a folder; on object storage, whether keys begin with it and a slash.
+
+    A web server has files only: what Zarr wrote counts as a folder there, and nothing else does.
+    """
     if not is_remote(path):
         return os.path.isdir(path)
+    if _is_web(path):
+        return bool(holding(path, ZARR_NAMES, most=1))
     with told(path):
         fs, inner = _at(path)
         try:
@@ -95,10 +117,33 @@ def children(folder: str) -> set[str]:
         return {PurePath(name).name for name in found if name.rstrip("/") != inner.rstrip("/")}
 
 
-def walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
-    """As `os.walk`: folders that are taken from the list are not searched."""
+def holding(folder: str, names: Sequence[str], most: int | None = None) -> set[str]:
+    """Those of `names` that lie directly in `folder`, or the first `most` of them; asked for one by one where
+    a folder cannot be listed.
+    """
+    if not _is_web(folder):
+        return children(folder) & set(names)
+    found: set[str] = set()
+    with told(folder):
+        for name in names:
+            fs, inner = _at(join(folder, name))
+            if fs.exists(inner):
+                found.add(name)
+            if len(found) == most:
+                break
+    return found
+
+
+def walk(
+    folder: str, failed: Callable[[str, OSError], None] | None = None
+) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As `os.walk`, from the top: folders that are taken from the list are not searched.
+
+    Links to folders are followed, each folder is searched once by its real path, and those that lead to a
+    folder above are left out. `failed` is called with a folder that cannot be listed.
+    """
     if not is_remote(folder):
-        yield from os.walk(folder)
+        yield from _walk_here(folder, failed)
         return
     with told(folder):
         names = _ls(folder)
@@ -106,6 +151,32 @@ def walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
     yield folder, folders, sorted(name for name, one in names.items() if one["type"] != "directory")
     for name in folders:
         yield from walk(join(folder, name))
+
+
+def _walk_here(
+    root: str, failed: Callable[[str, OSError], None] | None
+) -> Iterator[tuple[str, list[str], list[str]]]:
+    top = os.path.realpath(root)
+    seen: set[str] = set()
+    waiting, links = [root], deque[str]()
+    while waiting or links:
+        folder = waiting.pop() if waiting else links.popleft()  # so that real paths come first
+        real_path = os.path.realpath(folder)
+        if real_path in seen or (real_path != top and os.path.commonpath((real_path, top)) == real_path):
+            continue
+        seen.add(real_path)
+        try:
+            with os.scandir(folder) as entries:
+                found = sorted((one.name, os.path.isdir(one.path), one.is_symlink()) for one in entries)
+        except OSError as error:
+            if failed is not None:
+                failed(folder, error)
+            continue
+        folders = [name for name, is_dir, _ in found if is_dir]
+        yield folder, folders, [name for name, is_dir, _ in found if not is_dir]
+        linked = {name for name, _, is_link in found if is_link}
+        links.extend(os.path.join(folder, name) for name in folders if name in linked)
+        waiting.extend(os.path.join(folder, name) for name in reversed(folders) if name not in linked)
 
 
 def matching(pattern: str) -> list[str]:
@@ -134,9 +205,12 @@ def version(path: str) -> tuple[int, int | str]:
 
 def versions_below(path: str) -> dict[str, tuple[int, int | str]]:
     """`version` of every object whose key begins with `path` and a slash; or of `path` alone, as ``""``."""
+    if _is_web(path) and (names := holding(path, ZARR_NAMES)):
+        # Without a listing: replaced metadata are seen, single chunks are not.
+        return {name: version(join(path, name)) for name in sorted(names)}
     with told(path):
         fs, inner = _at(path)
-        found = fs.find(inner, detail=True)
+        found = {inner: fs.info(inner)} if _is_web(path) else fs.find(inner, detail=True)
         if not found:
             raise FileNotFoundError(path)
         return {name.removeprefix(inner).lstrip("/"): _version(one) for name, one in sorted(found.items())}
@@ -149,6 +223,8 @@ def head(path: str, count: int) -> bytes:
             return b""
         with open(path, "rb") as file:
             return file.read(count)
+    if _is_web(path) and is_folder(path):
+        return b""
     with told(path):
         fs, inner = _at(path)
         status = fs.info(inner)
@@ -270,6 +346,10 @@ def _spans(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     ]
 
 
+def _is_web(path: str) -> bool:
+    return path.startswith(("http://", "https://"))
+
+
 def _ls(folder: str) -> dict[str, dict[str, Any]]:
     fs, inner = _at(folder)
     return {
@@ -280,7 +360,14 @@ def _ls(folder: str) -> dict[str, dict[str, Any]]:
 
 
 def _version(info: dict[str, Any]) -> tuple[int, int | str]:
-    tag = info.get("ETag") or info.get("etag") or info.get("LastModified") or info.get("mtime") or ""
+    tag = (
+        info.get("ETag")
+        or info.get("etag")
+        or info.get("LastModified")
+        or info.get("Last-Modified")
+        or info.get("mtime")
+        or ""
+    )
     return int(info["size"] or 0), hashlib.sha256(str(tag).strip('"').encode()).hexdigest()[:16]
 
 

@@ -6,7 +6,8 @@ files grow with the collection.
 
     study/tables/cells  ->  which cells  ->  images/<slide>.zarr, block by block  ->  crops/<key>.npy
 
-A file belongs to the segmentation it was cut from and is used again as long as that holds.
+A file belongs to the segmentation it was cut from and is used again as long as that holds. The folder's
+`files.json` lists those we wrote: no other file there is touched.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from daskcell.disk import remove, save_parts
+from daskcell.disk import remove, save_parts, temporaries, write_json
 from daskcell.errors import StudyError
 from daskcell.geometry import Box, Grid
 
@@ -132,7 +133,7 @@ def study_crops(
         No study has enough cells.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    mine = _Crops(folder)
     found = [_slides(study) for study in studies]
     most = _fair([count for slides in found for _, count in slides], cells)
     sets: list[Joined] = []
@@ -141,15 +142,14 @@ def study_crops(
         files = []
         for name, count in slides:
             slide = _slide_cells(study, name, min(count, most))
-            files.append(_on_disk(slide, folder, f"{study.out.name}/{name}", report))
+            files.append(_on_disk(slide, mine, f"{study.out.name}/{name}", report))
             keys.append(slide.key)
         sets += join([file for file in files if len(file)], _SET)
     sets = [one for one in sets if len(one) >= 16]
     if not sets:
         names = ", ".join(str(study.out) for study in studies)
         raise StudyError(f"{names} has no 16 whole cells to learn from. Please run the study first.")
-    stale = [file for file in folder.glob("*.npy") if file.stem not in keys]
-    remove(*stale, *folder.glob(".*.tmp"))  # of other cells, and of runs that were killed
+    mine.keep(keys)
     return sets, hashlib.sha256(" ".join(keys).encode()).hexdigest()
 
 
@@ -179,12 +179,42 @@ def _slide_cells(study: Study, name: str, count: int) -> SlideCells:
     return SlideCells(study.image(name), study.table(name), study.plan(name), settings, count, key)
 
 
-def _on_disk(slide: SlideCells, folder: Path, name: str, report: Callable[[str], None]) -> np.ndarray:
+class _Crops:
+    """A folder of crops, and the list of those in it that we wrote."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.list = folder, folder / "files.json"
+        try:
+            self.names: list[str] = json.loads(self.list.read_bytes())["crops"]
+        except FileNotFoundError:
+            self.names = []
+        except (ValueError, KeyError, TypeError):
+            raise StudyError(
+                f"{self.list} is no list of crops that daskcell wrote. Please choose another folder."
+            ) from None
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def enter(self, key: str) -> None:
+        """Enter a file that is to be written."""
+        if key not in self.names:
+            self.names.append(key)
+            write_json(self.list, {"crops": self.names})
+
+    def keep(self, keys: Sequence[str]) -> None:
+        """Remove our files of other cells, and what runs that were killed left."""
+        remove(*(self.folder / f"{key}.npy" for key in self.names if key not in keys))
+        remove(*temporaries(self.folder))
+        self.names = [key for key in self.names if key in keys]
+        write_json(self.list, {"crops": self.names})
+
+
+def _on_disk(slide: SlideCells, crops: _Crops, name: str, report: Callable[[str], None]) -> np.ndarray:
     """A slide's crops, memory-mapped; cut now if they are not there."""
     from daskcell.models.encoder import SIZE
 
-    path = folder / f"{slide.key}.npy"
+    path = crops.folder / f"{slide.key}.npy"
     if not path.exists():
+        crops.enter(slide.key)
         count = len(slide.records())
         save_parts(path, (count, 3, SIZE, SIZE), np.uint8, slide.cut() if count else [])
         report(f"{name}: {count} cells cut")

@@ -270,7 +270,7 @@ def test_an_unknown_place_to_work_is_refused(kind):
 
 
 def test_a_scheduler_that_does_not_answer_is_refused(monkeypatch):
-    monkeypatch.setattr("daskcell.compute.start._CONNECT_SECONDS", 1.0)
+    monkeypatch.setattr("daskcell.compute.given.CONNECT_SECONDS", 1.0)
     with (
         pytest.raises(ComputeError, match="No Dask scheduler answers"),
         start_workers(ComputeSettings(kind="tcp://127.0.0.1:9")),
@@ -295,6 +295,25 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path):
     assert done.returncode != 0
     assert "started" not in done.stdout
     assert "__main__" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "name", ["distributed.comm.require-encryption", "distributed.scheduler.preload", "temporary-directory"]
+)
+def test_settings_of_a_site_that_keep_workers_from_starting_are_named(name, tmp_path):
+    """They were blamed on a script without a guard."""
+    import dask
+
+    cause = {"temporary-directory": "/proc/nowhere", "distributed.scheduler.preload": ["no_such_module"]}
+    with (
+        dask.config.set({name: cause.get(name, True)}),
+        pytest.raises(ComputeError, match=rf"did not start \(.*{name}: please check") as refusal,
+        start_workers(ComputeSettings(workers=1, wait=30)),
+    ):
+        pass
+    text = str(refusal.value)
+    assert "__main__" not in text
+    assert any(word in text for word in ("encryption required", "no_such_module", "/proc/nowhere"))
 
 
 def test_nothing_listens_beyond_this_machine(cluster):

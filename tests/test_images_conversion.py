@@ -136,7 +136,7 @@ def test_channels_in_files_of_other_levels_share_what_they_have(tmp_path: Path) 
             tiff.write(np.zeros((101, 121), np.uint8), subifds=1)
             tiff.write(np.zeros(second, np.uint8), subfiletype=1)
     (source,) = images.find_images(tmp_path)
-    assert source.open().levels == ((101, 121),)
+    assert open_safely(source).levels == ((101, 121),)
 
 
 def test_files_of_the_next_levels_hold_halves_of_whole_ones() -> None:

@@ -14,12 +14,16 @@ import numpy as np
 import psutil
 import pytest
 import tifffile
+from PIL import Image
 
+import daskcell as dc
 from daskcell import images
+from daskcell.cli import app
 from daskcell.errors import DaskcellError, ImageError
 from daskcell.geometry import Box
 from daskcell.images import sandbox
-from daskcell.images.readers import Reader
+from daskcell.images.joined import SourceReader
+from daskcell.images.readers import Reader, kinds, omezarr
 
 pytestmark = [
     pytest.mark.alone,
@@ -141,7 +145,7 @@ def test_pixels_and_header_pass_through_unchanged(
         tmp_path / "a.ome.tif", pixels, tile=(64, 64), metadata={"axes": "CYX"}, photometric="minisblack"
     )
     (source,) = images.find_images(tmp_path / "a.ome.tif")
-    safe, plain = sandbox.open_safely(source), source.open()
+    safe, plain = sandbox.open_safely(source), SourceReader(source)
     for name in Reader.__annotations__:
         assert getattr(safe, name) == getattr(plain, name), name
     box = Box(3, 5, 680, 890)
@@ -168,6 +172,76 @@ def test_a_file_that_changed_is_opened_again(tmp_path: Path) -> None:
         reader = sandbox.open_safely(source)
         assert reader.levels == ((side, 64),)
         assert (reader.read(0, Box(0, 0, 4, 4)) == value).all()
+
+
+@pytest.mark.parametrize("what", ["crash", "hang"])
+def test_a_file_that_ends_its_reader_is_one_sentence_from_every_door(
+    evil, tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    """Opened in the child only, by whatever way a user comes; other images of a run are worked on."""
+    path = Path(evil(what).files[0])
+    reason = {"crash": "crashed", "hang": "does not come to an end"}[what]
+    pixels = np.zeros((90, 90), np.uint8)
+    pixels[20:50, 20:50] = pixels[60:80, 55:80] = 200
+    tifffile.imwrite(tmp_path / "good.tif", pixels)
+    settings = {"segment": {"method": "watershed"}, "cluster": {"k": 2}, "compute": {"kind": "inline"}}
+
+    doors = {
+        "open_image": lambda: dc.open_image(path),
+        "convert": lambda: dc.convert(path, tmp_path / "a.zarr"),
+        "one of a run": lambda: dc.run([path], tmp_path / "one", settings),
+        "split": lambda: images.split_channels(path, tmp_path / "split"),
+    }
+    for name, door in doors.items():
+        with pytest.raises(ImageError, match=reason) as error:
+            door()
+        assert str(path) in str(error.value), name
+        assert "\n" not in str(error.value), name
+    study = dc.run([path, tmp_path / "good.tif"], tmp_path / "two", settings)
+    (failure,) = study.failures
+    assert (failure["slide"], failure["stage"]) == (path.stem, "convert")
+    assert reason in failure["error"]
+    assert len(study.cells("good")) == 2
+    app(["channels", str(path), str(tmp_path / "good.tif")], standalone_mode=False)
+    assert re.search(rf"{path.stem} +\(cannot be read\)", capsys.readouterr().out)
+
+
+def test_the_process_that_asks_decodes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kind that is decoded here would fail; only a table of names is looked at."""
+    pixels = np.zeros((90, 90), np.uint8)
+    pixels[20:50, 20:50] = pixels[60:80, 55:80] = 200
+    tifffile.imwrite(tmp_path / "a.tif", pixels)
+    tifffile.imwrite(tmp_path / "b.ome.tif", np.stack([pixels] * 2), metadata={"axes": "TYX"})
+    Image.fromarray(pixels).save(tmp_path / "c.png")
+    Image.fromarray(pixels).save(tmp_path / "d.jpg")
+    np.save(tmp_path / "e.npy", pixels)
+
+    def decoded(*_: object, **__: object) -> None:
+        raise AssertionError("decoded in the process that asks")
+
+    for kind in kinds():
+        if kind is not omezarr:
+            monkeypatch.setattr(kind, "open", decoded)
+    settings = {"segment": {"method": "watershed"}, "cluster": {"k": 2}, "compute": {"kind": "inline"}}
+    files = [tmp_path / name for name in ("a.tif", "b.ome.tif", "c.png", "d.jpg", "e.npy")]
+    study = dc.run(files, tmp_path / "study", settings)
+    assert study.failures == []
+    for file in files:
+        if file.name != "b.ome.tif":
+            np.testing.assert_allclose(dc.open_image(file).data.compute()[0], pixels, atol=40)
+    app(["channels", *map(str, files)], standalone_mode=False)
+
+
+def test_files_are_opened_in_one_place() -> None:
+    """Nothing but the sandbox joins the files of a source, and nothing but that opens a file."""
+    package = Path(images.__file__).parents[1]
+    texts = {str(p.relative_to(package)): p.read_text() for p in package.rglob("*.py")}
+    named = {
+        word: {name for name, text in texts.items() if re.search(rf"\b{word}\b", text)}
+        for word in ("SourceReader", "open_reader")
+    }
+    assert named["SourceReader"] == {"images/joined.py", "images/sandbox.py"}
+    assert named["open_reader"] == {"images/joined.py", "images/readers/__init__.py"}
 
 
 ORPHAN = """

@@ -19,6 +19,7 @@ from daskcell.compute import Workers
 from daskcell.errors import ImageError, InputError
 from daskcell.geometry import Box, Grid
 from daskcell.images import conversion, labels, shards, store
+from daskcell.images.joined import SourceReader
 from daskcell.images.pyramid import halve_mean, halve_nearest, level_shapes
 
 RNG = np.random.default_rng(0)
@@ -246,7 +247,7 @@ def test_a_strip_is_decoded_once_for_a_whole_row_of_files(
 
     class Counting:
         def __init__(self) -> None:
-            self.inner = source.open()
+            self.inner = SourceReader(source)
 
         def read(self, level: int, box: Box):
             reads.append(box)

@@ -9,6 +9,7 @@ import tifffile
 
 from daskcell.errors import ImageError, InputError
 from daskcell.images import find_images
+from daskcell.images.manifest import read_manifest
 from daskcell.pipeline import run
 
 SETTINGS = {"segment": {"method": "watershed"}, "cluster": {"k": 2}, "compute": {"kind": "inline"}}
@@ -58,9 +59,43 @@ def test_parquet_does_as_csv_does(folder):
 
 
 @pytest.mark.parametrize(
+    "header",
+    [
+        "path,image,channel,pixel_size",
+        "Path,Image Name,channel ,Pixel Size (um)",
+        "\ufefffile,IMAGE, Channel,pixel-size",
+        "File Name;image;CHANNEL;MPP",
+        "filename\timage_name\tchannel\tpixelsize",
+        "sep=;\npath;image;channel;pixel_size",
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_a_header_may_be_spelled_otherwise(folder, header, encoding):
+    separator = next(mark for mark in ";\t," if mark in header)
+    size = "0,5" if separator == ";" else "0.5"
+    rows = [("a.tif", "x", "DNA", size), ("b.tif", "x", "actin", size)]
+    text = "\n".join([header, *(separator.join(row) for row in rows)]) + "\n"
+    (folder / "list.csv").write_text(text, encoding=encoding)
+    (source,) = find_images(folder / "list.csv")
+    assert (source.name, source.file_channels, source.pixel_size) == ("x", ("DNA", "actin"), (0.5, 0.5))
+
+
+def test_columns_that_are_not_used_are_named(folder):
+    said = []
+    read_manifest(str(write(folder, "path,note,chanel\na.tif,x,DNA\n")), said.append)
+    assert len(said) == 1
+    assert "list.csv" in said[0]
+    assert "'note', 'chanel' (or is it 'channel'?)" in said[0]
+    read_manifest(str(write(folder, "path,image\na.tif,x\n")), said.append)
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("file\na.tif\n", "no column 'path'"),
+        ("where\na.tif\n", r"no column 'path' .*\(it has: where\)"),
+        ("Path,PATH\na.tif,b.tif\n", "two columns 'path'"),
+        ("path,image\na.tif,x,y\n", "more values than its header"),
         ("path\nnowhere.tif\n", "row 2: there is no file .*nowhere.tif"),
         ("path,pixel_size\na.tif,wide\n", "row 2: pixel_size must be micrometres above 0, not 'wide'"),
         ("path,pixel_size\na.tif,-1\n", "must be micrometres above 0"),

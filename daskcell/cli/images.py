@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,12 +59,14 @@ def flat(
     """Find how a microscope's light falls off, from many pictures; for preprocess.background.flat."""
     import tifffile
 
+    from daskcell.disk import replacing
     from daskcell.images.target import refuse_existing
     from daskcell.preprocess import estimate_flat
 
     refuse_existing(out)
     field = estimate_flat(pictures, dark)
-    tifffile.imwrite(out, field, photometric="minisblack", metadata={"axes": "CYX"}, ome=True)
+    with replacing(out) as part:
+        tifffile.imwrite(part, field, photometric="minisblack", metadata={"axes": "CYX"}, ome=True)
     print(f"{out}: use it with -s preprocess.background.flat={out} -s preprocess.background.dark={dark:g}")
 
 
@@ -125,13 +129,19 @@ def channels(
     from daskcell.config import InputSettings
     from daskcell.images import describe_sources, find_images
 
-    sources = find_images(inputs, InputSettings(pattern=pattern))
+    notes: list[str] = []
+    sources = find_images(inputs, InputSettings(pattern=pattern), notes.append)
     rows = [["image", "channel", "file"]]
     rows += [[row["image"], row["channel"], row["file"]] for row in describe_sources(sources)]
     print(aligned(rows))
+    print(*notes, sep="\n", end="\n" if notes else "")
     if split is not None:
-        from daskcell.images.split import split_channels
+        from daskcell.images.split import channel_files, split_channels
+        from daskcell.images.target import refuse_existing
 
+        for source in sources:  # all are looked at before the first is written
+            for path in channel_files(source, split):
+                refuse_existing(path)
         for source in sources:
             for path in split_channels(source, split):
                 print(path)
@@ -217,7 +227,7 @@ def _one_image(source: str, settings: Any) -> Any:
     from daskcell.errors import InputError
     from daskcell.images import find_images
 
-    found = find_images(source, settings.input)
+    found = find_images(source, settings.input, partial(print, file=sys.stderr))
     if len(found) > 1:
         names = ", ".join(one.name for one in found[:3])
         raise InputError(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from daskcell.clustering.naming import FILE as NAMES
 from daskcell.clustering.naming import Naming
 from daskcell.disk import replacing
 from daskcell.errors import InputError
@@ -190,8 +192,12 @@ class ClusterModel:
 
     def save(self, path: str | Path) -> None:
         """Write the model as a folder of ``arrays.npz``, ``model.json`` and, if groups have names,
-        ``names.json``; it appears whole or not at all."""
+        ``names.json``; it appears whole or not at all.
+
+        A model that is there is replaced. Raises `InputError` if there is anything else.
+        """
         path = Path(path)
+        _refuse_other(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             temporary.mkdir()
@@ -225,6 +231,20 @@ class ClusterModel:
         self.check(features.shape[1])
         whole = features.rechunk({1: -1})
         return whole.map_blocks(function, dtype=dtype, drop_axis=1)
+
+
+def _refuse_other(path: Path) -> None:
+    """Raise `InputError` if there is something at `path` that is not a saved model, or more than that."""
+    if path.is_dir():
+        others = sorted(set(os.listdir(path)) - {"arrays.npz", "model.json", NAMES})
+        if not others:
+            return
+        path = path / others[0]
+    elif not os.path.lexists(path):
+        return
+    raise InputError(
+        f"{path} is no part of a model, and would be lost. Please move it, or choose another folder."
+    )
 
 
 def load_clusters(path: str | Path) -> ClusterModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import time
@@ -10,22 +11,46 @@ from typing import Any
 
 from distributed import Status, Worker, WorkerPlugin
 
+from daskcell._version import __version__
 from daskcell.allocator import keep_freed_memory
-from daskcell.compute.threads import NEEDS_GPU, limit_threads
+from daskcell.compute.logs import quiet_logs
+from daskcell.compute.threads import NEEDS_GPU, hold_threads, release_threads
 from daskcell.errors import ComputeError
 
 
 class Care(WorkerPlugin):
-    """For every worker there is and every one that comes: threads, memory, and a clean end."""
+    """For every worker there is and every one that comes: threads, memory, quiet logs, and a clean end.
 
-    name = "daskcell"
+    Parameters
+    ----------
+    threads
+        For the numerical libraries; as many as before once the plugin is taken away.
+    needs_gpu
+        Whether workers must find a GPU: those labelled for it, or all where `labelled` is False.
+    """
 
-    def __init__(self, threads: int):
-        self.threads = threads
+    def __init__(
+        self, threads: int, *, needs_gpu: bool = False, labelled: bool = False, name: str = "daskcell"
+    ):
+        self.threads, self.needs_gpu, self.labelled, self.name = threads, needs_gpu, labelled, name
+        self.version = __version__
 
     def setup(self, worker: Worker) -> None:
-        limit_threads(self.threads)
+        self.undo = contextlib.ExitStack()
+        hold_threads(self.threads)
+        self.undo.callback(release_threads, self.threads)
+        if worker.nanny:  # else the process, and what it logs, is somebody's
+            self.undo.enter_context(quiet_logs())
         keep_freed_memory()
+        if self.unfit(worker):
+            worker.loop.add_callback(worker.close, reason="daskcell-unfit")
+
+    def unfit(self, worker: Worker) -> bool:
+        """Whether a worker that came later would give other results, or none."""
+        if self.version != __version__:
+            return True
+        resources = worker.state.total_resources
+        return self.needs_gpu and ("GPU" in resources or not self.labelled) and not gpu_found()
 
     def teardown(self, worker: Worker) -> None:
         # A worker that leaves lets its running task go on for up to 30 s, while the scheduler gives the same
@@ -33,6 +58,7 @@ class Care(WorkerPlugin):
         leaving = worker.status not in (Status.running, Status.paused, Status.init)
         if worker.nanny and leaving and worker.state.executing:
             os._exit(0)
+        self.undo.close()
 
 
 class JobWorker(Worker):
@@ -72,3 +98,10 @@ def gpu_found(dask_worker: Any = None) -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def versions(dask_worker: Any = None) -> dict[str, str]:
+    """Of the packages on which the last bits of a result depend."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "numpy", "scipy", "scikit-image", "cellpose")}

@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 from daskcell.compute.threads import CHANGEABLE, THREAD_VARIABLES
 from daskcell.config import ComputeSettings
 from daskcell.errors import ComputeError, ConfigError
+
+SCRIPT_MARK = "DASKCELL_SCRIPT_MARK"
+"""Variable with the file that a child makes if its parent's script calls daskcell while it is imported."""
+_OURS = ("nanny.pre-spawn-environ", "worker.daemon", "deploy.lost-worker-timeout")
 
 
 def visible_gpus() -> list[str]:
@@ -93,6 +98,29 @@ def dashboard_options(address: int | str | None) -> dict[str, Any]:
     return {"dashboard": True, "dashboard_address": f"{host if colon else '127.0.0.1'}:{port}"}
 
 
+def changed_settings(most: int = 8) -> list[str]:
+    """Names of the settings of Dask that a file of the site, a variable or a script has changed."""
+    import dask
+
+    def flat(values: Any, name: str = "") -> dict[str, Any]:
+        if not isinstance(values, dict):
+            return {name: values}
+        found = {}
+        for key, value in values.items():
+            found |= flat(value, f"{name}.{key}".lstrip(".").replace("_", "-"))
+        return found
+
+    usual = flat(dask.config.merge(*dask.config.defaults))
+    ours = {f"distributed.{name}" for name in _OURS}
+    names = [
+        name
+        for name, value in sorted(flat(dask.config.config).items())
+        if name.startswith(("distributed.", "temporary-directory")) and usual.get(name) != value
+        and not any(name.startswith(own) for own in ours)
+    ]  # fmt: skip
+    return names[:most] + (["..."] if len(names) > most else [])
+
+
 @contextlib.contextmanager
 def local_settings(threads: int) -> Iterator[None]:
     """Dask's settings for nannies of this process, on top of the user's; put back on leaving.
@@ -111,10 +139,11 @@ def local_settings(threads: int) -> Iterator[None]:
         # A process that starts again imports torch first, which takes long on a busy machine.
         "distributed.deploy.lost-worker-timeout": "2 minutes",
     }
-    names = {*early, "PYTHONHASHSEED", "__DASK_PARENT_PID"}
+    names = {*early, "PYTHONHASHSEED", "__DASK_PARENT_PID", SCRIPT_MARK}
     before = {name: os.environ.get(name) for name in names}
     try:
-        with dask.config.set(changed):
+        with dask.config.set(changed), tempfile.TemporaryDirectory(prefix="daskcell-") as folder:
+            os.environ[SCRIPT_MARK] = os.path.join(folder, "unguarded")
             yield
     finally:
         for name, value in before.items():

@@ -30,7 +30,11 @@ _LOOK_SECONDS = 0.25
 _GRACE_SECONDS = 60.0
 
 
-class Overtime(ComputeError):
+class WorkerLost(ComputeError):
+    """A task was lost with its worker, which says nothing of other tasks."""
+
+
+class Overtime(WorkerLost):
     """A task took too long, every time it was tried."""
 
     def __init__(self, text: str, item: str | None = None):

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import logging
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from daskcell.compute.given import (
+    WAIT_SECONDS,
+    cared_for,
+    close,
+    first_line,
+    given_workers,
+    refuse_missing_gpus,
+)
 from daskcell.compute.jobqueue import SUBMIT, job_cluster, job_specs, reason
 from daskcell.compute.keeper import JobKeeper, Keeper
-from daskcell.compute.local import local_cluster, local_settings, visible_gpus
+from daskcell.compute.local import SCRIPT_MARK, changed_settings, local_cluster, local_settings, visible_gpus
+from daskcell.compute.logs import quiet_logs
 from daskcell.compute.threads import threads_limited
 from daskcell.compute.window import Workers
 from daskcell.config import QUEUES, ComputeSettings
@@ -22,8 +30,6 @@ from daskcell.errors import ComputeError, ConfigError, DaskcellError
 if TYPE_CHECKING:
     from distributed import Client
 
-_CONNECT_SECONDS = 20.0
-_WAIT_SECONDS = 60.0
 _WAIT_SECONDS_JOBS = 3600.0
 _TELL_SECONDS = 30.0
 
@@ -33,8 +39,10 @@ def start_workers(
     settings: ComputeSettings | None = None,
     tell: Callable[[str], None] | None = None,
     memory: int = 0,
+    client: Any = None,
+    name: str = "daskcell",
 ) -> Iterator[Workers]:
-    """Workers as the settings ask, stopped on leaving.
+    """Workers as the settings ask, stopped on leaving; or those of a given client, which stay.
 
     ``local`` starts one single-task process per core, ``gpu`` one per visible GPU besides, ``inline`` uses
     this process, ``slurm``, ``pbs``, ``lsf`` and ``sge`` submit jobs, and an address connects to a running
@@ -49,19 +57,28 @@ def start_workers(
     memory
         Bytes that a worker should have. Where the settings do not say how many workers this machine is to
         start, it starts no more than get as much.
+    client
+        A `distributed.Client`, a cluster object or a scheduler's address, whose workers to use whatever
+        ``compute.kind`` says. They are checked and set up like our own, and put back on leaving.
+    name
+        Of that set-up: one that a killed run has left is replaced by the next of the same name.
 
     Raises
     ------
     ComputeError
-        The machine asked for is not there: no GPU, no queue, no scheduler, no worker in time; or worker
-        processes cannot start.
+        The machine asked for is not there: no GPU, no queue, no scheduler, no worker in time; worker
+        processes cannot start; or a client is asynchronous or closed, or its workers lack daskcell or have
+        another version of it.
     ConfigError
         The settings do not say enough to ask a queue for jobs.
     """
     settings = settings or ComputeSettings()
     tell = tell or (lambda sentence: None)
     _refuse_while_spawning()
-    if settings.kind == "inline":
+    if client is not None:
+        with given_workers(client, settings, tell, name) as workers:
+            yield workers
+    elif settings.kind == "inline":
         with threads_limited(settings.threads):
             if settings.network_device == "cuda":
                 visible_gpus()
@@ -73,7 +90,7 @@ def start_workers(
         with _job_workers(settings, tell) as workers:
             yield workers
     elif "://" in settings.kind or settings.kind.rpartition(":")[2].isdigit():
-        with _remote_workers(settings) as workers:
+        with given_workers(settings.kind, settings, tell, name) as workers:
             yield workers
     else:
         raise ConfigError(
@@ -85,31 +102,29 @@ def start_workers(
 @contextlib.contextmanager
 def _local_workers(settings: ComputeSettings, memory: int) -> Iterator[Workers]:
     gpus = visible_gpus() if settings.network_device == "cuda" else []
-    with _quiet_logs(), local_settings(settings.threads), contextlib.ExitStack() as stack:
+    with quiet_logs(), local_settings(settings.threads), contextlib.ExitStack() as stack:
         try:
             cluster = local_cluster(settings, gpus, memory)
-            stack.callback(_close, cluster, timeout=20)
+            stack.callback(close, cluster, timeout=20)
             client = _client_of(cluster, stack)
-            client.wait_for_workers(len(cluster.worker_spec), timeout=settings.wait or _WAIT_SECONDS)
+            client.wait_for_workers(len(cluster.worker_spec), timeout=settings.wait or WAIT_SECONDS)
         except ConfigError:
             raise
         except Exception as error:
-            raise ComputeError(
-                f"The worker processes did not start ({type(error).__name__}: {_first_line(error)}). In a "
-                "script of your own, please call daskcell under `if __name__ == '__main__':`, since each "
-                "worker imports the script."
-            ) from error
+            raise ComputeError(_why_none_started(error)) from error
         stack.enter_context(Keeper(cluster))
         labels = frozenset({"GPU", "CPU"}) if gpus else frozenset()
-        yield _ready(client, settings, labels)
+        refuse_missing_gpus(client, "this machine", settings.network_device)
+        stack.enter_context(cared_for(client, settings, labels))
+        yield Workers(client, labels=labels)
 
 
 @contextlib.contextmanager
 def _job_workers(settings: ComputeSettings, tell: Callable[[str], None]) -> Iterator[Workers]:
-    with _quiet_logs(), _patience(), contextlib.ExitStack() as stack:
+    with quiet_logs(), _patience(), contextlib.ExitStack() as stack:
         try:
             cluster = job_cluster(settings)
-            stack.callback(_close, cluster, timeout=60)
+            stack.callback(close, cluster, timeout=60)
             specs = job_specs(settings, cluster)
             kept = {"cpu": settings.jobs, "gpu": settings.gpu_jobs or settings.jobs}
             fewest = {label: kept[label].minimum or kept[label].count for label in specs}
@@ -126,8 +141,10 @@ def _job_workers(settings: ComputeSettings, tell: Callable[[str], None]) -> Iter
         stack.enter_context(keeper)
         labels = frozenset({"GPU", "CPU"}) if settings.gpu_jobs else frozenset()
         _wait_for_jobs(client, keeper, settings, labels, tell)
-        keeper.give_up = lambda: _close(client, timeout=5)  # ends the wait for tasks that cannot run any more
-        yield _ready(client, settings, labels, lambda: keeper.trouble)
+        keeper.give_up = lambda: close(client, timeout=5)  # ends the wait for tasks that cannot run any more
+        refuse_missing_gpus(client, settings.kind, settings.network_device)
+        stack.enter_context(cared_for(client, settings, labels))
+        yield Workers(client, labels=labels, trouble=lambda: keeper.trouble)
 
 
 def _wait_for_jobs(
@@ -162,91 +179,35 @@ def _wait_for_jobs(
         time.sleep(0.2)
 
 
-@contextlib.contextmanager
-def _remote_workers(settings: ComputeSettings) -> Iterator[Workers]:
-    from distributed import Client
-
-    limit = settings.wait or _WAIT_SECONDS
-    with _quiet_logs(), contextlib.ExitStack() as stack:
-        try:
-            _must_answer(settings.kind)
-            client = Client(settings.kind, timeout=_CONNECT_SECONDS, set_as_default=False)
-        except (OSError, ValueError, TimeoutError) as error:
-            why = f" ({_first_line(error)})" if _first_line(error) else ""
-            raise ComputeError(
-                f"No Dask scheduler answers at {settings.kind} within {_CONNECT_SECONDS:.0f} s{why}. Please "
-                "look whether it runs and whether this machine can reach it, or set compute.kind to 'local'."
-            ) from None
-        stack.callback(_close, client, timeout=5)
-        try:
-            client.wait_for_workers(1, timeout=limit)
-        except TimeoutError:
-            raise ComputeError(
-                f"The scheduler at {settings.kind} had no worker within {limit:.0f} s (compute.wait). "
-                "Please start workers there."
-            ) from None
-        workers = _ready(client, settings)
-        if settings.network_device == "cuda" and "GPU" not in workers.labels:
-            raise ComputeError(
-                f"A GPU was asked for, but no worker of {settings.kind} is labelled for it. Please start "
-                "those that have a GPU with: dask worker --resources 'GPU=1' --nthreads 1."
-            )
-        yield workers
-
-
-def _must_answer(address: str) -> None:
-    """Ask a scheduler for its name; a `Client` would wait for ever for one that takes the call and hangs."""
-    from distributed import rpc
-    from distributed.security import Security
-
-    async def ask() -> None:
-        async with rpc(address, connection_args=Security().get_connection_args("client")) as scheduler:
-            await asyncio.wait_for(scheduler.identity(), _CONNECT_SECONDS)
-
-    with ThreadPoolExecutor(1) as thread:  # a notebook runs a loop in this one
-        thread.submit(asyncio.run, ask()).result()
-
-
 def _client_of(cluster: Any, stack: contextlib.ExitStack) -> Client:
     from distributed import Client
 
     client = Client(cluster, timeout=60, set_as_default=False)
-    stack.callback(_close, client, timeout=5)
+    stack.callback(close, client, timeout=5)
     return client
 
 
-def _ready(
-    client: Client,
-    settings: ComputeSettings,
-    labels: frozenset[str] = frozenset(),
-    trouble: Callable[[], str | None] | None = None,
-) -> Workers:
-    """Workers that were looked at: threads held, and the GPUs that were promised are there."""
-    from daskcell.compute._worker import Care, gpu_found
-
-    if settings.network_device == "cuda":
-        workers = client.scheduler_info(n_workers=-1)["workers"]
-        promised = [address for address, worker in workers.items() if "GPU" in (worker["resources"] or {})]
-        found = client.run(gpu_found, workers=promised) if promised else {}
-        for address in promised:
-            if not found[address]:
-                raise ComputeError(
-                    f"The worker at {address} is labelled GPU, but torch finds no CUDA GPU there. Please "
-                    "check its driver and that the job asks for a GPU, or set compute.device to 'cpu'."
-                )
-    client.register_plugin(Care(settings.threads))
-    return Workers(client, labels=labels, trouble=trouble)
-
-
-def _close(what: Any, timeout: float) -> None:
-    with contextlib.suppress(Exception):
-        what.close(timeout=timeout)
+def _why_none_started(error: BaseException) -> str:
+    """The cause that Dask wraps up, and what to do about it."""
+    if os.path.exists(os.environ.get(SCRIPT_MARK, "")):
+        return (
+            "The worker processes did not start, since each imports the script that starts them, and that "
+            "calls daskcell at once. Please call it under `if __name__ == '__main__':`."
+        )
+    while (cause := error.__cause__ or error.__context__) is not None and str(cause):
+        error = cause
+    text = f"The worker processes did not start ({type(error).__name__}: {first_line(error)})."
+    if changed := changed_settings():
+        text += f" Dask is configured here, with {', '.join(changed)}: please check these settings."
+    return text
 
 
 def _refuse_while_spawning() -> None:
     # Set by multiprocessing while a child imports its parent's script: starting workers there would start
     # workers that start workers.
     if getattr(multiprocessing.current_process(), "_inheriting", False):
+        if mark := os.environ.get(SCRIPT_MARK):
+            Path(mark).touch()  # for the parent, which hears of a child that died and no more
         raise ComputeError(
             "Workers import the script that starts them, so a script must call daskcell under "
             "`if __name__ == '__main__':`. Please put the call there."
@@ -258,24 +219,3 @@ def _patience() -> Any:
 
     # A process that starts again imports torch first, which takes long on a busy machine.
     return dask.config.set({"distributed.deploy.lost-worker-timeout": "2 minutes"})
-
-
-@contextlib.contextmanager
-def _quiet_logs() -> Iterator[None]:
-    """Dask's own log lines off while we run: what a user should know is said by daskcell."""
-    import distributed  # noqa: F401  (sets its own levels when it is imported)
-
-    # Those below the first have levels of their own in Dask's settings.
-    names = ("distributed", "distributed.client", "tornado", "tornado.application", "asyncio")
-    before = {name: logging.getLogger(name).level for name in names}
-    for name in names:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0][:200]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Iterator
 
 THREAD_VARIABLES = (
@@ -25,26 +26,84 @@ NEEDS_GPU = "DASKCELL_NEEDS_GPU"
 """Variable of a job that has to find a GPU."""
 
 
+_before = contextlib.ExitStack()
+"""Puts this process's threads back."""
+_limits: list[int] = []
+"""One for each that has asked, the last of which holds."""
+_lock = threading.Lock()
+
+
 @contextlib.contextmanager
 def threads_limited(threads: int) -> Iterator[None]:
-    """This process's BLAS, OpenMP and torch held to `threads` threads, and put back on leaving."""
+    """This process's BLAS, OpenMP and torch limited to `threads` threads, and put back on leaving."""
+    hold_threads(threads)
+    try:
+        with thread_limited():
+            yield
+    finally:
+        release_threads(threads)
+
+
+def hold_threads(threads: int) -> None:
+    """As `limit_threads`, until as many calls of `release_threads`: workers may be threads of one process."""
     from threadpoolctl import threadpool_limits
 
-    variables = {name: os.environ.get(name) for name in CHANGEABLE}
-    torch = sys.modules.get("torch")
-    torch_before = torch.get_num_threads() if torch else None
-    with threadpool_limits(limits=threads):
+    with _lock:
+        if not _limits:
+            _before.enter_context(threadpool_limits(limits=threads))
+            _before.callback(_restore, {name: os.environ.get(name) for name in CHANGEABLE}, _torch_threads())
+        _limits.append(threads)
         limit_threads(threads)
-        try:
-            yield
-        finally:
-            for name, value in variables.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
-            if torch_before is not None:
-                sys.modules["torch"].set_num_threads(torch_before)
+
+
+def release_threads(threads: int) -> None:
+    """Undo one `hold_threads` of the same number; the last one puts back what was before."""
+    with _lock:
+        if threads in _limits:
+            _limits.remove(threads)
+            if _limits:
+                limit_threads(_limits[-1])
+            else:
+                _before.close()
+
+
+@contextlib.contextmanager
+def thread_limited() -> Iterator[None]:
+    """The same within the thread that calls: torch keeps a number of its own for every thread that has used
+    it, which no other thread can change."""
+    if not _limits:
+        yield
+        return
+    threads, before = _limits[-1], _torch_threads()
+    _set_torch_threads(threads)
+    try:
+        yield
+    finally:
+        _set_torch_threads(before)
+
+
+def _restore(variables: dict[str, str | None], torch_threads: int | None) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    if torch_threads is None:  # it may have loaded since, and has read the limit then
+        said = os.environ.get("OMP_NUM_THREADS", "")
+        torch_threads = int(said) if said.isdigit() else os.cpu_count()
+    _set_torch_threads(torch_threads)
+
+
+def _torch_threads() -> int | None:
+    """Of this thread; None while torch is not loaded."""
+    torch = sys.modules.get("torch")
+    return torch.get_num_threads() if hasattr(torch, "get_num_threads") else None
+
+
+def _set_torch_threads(threads: int | None) -> None:
+    torch = sys.modules.get("torch")
+    if threads is not None and hasattr(torch, "set_num_threads"):
+        torch.set_num_threads(threads)
 
 
 def limit_threads(threads: int) -> None:
@@ -53,5 +112,4 @@ def limit_threads(threads: int) -> None:
 
     os.environ.update(dict.fromkeys(CHANGEABLE, str(threads)))
     threadpool_limits(limits=threads)
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(threads)
+    _set_torch_threads(threads)

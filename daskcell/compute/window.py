@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from daskcell.compute.former import owner_of, wait_for_former
-from daskcell.compute.overtime import limited, overtime, paused
+from daskcell.compute.overtime import WorkerLost, limited, overtime, paused
+from daskcell.compute.threads import thread_limited
 from daskcell.errors import ComputeError
 
 if TYPE_CHECKING:
@@ -87,6 +88,8 @@ class Workers:
         self.on_task = on_task
         self.trouble = trouble
         self.task_seconds = task_seconds
+        self.on_step: Callable[[float | None], None] | None = None
+        self._step: float | None = None
         self.owner = ""
         self.inline: frozenset[Kind] = frozenset()
         self._counted: tuple[float, int, frozenset[str]] = (float("-inf"), 1, labels)
@@ -130,6 +133,28 @@ class Workers:
         workers = copy.copy(self)
         workers.on_task, workers.task_seconds = on_task, task_seconds
         return workers
+
+    def metered(self, on_step: Callable[[float | None], None]) -> Workers:
+        """The same workers; `on_step` hears of every finished task, as what part of the whole it was.
+
+        None: of an unknown one, since no `part` was said.
+        """
+        workers = copy.copy(self)
+        workers.on_step = on_step
+        return workers
+
+    def part(self, share: float, tasks: int) -> Workers:
+        """The same workers for a `share` (0 to 1) of the whole work, which comes in so many `tasks`."""
+        workers = copy.copy(self)
+        workers._step = share / max(tasks, 1)
+        return workers
+
+    def finished_task(self) -> None:
+        """Tell those who asked that a task is finished."""
+        if self.on_step is not None:
+            self.on_step(self._step)
+        if self.on_task is not None:
+            self.on_task()
 
     def claim(self, folder: str | os.PathLike[str], tell: Callable[[str], None] | None = None) -> Workers:
         """The same workers for tasks that write into `folder`, as soon as those of a killed run have ended.
@@ -206,8 +231,7 @@ class Window:
         run = self._run_here() if self._workers.client is None else self._run_on(self._workers.client)
         try:
             for key, result in run:
-                if self._workers.on_task is not None:
-                    self._workers.on_task()
+                self._workers.finished_task()
                 if isinstance(result, Failed) and not self._keep_going:
                     result.error.add_note(f"(in task {key!r})")
                     raise result.error
@@ -265,16 +289,22 @@ class Window:
         self, client: Client, number: str, function: Callable[..., Any], args: tuple[Any, ...], kind: Kind
     ) -> Any:
         label = LABELS[kind]
-        call: tuple[Any, ...] = (function, *args)
-        if self._workers.task_seconds is not None:
-            call = (limited, self._workers.task_seconds, *call)
         return client.submit(
-            *call,
+            _run_as_task,
+            self._workers.task_seconds,
+            function,
+            *args,
             key=f"{getattr(function, '__name__', 'task')}-{number}",
             pure=False,
             resources={label: 1} if label in self._workers.labels else None,
             priority=1 if self._workers.inline else 0,  # a task waits for it, and holds a worker
         )
+
+
+def _run_as_task(seconds: float | None, function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)`` on a worker, with the threads and the time it may take."""
+    with thread_limited():
+        return function(*args) if seconds is None else limited(seconds, function, *args)
 
 
 def _wait_as_a_task(done: Completed) -> None:
@@ -306,7 +336,7 @@ def _explain(future: Any, outcome: Any, workers: Workers) -> BaseException:
             if late is not None:
                 return late
             limit = f"compute.memory or compute.block (the last one was {error.last_worker.address})"
-            return ComputeError(
+            return WorkerLost(
                 "A task killed its worker several times, most often for want of memory. Please change "
                 + limit
                 + "."
@@ -314,6 +344,4 @@ def _explain(future: Any, outcome: Any, workers: Workers) -> BaseException:
         return error
     state = str(outcome) if workers.alive else "its connection to the scheduler is lost"
     trouble = workers.trouble() if workers.trouble is not None else None
-    return ComputeError(
-        f"{trouble or f'A task was cancelled: {state}.'} The same command continues the study."
-    )
+    return WorkerLost(f"{trouble or f'A task was cancelled: {state}.'} The same command continues the study.")

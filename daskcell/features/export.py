@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from daskcell.disk import remove, write_atomic, write_json
+from daskcell.disk import remove, temporaries, write_atomic, write_json
 from daskcell.errors import InputError, StudyError
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable
 
     from daskcell.compute import Workers
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from daskcell.study import Study
 
 _SHARD = 4096  # cells at least in a shard
-_SCRATCH = ".export-"
+_SCRATCH = ".daskcell-export-"
+_LIST = ".daskcell-"  # and the name of a task: its pictures
 _COLUMNS = ["centroid-0", "centroid-1"]
 
 
@@ -112,11 +113,11 @@ def _begin(out: Path, study: Study, asked: dict[str, Any]) -> Path:
         )
     if not note.exists():
         # A run that was killed at its very start has left nothing but half a note.
-        if out.exists() and (not out.is_dir() or set(out.iterdir()) - set(out.glob(f".{note.name}.*.tmp"))):
+        if os.path.lexists(out) and (not out.is_dir() or set(out.iterdir()) - set(temporaries(out))):
             raise InputError(f"{out} exists already. Please remove it or choose another name.")
         out.mkdir(parents=True, exist_ok=True)
         write_json(note, content)
-    remove(*out.glob(f"{_SCRATCH}*"), *out.glob(".*.tmp"))
+    remove(*out.glob(f"{_SCRATCH}*"), *temporaries(out))
     return note
 
 
@@ -221,7 +222,7 @@ def _write_task(
 def _last_file(out: Path, name: str, task: Task, format: str) -> Path:
     """What a task writes last: the shard, or the list of its pictures."""
     stem = f"{name}-{task.number:05d}"
-    return out / (f"{stem}.parquet" if format == "parquet" else f".{stem}.csv")
+    return out / (f"{stem}.parquet" if format == "parquet" else f"{_LIST}{stem}.csv")
 
 
 def _png(crop: np.ndarray) -> bytes:
@@ -237,7 +238,7 @@ def _gather_lists(out: Path) -> None:
     """One list of the cells from those of the tasks; it comes last, so its being there says all is."""
     import pandas as pd
 
-    lists = sorted(out.glob(".*.csv"))
+    lists = sorted(out.glob(f"{_LIST}*-[0-9][0-9][0-9][0-9][0-9].csv"))
     tables = [pd.read_csv(path) for path in lists]
     if tables:
         every = pd.concat(tables).sort_values(["slide", "label"])

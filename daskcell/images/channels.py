@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -25,7 +25,7 @@ cfp rfp mcherry cherry tomato tdtomato mkate cy2 cy3 cy5 cy7 alexa488 alexa568 a
 af488 af568 af594 af647 a488 a568 a594 a647 dna rna er agp mito actin tubulin membrane nuclei
 nucleus cytoplasm brightfield bf dic phase phasecontrast pc mitotracker phalloidin cona wga
 """
-STAINS = frozenset(_STAINS.split())
+STAINS = frozenset((*_STAINS.split(), "bright field", "phase contrast"))
 """Stains and structures that are taken for channel names."""
 LETTERS = "RGBCMYDFHTK"
 """Letters that stand for a colour or stain at the end of a name (D: DAPI, F: FITC, R: rhodamine or red)."""
@@ -33,15 +33,33 @@ LETTERS = "RGBCMYDFHTK"
 _NAMES = "|".join(sorted((*COLOURS, *STAINS), key=len, reverse=True))
 _KINDS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("name", re.compile(rf"(?<![A-Za-z0-9])(?:{_NAMES})(?![A-Za-z0-9])", re.IGNORECASE)),
-    ("channel", re.compile(r"(?<![A-Za-z])channel[ _-]?\d{1,2}(?!\d)", re.IGNORECASE)),
-    ("ch", re.compile(r"(?<![A-Za-z])ch(?:an)?[ _-]?\d{1,2}(?!\d)", re.IGNORECASE)),
+    # InCell: A - 01(fld 1 wv UV - DAPI).tif
+    ("incell", re.compile(r"(?<=[ (])wv (?P<name>[^()]+?)(?= z \d+\)|\))", re.IGNORECASE)),
+    # scanR: nuclei--W00001--P00001--Z00000--T00000--Alexa 488.tif
+    ("scanr", re.compile(r"(?<=--T\d{5}--).+$")),
+    # MetaMorph: name_w1DAPI_s1.tif
+    ("metamorph", re.compile(r"(?<![A-Za-z0-9])w\d{1,2}[ -]?[A-Za-z][A-Za-z0-9 +.-]*(?=_|$)", re.IGNORECASE)),
+    ("channel", re.compile(r"(?<![A-Za-z])channel[ _-]?\d{1,3}(?!\d)", re.IGNORECASE)),
+    ("ch", re.compile(r"(?<![A-Za-z])ch(?:an)?[ _-]?\d{1,3}(?!\d)", re.IGNORECASE)),
     ("w", re.compile(r"(?<![A-Za-z0-9])w\d{1,2}(?![0-9])", re.IGNORECASE)),
-    ("c", re.compile(r"(?<![A-Za-z])c\d{1,2}(?![A-Za-z0-9])", re.IGNORECASE)),
+    ("c", re.compile(r"(?<![A-Za-z])c\d{1,3}(?:(?=[tzm]\d)|(?![A-Za-z0-9]))", re.IGNORECASE)),
     ("d", re.compile(r"(?<=f\d\d)d\d{1,2}$", re.IGNORECASE)),
     ("letter", re.compile(rf"(?<=[_\-. ])[{LETTERS}]$")),
 )
+_WITH_CHANNEL = (
+    # Yokogawa: the action, A02, counts on with the channel: ..._T0001F001L01A02Z01C02.tif
+    (re.compile(r"(?<=T\d{4}F\d{3}L\d{2})A\d{2}(?=Z\d{2,3}C\d{2}$)", re.IGNORECASE), ""),
+    # Cytation: so does the number of the read: B2_02_2_1_GFP_001.tif
+    (re.compile(r"(?<![A-Za-z0-9])([A-P]\d{1,2}_-?\d+)_\d+(?=_\d+_[A-Za-z][A-Za-z0-9 ]*_\d{3}$)"), r"\1"),
+)
+"""Parts of a name that say no more than the channel does."""
 _NAME_BYTES = 120
-_GUID = re.compile(r"[0-9A-F]{8}-[0-9A-F]{4}-[0-9A-F]{4}-[0-9A-F]{4}-[0-9A-F]{12}$", re.IGNORECASE)
+_ID = re.compile(
+    r"\{?(?:[0-9A-F]{8}(?:-[0-9A-F]{4}){3}-[0-9A-F]{12}|[0-9A-F]{32})\}?(?![0-9A-F])"
+    r"|(?<![0-9A-Za-z])(?=\d*[A-F])(?=[A-F]*\d)[0-9A-F]{16,}(?![0-9A-Za-z])",
+    re.IGNORECASE,
+)
+"""GUIDs, with or without hyphens, and other long hexadecimal numbers."""
 
 
 @dataclass(frozen=True)
@@ -61,31 +79,66 @@ def group_by_guess(files: Sequence[str]) -> list[Group]:
     ImageError
         If the files clearly are channels but some image lacks one, or has one twice.
     """
-    stems = {file: _GUID.sub("", stem(file)) for file in files}
-    for kind, pattern in _KINDS:
-        found = {file: matches for file, text in stems.items() if (matches := list(pattern.finditer(text)))}
-        # A name may have several such words: try them from the last to the first.
-        for position in range(max((len(m) for m in found.values()), default=0)):
-            images: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-            words: dict[str, str] = {}
-            for file, matches in found.items():
-                match = matches[max(len(matches) - 1 - position, 0)]
-                text = stems[file]
-                key = f"{text[: match.start()]}\0{text[match.end() :]}"
-                word = match[0]
-                words.setdefault(_normal(word), word)
-                images[key][_normal(word)].append(file)
-            if _is_convincing(kind, images, len(files)):
-                grouped = {
-                    _field_name(key): {words[w]: f for w, f in by.items()} for key, by in images.items()
-                }
-                if len(grouped) < len(images):  # names that differ only in what joins them
-                    grouped = {
-                        k.replace("\0", ""): {words[w]: f for w, f in by.items()} for k, by in images.items()
-                    }
-                rest = [Group(stem(file), (file,)) for file in files if file not in found]
-                return [*_complete(grouped), *rest]
-    return [Group(stem(file), (file,)) for file in files]
+    plain = {file: stem(file) for file in files}
+    without_ids = _without_ids(plain)
+    for stems in [without_ids, plain] if without_ids != plain else [plain]:
+        for kind, pattern in _KINDS:
+            matches = {f: found for f, text in stems.items() if (found := list(pattern.finditer(text)))}
+            # A name may have several such words: try them from the last to the first.
+            for position in range(max(map(len, matches.values()), default=0)):
+                images, words = _table(stems, matches, position)
+                if not _is_convincing(kind, images, len(files)):
+                    continue
+                if stems is not plain and any(len(f) > 1 for by in images.values() for f in by.values()):
+                    continue  # the ids are what tells these images apart
+                named = {_field_name(key): by for key, by in images.items()}
+                if len(named) < len(images):  # names that differ only in what joins them
+                    named = {key.replace("\0", ""): by for key, by in images.items()}
+                grouped = {name: {words[w]: f for w, f in by.items()} for name, by in named.items()}
+                return [*_complete(grouped), *(Group(plain[f], (f,)) for f in files if f not in matches)]
+    return [Group(plain[file], (file,)) for file in files]
+
+
+def _table(
+    stems: Mapping[str, str], matches: Mapping[str, list[re.Match[str]]], position: int
+) -> tuple[Mapping[str, Mapping[str, list[str]]], dict[str, str]]:
+    """Files by what is left of their name and by channel (in lower case); and the channels as written."""
+    images: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    words: dict[str, str] = {}
+    for file, found in matches.items():
+        match, text = found[max(len(found) - 1 - position, 0)], stems[file]
+        word = match.groupdict().get("name") or match[0]
+        words.setdefault(word.lower(), word)
+        images[f"{text[: match.start()]}\0{text[match.end() :]}"][word.lower()].append(file)
+    return images, words
+
+
+def without_ids(text: str) -> str:
+    """A stem without GUIDs and other long hexadecimal numbers; as it is if nothing else is left."""
+    return _ID.sub("", text).strip("_-. ") or text
+
+
+def without_channel(text: str) -> set[str]:
+    """What may be left of a stem without its channel: names of the image that it may be a channel of."""
+    matches = (match for _, pattern in _KINDS for match in pattern.finditer(text))
+    return {_field_name(f"{text[: match.start()]}\0{text[match.end() :]}") for match in matches}
+
+
+def _without_ids(stems: Mapping[str, str]) -> dict[str, str]:
+    """The stems without ids that no two files share, and without what only follows the channel."""
+    counts = Counter(found.upper() for text in stems.values() for found in set(_ID.findall(text)))
+
+    def own(match: re.Match[str]) -> str:
+        return "" if counts[match[0].upper()] == 1 else match[0]
+
+    result = {}
+    for file, text in stems.items():
+        for pattern, replacement in _WITH_CHANNEL:
+            text = pattern.sub(replacement, text)
+        shorter = _ID.sub(own, text)
+        # What joined the id to the rest goes with it.
+        result[file] = re.sub(r"([_\-. ])[_\-. ]+", r"\1", shorter).strip("_-. ") if shorter != text else text
+    return result
 
 
 def group_by_pattern(files: Mapping[str, str], pattern: str) -> list[Group]:
@@ -121,6 +174,16 @@ def group_by_pattern(files: Mapping[str, str], pattern: str) -> list[Group]:
     return [*_complete(images), *(Group(name, (paths[0],)) for name, paths in singles.items())]
 
 
+def matching_names(files: Mapping[str, str], pattern: str) -> dict[str, str]:
+    """Those of `files` (path by its name relative to the folder) that fit a pattern."""
+    compiled = compile_pattern(pattern)
+    return {
+        relative: path
+        for relative, path in files.items()
+        if compiled.fullmatch(relative) or compiled.fullmatch(PurePath(relative).name)
+    }
+
+
 def compile_pattern(pattern: str) -> re.Pattern[str]:
     """``{field}_{channel}.tif`` as a regular expression; raises `ConfigError` for one that cannot work."""
     names = re.findall(r"\{([^{}]*)\}", pattern)
@@ -145,6 +208,45 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
         else:
             parts.append(re.escape(part))
     return re.compile("".join(parts), re.IGNORECASE)
+
+
+def name_channels(given: Sequence[str | None], count: int) -> tuple[str, ...]:
+    """Names of `count` channels, all different: those `given`, doubles numbered, ``channel 3`` for none.
+
+    More names than channels belong to something else, and none of them is taken.
+    """
+    known = [(name or "").strip() for name in given] if len(given) <= count else []
+    known += [""] * (count - len(known))
+    taken = set(known)
+    result: list[str] = []
+    for number, name in enumerate(known, start=1):
+        base = unique = name or f"channel {number}"
+        again = 1
+        while unique in result or (unique in taken and unique != name):
+            again += 1
+            unique = f"{base} {again}"
+        result.append(unique)
+    return tuple(result)
+
+
+def matching_channels(name: str, available: Sequence[str]) -> list[int]:
+    """Positions of the channels that `name` may mean: the same name, else but for letter case, else names
+    that begin with it, else names that contain it. More than one is ambiguous.
+
+    A number counts as a whole: ``w1`` is no part of ``w10``.
+    """
+    part = re.escape(name)
+    part = (r"(?<!\d)" if name[:1].isdigit() else "") + part + (r"(?!\d)" if name[-1:].isdigit() else "")
+    for fits in (
+        lambda other: other == name,
+        lambda other: other.casefold() == name.casefold(),
+        lambda other: bool(name) and re.match(part, other, re.IGNORECASE) is not None,
+        lambda other: bool(name) and re.search(part, other, re.IGNORECASE) is not None,
+    ):
+        found = [index for index, other in enumerate(available) if fits(other)]
+        if found:
+            return found
+    return []
 
 
 def natural_key(text: str) -> tuple[tuple[int, int, str], ...]:
@@ -203,10 +305,6 @@ def in_order(channels: Iterable[str]) -> list[str]:
         if all(name.lower() in order for name in names):
             return sorted(names, key=lambda name: order.index(name.lower()))
     return names
-
-
-def _normal(word: str) -> str:
-    return word.lower()
 
 
 def _field_name(key: str) -> str:

@@ -6,6 +6,7 @@ reading. What has the final name is complete (see `target`).
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -90,8 +91,11 @@ def convert_slide(
         for level in levels:
             store.create_level(group, level.number, (count, *level.shape), level.files, chunks, dtype)
         summary = Summary(count, dtype)
-        for tasks in _stages(source, identity, place.work, levels, strips, count * dtype.itemsize):
-            for _, part in run_tasks(workers, tasks):
+        pixels = sum(math.prod(level.shape) for level in levels if level.stored or not level.in_hand)
+        stages = _stages(source, identity, place.work, levels, strips, count * dtype.itemsize)
+        for tasks in map(list, stages):
+            share = math.prod(levels[tasks[0][0][0]].shape) / pixels  # of one level each
+            for _, part in run_tasks(workers and workers.part(share, len(tasks)), tasks):
                 summary.add(part)
         summary.check(source, header.channels)
         fingerprint = summary.fingerprint(header.channels, dtype, (height, width))

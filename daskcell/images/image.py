@@ -92,7 +92,7 @@ def convert(
     Parameters
     ----------
     client
-        A Dask client to work on; None: this process.
+        A Dask client, a cluster or a scheduler's address to work on; None: this process.
     version
         Of OME-Zarr; 0.4 for viewers that know no other, with a file for every 512 x 512 pixels of a channel.
 
@@ -107,17 +107,19 @@ def convert(
 
     if version not in ("0.4", "0.5"):
         raise InputError(f"OME-Zarr {version} cannot be written; please choose 0.5 or 0.4.")
-    workers = None
-    if client is not None:
-        from daskcell.compute import Workers
-
-        workers = Workers(client)
     sources = [src] if isinstance(src, Source) else find_images(src)
     if len(sources) > 1:
         raise ImageError(
             f"{src} holds {len(sources)} images; please convert them one by one, or use daskcell run."
         )
-    convert_slide(sources[0], dst, workers, InputSettings(ome_zarr=version))
+    settings = InputSettings(ome_zarr=version)
+    if client is None:
+        convert_slide(sources[0], dst, None, settings)
+    else:
+        from daskcell.compute import start_workers
+
+        with start_workers(client=client) as workers:
+            convert_slide(sources[0], dst, workers, settings)
     return open_image(dst)
 
 

@@ -6,7 +6,6 @@ never looks whole; `read_labels` reads its blocks before that.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +21,7 @@ from daskcell.images import metadata, store
 from daskcell.images.levels import downscale_block, downscale_levels
 from daskcell.images.pyramid import level_shapes
 from daskcell.images.shards import write_box
-from daskcell.images.target import remove_cut_writes
+from daskcell.images.target import remove_cut_writes, remove_zarr
 
 CHUNK = store.CHUNK
 
@@ -71,7 +70,7 @@ def create_labels(
     _list(labels, name, version, listed=False)
     target = labels / name
     if target.exists():
-        shutil.rmtree(target)
+        remove_zarr(target)
     group = store.new_group(target, version)
     chunk = _chunk(block)
     for level, shape in enumerate(shapes):

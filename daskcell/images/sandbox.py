@@ -22,7 +22,7 @@ import threading
 import time
 from collections import OrderedDict
 from multiprocessing.connection import Connection, Pipe
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,11 +30,10 @@ from numpy.typing import NDArray
 from daskcell import allocator, places
 from daskcell.errors import DaskcellError, ImageError
 from daskcell.geometry import Box
-from daskcell.images.readers import Reader, kinds
+from daskcell.images.joined import SourceReader
+from daskcell.images.readers import Reader, is_zarr_folder, kinds
 from daskcell.images.sheets import Sheets, possible
-
-if TYPE_CHECKING:
-    from daskcell.images.sources import Source
+from daskcell.images.sources import Source
 
 MEMORY_BYTES = 900 * 2**20
 """What the child may hold. Pictures in one compressed piece that need more are given it (`_allow`)."""
@@ -76,9 +75,17 @@ class SandboxReader:
 
 
 def open_safely(source: Source) -> Reader:
-    """Open `source` in the sandbox; OME-Zarr, and everything where pipes are not POSIX, here."""
-    if os.name != "posix" or all(places.is_folder(file) for file in source.files):
-        return source.open()
+    """Open `source` in the sandbox; Zarr, and everything where pipes are not POSIX, here.
+
+    The only way to open one: the process that calls this decodes no file.
+
+    Raises
+    ------
+    ImageError
+        If a file cannot be read, channels have different sizes or types, or a channel is not there.
+    """
+    if os.name != "posix" or all(is_zarr_folder(file) for file in source.files):
+        return SourceReader(source)
     return cast(Reader, SandboxReader(source))
 
 
@@ -220,7 +227,7 @@ def _serve(pipe: Connection) -> None:
                 while len(kept) >= KEPT:
                     kept.popitem(last=False)[1].close()
                 _limit_memory(0, base)
-                kept[name] = source.open()
+                kept[name] = SourceReader(source)
                 _allow(source, kept[name], base)
             kept.move_to_end(name)
             reader = kept[name]

@@ -5,15 +5,17 @@ from __future__ import annotations
 import glob
 import os
 import posixpath
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 from daskcell import places
 from daskcell.config import InputSettings
-from daskcell.errors import DaskcellError, ImageError
+from daskcell.errors import DaskcellError, ImageError, InputWarning
 from daskcell.images import channels as names
+from daskcell.images import derived
 from daskcell.images.manifest import is_manifest, read_manifest
 from daskcell.images.readers import ZChoice, may_be_stack, suffixes
 from daskcell.images.readers.omezarr import images_within, is_zarr
@@ -24,11 +26,24 @@ REQUESTS_AT_ONCE = 16
 """Remote files that are looked at together."""
 
 
+Tell = Callable[[str], None]
+
+
 def find_images(
-    inputs: str | Path | Sequence[str | Path], settings: InputSettings | None = None
+    inputs: str | Path | Sequence[str | Path],
+    settings: InputSettings | None = None,
+    tell: Tell | None = None,
 ) -> list[Source]:
     """All images among `inputs`: files, folders (searched to the bottom), patterns with ``*``, OME-Zarr, and
     tables of images (`daskcell.images.manifest`).
+
+    In folders and for patterns these are left out, unless they are named themselves: studies and other
+    results of daskcell, hidden files, and segmentations beside their images (`daskcell.images.derived`).
+
+    Parameters
+    ----------
+    tell
+        Called with a sentence about what is left out; None: warned of (`InputWarning`).
 
     Raises
     ------
@@ -36,6 +51,7 @@ def find_images(
         If there is none, a name does not exist, or a channel is missing or there twice.
     """
     settings = settings or InputSettings()
+    tell = tell or _warn
     groups: list[names.Group] = []
     if isinstance(inputs, (str, Path)):
         inputs = [inputs]
@@ -44,15 +60,16 @@ def find_images(
     for given in inputs:
         text = places.absolute(given)  # workers may run elsewhere
         if places.is_folder(text) and not is_zarr(text):
-            groups += _in_folder(text, settings.pattern)
+            groups += _in_folder(text, settings.pattern, tell)
         elif is_manifest(text) and places.exists(text):
-            listed += read_manifest(text)
+            listed += read_manifest(text, tell)
         elif places.exists(text):
             singles.setdefault(os.path.dirname(text), []).append(text)
         elif glob.has_magic(text) and (found := sorted(places.matching(text), key=names.natural_key)):
-            for file in found:
-                if not _may_be_folder(file) or not places.is_folder(file) or is_zarr(file):
-                    singles.setdefault(os.path.dirname(file), []).append(file)
+            for folder, files in _matched(text, found, tell).items():
+                singles.setdefault(folder, []).extend(files)
+        elif os.path.islink(text):
+            raise ImageError(f"There is no file or folder {text}: it is a link to {os.readlink(text)}.")
         else:
             raise ImageError(f"There is no file or folder {text}.")
     for folder, files in singles.items():
@@ -67,9 +84,11 @@ def find_images(
             f"There is no picture in {', '.join(os.fspath(i) for i in inputs)}; these kinds are looked for: "
             f"{' '.join(sorted(suffixes()))}."
         )
-    groups = list(
-        {(group.files, group.channels): group for group in groups}.values()
-    )  # named twice: read once
+    if len(inputs) > 1:  # named twice: read once
+        once: dict[object, names.Group] = {}
+        for group in groups:
+            once.setdefault((tuple(map(places.real, group.files)), group.channels), group)
+        groups = list(once.values())
     size = settings.pixel_size
     pixel_size = (size, size) if isinstance(size, (int, float)) else size
     take = tuple(settings.channels) if settings.channels is not None else None
@@ -96,11 +115,11 @@ def describe_sources(sources: Sequence[Source]) -> list[dict[str, str]]:
         if source.file_channels is None:
             rows.append({"image": source.name, "channel": _channels_inside(source), "file": source.files[0]})
             continue
-        for channel, file in zip(source.file_channels, source.files, strict=True):
-            taken = source.take is None or channel.lower() in [name.lower() for name in source.take]
-            rows.append(
-                {"image": source.name, "channel": channel + ("" if taken else " (left out)"), "file": file}
-            )
+        channels = source.file_channels
+        taken = [find_channel(name, channels, source) for name in source.take or channels]
+        for index, (channel, file) in enumerate(zip(channels, source.files, strict=True)):
+            note = "" if index in taken else " (left out)"
+            rows.append({"image": source.name, "channel": channel + note, "file": file})
     return rows
 
 
@@ -155,10 +174,71 @@ def _may_be_folder(file: str) -> bool:
     return not (places.is_remote(file) and file.lower().endswith(suffixes()))
 
 
-def _in_folder(folder: str, pattern: str | None) -> list[names.Group]:
-    """Images in a folder and below; channels are looked for in each folder by itself."""
+def _warn(sentence: str) -> None:
+    warnings.warn(sentence, InputWarning, stacklevel=3)
+
+
+def _matched(pattern: str, found: Iterable[str], tell: Tell) -> dict[str, list[str]]:
+    """Images among the paths that fit a pattern, by folder."""
+    fixed = os.path.dirname(
+        pattern[: min(pattern.find(mark) % len(pattern) for mark in "*?[" if mark in pattern)]
+    )
+    results: dict[str, str | None] = {}
     by_folder: dict[str, list[str]] = {}
-    for parent, folders, files in places.walk(folder):
+    for file in found:
+        folder = places.split(file)[0]
+        above = folder
+        while not places.is_remote(above) and len(above) > len(fixed) and above not in results:
+            inside = os.listdir(above) if os.path.isdir(above) else []
+            results[above] = derived.own_result(above, inside, inside)
+            above = os.path.dirname(above)
+        if any(what and _is_below(folder, top) for top, what in results.items()):
+            continue
+        if not _may_be_folder(file) or not places.is_folder(file) or is_zarr(file):
+            by_folder.setdefault(folder, []).append(file)
+    for folder, what in results.items():
+        if what:
+            tell(f"{folder} is {what} and is not searched for images.")
+    return _without_results(by_folder, fixed, tell)
+
+
+def _in_folder(folder: str, pattern: str | None, tell: Tell) -> list[names.Group]:
+    """Images in a folder and below; channels are looked for in each folder by itself."""
+    by_folder = _pictures_below(folder, tell)
+    if pattern is not None:
+        relative = {_below(f, folder): f for files in by_folder.values() for f in files}
+        chosen = set(names.matching_names(relative, pattern).values())
+        by_folder = {parent: [f for f in files if f in chosen] for parent, files in by_folder.items()}
+        left = {f for files in _without_results(by_folder, folder, tell).values() for f in files}
+        return names.group_by_pattern({name: f for name, f in relative.items() if f in left}, pattern)
+    groups = []
+    for parent, files in _without_results(by_folder, folder, tell).items():
+        below = _below(parent, folder)
+        for group in _grouped(files):
+            name = group.name or os.path.basename(parent)
+            prefix = "" if below == "." else below.replace("/", "_") + "_"
+            groups.append(replace(group, name=prefix + name))
+    return groups
+
+
+def _pictures_below(folder: str, tell: Tell) -> dict[str, list[str]]:
+    """All files and OME-Zarr folders below `folder` that may be images, by folder; each once."""
+
+    def failed(path: str, error: OSError) -> None:
+        tell(f"The folder {path} cannot be searched for images ({error.strerror}).")
+
+    by_folder: dict[str, list[str]] = {}
+    for parent, folders, files in places.walk(folder, failed):
+        what = derived.own_result(parent, folders, files)
+        if what is not None:
+            if parent == folder:
+                raise ImageError(
+                    f"{folder} is {what}, which is no input. Please name the images themselves, "
+                    "or the folder 'images' of a study."
+                )
+            tell(f"{parent} is {what} and is not searched for images.")
+            folders.clear()
+            continue
         folders.sort(key=names.natural_key)
         shown = [f for f in folders if not f.startswith(".")]
         zarrs = [f for f in shown if is_zarr(places.join(parent, f))]
@@ -167,17 +247,49 @@ def _in_folder(folder: str, pattern: str | None) -> list[names.Group]:
         found = sorted([*pictures, *zarrs], key=names.natural_key)
         if found:
             by_folder[parent] = [places.join(parent, f) for f in found]
-    if pattern is not None:
-        relative = {_below(f, folder): f for files in by_folder.values() for f in files}
-        return names.group_by_pattern(relative, pattern)
-    groups = []
+    return by_folder if places.is_remote(folder) else _each_once(by_folder, tell)
+
+
+def _each_once(by_folder: dict[str, list[str]], tell: Tell) -> dict[str, list[str]]:
+    """Without links to files that are there themselves, or that another link leads to."""
+    taken: dict[str, str] = {}
+    links: list[tuple[str, str]] = []
     for parent, files in by_folder.items():
-        below = _below(parent, folder)
-        for group in _grouped(files):
-            name = group.name or os.path.basename(parent)
-            prefix = "" if below == "." else below.replace("/", "_") + "_"
-            groups.append(replace(group, name=prefix + name))
-    return groups
+        real_parent = os.path.realpath(parent)
+        for file in files:
+            if os.path.islink(file):
+                links.append((os.path.realpath(file), file))
+            else:
+                taken.setdefault(os.path.join(real_parent, os.path.basename(file)), file)
+    twice = [file for target, file in links if taken.setdefault(target, file) != file]
+    if not twice:
+        return by_folder
+    tell(f"{_several(twice)} lead to files that are found by another name too; each is read once.")
+    return {parent: [f for f in files if f not in set(twice)] for parent, files in by_folder.items()}
+
+
+def _without_results(by_folder: dict[str, list[str]], root: str, tell: Tell) -> dict[str, list[str]]:
+    """Without segmentations and other results of the images beside them."""
+    results = derived.results_in_folders(by_folder, root)
+    for files in by_folder.values():
+        results |= derived.results_beside([file for file in files if file not in results])
+        stems = {names.stem(file).casefold() for file in files if not file.endswith(".zarr")}
+        zarrs = [file for file in files if file.endswith(".zarr") and names.stem(file).casefold() in stems]
+        results.update(file for file in zarrs if derived.is_own_zarr(file))
+    if not results:
+        return by_folder
+    shown = _several([file for files in by_folder.values() for file in files if file in results])
+    tell(f"{shown}: left out, as results made from images beside them. To use them as images, name them.")
+    return {parent: [file for file in files if file not in results] for parent, files in by_folder.items()}
+
+
+def _several(files: Sequence[str]) -> str:
+    shown = ", ".join(files[:3])
+    return shown if len(files) <= 3 else f"{shown} and {len(files) - 3} more"
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
 def _below(path: str, folder: str) -> str:

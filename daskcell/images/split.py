@@ -15,27 +15,31 @@ from daskcell.images.readers import Reader
 from daskcell.images.sandbox import open_safely
 from daskcell.images.search import find_images
 from daskcell.images.sources import Source
+from daskcell.images.target import refuse_existing
 
 TILE = 512
 
 
-def split_channels(image: str | Path | Source, folder: str | Path) -> list[Path]:
+def split_channels(
+    image: str | Path | Source, folder: str | Path, *, overwrite: bool = False
+) -> list[Path]:
     """Write each channel as ``<image>_<channel>.tif`` into `folder`; returns the files in channel order.
 
     Tiled, compressed without loss, with the pixel size, and BigTIFF beyond 4 GB. A row of tiles is in
-    memory at a time. Raises `ImageError` if the image cannot be read.
+    memory at a time. Raises `ImageError` if the image cannot be read, or there is a file of one of these
+    names, unless it is to be overwritten.
     """
     import tifffile
 
     source = image if isinstance(image, Source) else find_images(image)[0]
+    files = channel_files(source, folder)
+    if not overwrite:
+        for file in files:
+            refuse_existing(file)
     reader = open_safely(source)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     height, width = reader.levels[0]
-    names = unique_names(f"{safe_name(source.name)}_{channel}" for channel in reader.channels)
-    written = []
-    for channel, name in enumerate(names):
-        target = folder / f"{name}.tif"
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for channel, target in enumerate(files):
         resolution = None
         if reader.pixel_size is not None:
             y, x = reader.pixel_size
@@ -56,9 +60,16 @@ def split_channels(image: str | Path | Source, folder: str | Path) -> list[Path]
                 metadata=None,
                 bigtiff=height * width * reader.dtype.itemsize > 2**32 - 2**25,
             )
-        written.append(target)
     reader.close()
-    return written
+    return files
+
+
+def channel_files(source: Source, folder: str | Path) -> list[Path]:
+    """The files that `split_channels` writes, one a channel."""
+    reader = open_safely(source)
+    reader.close()
+    names = unique_names(f"{safe_name(source.name)}_{channel}" for channel in reader.channels)
+    return [Path(folder, f"{name}.tif") for name in names]
 
 
 def _tiles(reader: Reader, channel: int) -> Iterator[NDArray]:

@@ -24,6 +24,7 @@ from zarr.codecs import BloscCodec, ZstdCodec
 from daskcell import places
 from daskcell.errors import ImageError, InputError
 from daskcell.geometry import Box, Grid, check_inside
+from daskcell.images.channels import name_channels
 from daskcell.images.codecs import read_fast
 
 CHUNK = 512
@@ -112,26 +113,35 @@ def _codec(dtype: np.dtype, labels: bool) -> ZstdCodec | BloscCodec:
 
 
 class OmeZarr:
-    """An OME-Zarr image (0.4 or 0.5), opened for reading; a small thing that is kept once per process.
+    """An OME-Zarr image (0.1 to 0.5), opened for reading; a small thing that is kept once per process.
 
-    Of a ``t`` or ``z`` axis the first point is read unless another is chosen.
+    Of a ``t`` or ``z`` axis the first point is read unless another is chosen. What the pixels do not need
+    (names, colours, sizes, smaller levels) may be missing or broken.
     """
 
-    def __init__(self, path: str, t: int = 0, z: int = 0) -> None:
+    def __init__(self, path: str, t: int = 0, z: int = 0, scene: int = 0) -> None:
         self.path = path
         try:
-            self.group = zarr.open_group(path, mode="r")
+            # Consolidated metadata may be older than what they are a copy of.
+            self.group = zarr.open_group(path, mode="r", use_consolidated=False)
         except Exception as error:
             raise ImageError(f"{path} is not an OME-Zarr image: {type(error).__name__}.") from error
         self.attributes: dict[str, Any] = dict(self.group.attrs)
         ome = ome_attributes(self.group)
         scales = ome.get("multiscales")
-        if not scales:
-            raise ImageError(f"{path} holds no OME-Zarr image (its metadata has no 'multiscales').")
+        if not isinstance(scales, list) or not scales:
+            raise ImageError(
+                f"{path} holds no OME-Zarr image: its metadata has no 'multiscales', which OME-Zarr "
+                f"{VERSIONS} has."
+            )
         self.ome = ome
+        self.scenes = tuple(str(s.get("name") or "") if isinstance(s, dict) else "" for s in scales)
+        """Names of the images that the group holds; mostly one, without a name."""
+        if not 0 <= scene < len(scales):
+            raise InputError(f"{path} holds {len(scales)} images; there is none with number {scene}.")
         try:
-            self._read_metadata(scales[0])
-        except (KeyError, TypeError, IndexError, ValueError) as error:
+            self._read_metadata(scales[scene])
+        except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
             raise ImageError(
                 f"{path} has broken OME-Zarr metadata: {type(error).__name__} {error}."
             ) from error
@@ -139,27 +149,33 @@ class OmeZarr:
 
     def _read_metadata(self, scale: dict[str, Any]) -> None:
         self.name = str(scale.get("name") or Path(self.path).name.removesuffix(".zarr").removesuffix(".ome"))
-        self.axes = "".join(a["name"] if isinstance(a, dict) else a for a in scale["axes"])
-        if not self.axes.endswith("yx") or set(self.axes) - set("tczyx"):
-            raise ImageError(f"{self.path} has axes {self.axes}, of which daskcell reads only t, c, z, y, x.")
-        self.arrays: list[zarr.Array] = []
-        for dataset in scale["datasets"]:
-            array = self.group[dataset["path"]]
-            assert isinstance(array, zarr.Array)
-            read_fast(array, self.path)
-            if array.ndim != len(self.axes) or 0 in array.shape:
-                raise ImageError(f"{self.path} has a level of shape {array.shape} with axes {self.axes}.")
-            self.arrays.append(array)
-        self.pixel_size = _pixel_size(scale, self.axes)
-        first = self.arrays[0]
+        datasets = scale["datasets"]
+        first = self._array(str(datasets[0]["path"]))
+        self.axes = axis_letters(scale.get("axes"), first.shape, self.path)
+        """A letter an axis, in the order of the arrays: of t, c, z, y, x, and ``-`` for one of length 1."""
+        self.arrays: list[zarr.Array] = [first]
+        y, x = self.axes.index("y"), self.axes.index("x")
+        if 0 in first.shape:
+            raise ImageError(f"{self.path} has no pixels: its shape is {first.shape}.")
+        for dataset in datasets[1:]:
+            try:
+                array = self._array(str(dataset["path"]))
+            except (ImageError, KeyError, TypeError):
+                continue  # a smaller copy that is not there: the pixels are
+            if is_smaller_copy(array, self.arrays[-1], {y, x}) and _lies_over(
+                scale, dataset, first.shape, array.shape, (y, x)
+            ):
+                self.arrays.append(array)
+        self.pixel_size = _pixel_size(scale, (y, x))
         count = first.shape[self.axes.index("c")] if "c" in self.axes else 1
-        self.shape = (count, first.shape[-2], first.shape[-1])
-        self.dtype = np.dtype(first.dtype)
-        self.levels = tuple((a.shape[-2], a.shape[-1]) for a in self.arrays)
-        given = [str(c.get("label", "")) for c in (self.ome.get("omero") or {}).get("channels") or []]
-        if len(given) != count or not all(given) or len(set(given)) != count:
-            given = [f"channel {i + 1}" for i in range(count)]
-        self.channels = tuple(given)
+        self.shape = (count, first.shape[y], first.shape[x])
+        self.dtype = pixel_dtype(np.dtype(first.dtype), self.path)
+        self.levels = tuple((a.shape[y], a.shape[x]) for a in self.arrays)
+        """Height and width of every level."""
+        files = first.shards or first.chunks
+        self.piece = (int(files[y]), int(files[x]))
+        """Height and width of a file."""
+        self.channels = self._channel_names(count)
         own = self.attributes.get("daskcell")
         if isinstance(own, dict) and "is_rgb" in own:
             self.is_rgb = bool(own["is_rgb"])
@@ -167,21 +183,153 @@ class OmeZarr:
             colours = tuple(c.lower() for c in self.channels)
             self.is_rgb = self.dtype == np.uint8 and colours in (("r", "g", "b"), ("red", "green", "blue"))
 
+    def _array(self, name: str) -> zarr.Array:
+        try:
+            array = self.group[name]
+        except Exception as error:
+            if places.is_remote(self.path) and places.is_of_the_way(error):
+                with places.told(self.path):
+                    raise
+            reason = "is not there" if isinstance(error, KeyError) else f"cannot be read ({error})"
+            raise ImageError(f"{self.path} is incomplete: its array '{name}' {reason}.") from error
+        if not isinstance(array, zarr.Array):
+            raise ImageError(f"{self.path} is incomplete: its '{name}' is no array.")
+        return read_fast(array, self.path)
+
+    def _channel_names(self, count: int) -> tuple[str, ...]:
+        try:
+            given = [str(c.get("label") or "") for c in self.ome["omero"]["channels"]]
+        except (KeyError, TypeError, AttributeError):
+            given = []
+        return name_channels(given, count)
+
     def size(self, axis: str) -> int:
         """Length of an axis, 1 where there is none."""
         return self.arrays[0].shape[self.axes.index(axis)] if axis in self.axes else 1
 
     def read(self, level: int, box: Box) -> NDArray:
         """Pixels ``(C, h, w)`` of `box`, which must lie inside the level."""
-        array = self.arrays[level]
         check_inside(box, self.levels[level], f"level {level} of {self.path}")
-        chosen: dict[str, Any] = {"t": self.t, "z": self.z, "c": slice(None)}
-        index = tuple(chosen[axis] for axis in self.axes[:-2]) + box.slices
-        pixels = np.asarray(array[index])
-        return pixels if "c" in self.axes else pixels[None]
+        rows, columns = box.slices
+        chosen: dict[str, Any] = {"t": self.t, "z": self.z, "-": 0, "c": slice(None), "y": rows, "x": columns}
+        pixels = np.asarray(self.arrays[level][tuple(chosen[axis] for axis in self.axes)])
+        left = [axis for axis in self.axes if axis in "cyx"]
+        pixels = pixels.transpose([left.index(axis) for axis in "cyx" if axis in left])
+        if pixels.dtype.kind in "iu" and self.dtype.kind == "f" and (abs(pixels.astype(float)) > 2**53).any():
+            raise ImageError(f"{self.path} holds numbers beyond 2**53, which daskcell cannot keep exactly.")
+        pixels = np.ascontiguousarray(pixels, self.dtype)
+        return pixels if "c" in left else pixels[None]
 
     def close(self) -> None:
         """Nothing is held open."""
+
+
+VERSIONS = "0.1 to 0.5"
+"""Of OME-Zarr, that are read."""
+_TYPES = {"time": "t", "channel": "c"}
+
+
+def axis_letters(axes: Any, shape: tuple[int, ...], path: str) -> str:
+    """The axes of an image as letters t, c, z, y, x, whatever their order; ``-`` for another of length 1.
+
+    OME-Zarr 0.1 and 0.2 name none: theirs are t, c, z, y, x. 0.3 gives names; from 0.4 on there is a type
+    too, and the names are free. An axis of a type of its own, such as an angle, is taken for channels where
+    there are none.
+
+    Raises
+    ------
+    ImageError
+        If two axes are one and the same, or one has no meaning here.
+    """
+    if not axes:
+        axes = list("tczyx"[-len(shape) :])
+    if len(axes) != len(shape):
+        raise ImageError(f"{path} has {len(axes)} axes, but its pixels have the shape {shape}.")
+    names = [str(axis.get("name", "") if isinstance(axis, dict) else axis) for axis in axes]
+    types = [str(axis.get("type") or "") if isinstance(axis, dict) else "" for axis in axes]
+    letters = [
+        name.lower() if name.lower() in tuple("tczyx") else _TYPES.get(kind, "")
+        for name, kind in zip(names, types, strict=True)
+    ]
+    # Axes of space with names of their own are planes, rows and columns, in this order.
+    space = [i for i, kind in enumerate(types) if kind == "space" and not letters[i]]
+    free = [letter for letter in "zyx" if letter not in letters]
+    for i, letter in zip(space, free[-len(space) :] if space else (), strict=False):
+        letters[i] = letter
+    rest = [i for i, letter in enumerate(letters) if not letter]
+    if len(rest) == 1 and "c" not in letters:
+        letters[rest[0]] = "c"
+    for i in rest:
+        if not letters[i] and shape[i] == 1:
+            letters[i] = "-"
+    known = [letter for letter in letters if letter != "-"]
+    if "" in letters or len(set(known)) < len(known) or not {"y", "x"} <= set(known):
+        raise ImageError(
+            f"{path} has axes {', '.join(names)} of shape {shape}; OME-Zarr {VERSIONS} is read with y, x and "
+            "at most one each of t, c and z."
+        )
+    return "".join(letters)
+
+
+def pixel_dtype(stored: np.dtype, path: str) -> np.dtype:
+    """What pixels of a type become in memory: native order of bytes, and a type that all stages take.
+
+    Raises
+    ------
+    ImageError
+        If the values are not intensities.
+    """
+    if stored.kind not in "buif":
+        raise ImageError(f"Cannot read {path}: values of type {stored} are not intensities.")
+    native = stored.newbyteorder("=")
+    if stored.kind in "iu" and stored.itemsize > 4:
+        return np.dtype(np.float64)
+    return np.dtype({"?": np.uint8, "e": np.float32}.get(stored.char, native))
+
+
+def is_smaller_copy(array: zarr.Array, above: zarr.Array, sides: set[int]) -> bool:
+    """Whether a level is as the one before, but for the lengths of the axes `sides`, which may be less."""
+    pairs = enumerate(zip(above.shape, array.shape, strict=False))
+    return (
+        array.ndim == above.ndim
+        and array.dtype == above.dtype
+        and 0 not in array.shape
+        and all(short <= long if axis in sides else short == long for axis, (long, short) in pairs)
+    )
+
+
+def _lies_over(
+    scale: dict[str, Any],
+    dataset: dict[str, Any],
+    shape: tuple[int, ...],
+    smaller: tuple[int, ...],
+    sides: tuple[int, int],
+) -> bool:
+    """Whether a level covers what the first does: its scale fits its sides, and its shift is within a pixel.
+
+    True where the metadata do not say.
+    """
+    first, own = _transform(scale["datasets"][0]), _transform(dataset)
+    for axis in sides:
+        try:
+            step = own["scale"][axis] / first["scale"][axis]
+            shift = (own["translation"][axis] - first["translation"][axis]) / first["scale"][axis]
+        except (KeyError, IndexError, TypeError, ZeroDivisionError):
+            continue
+        if abs(step * smaller[axis] - shape[axis]) > max(2 * step, 0.02 * shape[axis]) or abs(shift) > step:
+            return False
+    return True
+
+
+def _transform(dataset: dict[str, Any]) -> dict[str, list[float]]:
+    """Scale and translation of a level, as far as they are given as numbers."""
+    found: dict[str, list[float]] = {}
+    for step in dataset.get("coordinateTransformations") or []:
+        if isinstance(step, dict) and isinstance(values := step.get(str(step.get("type"))), list):
+            found[step["type"]] = [float(value) for value in values]
+    if "scale" in found:
+        found.setdefault("translation", [0.0] * len(found["scale"]))
+    return found
 
 
 def image_info(path: str | Path) -> ImageInfo:
@@ -189,7 +337,7 @@ def image_info(path: str | Path) -> ImageInfo:
     image = opened(path)
     finished: Any = ()
     labels = places.join(str(path), "labels")
-    if places.is_folder(labels):
+    if {"zarr.json", ".zgroup"} & places.children(labels):  # none where the list of labels was damaged
         group = zarr.open_group(labels, mode="r")
         finished = ome_attributes(group).get("labels", ())
     return ImageInfo(
@@ -256,39 +404,42 @@ def stamp(path: str) -> tuple[int | str, ...]:
     return ()
 
 
-_UNITS = {
-    "angstrom": 1e-4,
-    "nanometer": 1e-3,
-    "micrometer": 1.0,
-    "millimeter": 1e3,
-    "centimeter": 1e4,
-    "meter": 1e6,
-    "inch": 25400.0,
+_POWERS = {
+    "kilo": 9,
+    "": 6,
+    "deci": 5,
+    "centi": 4,
+    "milli": 3,
+    "micro": 0,
+    "nano": -3,
+    "pico": -6,
+    "femto": -9,
 }
+_UNITS = {f"{prefix}meter": float(f"1e{power}") for prefix, power in _POWERS.items()}
+_UNITS |= {"angstrom": 1e-4, "inch": 25400.0, "foot": 304800.0, "yard": 914400.0}
+_UNITS |= {"micrometre": 1.0, "micron": 1.0, "um": 1.0, "\u00b5m": 1.0, "\u03bcm": 1.0, "nm": 1e-3, "mm": 1e3}
+"""Micrometres in a unit, and in the abbreviations that some writers use."""
 
 
-def _pixel_size(scale: dict[str, Any], axes: str) -> tuple[float, float] | None:
-    factors = []
-    for axis in scale["axes"][-2:]:
-        unit = axis.get("unit") if isinstance(axis, dict) else None
-        if unit not in _UNITS:
-            return None
-        factors.append(_UNITS[unit])
-    sizes = [1.0, 1.0]
-    for steps in (
-        scale["datasets"][0]["coordinateTransformations"],
-        scale.get("coordinateTransformations") or [],
-    ):
-        for step in steps:
-            if step["type"] == "scale":
-                sizes = [size * float(f) for size, f in zip(sizes, step["scale"][-2:], strict=True)]
-    return sizes[0] * factors[0], sizes[1] * factors[1]
+def _pixel_size(scale: dict[str, Any], sides: tuple[int, int]) -> tuple[float, float] | None:
+    """``(y, x)`` in micrometres; None where the metadata do not say, or not in a unit of length."""
+    sizes = []
+    try:
+        own, common = _transform(scale["datasets"][0]), _transform(scale)
+        for side in sides:
+            axis = scale["axes"][side]
+            factor = _UNITS[str(axis.get("unit") or axis.get("units")).lower()]
+            sizes.append(own["scale"][side] * common.get("scale", [1.0] * (side + 1))[side] * factor)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        return None
+    return (sizes[0], sizes[1]) if all(0 < size < np.inf for size in sizes) else None
 
 
 def ome_attributes(group: zarr.Group) -> dict[str, Any]:
     """The OME metadata of a group, which 0.5 keeps under a name of its own."""
     attributes: dict[str, Any] = dict(group.attrs)
-    return attributes.get("ome", attributes)
+    own = attributes.get("ome")
+    return own if isinstance(own, dict) else attributes
 
 
 def new_group(path: str | Path, version: str = "0.5") -> zarr.Group:

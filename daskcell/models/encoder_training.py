@@ -124,7 +124,6 @@ def train_encoder(
     if not sets:
         raise InputError("There are no crops to train on.")
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
     net, mean = (_Student(TinyEncoder(recipe.widths, recipe.dim)).to(device) for _ in range(2))
     sample = _mixture(sets, 4096, recipe.seed)

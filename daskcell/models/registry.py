@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from daskcell.disk import temporary_beside
 from daskcell.errors import WeightsError
 
 EMBEDDED = Path(__file__).parent / "weights"
@@ -298,7 +299,7 @@ def _download(url: str, target: Path, sha256: str | None, report: Callable[[str]
     import requests
 
     report(f"fetching {url} to {target}")
-    part = f".{target.name}.{os.getpid()}"
+    part = temporary_beside(target).name
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         got = Path(

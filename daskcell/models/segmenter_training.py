@@ -70,7 +70,6 @@ def train_segmenter(
     """
     recipe = recipe or Recipe()
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
     net, mean = (TinyUNet(recipe.widths, recipe.blocks) for _ in range(2))
     trainer = Trainer(

@@ -6,6 +6,7 @@ ends with a finished schedule. Random choices depend on the seed and the step's 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from daskcell.disk import remove, replacing
+from daskcell.disk import remove, replacing, temporaries
 from daskcell.errors import WeightsError
 from daskcell.models.precision import has_bfloat16
 
@@ -89,9 +90,14 @@ class Trainer:
         self.optimizer = _optimizer(net, recipe)
         self.step, self.elapsed, self.loss = 0, 0.0, float("nan")
         self.checkpoint = out / "checkpoint.pt"
-        remove(*out.glob(".*.????????.tmp"))  # of a training that was killed while it wrote
         if self.checkpoint.exists():
             self._resume()
+        else:
+            # Written at once: where it is, the files beside it are this training's.
+            _refuse_existing(out)
+            out.mkdir(parents=True, exist_ok=True)
+            self._keep()
+        remove(*temporaries(out))  # of a training that was killed while it wrote
 
     def left(self) -> float:
         """Share of the training still to do."""
@@ -132,6 +138,10 @@ class Trainer:
 
     def save(self) -> Path:
         """Write the checkpoint, whole or not at all, and usable weights."""
+        self._keep()
+        return self.export(self.mean, f"step {self.step}, loss {self.loss:.4f}")
+
+    def _keep(self) -> None:
         state = {
             "recipe": _plain(self.recipe),
             "net": self.net.state_dict(),
@@ -143,7 +153,6 @@ class Trainer:
         }
         with replacing(self.checkpoint) as part, open(part, "wb") as file:
             torch.save(state, file)
-        return self.export(self.mean, f"step {self.step}, loss {self.loss:.4f}")
 
     def _resume(self) -> None:
         try:
@@ -192,6 +201,16 @@ class Trainer:
                 else:
                     kept.copy_(new)
         self.step += 1
+
+
+def _refuse_existing(out: Path) -> None:
+    """Raise `WeightsError` if a new training would replace a file in `out`."""
+    for name in ("log.csv", "encoder.npz", "segmenter.npz"):
+        if os.path.lexists(out / name):
+            raise WeightsError(
+                f"{out / name} is not of a training that can be continued (there is no checkpoint.pt), and "
+                "would be replaced. Please choose another folder, or move it."
+            )
 
 
 def _plain(recipe: Schedule) -> dict:

@@ -73,7 +73,7 @@ def write_cluster_labels(
         properties=[{"label-value": i + 1, "name": title, "count": counts[i]} for i, title in titles],
     )
     grid = Grid.regular(images.image_info(zarr_path).shape[1:], block)
-    window = workers.window()
+    window = workers.part(0.4, len(grid)).window()
     for index in grid:
         window.submit(
             index, _cluster_labels_task, str(zarr_path), str(clusters_path), labels, name, k, grid.core(index)
@@ -150,7 +150,7 @@ def write_overlay(
     formats = list(formats)
     if not formats:
         return []
-    window = workers.window()
+    window = workers.part(0.5, 1).window()
     files = [Path(folder, f"{name}.{ending}") for ending in formats]
     window.submit(
         "overlay",

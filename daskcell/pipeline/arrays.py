@@ -1,27 +1,32 @@
-"""Pictures that are given as arrays: kept in the study as files, since workers and later runs need them."""
+"""Images that are given as arrays: kept in the study as files, since workers and later runs need them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from daskcell.disk import remove, write_atomic
+from daskcell.disk import remove, temporaries, temporary_beside
 from daskcell.errors import InputError, StudyError
 from daskcell.images.channels import safe_name
-from daskcell.study.lock import holder
+from daskcell.study import Study
 
 FOLDER = "inputs"
+_TOGETHER = 64
+"""Arrays that are entered in the study's list at a time."""
 
 
-def given_inputs(inputs: Any, out: str | os.PathLike[str]) -> tuple[list[str], Iterator[tuple[str, Any]]]:
+def given_inputs(
+    inputs: Any, out: str | os.PathLike[str]
+) -> tuple[list[str], Iterator[tuple[str, Any]] | None]:
     """What was given, as paths, and the arrays among it; of a generator, arrays are taken one at a time.
 
-    Where the first is an array, all must be.
+    Where the first is an array, all must be, and the path is that of the folder that keeps them.
     """
     if isinstance(inputs, (str, os.PathLike)):
-        return [os.fspath(inputs)], iter(())
+        return [os.fspath(inputs)], None
     waiting = iter(inputs)
     first = next(waiting, None)
     if isinstance(first, tuple):
@@ -32,27 +37,71 @@ def given_inputs(inputs: Any, out: str | os.PathLike[str]) -> tuple[list[str], I
             raise InputError(
                 f"An input is a {type(path).__name__}; please give paths only, or (name, array) only."
             )
-    return [os.fspath(path) for path in paths], iter(())
+    return [os.fspath(path) for path in paths], None
 
 
-def keep_arrays(arrays: Iterable[tuple[str, Any]], out: str | os.PathLike[str]) -> None:
-    """Write arrays into the study, and remove those that are no longer given; equal ones stay as they are."""
-    folder = Path(out, FOLDER)
-    kept: set[Path] = set()
-    for name, array in arrays:
-        if not kept and (owner := holder(Path(out)) if Path(out).is_dir() else None) is not None:
-            raise StudyError(
-                f"Another run works on {out} (process {owner.get('pid')}). Please wait until it ends."
-            )
-        file = folder / f"{safe_name(name)}.tif"
-        if file in kept:
-            raise InputError(f"Two arrays are called {name!r}. Please give each a name of its own.")
-        kept.add(file)
-        data = _tiff(name, array)
-        if not file.exists() or file.read_bytes() != data:
-            write_atomic(file, data)
-    if kept:
-        remove(*(file for file in folder.iterdir() if file not in kept))
+def keep_arrays(arrays: Iterable[tuple[str, Any]], study: Study) -> list[str]:
+    """Write arrays into the study; equal ones stay as they are, and so do those that are no longer given.
+
+    Returns
+    -------
+    list of str
+        The files of `arrays`. The study lists them (``arrays``), and takes no other file there for its own.
+
+    Raises
+    ------
+    InputError
+        Two arrays have one name, or one is no image.
+    StudyError
+        There is a file of an array's name that is not the study's.
+    """
+    folder = study.out / FOLDER
+    mine = set(study.record.get("arrays", _before_lists(study)))
+    given: list[str] = []
+    waiting = iter(arrays)
+    while batch := list(islice(waiting, _TOGETHER)):
+        written: dict[str, Path] = {}
+        try:
+            for name, array in batch:
+                file = folder / f"{safe_name(name)}.tif"
+                if str(file) in given:
+                    raise InputError(f"Two arrays are called {name!r}. Please give each a name of its own.")
+                given.append(str(file))
+                data = _tiff(name, array)
+                if os.path.lexists(file):
+                    if file.is_file() and file.read_bytes() == data:
+                        continue
+                    if file.name not in mine:
+                        raise StudyError(
+                            f"{file} was not written by daskcell, and array {name!r} would take its place. "
+                            "Please move the file, or give the array another name."
+                        )
+                folder.mkdir(exist_ok=True)
+                written[file.name] = temporary_beside(file)
+                written[file.name].write_bytes(data)
+            # First the list: who is killed here leaves no file that is not in it.
+            mine |= written.keys()
+            study.update(arrays=sorted(mine))
+            for name, temporary in written.items():
+                os.replace(temporary, folder / name)
+        finally:
+            remove(*written.values())
+    return given
+
+
+def take_back_arrays(out: Path, record: dict[str, Any]) -> None:
+    """Remove the arrays of a new study that was refused, and their folder if nothing else is in it."""
+    folder = out / FOLDER
+    remove(*(folder / name for name in record.get("arrays", ())), *temporaries(folder))
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _before_lists(study: Study) -> set[str]:
+    """Files of arrays in a study that has no list of them yet: those its slides were made from."""
+    folder = os.path.abspath(study.out / FOLDER)
+    files = [file["path"] for slide in study.slides for file in study.ledger(slide).files]
+    return {os.path.basename(file) for file in files if os.path.dirname(file) == folder}
 
 
 def _pairs(first: Any, others: Iterator[Any]) -> Iterator[tuple[str, Any]]:

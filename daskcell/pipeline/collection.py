@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from daskcell import places
 from daskcell.compute import Failed, Workers
-from daskcell.compute.overtime import Overtime
+from daskcell.compute.overtime import Overtime, WorkerLost
 from daskcell.config import Config
 from daskcell.disk import remove
 from daskcell.errors import ComputeError, DaskcellError, InputError
@@ -30,6 +30,7 @@ from daskcell.pipeline.slide import (
     Job,
     Outcome,
     counts,
+    damage,
     missing_stages,
     process_batch,
     process_slide,
@@ -126,7 +127,7 @@ class Run:
                 described = [name for name in slides if name not in lost]
                 if self.groups.make(described, workers):
                     key = self.study.grouping
-                    jobs = [self.job(name, key) for name in described]
+                    jobs = [self.job(name, key) for name in (*described, *self.left())]
                     self.work([job for job in jobs if missing_stages(job, self.study)], workers)
             except DaskcellError as error:
                 error.after_start = workers.started  # type: ignore[attr-defined]
@@ -139,12 +140,23 @@ class Run:
         self.write_failures()
         self.sweep_scratch()
 
+    def left(self) -> list[str]:
+        """Slides that are no longer among the inputs and get their groups all the same: those that are
+        described, and whole."""
+        found = []
+        for name in self.study.left:
+            ledger = self.study.ledger(name)
+            if ledger.entry("describe") and not damage(ledger, self.study):
+                self.sources[name] = Source(name, tuple(file["path"] for file in ledger.files))
+                found.append(name)
+        return found
+
     def tick(self) -> None:
         """After every task: stop if we must; leave word for `status` now and then."""
         self.lock.check()
         if time.monotonic() - self.told > _TELL_SECONDS:
             self.told = time.monotonic()
-            self.study.tell(self.progress.fraction, self.progress.seconds_left)
+            self.study.tell(**self.progress.told)
         if self.stop.is_set():
             raise ComputeError("The run was stopped; the same command continues it.")
 
@@ -242,7 +254,7 @@ class Run:
 
         def one(job: Job) -> Outcome | ComputeError:
             try:
-                return process_slide(job, team, on_stage=self.on_stage)
+                return process_slide(job, team, on_stage=self.on_stage, on_step=self.progress.step)
             except ComputeError as error:
                 return error
 
@@ -268,7 +280,7 @@ class Run:
 
     def worker_death(self, error: BaseException, team: Workers) -> BaseException:
         """The error of a task that was lost with its worker; any other is the end of the run."""
-        if not isinstance(error, ComputeError) or not team.alive or self.stop.is_set() or self.lock.lost:
+        if not isinstance(error, WorkerLost) or not team.alive or self.stop.is_set() or self.lock.lost:
             raise error
         return error
 
@@ -280,7 +292,7 @@ class Run:
 
     def on_stage(self, slide: str, stage: str, outcome: Outcome) -> None:
         self.progress.counts(slide, outcome.pixels, outcome.cells)
-        self.progress.finished(slide, stage)
+        self.progress.finished(slide, stage, outcome.seconds.get(stage))
 
     def account(self, job: Job, outcome: Outcome) -> None:
         """Tell how a slide ended."""
@@ -291,7 +303,7 @@ class Run:
             self.progress.set_aside(outcome.slide, outcome.failure["error"])
         else:
             for stage in job.stages:
-                self.progress.finished(outcome.slide, stage)
+                self.progress.finished(outcome.slide, stage, outcome.seconds.get(stage))
 
     def sweep_scratch(self) -> None:
         """Remove what stages kept between their tasks, but that of slides that were set aside: the next run

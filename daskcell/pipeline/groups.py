@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from daskcell.compute import Workers
@@ -55,17 +56,19 @@ class Groups:
         if self.given is None and not self._enough(sum(cells.values())):
             return False
         self.progress.working(_NAME)
+        team = workers.get() if self.given is None else Workers()
         context = Context(
             self.study,
             self.config,
             ledger,
-            workers.get() if self.given is None else Workers(),
+            team.metered(partial(self.progress.step, "", _NAME)),
             slides=tuple(name for name in described if cells[name]),
             model=self.given,
             say=self.progress.say,
         )
         try:
             do(STAGES[_NAME], context, key)
+            self.progress.finished("", _NAME)
         except InputError as error:
             self._fail(str(error))
             return False

@@ -1,6 +1,8 @@
 """How far a run is: bars on a terminal, a line now and then elsewhere, nothing in a library call.
 
-The time left is estimated from input bytes, the one size that is known of every slide before it is opened.
+Pure functions (`stage_costs`, `work_done`) tell it from the parts of stages that are done and the seconds
+they took. What is to come is weighed by input bytes, the one size that is known of every slide before it is
+opened; large slides count every block and tile.
 """
 
 from __future__ import annotations
@@ -8,11 +10,79 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TextIO
+
+import numpy as np
 
 from daskcell.pipeline.stages import LATE, SLIDE_STAGES, STAGES
 
 STAGE_SHARES = {name: STAGES[name].weight for name in SLIDE_STAGES}
+SHARES = {name: stage.weight for name, stage in STAGES.items() if stage.weight}
+_LEARN_FROM = 0.05
+"""Part of a stage that must be done before it says how long all of it takes."""
+
+
+@dataclass
+class Tally:
+    """One stage of all slides, in input bytes: stages take time in proportion."""
+
+    weight: float = 0.0
+    """Of all slides."""
+    before: float = 0.0
+    """Of what was done before this run, or never will be."""
+    done: float = 0.0
+    """Of what was done in this run."""
+    measured: float = 0.0
+    """Of what took so many `seconds`."""
+    seconds: float = 0.0
+
+
+def stage_costs(tallies: Mapping[str, Tally], shares: Mapping[str, float]) -> dict[str, float]:
+    """Seconds per weight of every stage: measured where it was worked on, else by its share.
+
+    `shares` say how long stages take beside each other, until something was measured.
+    """
+    costs = {
+        stage: tally.seconds / tally.measured
+        for stage, tally in tallies.items()
+        if tally.measured > 0 and tally.seconds > 0
+    }
+    # Those that were not measured yet take as much longer or shorter than expected as the others mostly do:
+    # the median, as one stage (a large network, say) may be far off.
+    paces = [cost / shares[stage] for stage, cost in costs.items()]
+    pace = float(np.exp(np.median(np.log(paces)))) if paces else 1.0
+    return {stage: costs.get(stage, pace * share) for stage, share in shares.items()}
+
+
+def work_done(tallies: Mapping[str, Tally], shares: Mapping[str, float]) -> tuple[float, float, float]:
+    """Work that was done before this run, in it, and all of it; in seconds, once some are known."""
+    costs = stage_costs(tallies, shares)
+    before, done, total = (
+        sum(costs[stage] * getattr(tally, name) for stage, tally in tallies.items())
+        for name in ("before", "done", "weight")
+    )
+    return before, done, total
+
+
+def seconds_left(told: Mapping[str, Any], now: float) -> float | None:
+    """What is left of an estimate (``seconds_left``, made ``at`` a time); None: there was none.
+
+    While nothing is heard it runs down, but not to the end.
+    """
+    left = told["seconds_left"]
+    return None if left is None else max(left - max(0.0, now - told["at"]), left / 2)
+
+
+@dataclass
+class _UnderWay:
+    """A stage of a slide that has begun: since when, what part is done, and what its tally has of it."""
+
+    begun: float
+    part: float = 0.0
+    measured: float = 0.0
+    seconds: float = 0.0
 
 
 class Progress:
@@ -22,26 +92,31 @@ class Progress:
         self.slides = self.slides_done = self.cells = self.failed = 0
         self.pixels = 0
         self.stage = ""
-        self._total = self._done = self._at_start = 0.0
         self._weights: dict[str, float] = {}
+        self._tallies: dict[str, Tally] = {}
+        self._under_way: dict[tuple[str, str], _UnderWay] = {}
         self._left: dict[str, set[str]] = {}
         self._counted: dict[str, tuple[int, int]] = {}
-        self._started = time.monotonic()
+        self._first: tuple[float, float] | None = None
+        self._told: dict[str, Any] = {"at": time.time(), "fraction": 0.0, "seconds_left": None}
         self._lock = threading.RLock()
 
     def begin(self, slides: dict[str, float], missing: dict[str, list[str]]) -> None:
         """Say which slides there are, with their weights, and which stages of each are to do."""
         with self._lock:
             self.slides = len(slides)
-            self._weights = {slide: max(weight, 1.0) for slide, weight in slides.items()}
             self._left = {slide: set(missing.get(slide, ())) for slide in slides}
-            self._total = sum(self._weights.values())
-            self._done = self._at_start = sum(
-                self._weights[s] * (1 - sum(STAGE_SHARES[stage] for stage in self._left[s])) for s in slides
-            )
+            self._weights = {slide: max(weight, 1.0) for slide, weight in slides.items()}
+            total = self._weights[""] = sum(self._weights.values())  # of all slides together
+            self._tallies = {stage: Tally(total) for stage in SHARES}
+            for slide, left in self._left.items():
+                for stage in STAGE_SHARES.keys() - left:
+                    self._tallies[stage].before += self._weights[slide]
+            if not any(self._left.values()):
+                self._tallies["cluster"].before = total
             self.slides_done = sum(not left.difference(LATE) for left in self._left.values())
-            self._started = time.monotonic()
-        self.changed()
+            self._first = None
+        self._estimate()
 
     def counts(self, slide: str, pixels: int, cells: int) -> None:
         """Megapixels and cells of a slide, as far as they are known."""
@@ -52,44 +127,87 @@ class Progress:
             self._counted[slide] = pixels, cells
         self.changed()
 
-    def finished(self, slide: str, stage: str) -> None:
-        """A stage of a slide is done."""
+    def step(self, slide: str, stage: str, part: float | None) -> None:
+        """So much of a stage is done besides: 0 when it begins; None: nobody knows how much."""
         with self._lock:
-            left = self._left.get(slide, set())
+            if stage in self._left.get(slide, (stage,)) and stage in self._tallies:
+                now = self._under_way.setdefault((slide, stage), _UnderWay(time.monotonic()))
+                part = 0.02 * (1 - now.part) if part is None else part
+                self._advance(slide, stage, min(now.part + part, 0.99), time.monotonic() - now.begun)
+            self.stage = stage
+        self._estimate()
+
+    def finished(self, slide: str, stage: str, seconds: float | None = None) -> None:
+        """A stage of a slide is done, within so many seconds where that is known."""
+        with self._lock:
+            left = self._left.get(slide, set() if slide else {stage})
             if stage in left:
+                self._advance(slide, stage, 1.0, seconds)
+                self._under_way.pop((slide, stage), None)
                 early = bool(left.difference(LATE))
                 left.discard(stage)
-                self._done += self._weights[slide] * STAGE_SHARES[stage]
-                self.slides_done += early and not left.difference(LATE)
+                self.slides_done += bool(slide) and early and not left.difference(LATE)
             self.stage = stage
-        self.changed()
+        self._estimate()
+
+    def _advance(self, slide: str, stage: str, part: float, seconds: float | None) -> None:
+        """Count a stage of a slide up to `part`, which took so many seconds since it began."""
+        weight, tally = self._weights.get(slide, 0.0), self._tallies[stage]
+        now = self._under_way.get((slide, stage), _UnderWay(0.0))
+        tally.done += weight * (part - now.part)
+        now.part = part
+        if seconds is not None and seconds > 0 and part >= _LEARN_FROM:
+            tally.measured += weight * part - now.measured
+            tally.seconds += seconds - now.seconds
+            now.measured, now.seconds = weight * part, seconds
 
     def set_aside(self, slide: str, sentence: str) -> None:
         """A slide cannot go on."""
         with self._lock:
             self.failed += 1
             left = self._left.get(slide, set())
-            self._done += self._weights.get(slide, 0.0) * sum(STAGE_SHARES[stage] for stage in left)
+            for stage in left:
+                now = self._under_way.pop((slide, stage), _UnderWay(0.0))
+                self._tallies[stage].before += self._weights[slide] * (1 - now.part)
             left.clear()
+        self._estimate()
         self.say(f"Set aside: {slide}: {sentence}")
 
     def working(self, stage: str) -> None:
         """What is being done for all slides together."""
-        self.stage = stage
+        self.step("", stage, 0.0)
+
+    def _estimate(self) -> None:
+        """Fraction and time left, as of now: what is shown here and told to `status`."""
+        with self._lock:
+            before, done, total = work_done(self._tallies, SHARES)
+            fraction = min(1.0, (before + done) / total) if total else 0.0
+            now, left = time.monotonic(), None
+            if done > 0:
+                # From the first that was done on: workers take a while to start.
+                if self._first is None:
+                    self._first = now, done / total
+                elapsed, since = now - self._first[0], done / total - self._first[1]
+                if since > 0:
+                    left = elapsed * (1 - fraction) / since
+            fraction = max(fraction, self._told["fraction"])
+            self._told = {"at": time.time(), "fraction": fraction, "seconds_left": left}
         self.changed()
 
     @property
+    def told(self) -> dict[str, Any]:
+        """The last estimate: ``fraction`` 0 to 1, ``seconds_left`` and ``at`` (seconds since 1970)."""
+        return dict(self._told)
+
+    @property
     def fraction(self) -> float:
-        """Part of the work that is done, 0 to 1."""
-        return max(0.0, min(1.0, self._done / self._total)) if self._total else 0.0
+        """Part of the work that is done, 0 to 1; never less than before."""
+        return float(self._told["fraction"])
 
     @property
     def seconds_left(self) -> float | None:
         """Estimate, None while nothing was done yet in this run."""
-        done = self._done - self._at_start
-        if done <= 0:
-            return None
-        return (time.monotonic() - self._started) * (self._total - self._done) / done
+        return seconds_left(self._told, time.time())
 
     @property
     def line(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from daskcell.disk import remove
 from daskcell.pipeline.slide import damage
 from daskcell.pipeline.stages import STAGES, Context, do
 from daskcell.pipeline.status import remarks
@@ -13,7 +12,7 @@ from daskcell.study import CLUSTERS, Study
 def bring_report_up_to_date(study: Study) -> None:
     """Write ``report.html`` anew unless it is there and says what it should (``output.report``)."""
     if not study.config.output.report:
-        remove(study.report)
+        study.disown(study.report.name)
         return
     ledger, stage = study.ledger(CLUSTERS), STAGES["report"]
     if stage.name in damage(ledger, study):

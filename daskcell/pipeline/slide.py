@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from daskcell.compute.overtime import Overtime, renew
 from daskcell.config import Config
 from daskcell.disk import is_full, remove
 from daskcell.errors import ComputeError, ConfigError, DaskcellError, StudyError, WeightsError
+from daskcell.images.sandbox import open_safely
 from daskcell.pipeline.stages import EARLY, LATE, STAGES, Context, do, slide_keys
 from daskcell.study import Ledger, Study
 from daskcell.study.checksums import damaged
@@ -109,6 +111,7 @@ def process_slide(
     *,
     limit: int | None = None,
     on_stage: Callable[[str, str, Outcome], None] | None = None,
+    on_step: Callable[[str, str, float | None], None] | None = None,
 ) -> Outcome:
     """Do what is missing of `job`.
 
@@ -120,6 +123,9 @@ def process_slide(
         Largest number of pixels to begin with; a larger slide comes back as `too_large`.
     on_stage
         Called with slide, stage and counts after each stage.
+    on_step
+        Called with slide, stage and what part of it is done besides, when it begins (0) and after every task;
+        None: an unknown part.
 
     Raises
     ------
@@ -154,7 +160,8 @@ def process_slide(
         )
         for number, stage in enumerate(job.stages):
             later = (s for s in job.stages[number + 1 :] if not ledger.is_done(s, keys[s]))
-            took = do(STAGES[stage], context, keys[stage], then=next(later, None))
+            step = None if on_step is None else partial(on_step, job.slide, stage)
+            took = do(STAGES[stage], context, keys[stage], next(later, None), step)
             if took is not None:
                 seconds[stage] = took
                 if on_stage is not None:
@@ -193,7 +200,7 @@ def header(job: Job, ledger: Ledger) -> tuple[tuple[int, int, int], int]:
     known = job.clusters is not None or unchanged(job.source.files, ledger.files, job.source.said)
     if converted is not None and known:
         return converted.shape, np.dtype(converted.dtype or "u1").itemsize
-    reader = job.source.open()
+    reader = open_safely(job.source)
     found = (len(reader.channels), *reader.levels[0]), np.dtype(reader.dtype).itemsize
     reader.close()
     return found

@@ -124,7 +124,7 @@ class Stage:
     scope
         Whether it is done for each slide, or once for all.
     weight
-        Share of a slide's work, roughly; only the estimate of the time left hangs on it.
+        Share of the work, roughly; only the estimate of the time left hangs on it.
     section
         Of the configuration, where its settings are.
     settings
@@ -185,8 +185,10 @@ def _dump(settings: Any, leave_out: Iterable[str] = ()) -> dict[str, Any]:
 # -- convert -------------------------------------------------------------------------------------------
 def _convert(context: Context) -> Converted:
     from daskcell.images import convert_slide
+    from daskcell.images.target import refuse_foreign
 
     image = context.image
+    refuse_foreign(image)
     labels, kept = image / "labels", context.study.scratch(context.slide, "labels", "0" * 16, 0)
     if context.ledger.held and labels.is_dir():
         # The image was damaged, not they: they stay if it becomes the same again.
@@ -212,7 +214,7 @@ CONVERT = Stage(
     _converted_files,
     Converted,
     version=2,
-    weight=0.06,
+    weight=0.04,
     section="input",
     settings=lambda config: _dump(config.input),
 )
@@ -239,7 +241,7 @@ FIT = Stage(
     lambda context, result: [],
     Fitted,
     needs=(CONVERT,),
-    weight=0.03,
+    weight=0.02,
     section="preprocess",
     settings=lambda config: _dump(config.preprocess),
     files=_reference_images,
@@ -254,7 +256,7 @@ def _export(context: Context) -> Exported:
     study, output, files = context.study, context.config.output, []
     if output.channels:
         # Under the slide's own folder: two slides may have channels of one name.
-        files += split_channels(context.image, study.channels / context.slide)
+        files += split_channels(context.image, study.channels / context.slide, overwrite=True)
     if output.preprocessed:
         target = study.preprocessed / f"{context.slide}.tif"
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -377,7 +379,7 @@ SEGMENT = Stage(
     Segmented,
     needs=(FIT,),
     version=2,
-    weight=0.55,
+    weight=0.6,
     section="segment",
     settings=_segment_settings,
     files=_network,
@@ -388,10 +390,12 @@ SEGMENT = Stage(
 # -- describe ------------------------------------------------------------------------------------------
 def _describe(context: Context) -> Described:
     from daskcell.features.engine import describe_slide
+    from daskcell.images.target import remove_zarr
 
     study, slide, config = context.study, context.slide, context.config
     table, features = study.table(slide), study.features(slide)
-    remove(table, features)
+    remove_zarr(features)
+    remove(table)
     if ASSIGN.name not in context.ledger.held:
         remove(study.clusters_table(slide))  # its rows belong to those of the table
     for path in (table, features):
@@ -426,7 +430,7 @@ DESCRIBE = Stage(
     Described,
     needs=(SEGMENT,),
     version=2,
-    weight=0.28,
+    weight=0.2,
     section="features",
     settings=lambda config: _dump(config.features),
     files=_encoder,
@@ -478,6 +482,7 @@ CLUSTER = Stage(
     needs=(DESCRIBE,),
     version=2,
     scope="study",
+    weight=0.02,
     section="cluster",
     settings=lambda config: _dump(config.cluster),
 )
@@ -549,7 +554,7 @@ PAINT = Stage(
     _painted_files,
     Painted,
     needs=(ASSIGN,),
-    weight=0.04,
+    weight=0.1,
     section="output",
     settings=lambda config: {
         "overlays": config.output.overlays,
@@ -573,6 +578,7 @@ REPORT = Stage(
     lambda context, result: [context.study.report],
     Reported,
     needs=(CLUSTER, PAINT),
+    version=2,
     scope="study",
 )
 """Its `needs` in the key are all that the page says (`daskcell.report.page_inputs`)."""
@@ -623,13 +629,21 @@ def fingerprints(config: Config) -> dict[str, str]:
     return {name: files.digest for name, files in found.items() if files is not None}
 
 
-def do(stage: Stage, context: Context, key: str, then: str | None = None) -> float | None:
+def do(
+    stage: Stage,
+    context: Context,
+    key: str,
+    then: str | None = None,
+    on_step: Callable[[float | None], None] | None = None,
+) -> float | None:
     """Bring a stage up to date: nothing is done if it is done under `key`.
 
     Parameters
     ----------
     then
         Name of the stage that begins at once.
+    on_step
+        Called with what part of the stage is done besides, when it begins (0) and after every task.
 
     Returns
     -------
@@ -644,8 +658,12 @@ def do(stage: Stage, context: Context, key: str, then: str | None = None) -> flo
     slide = context.slide or CLUSTERS
     scratch = study.scratch(slide, stage.name, key, context.config.compute.block)
     remove(*(folder for folder in study.scratches(slide, stage.name) if folder != scratch))  # of other keys
+    team = context.workers
+    if on_step is not None:
+        on_step(0.0)
+        team = team.metered(on_step)
     context = replace(context, key=key, scratch=scratch)
-    result = stage.run(context)
+    result = stage.run(replace(context, workers=team))
     files = sums(study.out, stage.outputs(context, result), context.workers)
     remove(scratch)
     seconds = time.perf_counter() - start

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from daskcell.compute import Workers
-from daskcell.pipeline.progress import clock
+from daskcell.pipeline.progress import clock, seconds_left
 from daskcell.pipeline.slide import counts as slide_counts
 from daskcell.pipeline.stages import SLIDE_STAGES, slide_keys
 from daskcell.study import CLUSTERS, Ledger, Study
@@ -26,18 +27,23 @@ def report(study: Study) -> dict[str, Any]:
     """State of every slide and stage, with counts (JSON-able).
 
     A stage is ``done``, ``running``, ``failed``, ``old`` (done under other settings, to be redone) or empty.
+    A slide that ``left`` is no longer among the inputs, and is not redone.
     """
     config, weights = study.config, study.record.get("weights", {})
     owner = holder(study.out)
+    told = study.told
+    if told is not None:
+        told["seconds_left"] = seconds_left(told, time.time())
     clustered = study.ledger(CLUSTERS).read(Clustered)
     cluster = study.grouping
-    rows = []
+    rows, left = [], set(study.left)
     for slide in study.slides:
         ledger = study.ledger(slide)
         keys = slide_keys(config, ledger.files, weights, cluster)
         rows.append(
             {
                 "slide": slide,
+                "left": slide in left,
                 "stages": {stage: _state(stage, keys.get(stage), ledger, owner) for stage in SLIDE_STAGES},
                 "cells": ledger.result("segment").get("cells"),
                 "pixels": _pixels(ledger),
@@ -48,7 +54,7 @@ def report(study: Study) -> dict[str, Any]:
         )
     return {
         "study": str(study.out),
-        "running": owner and owner | {"progress": study.told},
+        "running": owner and owner | {"progress": told},
         "slides": rows,
         "model": study.record.get("model"),
         "drift": drift(study),
@@ -127,11 +133,12 @@ def _worst(study: Study, slide: str, values: dict[str, Any]) -> str:
 def counts(study: Study) -> dict[str, int]:
     """Slides, cells, pixels and groups of a study."""
     cells = pixels = failed = 0
+    left = set(study.left)
     for slide in study.slides:
         ledger = study.ledger(slide)
         some, more = slide_counts(ledger)
         pixels, cells = pixels + some, cells + more
-        failed += ledger.failure is not None
+        failed += ledger.failure is not None and slide not in left
     clustered = study.ledger(CLUSTERS).read(Clustered)
     k = clustered.k if clustered else 0
     return {"slides": len(study.slides), "cells": cells, "pixels": pixels, "clusters": k, "failed": failed}
@@ -144,7 +151,7 @@ def table(found: dict[str, Any], limit: int | None = None) -> str:
         pixels, cells = row["pixels"], row["cells"]
         rows.append(
             [
-                row["slide"],
+                row["slide"] + (" (left)" if row["left"] else ""),
                 *(_MARKS[row["stages"][stage]] for stage in SLIDE_STAGES),
                 "-" if pixels is None else f"{pixels / 1e6:.1f}",
                 "-" if cells is None else f"{cells:,}",
@@ -161,6 +168,9 @@ def table(found: dict[str, Any], limit: int | None = None) -> str:
         f"{done} of {total['slides']} slides done, {total['pixels'] / 1e6:.1f} Mpx, {total['cells']:,} cells"
         + (f", {total['clusters']} groups" if total["clusters"] else "")
     )
+    left = sum(row["left"] for row in found["slides"])
+    if left:
+        lines.append(f"{left} of them left: no longer among the inputs, kept, and no part of the fit")
     if "damaged" in found:
         lines += [f"damaged: {file}" for file in found["damaged"]] or ["every file is as it was written"]
         if found["damaged"]:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from daskcell.compute import Workers, start_workers
+from daskcell.compute.former import owner_of
 from daskcell.config import QUEUES, Config
 from daskcell.segmentation.memory import needed_memory, refuse_too_little_memory
 from daskcell.study import sweep
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from distributed import Client
 
 _AT_ONCE = (2, 16)
 """Fewest slides, so that one slide's serial steps do not leave the workers idle; and most, since one process
@@ -27,7 +26,7 @@ class LazyWorkers:
     def __init__(
         self,
         out: Path,
-        client: Client | None,
+        client: Any,
         config: Config,
         stack: contextlib.ExitStack,
         on_task: Callable[[], None],
@@ -45,11 +44,10 @@ class LazyWorkers:
     def get(self) -> Workers:
         if self._workers is None:
             config, seconds = self._config, self._config.compute.task_seconds
-            if self._client is not None:
-                workers = Workers(self._client, on_task=self._on_task, task_seconds=seconds)
-            else:
-                start = start_workers(config.compute, self._tell, comfortable_memory(config))
-                workers = self._stack.enter_context(start).watched(self._on_task, seconds)
+            name = f"daskcell-{owner_of(self._out)}"  # several runs may share workers
+            memory = comfortable_memory(config)
+            start = start_workers(config.compute, self._tell, memory, self._client, name)
+            workers = self._stack.enter_context(start).watched(self._on_task, seconds)
             refuse_small_workers(workers, config, given=self._client is not None)
             self._workers = workers.claim(self._out, self._tell)
             sweep(self._out)

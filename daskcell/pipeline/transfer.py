@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from daskcell.config import Config, parse_config
-from daskcell.disk import remove
 from daskcell.errors import ConfigError, InputError
 from daskcell.pipeline.stages import CLUSTER, STAGES
 from daskcell.study import Study, versions
@@ -138,8 +137,9 @@ class Given:
 def set_named_aside(study: Study, say: Callable[[str], None]) -> None:
     """Keep a model that somebody gave names to, before another takes its place: the groups differ."""
     if (study.clusters / "names.json").exists():
-        before = study.out / "clusters-before"
-        remove(before)
+        before, number = study.out / "clusters-before", 2
+        while os.path.lexists(before):  # of earlier groups with names
+            before, number = study.out / f"clusters-before-{number}", number + 1
         study.clusters.rename(before)
         say(f"The groups are made anew, so those with names are kept in {before}; please name the new ones.")
 

@@ -96,7 +96,7 @@ def count_slide(
             part = _count_slide_block(zarr_path, grid.core(index), counting, steps)
             total = part if total is None else counting.merge(total, part)
         return total
-    window = workers.window()
+    window = workers.part(0.5, len(grid)).window()  # there may be two
     for index in grid:
         window.submit(index, _count_slide_block, zarr_path, grid.core(index), counting, steps)
     for _, part in window:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path, PurePath
@@ -10,12 +11,14 @@ from typing import Any
 
 from daskcell.clustering.naming import Naming
 from daskcell.disk import write_atomic
+from daskcell.errors import InputError
 from daskcell.overlays.palette import colors
 from daskcell.report.facts import Cell, Facts, Group, SlideRow, best_of, gather, points
 from daskcell.report.pictures import Pictures, common_side
 from daskcell.study import CLUSTERS, Study
 from daskcell.study.results import Clustered
 
+_MARK = b'<meta name="generator" content="daskcell">'
 _MOST_ROWS = 200
 _MOST_SLIDES = 24
 _MOST_GROUPS = 64
@@ -66,10 +69,23 @@ def write_report(study: Study, path: str | Path | None = None, warnings: Sequenc
         # Where it ran changes no result, and would make two pages of one result differ.
         settings=_yaml({section: values for section, values in config.items() if section != "compute"}),
         model=study.record.get("model"),
+        left=study.left,
     )
-    target = study.report if path is None else Path(path)
+    if path is None:
+        target = study.own(study.report.name)
+    else:
+        target = Path(path)
+        _refuse_other(target)
     write_atomic(target, page.encode())
     return target
+
+
+def _refuse_other(path: Path) -> None:
+    """Raise `InputError` if there is something at `path` that is no page of daskcell's."""
+    if path.is_dir() or (os.path.lexists(path) and _MARK not in path.read_bytes()[:1000]):
+        raise InputError(
+            f"{path} exists, and is no report of daskcell's. Please remove it or choose another name."
+        )
 
 
 def page_inputs(study: Study, warnings: Sequence[str] = ()) -> list[Any]:
@@ -77,7 +93,8 @@ def page_inputs(study: Study, warnings: Sequence[str] = ()) -> list[Any]:
     keys = {  # one ledger at a time: thousands of them fill the memory
         name: [entry["key"] for entry in study.ledger(name).stages.values()] for name in study.slides
     }
-    said = {name: value for name, value in study.record.items() if name not in ("config", "inputs")}
+    aside = ("config", "inputs", "owned", "arrays")
+    said = {name: value for name, value in study.record.items() if name not in aside}
     config = {name: value for name, value in study.record["config"].items() if name != "compute"}
     parts = [_title(study), keys, study.grouping, said, config]
     return [*parts, study.scores, _failures(study), list(warnings)]

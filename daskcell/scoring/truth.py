@@ -132,7 +132,7 @@ def score_study(study: Study, truth: str | os.PathLike[str]) -> dict[str, Any]:
         "grouping": study.grouping,
         "assigned": study.assigned_key,
     }
-    write_json(study.out / FILE, result)
+    write_json(study.own(FILE), result)
     return result
 
 

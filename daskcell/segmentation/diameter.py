@@ -8,6 +8,7 @@ looked at whole, a slide in windows at fixed places, so the estimate depends nei
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from functools import partial
 from itertools import pairwise
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from daskcell.geometry import Box
 from daskcell.segmentation.cells import check_block
+from daskcell.segmentation.globals import Globals
 from daskcell.segmentation.methods import CellposeMethod, Read
 from daskcell.segmentation.ownership import Thresholds, own_labels
 
@@ -38,29 +40,46 @@ def estimate_diameter(method: CellposeMethod, read: Read, shape: tuple[int, int]
     shape : (Y, X)
         Size of the picture.
     """
-    # The thresholds of the run do not matter here: they can be changed without the network being run again.
-    method = dataclasses.replace(method, diameter=None, thresholds=Thresholds(), steps=None)
+    windows = first_pass_windows(method, read, shape)
+    return diameter_of(cell_areas(method, read(box), frozen) for box, frozen in windows)
+
+
+def first_pass_windows(
+    method: CellposeMethod, read: Read, shape: tuple[int, int]
+) -> list[tuple[Box, Globals]]:
+    """The windows that the first pass looks at, and how each is normalised."""
+    method = _first_pass(method)
     windows = [(box, read(box)) for box in sample_windows(shape)]
     if len(windows) > WINDOWS:
         # Glass has no cells to measure; of equals the first in reading order.
         windows.sort(key=lambda window: -float(np.std(window[1].astype(np.float32))))
         windows = windows[:WINDOWS]
     samples = [method.observe(part, box, box.shape) for box, part in windows]
-    areas = []
-    for box, part in windows:
-        frozen = method.freeze(samples, box.shape)
-        whole = Box(0, 0, *box.shape)
-        look = method.look(frozen, partial(_crop, part), {})
-        found, _ = own_labels(whole, 0, box.shape, look, method.thresholds)
-        cells = check_block(found, 2 * found.extent, method.thresholds)
-        first = np.cumsum(
-            [0, *((cells.boxes[:, 2] - cells.boxes[:, 0]) * (cells.boxes[:, 3] - cells.boxes[:, 1]))]
-        )
-        bits = np.unpackbits(cells.bits)
-        areas += [int(bits[a:b].sum()) for a, b in pairwise(first)]
-    if not areas:
-        return None
-    return max(SMALLEST, float(np.sqrt(np.median(areas) * 4 / np.pi)))
+    return [(box, method.freeze(samples, box.shape)) for box, _ in windows]
+
+
+def cell_areas(method: CellposeMethod, part: np.ndarray, frozen: Globals) -> list[int]:
+    """Areas in pixels of the cells of a window ``(C, h, w)``."""
+    method = _first_pass(method)
+    shape = (part.shape[1], part.shape[2])
+    look = method.look(frozen, partial(_crop, part), {})
+    found, _ = own_labels(Box(0, 0, *shape), 0, shape, look, method.thresholds)
+    cells = check_block(found, 2 * found.extent, method.thresholds)
+    boxes = cells.boxes
+    first = np.cumsum([0, *((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))])
+    bits = np.unpackbits(cells.bits)
+    return [int(bits[a:b].sum()) for a, b in pairwise(first)]
+
+
+def diameter_of(areas: Iterable[list[int]]) -> float | None:
+    """Median diameter in pixels of cells of such areas; None if there are none."""
+    found = [area for window in areas for area in window]
+    return max(SMALLEST, float(np.sqrt(np.median(found) * 4 / np.pi))) if found else None
+
+
+def _first_pass(method: CellposeMethod) -> CellposeMethod:
+    # The thresholds of the run do not matter here: they can be changed without the network being run again.
+    return dataclasses.replace(method, diameter=None, thresholds=Thresholds(), steps=None)
 
 
 def _crop(part: np.ndarray, box: Box) -> np.ndarray:

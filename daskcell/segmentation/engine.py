@@ -31,6 +31,7 @@ from daskcell.geometry import Box
 from daskcell.images import build_label_pyramid, create_labels
 from daskcell.preprocess.plan import Plan
 from daskcell.segmentation.cells import number, refuse_too_many
+from daskcell.segmentation.diameter import diameter_of
 from daskcell.segmentation.globals import Globals
 from daskcell.segmentation.methods import CellposeMethod
 from daskcell.segmentation.seams import SeamReport
@@ -38,17 +39,20 @@ from daskcell.segmentation.tasks import (
     Index,
     Job,
     check_blocks,
+    choose_windows,
     freeze_globals,
     index_labels,
     label_block,
     largest_extent,
-    measure_diameter,
+    measure_window,
     observe_blocks,
     paint_block,
     read_globals,
     run_tiles,
 )
 
+_FIRST_PASS, _OBSERVED, _CHECKED, _PAINTED = 0.4, 0.03, 0.05, 0.1
+"""Parts of the time, roughly, for progress: the diameter, percentiles, checks and painting."""
 _CHECKS_A_TASK = 4
 _OBSERVED_A_TASK = 8
 """The same for any number of workers: a run goes on from the files of another."""
@@ -129,22 +133,30 @@ def segment_slide(
 def _globals(job: Job, workers: Workers) -> None:
     if job.globals_file.exists():
         return
-    diameter = None
-    window = workers.window()
-    if job.measures_diameter:  # as long as some of the others together, so first
-        window.submit("diameter", measure_diameter, job, kind="network")
+    diameter = _diameter(job, workers) if job.measures_diameter else None
     groups = list(partition_all(_OBSERVED_A_TASK, job.grid))
     if len(groups) > 1:  # else it is observed where it is frozen
+        window = workers.part(_OBSERVED, len(groups)).window()
         for group in groups:
             if not job.file("samples", group[0]).exists():
                 window.submit(group, observe_blocks, job, group)
-    for key, result in window:
-        if key == "diameter":
-            diameter = result
-    window = workers.window()
+        for _ in window:
+            pass
+    window = workers.part(0.0, 1).window()
     window.submit("freeze", freeze_globals, job, groups, diameter)
     for _ in window:
         pass
+
+
+def _diameter(job: Job, workers: Workers) -> float | None:
+    """Of the first pass: a task for each of the windows it looks at."""
+    window = workers.part(0.0, 1).window()
+    window.submit("windows", choose_windows, job)
+    ((_, chosen),) = window
+    window = workers.part(_FIRST_PASS, len(chosen)).window()
+    for at, (box, frozen) in enumerate(chosen):
+        window.submit(at, measure_window, job, box, frozen, kind="network")
+    return diameter_of(areas for _, areas in window)
 
 
 # -- network and labels --------------------------------------------------------------------------------
@@ -177,7 +189,8 @@ def _label(job: Job, workers: Workers, *, keep: bool) -> tuple[SeamReport, int]:
         for other in needs.get(at, ()):
             users[other].add(at)
 
-    window = workers.window()
+    share = 1 - _OBSERVED - _CHECKED - _PAINTED - (_FIRST_PASS if job.measures_diameter else 0.0)
+    window = workers.part(share, len(missing) + len(grid)).window()
     networks = iter([at for at in grid if at in missing])
     ahead = 2 * workers.count + 1
 
@@ -247,9 +260,10 @@ def _halo(job: Job, frozen: Any) -> int:
 # -- checks, ids, painting -----------------------------------------------------------------------------
 def _check_and_paint(job: Job, workers: Workers, steps: int, index: str | Path | None) -> SeamReport:
     grid = job.grid
-    window = workers.window()
     # A check is short: some at a time, so that tasks have a length worth sending.
-    for group in partition_all(min(_CHECKS_A_TASK, max(1, len(grid) // workers.count)), grid):
+    groups = list(partition_all(min(_CHECKS_A_TASK, max(1, len(grid) // workers.count)), grid))
+    window = workers.part(_CHECKED, len(groups)).window()
+    for group in groups:
         window.submit(group, check_blocks, job, group, steps)
     places: dict[Index, np.ndarray] = {}
     reaches: dict[Index, Box] = {}
@@ -260,7 +274,7 @@ def _check_and_paint(job: Job, workers: Workers, steps: int, index: str | Path |
     del places
 
     create_labels(job.path, job.name, block=job.block, dtype=np.uint32)
-    window = workers.window()
+    window = workers.part(_PAINTED, len(grid)).window()
     order = list(grid)
     y0, x0, y1, x1 = np.array([[box.y0, box.x0, box.y1, box.x1] for box in map(reaches.__getitem__, order)]).T
     for at in grid:
@@ -272,7 +286,7 @@ def _check_and_paint(job: Job, workers: Workers, steps: int, index: str | Path |
     for _, part in window:
         report += part
     if index is not None:  # a task, so that the records do not travel through this process
-        window = workers.window()
+        window = workers.part(0.0, 1).window()
         window.submit("index", index_labels, job, str(index))
         for _ in window:
             pass

@@ -21,7 +21,7 @@ from daskcell.geometry import Box, Grid
 from daskcell.images import image_info, read_block, write_labels_block
 from daskcell.preprocess.plan import Plan, apply_block
 from daskcell.segmentation.cells import check_block, load_cells, save_cells
-from daskcell.segmentation.diameter import estimate_diameter
+from daskcell.segmentation.diameter import cell_areas, first_pass_windows
 from daskcell.segmentation.globals import Globals
 from daskcell.segmentation.index import block_records, merge_records, write_index
 from daskcell.segmentation.methods import CellposeMethod, Method, Read, network_source
@@ -103,11 +103,18 @@ def observe_blocks(job: Job, group: tuple[Index, ...]) -> None:
     save_npz(job.file("samples", group[0]), *together)
 
 
-def measure_diameter(job: Job) -> float | None:
-    """Of the first pass, which reads the picture by itself."""
+def choose_windows(job: Job) -> list[tuple[Box, Globals]]:
+    """What the first pass for the diameter looks at, and how it is normalised."""
     method = job.method
     assert isinstance(method, CellposeMethod)
-    return estimate_diameter(method, job.read, job.shape)
+    return first_pass_windows(method, job.read, job.shape)
+
+
+def measure_window(job: Job, box: Box, frozen: Globals) -> list[int]:
+    """Areas of the cells that the first pass finds in a window."""
+    method = job.method
+    assert isinstance(method, CellposeMethod)
+    return cell_areas(method, job.read(box), frozen)
 
 
 def freeze_globals(job: Job, groups: list[tuple[Index, ...]], diameter: float | None) -> None:

@@ -17,6 +17,10 @@
 
 Whether a stage is done is told by the ledger (see `daskcell.study.ledger`), never by a file that exists.
 
+`study.json` lists what daskcell writes here: ``owned``, paths in the study with ``*`` for every name in
+``slides``, and ``arrays``, the files in `inputs/`. A path is entered before anything is written to it, and
+only while nothing is there: so what is replaced or removed later was never somebody else's.
+
 Knows no images, no networks and no Dask.
 """
 
@@ -26,14 +30,13 @@ import hashlib
 import json
 import os
 import re
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from daskcell import places
 from daskcell.config import Config
-from daskcell.disk import remove, write_atomic, write_json
+from daskcell.disk import remove, temporaries, write_atomic, write_json
 from daskcell.errors import ConfigError, StudyError
 from daskcell.study.ledger import Ledger
 from daskcell.study.results import Fitted
@@ -55,7 +58,13 @@ _PACKAGES = (
     "cellpose",
 )
 
-_HARMLESS = {".DS_Store", "Thumbs.db", "desktop.ini", "inputs"}
+_HARMLESS = re.compile(r"\.DS_Store|Thumbs\.db|desktop\.ini|\.lock|\.lock-[0-9a-f]{32}|\.lock-breaking")
+_INSIDE = {
+    "clusters": re.compile(r"arrays\.npz|model\.json|names\.json"),
+    "scratch": re.compile(r".+-([0-9a-f]{16}|labels)-\d+|\.clusters-\w+"),
+}
+"""What is in folders that are replaced or removed whole; their names say it, since a run that was killed
+enters nothing."""
 
 
 class Study:
@@ -72,22 +81,41 @@ class Study:
         return f"<Study {self.out}, {len(self.slides)} slides>"
 
     @classmethod
-    def create(cls, out: str | Path, inputs: Iterable[str | Path], config: Config) -> Study:
-        """A new study in `out`, or the one that is there, if it was made from the same inputs.
+    def create(
+        cls, out: str | Path, inputs: Iterable[str | Path], config: Config, slides: Iterable[str] = ()
+    ) -> Study:
+        """A new study in `out`, or the one that is there, which goes on with these inputs and settings.
+
+        Parameters
+        ----------
+        slides : iterable of str
+            Names of the slides that the inputs are now. Those that the study has beside them stay, and are
+            `left`.
 
         Raises
         ------
         StudyError
-            `out` holds something else, or a study of other inputs.
+            `out` holds something else, or a file that is no one of the study's has a name of one.
         """
         out = Path(out)
-        record = check_folder(out, inputs)
+        record = check_folder(out)
+        slides = set(slides)
+        known = set(record["slides"]) if record else set()
+        record = {"slides": []} if record is None else record
+        names = outputs(config)
+        # Before there was a list, names in a study were taken for the study's.
+        owned = set(record.get("owned", names if known else ()))
+        _refuse_foreign(out, names, owned, known, slides)
         out.mkdir(parents=True, exist_ok=True)
-        if record is None:
-            record = {"inputs": _absolute(inputs), "slides": []}
-        record["format"] = FORMAT
-        record["config"] = config.model_dump(mode="json")
-        record["versions"] = versions()
+        record |= {
+            "format": FORMAT,
+            "inputs": _absolute(inputs),
+            "slides": sorted(known | slides),
+            "left": sorted(known - slides),
+            "owned": sorted(owned | names),
+            "config": config.model_dump(mode="json"),
+            "versions": versions(),
+        }
         write_json(out / "study.json", record)
         return cls(out)
 
@@ -95,8 +123,13 @@ class Study:
 
     @property
     def slides(self) -> list[str]:
-        """Names of the slides, sorted."""
+        """Names of the slides, sorted; those that `left` are among them."""
         return list(self.record["slides"])
+
+    @property
+    def left(self) -> list[str]:
+        """Slides that were among the inputs of an earlier run and are not among those of the latest."""
+        return list(self.record.get("left", ()))
 
     @property
     def config(self) -> Config:
@@ -113,23 +146,41 @@ class Study:
         self.record = self.record | values
         write_json(self.out / "study.json", self.record)
 
-    def tell(self, fraction: float | None, seconds_left: float | None = None) -> None:
-        """Leave word of how far a run is, for `status`; None: it has ended."""
+    def own(self, name: str) -> Path:
+        """The path of a file in the study, entered as one that daskcell may replace.
+
+        Raises
+        ------
+        StudyError
+            There is a file of that name that is not the study's.
+        """
+        if name not in (owned := self.record.get("owned", [name])):
+            if os.path.lexists(self.out / name):
+                raise StudyError(_foreign(self.out / name))
+            self.update(owned=sorted([*owned, name]))
+        return self.out / name
+
+    def disown(self, name: str) -> None:
+        """Remove a file of the study, and take its name out of the list; one that is not in it stays."""
+        if name in (owned := self.record.get("owned", [name])):
+            (self.out / name).unlink(missing_ok=True)
+            self.update(owned=[one for one in owned if one != name])
+
+    def tell(self, fraction: float | None, seconds_left: float | None = None, at: float = 0.0) -> None:
+        """Leave word of how far a run is `at` a time (since 1970), for `status`; None: it has ended."""
         path = self.out / ".progress.json"
         if fraction is None:
             path.unlink(missing_ok=True)
         else:
-            write_json(path, {"at": time.time(), "fraction": fraction, "seconds_left": seconds_left})
+            write_json(path, {"at": at, "fraction": fraction, "seconds_left": seconds_left})
 
     @property
     def told(self) -> dict[str, Any] | None:
-        """What a run has told of itself, with its guess of the seconds left now."""
+        """What a run has told of itself."""
         try:
             word: dict[str, Any] = json.loads((self.out / ".progress.json").read_bytes())
         except (FileNotFoundError, ValueError):
             return None
-        if word["seconds_left"] is not None:
-            word["seconds_left"] = max(0.0, word["seconds_left"] - (time.time() - word["at"]))
         return word
 
     @property
@@ -258,7 +309,8 @@ class Study:
     # ------------------------------------------------------------------ reading results
 
     def cells(self, slide: str | None = None) -> Any:
-        """Table of the cells of one slide, or of all, with a column ``slide`` (pandas `DataFrame`)."""
+        """Table of the cells of one slide, or of all, with a column ``slide`` (pandas `DataFrame`); those of
+        slides that `left` are among them."""
         import pandas as pd
 
         if slide is not None:
@@ -298,7 +350,7 @@ def read_record(out: Path) -> dict[str, Any] | None:
     return record
 
 
-def check_folder(out: str | Path, inputs: Iterable[str | Path]) -> dict[str, Any] | None:
+def check_folder(out: str | Path) -> dict[str, Any] | None:
     """The study record in `out`, None for a new folder; refuses what cannot be used. Writes nothing."""
     places.refuse_remote(out, "the output of a run")
     out = Path(out)
@@ -306,24 +358,68 @@ def check_folder(out: str | Path, inputs: Iterable[str | Path]) -> dict[str, Any
         raise StudyError(f"The output {out} is a file. Please give a folder.")
     record = read_record(out)
     if record is None:
-        there = [path.name for path in out.iterdir()] if out.is_dir() else []
-        strange = sorted(name for name in there if name not in _HARMLESS and not name.startswith(".lock"))
+        there = os.listdir(out) if out.is_dir() else []
+        strange = sorted(name for name in there if not _HARMLESS.fullmatch(name))
+        strange = sorted(set(strange) - {path.name for path in temporaries(out)})
         if strange:
             shown = ", ".join(strange[:3]) + (" ..." if len(strange) > 3 else "")
             raise StudyError(
                 f"The output folder {out} holds something else ({shown}). "
                 "Please choose a new or empty folder."
             )
-    elif record["inputs"] != _absolute(inputs):
-        shown = ", ".join(record["inputs"][:2]) + (" ..." if len(record["inputs"]) > 2 else "")
-        raise StudyError(
-            f"{out} is a study of other inputs ({shown}). Please give the same inputs to continue it, "
-            "or another output folder."
-        )
     nearest = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     if not os.access(nearest, os.W_OK):
         raise StudyError(f"The output folder {out} cannot be written to. Please choose another.")
     return record
+
+
+def outputs(config: Config) -> set[str]:
+    """What a run with these settings writes, as paths in the study; ``*`` stands for a slide's name."""
+    names = {"study.json", "failures.jsonl", ".progress.json", "clusters", "scratch", "ledger/.clusters.json"}
+    names |= {"ledger/*.json", "images/*.zarr", "features/*.zarr"}
+    names |= {f"tables/{kind}/*.parquet" for kind in ("cells", "clusters", "index")}
+    names |= {f"overlays/*.{ending}" for ending in config.output.overlays}
+    chosen = {
+        "report.html": config.output.report,
+        "preprocessed/*.tif": config.output.preprocessed,
+        "channels/*": config.output.channels,
+        "flows/*": config.segment.keep_flows,
+    }
+    return names | {name for name, wanted in chosen.items() if wanted}
+
+
+def _refuse_foreign(
+    out: Path, names: Iterable[str], owned: Iterable[str], known: Iterable[str], slides: Iterable[str]
+) -> None:
+    """Raise `StudyError` if something has a name in the study that is not `owned`, or lies in a folder that
+    is replaced whole."""
+    owned, known = set(owned) | {"study.json"}, set(known)
+    slides = known | set(slides)
+    for name in sorted(names):
+        folder = (out / name).parent
+        if folder.exists() and not folder.is_dir():
+            raise StudyError(_foreign(folder))
+        new = slides - known if name in owned else slides
+        paths = [out / name.replace("*", slide) for slide in new] if "*" in name else []
+        if "*" not in name and name not in owned:
+            paths = [out / name]
+        there = set(os.listdir(folder)) if paths and folder.is_dir() else set()
+        for path in sorted(paths):
+            if path.name in there:
+                raise StudyError(_foreign(path))
+        if name in _INSIDE and (out / name).is_dir():
+            mine = {path.name for path in temporaries(out / name)}
+            entered = Ledger(out / "ledger" / f"{CLUSTERS}.json", CLUSTERS).entered
+            for inner in sorted(set(os.listdir(out / name)) - mine):
+                if not _INSIDE[name].fullmatch(inner) and f"{name}/{inner}" not in entered:
+                    raise StudyError(_foreign(out / name / inner))
+
+
+def _foreign(path: Path) -> str:
+    return (
+        f"{path} was not written by daskcell, and would be lost. Please move it to another place; the same "
+        "command continues."
+    )
 
 
 def _absolute(inputs: Iterable[str | Path]) -> list[str]:
@@ -334,9 +430,7 @@ def sweep(out: Path) -> None:
     """Remove temporary files that a killed run or worker left in the places where we write them."""
     tables = ("tables/cells", "tables/clusters", "tables/index")
     for name in ("", "inputs", "ledger", "overlays", "preprocessed", *tables, "features", "clusters"):
-        folder = out / name
-        if folder.is_dir():
-            remove(*folder.glob(".*.tmp"))
+        remove(*temporaries(out / name))
 
 
 def versions() -> dict[str, str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
@@ -79,7 +80,7 @@ def digest(path: Path) -> str:
     total = hashlib.blake2b(digest_size=20)
     for file in _files(path):
         if file != path:
-            total.update(str(file.relative_to(path)).encode() + b"\0")
+            total.update(os.fsencode(file.relative_to(path)) + b"\0")
         with open(file, "rb") as stream:
             while piece := stream.read(_PIECE):
                 total.update(piece)

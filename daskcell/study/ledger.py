@@ -55,6 +55,12 @@ class Ledger:
     def entry(self, stage: str) -> dict[str, Any] | None:
         return self.stages.get(stage)
 
+    @property
+    def entered(self) -> set[str]:
+        """Files, as paths in the study, that stages which are done have written."""
+        entries = (*self.stages.values(), *self.held.values())
+        return {file for entry in entries for file in entry.get("files", ())}
+
     def result(self, stage: str) -> dict[str, Any]:
         """What `stage` returned, as JSON; empty if it is not done."""
         return self.stages.get(stage, {}).get("result") or {}

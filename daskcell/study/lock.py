@@ -44,6 +44,11 @@ class Lock:
                 self._thread.start()
                 return self
             holder = self._read()
+            if holder is not None and not _is_ours(holder):
+                raise StudyError(
+                    f"{self.path} was not written by daskcell, which keeps a lock of that name. Please remove "
+                    "it if no other run is at work, or choose another folder."
+                )
             if holder is not None and not self._is_stale(holder):
                 raise StudyError(
                     f"Another run works on {self.path.parent} (process {holder.get('pid')} on "
@@ -159,7 +164,11 @@ def holder(folder: str | Path) -> dict[str, Any] | None:
     """Who works on a folder now; None if nobody does."""
     lock = Lock(folder)
     found = lock._read()
-    return found if found and not lock._is_stale(found) else None
+    return found if found and _is_ours(found) and not lock._is_stale(found) else None
+
+
+def _is_ours(holder: dict[str, Any]) -> bool:
+    return {"token", "pid", "host"} <= holder.keys()
 
 
 def _born(pid: int) -> str | None:

@@ -106,10 +106,22 @@ def open_reader(path: str | Path, *, t: int = 0, z: ZChoice = "max") -> Reader:
         One sentence: which file, and why it cannot be read.
     """
     path = os.fspath(path)
+    kind = _kind_of(path)
+    return guarded(path, partial(kind.open, path, t=t, z=z))
+
+
+def is_zarr_folder(path: str) -> bool:
+    """Whether `path` is a folder that the readers of Zarr here open, and no other package's."""
+    from daskcell.images.readers import array, omezarr
+
+    return places.is_folder(path) and omezarr.is_zarr(path) and _kind_of(path) in (omezarr, array)
+
+
+def _kind_of(path: str) -> Any:
     head = _head(path)
     for kind in kinds():
         if kind.matches(path, head):
-            return guarded(path, partial(kind.open, path, t=t, z=z))
+            return kind
     raise ImageError(f"Cannot read {path}: {_what(path, head)}.")
 
 
@@ -140,7 +152,10 @@ def _head(path: str) -> bytes:
     try:
         return places.head(path, 512)
     except OSError as error:
-        raise ImageError(f"Cannot read {path}: {error.strerror or error}.") from None
+        reason = error.strerror or error
+        if not places.is_remote(path) and os.path.islink(path) and not os.path.exists(path):
+            reason = f"it is a link to {os.readlink(path)}, which is not there"
+        raise ImageError(f"Cannot read {path}: {reason}.") from None
 
 
 def _what(path: str, head: bytes) -> str:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from daskcell import places
 from daskcell.errors import ImageError, InputError
 from daskcell.geometry import Box, check_inside
+from daskcell.images.channels import name_channels
 from daskcell.images.readers import ZChoice
 
 
@@ -35,9 +36,8 @@ class BioioReader:
             raise ImageError(f"Cannot read {path}: {dims.C} channels of {samples} samples are not supported.")
         self.is_rgb = samples == 3
         self.dtype = np.dtype(self.image.dtype).newbyteorder("=")
-        names = tuple(str(name) for name in self.image.channel_names or ())
-        if len(names) != dims.C or len(set(names)) != len(names) or not all(names):
-            names = tuple(f"channel {i + 1}" for i in range(dims.C)) if dims.C > 1 else ("grey",)
+        given = [str(name) for name in self.image.channel_names or ()]
+        names = name_channels(given, dims.C) if any(given) or dims.C > 1 else ("grey",)
         self.channels = ("red", "green", "blue") if self.is_rgb else names
         self.levels = self._levels()
         sizes = self.image.physical_pixel_sizes

@@ -1,9 +1,10 @@
-"""OME-Zarr 0.4 and 0.5: images, and plates by their single fields."""
+"""OME-Zarr 0.1 to 0.5: images, and the images inside of plates and of other collections."""
 
 from __future__ import annotations
 
 import json
 import os
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,15 +24,14 @@ def matches(path: str, head: bytes) -> bool:
 
 def is_zarr(path: str) -> bool:
     """Whether `path` is a folder that Zarr wrote."""
-    names = ("zarr.json", ".zattrs", ".zgroup", ".zarray")
     if places.is_remote(path):
-        return not places.children(path).isdisjoint(names)
-    return os.path.isdir(path) and any(os.path.isfile(os.path.join(path, name)) for name in names)
+        return bool(places.holding(path, places.ZARR_NAMES, most=1))
+    return any(os.path.isfile(os.path.join(path, name)) for name in places.ZARR_NAMES)
 
 
 def is_array(path: str) -> bool:
     """Whether a Zarr folder is a plain array, without the metadata of an image."""
-    names = places.children(path)
+    names = places.holding(path, places.ZARR_NAMES)
     if "zarr.json" not in names:
         return ".zarray" in names
     try:
@@ -41,24 +41,59 @@ def is_array(path: str) -> bool:
 
 
 def images_within(path: str) -> list[str]:
-    """Paths of the images inside a plate, or inside the output of bioformats2raw; none for a single image."""
+    """Paths of the images inside a plate, a well, a collection or what bioformats2raw wrote, in their order; none
+    for a single image.
+
+    A well that cannot be read stands for its fields, so that it is missed where it is opened.
+    """
+    group, ome = _metadata(path)
+    if isinstance(plate := ome.get("plate"), dict):
+        found: list[str] = []
+        for well in _paths(plate.get("wells")):
+            _, inner = _metadata(places.join(path, well))
+            fields = inner.get("well")
+            images = _paths(fields.get("images")) if isinstance(fields, dict) else []
+            found += [f"{well}/{image}" for image in images] or [well]
+        return found
+    if isinstance(fields := ome.get("well"), dict):
+        return _paths(fields.get("images"))
+    if "multiscales" in ome:
+        return []
+    if "bioformats2raw.layout" in ome:
+        _, listed = _metadata(places.join(path, "OME"))
+        if isinstance(series := listed.get("series"), list) and series:
+            return [str(name) for name in series]
+        return sorted(_numbered(path, group), key=int)
+    return _paths(ome.get("items"))
+
+
+MOST_SERIES = 10_000
+
+
+def _numbered(path: str, group: Any) -> set[str]:
+    """Series of bioformats2raw that no list names: they are called 0, 1, 2 ..."""
+    names = {name for name in places.children(path) if name.isdigit()}
+    if not names and places.is_remote(path) and group is not None:  # a web server that lists nothing
+        for number in range(MOST_SERIES):
+            if not is_zarr(places.join(path, str(number))):
+                break
+            names.add(str(number))
+    return names
+
+
+def _metadata(path: str) -> tuple[Any, dict[str, Any]]:
+    """A group and its OME metadata; nothing where it cannot be read, which is said when it is opened."""
     import zarr
 
     try:
-        group = zarr.open_group(path, mode="r")
-        ome = ome_attributes(group)
-        if "plate" in ome:
-            wells = [str(well["path"]) for well in ome["plate"]["wells"]]
-            found = []
-            for well in wells:
-                entry = ome_attributes(zarr.open_group(places.join(path, well), mode="r"))["well"]
-                found += [f"{well}/{field['path']}" for field in entry["images"]]
-            return found
-        if "bioformats2raw.layout" in ome and "multiscales" not in ome:
-            return sorted((name for name, _ in group.groups() if name.isdigit()), key=int)
-    except Exception:  # broken metadata are reported where the image is opened
-        return []
-    return []
+        group = zarr.open_group(path, mode="r", use_consolidated=False)
+        return group, ome_attributes(group)
+    except Exception:
+        return None, {}
+
+
+def _paths(entries: Any) -> list[str]:
+    return [str(entry["path"]) for entry in entries or [] if isinstance(entry, dict) and "path" in entry]
 
 
 class OmeZarrReader:
@@ -67,7 +102,7 @@ class OmeZarrReader:
     def __init__(self, path: str, t: int = 0, z: ZChoice = "max") -> None:
         self.image = OmeZarr(path)
         self.name = self.image.name
-        self.axes = self.image.axes.upper()
+        self.axes = self.image.axes.replace("-", "").upper()
         self.levels = self.image.levels
         self.channels = self.image.channels
         self.pixel_size = self.image.pixel_size
@@ -80,9 +115,7 @@ class OmeZarrReader:
             raise InputError(f"{path} has {self.sizes['z']} planes; there is none with number {z}.")
         self.image.t = t
         self.planes = range(self.sizes["z"]) if z == "max" else [z]
-        first = self.image.arrays[0]
-        shape = first.shards or first.chunks
-        self.piece = (shape[-2], shape[-1])
+        self.piece = self.image.piece
         self.files = (places.real(path),)
 
     def read(self, level: int, box: Box) -> NDArray:

@@ -8,6 +8,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from daskcell.errors import ImageError
+from daskcell.images.channels import name_channels
 from daskcell.images.readers.tiffcheck import Forms
 
 LARGEST_PIXEL_UM = 20.0
@@ -115,17 +116,22 @@ def pixel_size(file: Any, page: Any) -> tuple[float, float] | None:
 
 
 def channel_names(file: Any, count: int) -> tuple[str, ...] | None:
-    """Names of the channels where OME-XML or ImageJ give one to each of `count`, all different."""
+    """Names of `count` channels where OME-XML, ImageJ or tifffile's own description give any."""
     names: list[str] = []
     pixels = _ome_pixels(file)
     if pixels is not None:
-        names = [c.get("Name") or c.get("Fluor") or "" for c in pixels if c.tag.endswith("}Channel")]
+        for channel in (each for each in pixels if each.tag.endswith("}Channel")):
+            samples = channel.get("SamplesPerPixel", "1")
+            name = channel.get("Name") or channel.get("Fluor") or ""
+            names += [name] * (int(samples) if samples.isdigit() else 1)
     elif file.is_imagej:
         labels = (file.imagej_metadata or {}).get("Labels") or []
-        names = [str(label).strip() for label in labels] if len(labels) == count else []
-    if len(names) != count or not all(names) or len(set(names)) != count:
-        return None
-    return tuple(names)
+        names = [str(label) for label in labels] if len(labels) == count else []
+    elif file.is_shaped:
+        said = (file.shaped_metadata or ({},))[0].get("Channel")
+        given = said.get("Name") if isinstance(said, dict) else None
+        names = [str(name) for name in ([given] if isinstance(given, str) else given or [])]
+    return name_channels(names, count) if any(name.strip() for name in names) else None
 
 
 def _sound(size: tuple[float, float] | None) -> tuple[float, float] | None:
