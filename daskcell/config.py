@@ -37,8 +37,18 @@ class InputSettings(Settings):
     """Plane of a stack to take, the maximum over planes, or one image per plane."""
     t: int | Literal["all"] = "all"
     """Time point to take, or one image per time point."""
+    axes: str | None = None
+    """Order of the axes of files and arrays that do not say it (TIFF, NumPy, Zarr), such as ``YXC``: letters
+    of T, C, Z, Y, X, or S for samples of a colour image. None: ``CYX``, or ``YXC`` for a last of up to 4."""
     ome_zarr: Literal["0.5", "0.4"] = "0.5"
     """Version of OME-Zarr to write; 0.4 for viewers that know no other, with a file for every 512 pixels."""
+
+    @field_validator("axes")
+    @classmethod
+    def _check_axes(cls, value: str | None) -> str | None:
+        from daskcell.images.axes import check_axes
+
+        return None if value is None else check_axes(value)
 
 
 class ReconstructSettings(Settings):

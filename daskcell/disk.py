@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from daskcell.errors import InputError
+
 _TEMPORARY = re.compile(r"\.daskcell-[0-9a-f]{8}\.tmp")
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
@@ -56,7 +58,7 @@ def temporary_beside(path: str | Path) -> Path:
 
 
 def temporaries(folder: str | Path) -> list[Path]:
-    """Files and folders in `folder` that a process of ours was writing, and no longer does if it was killed."""
+    """Files and folders in `folder` that a process of ours is writing, or was when it was killed."""
     try:
         names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -102,8 +104,16 @@ def save_npz(path: str | Path, *arrays: np.ndarray, **named: np.ndarray) -> None
 
 def write_json(path: Path, values: Any, indent: int | None = 1) -> None:
     """`write_atomic` of JSON. Without `indent` it is on one line, and written ten times as fast."""
+    write_atomic(path, json_bytes(values, indent))
+
+
+def json_bytes(values: Any, indent: int | None = None) -> bytes:
+    """JSON in UTF-8 and a line end; file names that are not UTF-8 are escaped, and come back as they were."""
     text = json.dumps(values, indent=indent, ensure_ascii=False, sort_keys=True)
-    write_atomic(path, (text + "\n").encode())
+    try:
+        return (text + "\n").encode()
+    except UnicodeEncodeError:
+        return (json.dumps(values, indent=indent, sort_keys=True) + "\n").encode()
 
 
 def remove(*paths: Path) -> None:
@@ -113,6 +123,19 @@ def remove(*paths: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def refuse_impossible(path: str | Path) -> None:
+    """Raise `InputError` if nothing can be written at a path: there is a NUL in it, a name is longer than the
+    system takes, or it is not UTF-8, as Zarr and Parquet want it."""
+    try:
+        os.fspath(path).encode()
+        os.lstat(path)
+    except ValueError:
+        raise InputError(f"{os.fspath(path)!r} cannot be a path. Please choose another name.") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise InputError(f"{path} is too long for a path here. Please choose a shorter name.") from None
 
 
 def is_full(error: BaseException | None) -> bool:

@@ -13,7 +13,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 from daskcell.errors import DaskcellError, ImageError, StudyError
@@ -60,9 +60,19 @@ def absolute(path: str | os.PathLike[str]) -> str:
     return text.rstrip("/") if is_remote(text) else os.path.abspath(text)
 
 
+def store(path: str | os.PathLike[str]) -> str | Path:
+    """`path` as zarr must be given it: of a text it takes ``::`` for a chain of file systems."""
+    return os.fspath(path) if is_remote(path) else Path(path)
+
+
 def join(folder: str, *names: str) -> str:
     """A path below `folder`."""
     return "/".join([folder.rstrip("/"), *names]) if is_remote(folder) else os.path.join(folder, *names)
+
+
+def printable(text: str) -> str:
+    """`text` with the bytes of file names that are not UTF-8 as escapes, such as ``\\xff``."""
+    return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def split(path: str) -> tuple[str, str]:
@@ -184,7 +194,12 @@ def matching(pattern: str) -> list[str]:
     import glob
 
     if not is_remote(pattern):
-        return glob.glob(pattern, recursive=True)
+        # What is there under the very name is no pattern: "plate[1]/*.tif" has one star.
+        folder, rest = os.path.split(pattern)
+        while not os.path.exists(folder) and glob.has_magic(folder):
+            folder, name = os.path.split(folder)
+            rest = os.path.join(name, rest)
+        return glob.glob(os.path.join(glob.escape(folder), rest), recursive=True)
     with told(pattern):
         fs, inner = _at(pattern)
         return [fs.unstrip_protocol(found) for found in fs.glob(inner)]

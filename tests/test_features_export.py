@@ -119,8 +119,8 @@ def test_an_export_that_was_cut_off_is_continued(study, tmp_path, monkeypatch, f
     killed_at = 5  # in the second slide
     with pytest.raises(KeyboardInterrupt):
         dc.export_crops(study, tmp_path / "cut", format=format)
-    (tmp_path / "cut" / ".a-00000.parquet.0a1b2c3d.tmp").write_bytes(b"half")
-    (tmp_path / "cut" / ".export-killed").mkdir()
+    (tmp_path / "cut" / ".daskcell-0a1b2c3d.tmp").write_bytes(b"half")
+    (tmp_path / "cut" / ".daskcell-export-killed").mkdir()
     with pytest.raises(InputError, match="not finished"):
         dc.export_crops(study, tmp_path / "cut", format=format, size=20)
     other = study.config.model_copy(

@@ -17,11 +17,11 @@ from daskcell.pipeline import assign, open_study, run
 from daskcell.pipeline.status import report
 
 
-def images(folder, *names):
-    folder.mkdir(exist_ok=True, parents=True)
+def images(where, *names):
+    where.mkdir(exist_ok=True, parents=True)
     for name in names:
-        tifffile.imwrite(folder / f"{name}.tif", np.full((20, 30), len(name), np.uint8))
-    return [folder / f"{name}.tif" for name in names]
+        tifffile.imwrite(where / f"{name}.tif", np.full((20, 30), len(name), np.uint8))
+    return [where / f"{name}.tif" for name in names]
 
 
 def early(ran):

@@ -227,6 +227,23 @@ def test_a_dangling_link_is_set_aside_alone(tmp_path: Path) -> None:
         find_images(tmp_path / "pics" / "c.tif")
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="file names are UTF-8 there")
+def test_a_name_that_is_not_utf8_is_as_good_as_any(tmp_path: Path) -> None:
+    write(tmp_path / "pics", "a.tif", "x.tif", "y.tif")
+    for name, new in (("x.tif", b"caf\xe9.tif"), ("y.tif", b"\xff\xfe.tif")):
+        os.rename(tmp_path / "pics" / name, os.fsencode(tmp_path / "pics") + b"/" + new)
+    Path(os.fsdecode(os.fsencode(tmp_path / "pics") + b"/\xff\xfe.tif")).write_bytes(b"no image")
+    for _ in range(2):
+        study = dc.run(tmp_path / "pics", tmp_path / "out", SETTINGS)
+        assert len(study.slides) == 3
+        assert len(study.failures) == 1
+        assert {len(study.cells(name)) for name in study.slides if name != study.failures[0]["slide"]} == {2}
+    assert "\\xff\\xfe.tif" in study.failures[0]["error"]
+    command = [sys.executable, "-m", "daskcell", "channels", str(tmp_path / "pics")]
+    done = subprocess.run(command, capture_output=True, check=True)
+    assert b"caf\\xe9.tif" in done.stdout
+
+
 @pytest.fixture
 def not_root() -> Iterator[None]:
     """Permissions do not hold for root."""

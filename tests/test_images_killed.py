@@ -29,8 +29,8 @@ def begun(path: str) -> bool:
     """Whether a shard was written and the image is not finished."""
     if places.is_remote(path):
         return places.is_folder(f"{path}/0/c")
-    folder = Path(path).with_name(f".{Path(path).name}.partial")
-    return any(f.is_file() for f in folder.rglob("0/c/**/*"))
+    folders = Path(path).parent.glob(".daskcell-*.partial")
+    return any(f.is_file() for folder in folders for f in folder.rglob("0/c/**/*"))
 
 
 @pytest.mark.parametrize("place", ["disk", "s3"])

@@ -221,7 +221,7 @@ def test_killed_training_continues(tmp_path):
     done = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"]
     assert done > 0
     models.load_network(tmp_path / "segmenter.npz")
-    (tmp_path / ".checkpoint.pt.0123abcd.tmp").touch()  # killed while it wrote
+    (tmp_path / ".daskcell-0123abcd.tmp").touch()  # killed while it wrote
     recipe = Recipe(
         steps=done + 3,
         batch=1,

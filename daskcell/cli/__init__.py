@@ -7,6 +7,7 @@ a signal.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -22,13 +23,19 @@ def main() -> NoReturn:
     if debug:
         sys.argv.remove("--debug")
     signal.signal(signal.SIGTERM, _terminated)
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is no reason to stop
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
         code = 0
     except DaskcellError as error:
         if debug:
             raise
-        print(f"daskcell: {' '.join([str(error), *getattr(error, '__notes__', [])])}", file=sys.stderr)
+        from daskcell.places import printable
+
+        sentence = " ".join([str(error), *getattr(error, "__notes__", [])])
+        print(printable(f"daskcell: {sentence}"), file=sys.stderr)
         code = 1 if getattr(error, "after_start", False) else 2
     except BrokenPipeError:
         # Whoever read our output has gone (`| head`); keep Python from complaining when it flushes.

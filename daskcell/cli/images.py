@@ -46,7 +46,8 @@ def convert(
     refuse_existing(target)
     open_safely(found).close()  # what cannot be read is told before workers are started
     with start_workers(settings.compute) as workers:
-        convert_slide(found, target, workers, settings.input)
+        report = convert_slide(found, target, workers, settings.input)
+    print(*(f"{note}\n" for note in report.get("notes", ())), sep="", end="", file=sys.stderr)
     print(f"{target}: {image_info(target)!r}")
 
 
@@ -106,7 +107,8 @@ def segment(
     ):
         refuse_small_workers(workers, settings)
         whole = Path(scratch) / out.name
-        convert_slide(found, whole, workers, settings.input)
+        notes = convert_slide(found, whole, workers, settings.input).get("notes", ())
+        print(*(f"{note}\n" for note in notes), sep="", end="", file=sys.stderr)
         plan = freeze_slide(whole, settings.preprocess, workers)
         block = settings.compute.block
         rest = Path(scratch) / "scratch"
@@ -128,12 +130,13 @@ def channels(
     """Show which files become which channel of which image."""
     from daskcell.config import InputSettings
     from daskcell.images import describe_sources, find_images
+    from daskcell.places import printable
 
     notes: list[str] = []
     sources = find_images(inputs, InputSettings(pattern=pattern), notes.append)
     rows = [["image", "channel", "file"]]
     rows += [[row["image"], row["channel"], row["file"]] for row in describe_sources(sources)]
-    print(aligned(rows))
+    print(printable(aligned(rows)))
     print(*notes, sep="\n", end="\n" if notes else "")
     if split is not None:
         from daskcell.images.split import channel_files, split_channels
@@ -237,7 +240,9 @@ def _one_image(source: str, settings: Any) -> Any:
 
 
 def _refuse_existing(target: Path) -> None:
+    from daskcell.disk import refuse_impossible
     from daskcell.errors import InputError
 
+    refuse_impossible(target)
     if target.exists():
         raise InputError(f"{target} exists already. Please remove it or choose another name.")

@@ -80,7 +80,10 @@ def encoder(
 
     found = [Study(path) for path in studies]
     with Progress(transient=True) as bar:
-        say = bar.console.print
+
+        def say(text: str) -> None:
+            bar.console.print(text, markup=False, highlight=False)
+
         crops, key = study_crops(found, out / "crops", cells, say)
         recipe = EncoderRecipe(minutes=minutes, steps=steps, seed=seed, cells=key)
         task = bar.add_task("training", total=1.0)

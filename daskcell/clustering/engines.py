@@ -129,7 +129,10 @@ def _follow(
 ) -> tuple[np.ndarray, np.ndarray]:
     """What a round changes in the sums ``(k, c)`` and numbers ``(k,)`` of the rows of all centres."""
     i, blocks = part
-    path = os.path.join(folder, f"{i}.{{}}.leads")
+
+    def path(number: int) -> str:
+        return os.path.join(folder, f"{i}.{number}.leads")
+
     sums, counts = np.zeros(centers.shape), np.zeros(len(centers), np.int64)
     nearest = Nearest(centers)
     with one_thread():
@@ -138,7 +141,7 @@ def _follow(
             stops = np.cumsum([len(labels) for labels, _ in found])
             labels, ends = (np.concatenate(values) for values in zip(*found, strict=True))
         else:
-            stops, labels, ends = _read(path.format(number - 1))
+            stops, labels, ends = _read(path(number - 1))
             # A lead ends when as much is spent; what is not a number has none.
             again = np.flatnonzero(~(ends > spent[labels]))
             firsts = np.searchsorted(again, [0, *stops])
@@ -148,10 +151,10 @@ def _follow(
                     own = slice(start, stops[j])
                     nearest.look(block.read(), which - start, labels[own], ends[own], sums, counts)
             ends[again] += spent[labels[again]]
-    save_arrays(path.format(number), stops, labels, ends)
+    save_arrays(path(number), stops, labels, ends)
     if number > 1:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(path.format(number - 2))
+            os.unlink(path(number - 2))
     return sums, counts
 
 

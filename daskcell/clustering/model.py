@@ -12,7 +12,7 @@ import numpy as np
 
 from daskcell.clustering.naming import FILE as NAMES
 from daskcell.clustering.naming import Naming
-from daskcell.disk import replacing
+from daskcell.disk import refuse_impossible, replacing
 from daskcell.errors import InputError
 
 if TYPE_CHECKING:
@@ -235,6 +235,7 @@ class ClusterModel:
 
 def _refuse_other(path: Path) -> None:
     """Raise `InputError` if there is something at `path` that is not a saved model, or more than that."""
+    refuse_impossible(path)
     if path.is_dir():
         others = sorted(set(os.listdir(path)) - {"arrays.npz", "model.json", NAMES})
         if not others:

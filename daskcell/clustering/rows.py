@@ -55,7 +55,7 @@ class ZarrRows:
     def read(self) -> np.ndarray:
         import zarr
 
-        array = zarr.open_array(self.path, mode="r")
+        array = zarr.open_array(Path(self.path), mode="r")
         return np.ascontiguousarray(array[self.start : self.stop], np.float32)
 
 
@@ -85,7 +85,7 @@ def cut_file(path: str | Path) -> list[ZarrRows]:
     """Blocks of a Zarr array ``(n, d)``."""
     import zarr
 
-    n = zarr.open_array(str(path), mode="r").shape[0]
+    n = zarr.open_array(Path(path), mode="r").shape[0]
     return [ZarrRows(str(path), i, min(i + BLOCK, n)) for i in range(0, n, BLOCK)]
 
 

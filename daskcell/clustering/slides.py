@@ -27,7 +27,7 @@ def features_info(path: str | Path) -> tuple[int, int, dict[str, Any]]:
     import zarr
 
     try:
-        array = zarr.open_array(str(path), mode="r")
+        array = zarr.open_array(Path(path), mode="r")
     except Exception as error:
         raise InputError(
             f"{path} holds no features ({type(error).__name__}). Run the features again."

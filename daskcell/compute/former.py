@@ -22,7 +22,7 @@ _TELL_SECONDS = 5.0
 
 def owner_of(folder: str | os.PathLike[str]) -> str:
     """Eight letters for the keys of all tasks that write into `folder`."""
-    return hashlib.sha256(os.path.realpath(folder).encode()).hexdigest()[:8]
+    return hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:8]
 
 
 def wait_for_former(client: Client, owner: str, tell: Callable[[str], None] | None = None) -> None:

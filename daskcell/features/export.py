@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from daskcell.disk import remove, temporaries, write_atomic, write_json
+from daskcell.disk import refuse_impossible, remove, temporaries, write_atomic, write_json
 from daskcell.errors import InputError, StudyError
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ def export_crops(
 
 def _begin(out: Path, study: Study, asked: dict[str, Any]) -> Path:
     """The note in `out` of what is being exported, there until all is: who finds his own goes on."""
+    refuse_impossible(out)
     note = out / ".unfinished.json"
     content = asked | {
         "study": str(study.out.absolute()),

@@ -92,7 +92,7 @@ def write_features(
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as temporary:
         array = zarr.create_array(
-            str(temporary),
+            temporary,
             shape=(n, width),
             chunks=(CHUNK, width),
             shards=(SHARD, width) if n > CHUNK else None,

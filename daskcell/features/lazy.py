@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +18,7 @@ from daskcell.features.stages import as_stages
 from daskcell.features.textures import Greys, freeze_greys, grey_sample
 from daskcell.features.vectors import Network, Vectors, choose_vectors, share_out
 from daskcell.geometry import Grid
+from daskcell.images.arrays import Given, as_image, as_labels
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -33,6 +35,8 @@ def measure(
     pixel_size: tuple[float, float] | float | None = None,
     channels: Sequence[str] | None = None,
     kinds: Collection[Kind] = KINDS,
+    *,
+    axes: str | None = None,
 ) -> pd.DataFrame:
     """Where every cell is, its shape, its brightness and its texture.
 
@@ -44,9 +48,12 @@ def measure(
     pixel_size : (y, x) or one number, in micrometres
         Adds columns in micrometres (``_um``, ``_um2``).
     channels : sequence of str
-        Channel names that the columns of brightness and texture end in; None: 0, 1, 2, ...
+        Channel names that the columns of brightness and texture end in; None: those of the image (`Image`,
+        xarray), else 0, 1, 2, ...
     kinds : collection of {"shape", "intensity", "texture"}
         What to measure besides place and area. For textures the image is looked at twice.
+    axes : str, optional
+        Order of the axes of `image`, such as ``"YXC"``; None: told by the shape of the labels.
 
     Returns
     -------
@@ -69,10 +76,12 @@ def measure(
     >>> measure(labels)[["label", "centroid-0", "centroid-1", "area"]].values.tolist()
     [[1.0, 1.5, 2.5, 8.0]]
     """
-    pixels, picture = _arrays(labels, image)
+    pixels, given = _arrays(labels, image, axes)
+    picture = None if given is None else given.data
     names: tuple[str, ...] = ()
-    if picture is not None:
-        names = tuple(str(i) for i in range(picture.shape[0])) if channels is None else tuple(channels)
+    if given is not None and picture is not None:
+        known = given.channels if channels is None else channels
+        names = tuple(str(i) for i in range(picture.shape[0])) if known is None else tuple(known)
         if len(names) != picture.shape[0]:
             raise InputError(
                 f"channels has {len(names)} names, but the image has {picture.shape[0]} channels."
@@ -110,6 +119,7 @@ def embed(
     batch_size: int = 32,
     device: str = "cpu",
     precision: Literal["float32", "bfloat16"] = "float32",
+    axes: str | None = None,
 ) -> np.ndarray:
     """A network's vector for every cell.
 
@@ -151,6 +161,8 @@ def embed(
         ``cpu``, or ``cuda`` where there is one.
     precision : {"float32", "bfloat16"}
         What the network computes in.
+    axes : str, optional
+        As for `measure`.
 
     Returns
     -------
@@ -174,8 +186,9 @@ def embed(
         network = as_stages(encoder, batch_size=batch_size, device=device, precision=precision)
     else:
         network = as_encoder(encoder, size=size, batch_size=batch_size, device=device, precision=precision)
-    pixels, picture = _arrays(labels, image)
-    assert picture is not None
+    pixels, given = _arrays(labels, image, axes)
+    assert given is not None
+    picture = given.data
     records, grid = _find_cells(pixels)
     side = None
     if pooling == "crop":
@@ -238,25 +251,22 @@ def _embed_task(pixels: Pixels, readings: Sequence[Reading], way: Vectors) -> np
 _NONE = merge_records([])
 
 
-def _arrays(labels: Any, image: Any) -> tuple[Any, Any]:
+def _arrays(labels: Any, image: Any, axes: str | None) -> tuple[Any, Given | None]:
     """Both as Dask arrays that fit together, labels in memory."""
     import dask.array as da
 
-    labels = da.asanyarray(labels)
-    if labels.ndim != 2:
-        raise InputError(f"labels must have the axes (Y, X), but have the shape {labels.shape}.")
-    if labels.dtype.kind not in "iu":
-        raise InputError(f"labels must be whole numbers, but are {labels.dtype}.")
+    labels = da.asarray(as_labels(labels))
+    picture = None
     if image is not None:
-        image = da.asanyarray(image)
-        image = image[None] if image.ndim == 2 else image
-        if image.ndim != 3 or image.shape[1:] != labels.shape:
+        picture = as_image(image, axes=axes, like=labels.shape)
+        if picture.data.shape[1:] != labels.shape:
             raise InputError(
                 f"image must be (C, Y, X) with the Y and X of the labels, {labels.shape}, but has the shape "
-                f"{image.shape}."
+                f"{picture.data.shape}."
             )
+        picture = replace(picture, data=da.asarray(picture.data))
     # Every cell is looked at twice: where it is, then what it is. Labels may have cost hours of network.
-    return labels.persist(), image
+    return labels.persist(), picture
 
 
 def _find_cells(labels: da.Array) -> tuple[np.ndarray, Grid]:

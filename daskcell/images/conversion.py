@@ -62,8 +62,9 @@ def convert_slide(
     Returns
     -------
     dict
-        ``shape``, ``dtype``, ``channels``, ``pixel_size``, ``is_rgb``, ``files`` (how many hold pixels)
-        and ``fingerprint`` (hash of all pixels, the same whatever file they came from).
+        ``shape``, ``dtype``, ``channels``, ``pixel_size``, ``is_rgb``, ``files`` (how many hold pixels),
+        ``fingerprint`` (hash of all pixels, the same whatever file they came from), and ``notes``, where
+        something was assumed that no file says (which axis is what).
 
     Raises
     ------
@@ -80,6 +81,7 @@ def convert_slide(
         height, width = reader.levels[0]
         strips = reader.piece[1] >= width and reader.piece[0] < height
         levels = plan_levels(reader.levels, count, dtype, strips=strips)
+        notes = getattr(reader, "notes", ())
         _announce(source, reader)
         header = metadata.Header(source.name, reader.channels, reader.pixel_size, reader.is_rgb)
     finally:
@@ -116,7 +118,7 @@ def convert_slide(
         "is_rgb": header.is_rgb,
         "files": summary.files,
         "fingerprint": fingerprint,
-    }
+    } | ({"notes": list(notes)} if notes else {})
 
 
 def _announce(source: Source, reader: Reader) -> None:

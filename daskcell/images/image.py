@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from daskcell.config import InputSettings
-from daskcell.errors import ImageError, InputError
+from daskcell.errors import ImageError, InputError, InputWarning
 from daskcell.geometry import Box
 from daskcell.images.sandbox import open_safely
 from daskcell.images.search import find_images
@@ -73,6 +74,8 @@ def open_image(
             raise ImageError(f"{path} holds {len(sources)} images ({found}, ...); please open one of them.")
         source = sources[0]
     reader = open_safely(source)
+    for note in getattr(reader, "notes", ()):
+        warnings.warn(note, InputWarning, stacklevel=2)
     try:
         image = _lazy(source, reader)
     finally:
@@ -114,12 +117,14 @@ def convert(
         )
     settings = InputSettings(ome_zarr=version)
     if client is None:
-        convert_slide(sources[0], dst, None, settings)
+        report = convert_slide(sources[0], dst, None, settings)
     else:
         from daskcell.compute import start_workers
 
         with start_workers(client=client) as workers:
-            convert_slide(sources[0], dst, workers, settings)
+            report = convert_slide(sources[0], dst, workers, settings)
+    for note in report.get("notes", ()):
+        warnings.warn(note, InputWarning, stacklevel=2)
     return open_image(dst)
 
 

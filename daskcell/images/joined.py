@@ -27,7 +27,7 @@ class SourceReader:
         self.readers: list[Reader] = []
         try:
             for file in source.files:
-                self.readers.append(open_reader(file, t=source.t, z=source.z))
+                self.readers.append(open_reader(file, t=source.t, z=source.z, axes=source.axes))
             self._join(source)
         except BaseException:
             self.close()
@@ -36,6 +36,8 @@ class SourceReader:
     def _join(self, source: Source) -> None:
         first = self.readers[0]
         self.axes, self.levels, self.piece, self.sizes = first.axes, first.levels, first.piece, first.sizes
+        self.notes = tuple(note for reader in self.readers for note in getattr(reader, "notes", ()))
+        """What the readers assume that the files do not say, in sentences."""
         self.files = tuple(sorted({file for reader in self.readers for file in reader.files}))
         self.is_rgb = first.is_rgb and source.file_channels is None
         self.pixel_size = source.pixel_size or first.pixel_size
@@ -61,6 +63,8 @@ class SourceReader:
                 lambda each: len(set(each)) == 1, zip(*(r.levels for r in self.readers), strict=False)
             )
             self.levels = tuple(each[0] for each in same)
+        # From a file's name that is not UTF-8, which no metadata can hold.
+        self.channels = tuple(name.encode(errors="replace").decode() for name in self.channels)
         dtypes = [reader.dtype for reader in self.readers]
         self.dtype = np.result_type(*dtypes)
         if self.dtype.itemsize > 4 and self.dtype.kind in "iu":

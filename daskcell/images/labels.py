@@ -166,7 +166,7 @@ def list_labels(path: str | Path, name: str) -> None:
 
 def _list(labels: Path, name: str, version: str, *, listed: bool) -> None:
     """Enter a name into, or take it out of, the list of finished label images."""
-    group = zarr.open_group(str(labels), mode="a", zarr_format=2 if version == "0.4" else 3)
+    group = zarr.open_group(labels, mode="a", zarr_format=2 if version == "0.4" else 3)
     names = [n for n in store.ome_attributes(group).get("labels", []) if n != name]
     # In order of name: the list is the same whichever was finished last.
     names = sorted([*names, name]) if listed else names

@@ -57,6 +57,7 @@ class SandboxReader:
 
     channels: tuple[str, ...]
     dtype: np.dtype
+    notes: tuple[str, ...]
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -232,7 +233,7 @@ def _serve(pipe: Connection) -> None:
             kept.move_to_end(name)
             reader = kept[name]
             if what is None:
-                pipe.send({field: getattr(reader, field) for field in Reader.__annotations__})
+                pipe.send({field: getattr(reader, field) for field in (*Reader.__annotations__, "notes")})
             else:
                 pixels = np.ascontiguousarray(reader.read(*what))
                 if place is not None:

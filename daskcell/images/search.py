@@ -51,7 +51,8 @@ def find_images(
         If there is none, a name does not exist, or a channel is missing or there twice.
     """
     settings = settings or InputSettings()
-    tell = tell or _warn
+    say = tell or _warn
+    tell = lambda sentence: say(places.printable(sentence))  # noqa: E731
     groups: list[names.Group] = []
     if isinstance(inputs, (str, Path)):
         inputs = [inputs]
@@ -131,6 +132,7 @@ def _channels_inside(source: Source) -> str:
     reader.close()
     planes = reader.sizes["z"]
     note = f" (maximum of {planes} planes)" if source.z == "max" and planes > 1 else ""
+    note += " (last axis)" if getattr(reader, "notes", ()) else ""
     return ", ".join(reader.channels) + note
 
 
@@ -149,11 +151,11 @@ def _planes(source: Source, is_stack: bool, settings: InputSettings) -> list[Sou
     """One source for each time point and plane that the settings want."""
     z: ZChoice = 0 if settings.z == "all" else settings.z
     t = 0 if settings.t == "all" else settings.t
-    chosen = replace(source, t=t, z=z)
+    chosen = replace(source, t=t, z=z, axes=settings.axes)
     if not is_stack:
         return [chosen]
     try:
-        reader = open_safely(Source(source.name, source.files[:1]))
+        reader = open_safely(Source(source.name, source.files[:1], axes=settings.axes))
     except DaskcellError:
         return [chosen]  # says so itself when it is converted, and does not stop the others
     sizes = reader.sizes
@@ -165,7 +167,7 @@ def _planes(source: Source, is_stack: bool, settings: InputSettings) -> list[Sou
         for plane in planes:
             name = source.name + (f"_t{time:03d}" if len(times) > 1 else "")
             name += f"_z{plane:03d}" if len(planes) > 1 else ""
-            result.append(replace(source, name=name, t=time, z=plane))
+            result.append(replace(chosen, name=name, t=time, z=plane))
     return result
 
 
@@ -210,7 +212,7 @@ def _in_folder(folder: str, pattern: str | None, tell: Tell) -> list[names.Group
         chosen = set(names.matching_names(relative, pattern).values())
         by_folder = {parent: [f for f in files if f in chosen] for parent, files in by_folder.items()}
         left = {f for files in _without_results(by_folder, folder, tell).values() for f in files}
-        return names.group_by_pattern({name: f for name, f in relative.items() if f in left}, pattern)
+        return names.group_by_pattern({n: f for n, f in relative.items() if f in left or not left}, pattern)
     groups = []
     for parent, files in _without_results(by_folder, folder, tell).items():
         below = _below(parent, folder)

@@ -30,6 +30,8 @@ class Source:
     """``(y, x)`` in micrometres where the settings say; None: as in the file."""
     t: int = 0
     z: ZChoice = "max"
+    axes: str | None = None
+    """Order of the axes, where the settings say it; for files that do not."""
     group: str | None = None
     """What a manifest says it belongs to, such as a treatment; changes nothing."""
     said: tuple[str, ...] = ()
@@ -43,13 +45,13 @@ class Source:
 
     def identity(self) -> str:
         """Hash of what decides the pixels: the files (name, size, time of change) and how they are read."""
-        parts: list[str] = [repr((self.file_channels, self.take, self.pixel_size, self.t, self.z))]
+        parts: list[str] = [repr((self.file_channels, self.take, self.pixel_size, self.t, self.z, self.axes))]
         for file in self.files:
             names = ("zarr.json", ".zattrs") if places.is_folder(file) else ()
             for one in [places.join(file, name) for name in names] or [file]:
                 with contextlib.suppress(FileNotFoundError):
                     parts.append(" ".join(map(str, (PurePath(one).name, *places.version(one)))))
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()
 
 
 def find_channel(name: str, available: Sequence[str], source: Source) -> int:

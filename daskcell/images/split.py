@@ -20,9 +20,7 @@ from daskcell.images.target import refuse_existing
 TILE = 512
 
 
-def split_channels(
-    image: str | Path | Source, folder: str | Path, *, overwrite: bool = False
-) -> list[Path]:
+def split_channels(image: str | Path | Source, folder: str | Path, *, overwrite: bool = False) -> list[Path]:
     """Write each channel as ``<image>_<channel>.tif`` into `folder`; returns the files in channel order.
 
     Tiled, compressed without loss, with the pixel size, and BigTIFF beyond 4 GB. A row of tiles is in

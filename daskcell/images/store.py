@@ -123,7 +123,7 @@ class OmeZarr:
         self.path = path
         try:
             # Consolidated metadata may be older than what they are a copy of.
-            self.group = zarr.open_group(path, mode="r", use_consolidated=False)
+            self.group = zarr.open_group(places.store(path), mode="r", use_consolidated=False)
         except Exception as error:
             raise ImageError(f"{path} is not an OME-Zarr image: {type(error).__name__}.") from error
         self.attributes: dict[str, Any] = dict(self.group.attrs)
@@ -338,7 +338,7 @@ def image_info(path: str | Path) -> ImageInfo:
     finished: Any = ()
     labels = places.join(str(path), "labels")
     if {"zarr.json", ".zgroup"} & places.children(labels):  # none where the list of labels was damaged
-        group = zarr.open_group(labels, mode="r")
+        group = zarr.open_group(places.store(labels), mode="r")
         finished = ome_attributes(group).get("labels", ())
     return ImageInfo(
         shape=image.shape,
@@ -444,7 +444,7 @@ def ome_attributes(group: zarr.Group) -> dict[str, Any]:
 
 def new_group(path: str | Path, version: str = "0.5") -> zarr.Group:
     """An empty group for OME-Zarr of a version, where there must be none yet."""
-    return zarr.open_group(str(path), mode="w-", zarr_format=2 if version == "0.4" else 3)
+    return zarr.open_group(places.store(path), mode="w-", zarr_format=2 if version == "0.4" else 3)
 
 
 def version_of(group: zarr.Group) -> str:
@@ -460,7 +460,7 @@ def grid_of(array: zarr.Array) -> Grid:
 
 def writable(path: str | Path, level: int) -> zarr.Array:
     """One level, opened for writing."""
-    return read_fast(zarr.open_array(str(path), path=str(level), mode="r+"), str(path))
+    return read_fast(zarr.open_array(places.store(path), path=str(level), mode="r+"), str(path))
 
 
 def level_of(group: zarr.Group, level: int) -> zarr.Array:

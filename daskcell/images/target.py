@@ -1,6 +1,6 @@
 """Where a new image goes, so that nothing half-written ever has its name and opens.
 
-on disk          written as .name.daskcell-partial beside, renamed when whole; what had the name is removed
+on disk          written as .daskcell-<hash>.partial beside, renamed when whole; what had the name is removed
                  after, and only if all in it is of the kind that daskcell writes
 object storage   cannot rename: written under its name, and a group opens only when its metadata, the last
                  object, is there. An object .name.partial says meanwhile that what is there is unfinished
@@ -9,6 +9,7 @@ object storage   cannot rename: written under its name, and a group opens only w
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from daskcell import places
-from daskcell.disk import remove
+from daskcell.disk import refuse_impossible, remove
 from daskcell.errors import ImageError
 
 _UNFINISHED = b"An image is being written here, or the process that did was stopped.\n"
@@ -58,6 +59,8 @@ def new_image(path: str | Path, *, overwrite: bool = False) -> Target:
 def refuse_existing(path: str | Path) -> None:
     """Raise `ImageError` if there is something at `path` that is not an unfinished image of ours."""
     target = places.absolute(path)
+    if not places.is_remote(target):
+        refuse_impossible(target)
     if places.exists(target) and not (places.is_remote(target) and _is_unfinished(target)):
         raise ImageError(f"{target} exists already; please remove it or choose another name.")
 
@@ -108,7 +111,7 @@ def remove_cut_writes(folder: str | Path) -> None:
 class DiskTarget:
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.work = str(path.parent / f".{path.name}.daskcell-partial")
+        self.work = str(_beside(path, "partial"))
         path.parent.mkdir(parents=True, exist_ok=True)
         self.abandon()  # what a killed run left
 
@@ -118,7 +121,7 @@ class DiskTarget:
         if not self.path.exists():
             os.rename(self.work, self.path)
             return
-        old = self.path.parent / f".{self.path.name}.daskcell-old"
+        old = _beside(self.path, "old")
         shutil.rmtree(old, ignore_errors=True)
         os.rename(self.path, old)
         os.rename(self.work, self.path)
@@ -126,6 +129,11 @@ class DiskTarget:
 
     def abandon(self) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
+
+
+def _beside(path: Path, kind: str) -> Path:
+    """Always the same name for what a killed run may leave, short enough beside the longest one."""
+    return path.parent / f".daskcell-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.{kind}"
 
 
 class RemoteTarget:

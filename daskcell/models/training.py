@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from daskcell.disk import remove, replacing, temporaries
+from daskcell.disk import refuse_impossible, remove, replacing, temporaries
 from daskcell.errors import WeightsError
 from daskcell.models.precision import has_bfloat16
 
@@ -205,6 +205,7 @@ class Trainer:
 
 def _refuse_existing(out: Path) -> None:
     """Raise `WeightsError` if a new training would replace a file in `out`."""
+    refuse_impossible(out)
     for name in ("log.csv", "encoder.npz", "segmenter.npz"):
         if os.path.lexists(out / name):
             raise WeightsError(

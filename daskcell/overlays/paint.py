@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from daskcell.errors import InputError
+from daskcell.images.arrays import as_image, as_labels
 from daskcell.overlays.palette import colors
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def overlay(
     opacity: float = OPACITY,
     outline: int = 1,
     palette: np.ndarray | None = None,
+    axes: str | None = None,
 ) -> ArrayLike:
     """Cells coloured by cluster over the picture.
 
@@ -53,6 +55,8 @@ def overlay(
         Width in pixels of the line inside each cell's border.
     palette : (k, 3) uint8
         Colours of the clusters; None: `colors`.
+    axes : str, optional
+        Order of the axes of `image`, such as ``"YXC"``; None: told by the shape of the labels.
 
     Returns
     -------
@@ -68,10 +72,11 @@ def overlay(
 
     from daskcell.features.crops import sample_boxes
 
-    lazy = isinstance(image, da.Array) or isinstance(labels, da.Array)
-    picture, cells = da.asanyarray(image), da.asanyarray(labels)
-    picture = picture[None] if picture.ndim == 2 else picture
-    if cells.ndim != 2 or picture.ndim != 3 or picture.shape[1:] != cells.shape:
+    cells = as_labels(labels)
+    picture = as_image(image, axes=axes, like=cells.shape).data
+    lazy = isinstance(picture, da.Array) or isinstance(cells, da.Array)
+    picture, cells = da.asarray(picture), da.asarray(cells)
+    if picture.shape[1:] != cells.shape:
         raise InputError(
             f"image must be (C, Y, X) with the Y and X of the labels, but the shapes are {picture.shape} and "
             f"{cells.shape}."

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from daskcell.disk import remove, temporaries, temporary_beside
 from daskcell.errors import InputError, StudyError
+from daskcell.images.arrays import plain
+from daskcell.images.axes import axes_of_names, choose_axes, note_of
 from daskcell.images.channels import safe_name
 from daskcell.study import Study
 
@@ -40,8 +42,15 @@ def given_inputs(
     return [os.fspath(path) for path in paths], None
 
 
-def keep_arrays(arrays: Iterable[tuple[str, Any]], study: Study) -> list[str]:
+def keep_arrays(
+    arrays: Iterable[tuple[str, Any]],
+    study: Study,
+    axes: str | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> list[str]:
     """Write arrays into the study; equal ones stay as they are, and so do those that are no longer given.
+
+    `axes` is the setting of that name; `tell` is called with a sentence where a shape alone told the axes.
 
     Returns
     -------
@@ -67,7 +76,7 @@ def keep_arrays(arrays: Iterable[tuple[str, Any]], study: Study) -> list[str]:
                 if str(file) in given:
                     raise InputError(f"Two arrays are called {name!r}. Please give each a name of its own.")
                 given.append(str(file))
-                data = _tiff(name, array)
+                data = _tiff(name, array, axes, tell)
                 if os.path.lexists(file):
                     if file.is_file() and file.read_bytes() == data:
                         continue
@@ -113,25 +122,35 @@ def _pairs(first: Any, others: Iterator[Any]) -> Iterator[tuple[str, Any]]:
         pair = next(others, None)
 
 
-def _tiff(name: str, array: Any) -> bytes:
+def _tiff(name: str, array: Any, axes: str | None, tell: Callable[[str], None]) -> bytes:
     import io
 
     import numpy as np
     import tifffile
 
-    pixels = np.asarray(array)
-    if pixels.ndim not in (2, 3) or pixels.size == 0 or pixels.dtype.kind not in "uif":
-        raise InputError(
-            f"The array {name!r} is {pixels.dtype} of shape {pixels.shape}; please give numbers, (Y, X) or "
-            "(C, Y, X)."
-        )
+    what = f"The array {name!r}"
+    given = plain(array, what)
+    shape = given.data.shape
+    said = axes_of_names(given.dims, what) or axes
+    found = choose_axes(shape, what, said)
+    if 0 in shape:
+        raise InputError(f"{what} of shape {shape} has no pixels.")
+    note = note_of(shape, found, what) if said is None else None
+    if note is not None:
+        tell(note)
+    pixels = np.asarray(given.data)
+    order = [axis for axis in "TZCYXS" if axis in found]
+    pixels = np.ascontiguousarray(pixels.transpose([found.index(axis) for axis in order]))
+    metadata: dict[str, Any] = {"axes": "".join(order)}
+    if given.channels is not None and "C" in order:
+        metadata["Channel"] = {"Name": list(given.channels)}
     file = io.BytesIO()
-    axes = "YX" if pixels.ndim == 2 else "CYX"
+    colours = order[-1] == "S" and pixels.shape[-1] in (3, 4)
     tifffile.imwrite(
         file,
         pixels,
-        photometric="minisblack",
-        planarconfig="separate" if axes == "CYX" else None,
-        metadata={"axes": axes},
+        photometric="rgb" if colours else "minisblack",
+        planarconfig="separate" if order[0] == "C" and len(order) == 3 else None,
+        metadata=metadata,
     )
     return file.getvalue()

@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 from daskcell import places
 from daskcell.config import Config, load_config, parse_config
 from daskcell.disk import is_full, remove
-from daskcell.errors import ConfigError, DaskcellError, DriftWarning, ImageError, InputError, StudyError
+from daskcell.errors import (
+    ConfigError,
+    DaskcellError,
+    DriftWarning,
+    ImageError,
+    InputError,
+    InputWarning,
+    StudyError,
+)
 from daskcell.images import find_images
 from daskcell.images.sandbox import open_safely
 from daskcell.images.sources import Source
@@ -74,7 +82,8 @@ def run(
     inputs
         Files, folders, patterns with ``*``, OME-Zarr images, or tables of images (CSV, Parquet; see
         `daskcell.images.manifest`); one or several. Any iterable of these; or of ``(name, array)``, with
-        ``(Y, X)`` or ``(C, Y, X)`` arrays, which are kept in the study's folder ``inputs``. An image is known
+        arrays of ``(Y, X)``, ``(C, Y, X)`` or other axes (`images.axes`; also of xarray, Zarr or torch),
+        which are kept in the study's folder ``inputs``. An image is known
         by its name: another file of the name of a slide is refused, unless its content is the same.
     config
         Settings: a `Config`, nested dictionaries, or a YAML file. None: the defaults.
@@ -115,8 +124,8 @@ def assign(
     """Give the cells of new images the groups of a model that was fitted before.
 
     Cells are found and described as those of the model were. The study holds a copy of the model, is
-    continued by the same call, and grows as by `run`. How far the new cells lie from the model's is in the study (`drift`), and told
-    by a `DriftWarning` where they are unlike.
+    continued by the same call, and grows as by `run`. How far the new cells lie from the model's is in the
+    study (`drift`), and told by a `DriftWarning` where they are unlike.
 
     Parameters
     ----------
@@ -160,14 +169,16 @@ def _go(
     known = check_folder(out)
     _check_kind(out, known, model)
     weights = fingerprints(settings)
+    tell = progress.say if progress is not None else _warn
     progress = progress or Progress()
     with _nothing_left_behind(out, new=known is None), contextlib.ExitStack() as stack:
         lock = Lock(out)
         files = given
         if arrays is not None:
             stack.enter_context(lock)
-            files = keep_arrays(arrays, Study.create(out, given, settings) if known is None else Study(out))
-        sources = name_as_before(find_images(files, settings.input, progress.say), out, known)
+            study = Study.create(out, given, settings) if known is None else Study(out)
+            files = keep_arrays(arrays, study, settings.input.axes, tell)
+        sources = name_as_before(find_images(files, settings.input, tell), out, known)
         _check_readable(sources)
         if truth is not None:
             # Before hours of work, not after.
@@ -191,6 +202,10 @@ def _go(
         sweep(out)
         bring_report_up_to_date(study)
     return Study(out)
+
+
+def _warn(sentence: str) -> None:
+    warnings.warn(sentence, InputWarning, stacklevel=4)
 
 
 def _check_kind(out: Path, known: Mapping[str, Any] | None, model: Given | None) -> None:
@@ -348,9 +363,8 @@ def _nothing_left_behind(out: Path, *, new: bool) -> Iterator[None]:
         if new and not (out / "ledger").exists() and (record := read_record(out)) is not None:
             take_back_arrays(out, record)
             remove(out / "study.json")
-        if new:
-            if not existed and out.is_dir() and not any(out.iterdir()):
-                out.rmdir()
+        if new and not existed and out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
         raise
     except Exception as error:
         if not is_full(error):

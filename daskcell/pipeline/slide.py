@@ -24,6 +24,7 @@ from daskcell.disk import is_full, remove
 from daskcell.errors import ComputeError, ConfigError, DaskcellError, StudyError, WeightsError
 from daskcell.images.sandbox import open_safely
 from daskcell.pipeline.stages import EARLY, LATE, STAGES, Context, do, slide_keys
+from daskcell.places import printable
 from daskcell.study import Ledger, Study
 from daskcell.study.checksums import damaged
 from daskcell.study.keys import identify, unchanged
@@ -164,6 +165,7 @@ def process_slide(
             took = do(STAGES[stage], context, keys[stage], next(later, None), step)
             if took is not None:
                 seconds[stage] = took
+                notes += ledger.result(stage).get("notes", ())
                 if on_stage is not None:
                     on_stage(job.slide, stage, _outcome(job, ledger, seconds))
     except _NOT_THE_SLIDES_FAULT:
@@ -186,7 +188,7 @@ def no_room(out: str | Path, error: BaseException) -> StudyError:
 def sentence(error: BaseException) -> str:
     """What went wrong, in one line; a block's key is told too."""
     text = str(error) if isinstance(error, DaskcellError) else f"{type(error).__name__}: {error}"
-    return " ".join(" ".join([text, *getattr(error, "__notes__", [])]).split())
+    return printable(" ".join(" ".join([text, *getattr(error, "__notes__", [])]).split()))
 
 
 def trace(error: BaseException) -> str:

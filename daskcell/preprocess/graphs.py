@@ -6,7 +6,6 @@ merged as a tree. Everything keeps to the numpy functions the engine calls.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from daskcell.errors import InputError
 from daskcell.geometry import Box, Grid
+from daskcell.images.arrays import Given, as_image, plain
 from daskcell.preprocess.pixels import working_dtype
 from daskcell.preprocess.plan import apply_steps, count_block
 from daskcell.preprocess.statistics import Pass
@@ -25,27 +25,26 @@ if TYPE_CHECKING:
 _FAN_IN = 16
 
 
-def as_planes(x: Any, *, allow_2d: bool = False) -> da.Array:
-    """A dask array ``(C, Y, X)`` of a working dtype with all channels in each chunk."""
+def as_planes(x: Any, *, allow_2d: bool = False, axes: str | None = None) -> da.Array:
+    """A dask array ``(C, Y, X)`` of a working dtype with all channels in each chunk; see `images.arrays`."""
     import dask.array as da
 
-    if isinstance(x, list | tuple):
-        shapes = {np.shape(plane) for plane in x}
+    if isinstance(x, list | tuple) and len(x) and all(getattr(plane, "ndim", 0) == 2 for plane in x):
+        planes = [as_image(plane, f"Channel {number}").data[0] for number, plane in enumerate(x, 1)]
+        shapes = {plane.shape for plane in planes}
         if len(shapes) != 1:
             raise InputError(f"The channels differ in size: {sorted(shapes)}.")
-        x = da.stack([da.asarray(plane) for plane in x])
-    elif not isinstance(x, da.Array):
-        x = np.asarray(x)
+        given, axes = Given(da.stack([da.asarray(plane) for plane in planes])), "CYX"
+    else:
+        given = plain(x, "An image")
+    if given.data.ndim < 2 or (given.data.ndim == 2 and not allow_2d):
+        raise InputError(f"An image must have the axes (C, Y, X), but this one has shape {given.data.shape}.")
+    if 0 in given.data.shape:
+        raise InputError(f"An image needs at least one pixel, but this one has shape {given.data.shape}.")
+    x = as_image(given, axes=axes).data
+    if not isinstance(x, da.Array):
         # One chunk a block of this size keeps filters and counts parallel.
-        x = da.from_array(x, chunks=(-1,) * (x.ndim - 2) + (2048, 2048) if x.ndim >= 2 else -1)
-    if x.ndim == 2 and allow_2d:
-        x = x[None]
-    if x.ndim != 3:
-        raise InputError(f"An image must have the axes (C, Y, X), but this one has shape {tuple(x.shape)}.")
-    if any(math.isnan(side) for side in x.shape) or 0 in x.shape:
-        raise InputError(
-            f"An image needs a known size and at least one pixel, but this one has shape {x.shape}."
-        )
+        x = da.from_array(x, chunks=(-1, 2048, 2048))
     return x.astype(working_dtype(x.dtype), copy=False).rechunk({0: -1})
 
 

@@ -4,6 +4,9 @@
 Lazy: nothing is computed before the result is asked for. All take dask or numpy arrays and return dask
 arrays. The arithmetic is that of the steps the engine applies, so both give the same bits, for every
 chunking.
+
+``axes`` says the order of the axes of `x`, such as ``"YXC"``; None: as the array says (xarray, Zarr), else
+``CYX``, or ``YXC`` where the last axis is one of up to 4 channels, with a warning (`images.axes`).
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ def correct_background(
     light: bool = False,
     flat: Any = None,
     dark: float = 0.0,
+    axes: str | None = None,
 ) -> da.Array:
     """Take uneven light out of every channel: by a flat field, by what lies below the cells, or by both.
 
@@ -78,7 +82,7 @@ def correct_background(
     given = None if flat is None else "given"
     values = {"flat": given, "dark": dark, "radius": radius, "light": light}
     _checked(BackgroundSettings, "correct_background", values)
-    result = planes = as_planes(x, allow_2d=True)
+    result = planes = as_planes(x, allow_2d=True, axes=axes)
     if flat is not None:
         field = as_planes(flat, allow_2d=True).rechunk(-1)
         Flat.check(field.shape, planes.shape)
@@ -93,7 +97,11 @@ def correct_background(
 
 
 def adjust_stains(
-    x: Any, method: Literal["normalize", "separate"] = "normalize", *, reference: Any = None
+    x: Any,
+    method: Literal["normalize", "separate"] = "normalize",
+    *,
+    reference: Any = None,
+    axes: str | None = None,
 ) -> da.Array:
     """Bring the light and the stains of a colour slide to a standard, or take the stains apart.
 
@@ -120,7 +128,7 @@ def adjust_stains(
     """
     named = None if reference is None else "given"
     _checked(StainSettings, "adjust_stains", {"method": method, "reference": named})
-    planes = as_planes(x)
+    planes = as_planes(x, axes=axes)
     if planes.shape[0] != 3:
         raise InputError(f"Stains are told apart in three colours, but the image has shape {planes.shape}.")
     if method == "separate":
@@ -134,6 +142,8 @@ def reconstruct(
     channels: Any,
     colors: Sequence[str] = _COLORS,
     ratio: Sequence[float] = _RATIO,
+    *,
+    axes: str | None = None,
 ) -> da.Array:
     """Rebuild the colour picture from one picture per stain, by adding their light.
 
@@ -157,7 +167,7 @@ def reconstruct(
     InputError
         Naming the colour, ratio or count that does not fit.
     """
-    x = as_planes(channels)
+    x = as_planes(channels, axes=axes)
     count = int(x.shape[0])
     if colors is _COLORS:
         colors = colors[:count]
@@ -178,6 +188,7 @@ def adjust_histogram(
     tiles: int = 8,
     clip_limit: float = 0.01,
     bins: int = 256,
+    axes: str | None = None,
 ) -> da.Array:
     """Adjust the histogram of each channel over the whole image.
 
@@ -232,7 +243,7 @@ def adjust_histogram(
     }
     values |= {"bins": bins, "reference": "given" if method == "match" else None}
     settings = _checked(HistogramSettings, "adjust_histogram", values)
-    planes = as_planes(x, allow_2d=True)
+    planes = as_planes(x, allow_2d=True, axes=axes)
     dtype = planes.dtype
     if method != "match":
         if reference is not None:
@@ -257,7 +268,7 @@ def adjust_histogram(
     return result[0] if np.ndim(x) == 2 else result
 
 
-def gaussian(x: Any, sigma: float) -> da.Array:
+def gaussian(x: Any, sigma: float, *, axes: str | None = None) -> da.Array:
     """Smooth each channel by a Gaussian.
 
     Equal to `dask_image.ndfilters.gaussian_filter` and `scipy.ndimage.gaussian_filter`: reflected at the
@@ -286,7 +297,7 @@ def gaussian(x: Any, sigma: float) -> da.Array:
         good = False
     if not good:
         raise InputError(f"The sigma {sigma!r} of the Gaussian filter cannot be used: it must be above 0.")
-    result = map_step(as_planes(x, allow_2d=True), Gaussian(float(sigma)))
+    result = map_step(as_planes(x, allow_2d=True, axes=axes), Gaussian(float(sigma)))
     return result[0] if np.ndim(x) == 2 else result
 
 

@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from daskcell.clustering.naming import Naming
-from daskcell.disk import write_atomic
+from daskcell.disk import refuse_impossible, write_atomic
 from daskcell.errors import InputError
 from daskcell.overlays.palette import colors
 from daskcell.report.facts import Cell, Facts, Group, SlideRow, best_of, gather, points
@@ -76,12 +76,13 @@ def write_report(study: Study, path: str | Path | None = None, warnings: Sequenc
     else:
         target = Path(path)
         _refuse_other(target)
-    write_atomic(target, page.encode())
+    write_atomic(target, page.encode(errors="backslashreplace"))
     return target
 
 
 def _refuse_other(path: Path) -> None:
     """Raise `InputError` if there is something at `path` that is no page of daskcell's."""
+    refuse_impossible(path)
     if path.is_dir() or (os.path.lexists(path) and _MARK not in path.read_bytes()[:1000]):
         raise InputError(
             f"{path} exists, and is no report of daskcell's. Please remove it or choose another name."

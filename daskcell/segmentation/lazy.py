@@ -14,6 +14,7 @@ import numpy as np
 
 from daskcell.errors import InputError
 from daskcell.geometry import Box, Grid
+from daskcell.images.arrays import as_image
 from daskcell.segmentation.cells import Cells, check_block, number, refuse_too_many
 from daskcell.segmentation.methods import BlockMethod, CellposeMethod, Method, network_source
 from daskcell.segmentation.ownership import Candidates, Thresholds, own_labels
@@ -28,6 +29,7 @@ def segment(
     diameter: float | str | None = None,
     *,
     channels: list[int] | None = None,
+    axes: str | None = None,
     cellprob_threshold: float = 0.0,
     flow_threshold: float = 0.4,
     min_size: int = 15,
@@ -45,7 +47,10 @@ def segment(
     Parameters
     ----------
     image : (Y, X) or (C, Y, X) array, dask or numpy, any integer or float type
-        With one to three channels (or choose with `channels`).
+        With one to three channels (or choose with `channels`). Also an `Image`, xarray, Zarr or torch array.
+    axes : str, optional
+        Order of the axes of `image`, such as ``"YXC"``; None: as the array says, else ``CYX``, or ``YXC`` for
+        a last axis of up to 4 (with a warning).
     method
         ``"cellpose"``, ``"watershed"``, or a callable from a block ``(C, h, w)`` to labels ``(h, w)``, 0 for
         background. A callable may look `halo` pixels around a cell; a study (`run`) takes only the names.
@@ -93,7 +98,7 @@ def segment(
     from dask.delayed import Delayed
     from dask.highlevelgraph import HighLevelGraph
 
-    image = as_image(image, channels)
+    image = as_channels(image, channels, axes)
     shape = image.shape[1:]
     refuse_too_many(shape, min_size)
     thresholds = Thresholds(cellprob_threshold, flow_threshold, min_size, max_size_fraction)
@@ -202,21 +207,13 @@ class Source:
             return np.asarray(client.compute(part).result())
 
 
-def as_image(image: Any, channels: list[int] | None = None, most: int = 3) -> Any:
+def as_channels(image: Any, channels: list[int] | None = None, axes: str | None = None, most: int = 3) -> Any:
     """``(C, Y, X)`` dask array with one to `most` channels; raises `InputError` otherwise."""
     import dask.array as da
 
+    image = as_image(image, axes=axes).data
     if not isinstance(image, da.Array):
-        image = np.asarray(image)
-        if image.dtype.kind not in "buif":
-            raise InputError(f"Cannot segment pixels of type {image.dtype}. Please give integers or floats.")
-        image = da.from_array(
-            image, chunks=(*image.shape[:-2], *(min(side, 2048) for side in image.shape[-2:]))
-        )
-    if image.ndim == 2:
-        image = image[None]
-    if image.ndim != 3:
-        raise InputError(f"An image is (Y, X) or (C, Y, X), but this one has shape {image.shape}.")
+        image = da.from_array(image, chunks=(-1, *(min(side, 2048) for side in image.shape[-2:])))
     if 0 in image.shape[1:]:
         raise InputError(f"The image has no pixels (shape {image.shape}).")
     if channels is not None:

@@ -36,7 +36,7 @@ from typing import Any
 
 from daskcell import places
 from daskcell.config import Config
-from daskcell.disk import remove, temporaries, write_atomic, write_json
+from daskcell.disk import json_bytes, refuse_impossible, remove, temporaries, write_atomic, write_json
 from daskcell.errors import ConfigError, StudyError
 from daskcell.study.ledger import Ledger
 from daskcell.study.results import Fitted
@@ -193,10 +193,10 @@ class Study:
 
     def write_failures(self, failures: Iterable[Mapping[str, Any]]) -> None:
         """Replace `failures.jsonl`; an empty list removes it."""
-        lines = [json.dumps(dict(failure), ensure_ascii=False, sort_keys=True) for failure in failures]
+        lines = [json_bytes(dict(failure)) for failure in failures]
         path = self.out / "failures.jsonl"
         if lines:
-            write_atomic(path, ("\n".join(lines) + "\n").encode())
+            write_atomic(path, b"".join(lines))
         else:
             path.unlink(missing_ok=True)
 
@@ -334,6 +334,7 @@ class Study:
 def read_record(out: Path) -> dict[str, Any] | None:
     """`study.json` of a folder, or None if there is none; raises `StudyError` if it is not ours."""
     path = out / "study.json"
+    refuse_impossible(out)
     try:
         record = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -354,6 +355,7 @@ def check_folder(out: str | Path) -> dict[str, Any] | None:
     """The study record in `out`, None for a new folder; refuses what cannot be used. Writes nothing."""
     places.refuse_remote(out, "the output of a run")
     out = Path(out)
+    refuse_impossible(out)
     if out.exists() and not out.is_dir():
         raise StudyError(f"The output {out} is a file. Please give a folder.")
     record = read_record(out)

@@ -46,8 +46,8 @@ class Lock:
             holder = self._read()
             if holder is not None and not _is_ours(holder):
                 raise StudyError(
-                    f"{self.path} was not written by daskcell, which keeps a lock of that name. Please remove "
-                    "it if no other run is at work, or choose another folder."
+                    f"{self.path} was not written by daskcell, which keeps a lock of that name. Please "
+                    "remove it if no other run is at work, or choose another folder."
                 )
             if holder is not None and not self._is_stale(holder):
                 raise StudyError(

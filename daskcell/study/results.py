@@ -20,6 +20,8 @@ class Result(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
     stage: ClassVar[str]
     """Name of the stage."""
+    notes: tuple[str, ...] = ()
+    """What to tell the user, in sentences."""
 
 
 class Converted(Result):

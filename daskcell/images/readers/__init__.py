@@ -57,7 +57,9 @@ class Kind(Protocol):
     """A kind of file; modules serve as kinds.
 
     A kind may also have ``may_be_stack(path) -> bool``, which quickly says (False) that a file is one plane
-    at one time; without it, files are opened to know.
+    at one time; without it, files are opened to know. Where ``TAKES_AXES`` is true, ``open`` takes ``axes``,
+    the order of the axes as the settings say it, for files that do not. A reader may have ``notes``:
+    sentences about what it assumes.
     """
 
     SUFFIXES: tuple[str, ...]
@@ -97,7 +99,7 @@ def may_be_stack(path: str) -> bool:
     return True
 
 
-def open_reader(path: str | Path, *, t: int = 0, z: ZChoice = "max") -> Reader:
+def open_reader(path: str | Path, *, t: int = 0, z: ZChoice = "max", axes: str | None = None) -> Reader:
     """Open a file (or OME-Zarr folder) for reading.
 
     Raises
@@ -107,7 +109,8 @@ def open_reader(path: str | Path, *, t: int = 0, z: ZChoice = "max") -> Reader:
     """
     path = os.fspath(path)
     kind = _kind_of(path)
-    return guarded(path, partial(kind.open, path, t=t, z=z))
+    said = {"axes": axes} if axes is not None and getattr(kind, "TAKES_AXES", False) else {}
+    return guarded(path, partial(kind.open, path, t=t, z=z, **said))
 
 
 def is_zarr_folder(path: str) -> bool:

@@ -1,4 +1,4 @@
-"""Plain arrays: ``.npy`` files and Zarr arrays of shape ``(Y, X)`` or ``(C, Y, X)``, read in parts."""
+"""Plain arrays, ``.npy`` files and Zarr arrays, read in parts; `images.axes` tells which axis is what."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from daskcell import places
-from daskcell.errors import ImageError
+from daskcell.errors import ImageError, InputError
 from daskcell.geometry import Box, check_inside
+from daskcell.images.axes import axes_of_names, choose_axes, dimension_names, note_of, to_cyx
 from daskcell.images.readers import ZChoice
 from daskcell.images.readers.omezarr import is_array, is_zarr
 
 SUFFIXES = (".npy",)
+TAKES_AXES = True
 
 
 def matches(path: str, head: bytes) -> bool:
@@ -22,47 +24,79 @@ def matches(path: str, head: bytes) -> bool:
 
 
 class ArrayReader:
-    """An array on disk; there is nothing to say what its channels are."""
+    """An array on disk, or in memory, at one time point.
 
-    def __init__(self, array: Any, path: str) -> None:
-        if array.ndim not in (2, 3) or 0 in array.shape:
-            raise ImageError(
-                f"Cannot read {path}: an array of shape {array.shape} is no picture of (Y, X) or (C, Y, X)."
-            )
+    Parameters
+    ----------
+    array : NumPy or Zarr array
+    axes : str, optional
+        Order of its axes; None: told by the shape.
+    """
+
+    def __init__(
+        self, array: Any, path: str, axes: str | None = None, t: int = 0, z: ZChoice = "max"
+    ) -> None:
+        self.path = path
+        self.name = Path(path).stem
+        shape = tuple(array.shape)
         dtype = np.dtype(array.dtype)
         if dtype.kind not in "buif" or (dtype.kind in "iu" and dtype.itemsize > 4):
             raise ImageError(f"Cannot read {path}: values of type {dtype} are not intensities.")
+        try:
+            self.axes = choose_axes(shape, path, axes)
+        except InputError as error:
+            raise ImageError(f"Cannot read {path}: {error}") from None
+        if 0 in shape:
+            raise ImageError(f"Cannot read {path}: an array of shape {shape} is no picture.")
+        note = note_of(shape, self.axes, path) if axes is None else None
+        self.notes = (note,) if note else ()
         self.array = array
-        self.path = path
-        self.name = Path(path).stem
-        self.axes = "CYX"[3 - array.ndim :]
-        count = array.shape[0] if array.ndim == 3 else 1
-        self.levels = ((array.shape[-2], array.shape[-1]),)
+        side = dict(zip(self.axes, shape, strict=True))
+        self.is_rgb = side.get("S") in (3, 4) and dtype in (np.uint8, np.uint16)
+        count = 3 if self.is_rgb else side.get("C", side.get("S", 1))  # without alpha
+        self.levels = ((side["Y"], side["X"]),)
         self.channels = tuple(f"channel {i + 1}" for i in range(count)) if count > 1 else ("grey",)
+        if self.is_rgb:
+            self.channels = ("red", "green", "blue")
         self.pixel_size: tuple[float, float] | None = None
         self.dtype = np.dtype({"?": np.uint8, "e": np.float32}.get(dtype.char, dtype.newbyteorder("=")))
-        self.is_rgb = False
-        self.sizes = {"t": 1, "z": 1}
+        self.sizes = {"t": side.get("T", 1), "z": side.get("Z", 1)}
+        if not 0 <= t < self.sizes["t"]:
+            raise InputError(f"{path} has {self.sizes['t']} time points; there is none with number {t}.")
+        if z != "max" and not 0 <= z < self.sizes["z"]:
+            raise InputError(f"{path} has {self.sizes['z']} planes; there is none with number {z}.")
+        self.t, self.planes = t, range(self.sizes["z"]) if z == "max" else range(z, z + 1)
         self.files = (places.real(path),)
         chunks = getattr(array, "shards", None) or getattr(array, "chunks", None)
-        self.piece = (chunks[-2], chunks[-1]) if chunks else (min(64, array.shape[-2]), array.shape[-1])
+        piece = dict(zip(self.axes, chunks or shape, strict=True))
+        self.piece = (piece["Y"] if chunks else min(64, side["Y"]), piece["X"])
 
     def read(self, level: int, box: Box) -> NDArray:
         check_inside(box, self.levels[level], self.path)
-        pixels = np.asarray(self.array[(..., *box.slices)]).astype(self.dtype)
-        return pixels if pixels.ndim == 3 else pixels[None]
+        rows, columns = box.slices
+        out: NDArray | None = None
+        for plane in self.planes:
+            pick = {"T": self.t, "Z": plane, "Y": rows, "X": columns, "C": slice(None), "S": slice(None)}
+            pixels = np.asarray(self.array[tuple(pick[axis] for axis in self.axes)])
+            left = "".join(axis for axis in self.axes if axis not in "TZ")
+            pixels = to_cyx(pixels, left, self.path)[: len(self.channels)].astype(self.dtype)
+            out = pixels if out is None else np.maximum(out, pixels)
+        assert out is not None
+        return out
 
     def close(self) -> None:
         self.array = np.empty((0, 0, 0), self.dtype)
 
 
-def open(path: str, *, t: int = 0, z: ZChoice = "max") -> ArrayReader:
+def open(path: str, *, t: int = 0, z: ZChoice = "max", axes: str | None = None) -> ArrayReader:
     if not path.lower().endswith(SUFFIXES) and places.is_folder(path):
         import zarr
 
-        return ArrayReader(zarr.open_array(path, mode="r"), path)
+        array = zarr.open_array(places.store(path), mode="r")
+        own = axes_of_names(dimension_names(array), path)
+        return ArrayReader(array, path, own or axes, t, z)
     if places.is_remote(path):
         raise ImageError(
             f"Cannot read {path}: .npy is read from disk only; please copy it, or save it as Zarr."
         )
-    return ArrayReader(np.load(path, mmap_mode="r", allow_pickle=False), path)
+    return ArrayReader(np.load(path, mmap_mode="r", allow_pickle=False), path, axes, t, z)

@@ -86,7 +86,7 @@ def _metadata(path: str) -> tuple[Any, dict[str, Any]]:
     import zarr
 
     try:
-        group = zarr.open_group(path, mode="r", use_consolidated=False)
+        group = zarr.open_group(places.store(path), mode="r", use_consolidated=False)
         return group, ome_attributes(group)
     except Exception:
         return None, {}

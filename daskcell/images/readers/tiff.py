@@ -27,7 +27,9 @@ from numpy.typing import NDArray
 from daskcell import places
 from daskcell.errors import ImageError, InputError
 from daskcell.geometry import Box, check_inside
+from daskcell.images.axes import SIDE, choose_axes
 from daskcell.images.readers import ZChoice, guarded, tiffmeta, tiffpeek
+from daskcell.images.readers.array import ArrayReader
 from daskcell.images.readers.tiffcheck import Forms, check_data, check_page, check_pages
 from daskcell.images.readers.tiffpieces import Pieces
 
@@ -44,11 +46,12 @@ SUFFIXES = (
 )
 logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what is wrong is told by errors
 
+TAKES_AXES = True
 PAGES_AS_CHANNELS = 8
 BAND_BYTES = 32 * 2**20
 """Stored pixels of one page that are in memory at a time."""
 
-_WHITE_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR, _LAB = 0, 2, 3, 5, 6, 8
+_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR, _LAB = 0, 1, 2, 3, 5, 6, 8
 _BESIDE = {"label", "macro", "overview", "thumbnail"}
 """Names tifffile gives to the other pictures of a slide."""
 
@@ -61,8 +64,9 @@ def may_be_stack(path: str) -> bool:
     return not path.lower().endswith(_SLIDES) and tiffpeek.may_be_stack(path)
 
 
-def open(path: str, *, t: int = 0, z: ZChoice = "max") -> TiffReader:
-    return TiffReader(path, t=t, z=z)
+def open(path: str, *, t: int = 0, z: ZChoice = "max", axes: str | None = None) -> TiffReader | ArrayReader:
+    reader = TiffReader(path, t=t, z=z, axes=axes)
+    return reader if reader.rearranged is None else reader.rearranged
 
 
 def is_ramp(colormap: NDArray) -> bool:
@@ -89,7 +93,10 @@ def is_ramp(colormap: NDArray) -> bool:
 class TiffReader:
     """The largest picture of a TIFF file, at one time point."""
 
-    def __init__(self, path: str, t: int = 0, z: ZChoice = "max") -> None:
+    rearranged: ArrayReader | None = None
+    """Reads the file instead, if its pages are not planes of an image: channels that come last, say."""
+
+    def __init__(self, path: str, t: int = 0, z: ZChoice = "max", axes: str | None = None) -> None:
         self.path = path
         self.name = (
             Path(path).name.split(".")[0]
@@ -100,21 +107,26 @@ class TiffReader:
         self._stream: Any = places.open_file(path) if self.remote else path
         self.file = tifffile.TiffFile(self._stream, name=Path(path).name if self.remote else None)
         try:
-            self._open(t, z, check_pages(self.file, path))
+            self._open(t, z, check_pages(self.file, path), axes)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, t: int, z: ZChoice, forms: Forms) -> None:
+    def _open(self, t: int, z: ZChoice, forms: Forms, axes: str | None) -> None:
         tiffmeta.check_description(self.file, self.path)
         if not self.file.series:
             raise ImageError(f"Cannot read {self.path}: the TIFF file holds no picture.")
         series = self._main_series()
         self.series = series
-        self.axes = series.axes
         self.keyframe = keyframe = series.keyframe
         check_page(keyframe, self.path)
         tiffmeta.check_counts(self.file, series, self.path, forms)
+        said = axes if tiffmeta.stated_axes(self.file, series) is None else None
+        self.axes = self._name_axes(series, said)
+        if not self.axes.endswith(keyframe.axes):
+            check_data(series, series.ndim - len(keyframe.axes), self.path, forms)
+            self._rearrange(series, t, z, said)
+            return
         self._lay_out(series)
         self._choose(t, z)
         self.orientation = int(keyframe.tags.valueof(274, 1) or 1)
@@ -141,12 +153,41 @@ class TiffReader:
         paths = {page.parent.filehandle.path for page in series.pages if page is not None}
         self.files = (self.path,) if self.remote else tuple(sorted(os.path.realpath(p) for p in paths))
 
+    def _name_axes(self, series: Any, said: str | None) -> str:
+        """Axes of the whole, as the file says them or, where it does not, as `said` or as its shape tells."""
+        stated, pages = tiffmeta.stated_axes(self.file, series), self.keyframe.axes
+        if stated is not None or series.ndim == len(pages):
+            return stated or str(series.axes)
+        sides = self.keyframe.imagelength, self.keyframe.imagewidth
+        if said is None and series.ndim == len(pages) + 1 and (pages != "YX" or min(sides) >= SIDE):
+            return str(series.axes)  # pages of a size for images: channels or planes
+        try:
+            found = choose_axes(series.shape, self.path, said)
+        except InputError as error:
+            raise ImageError(f"Cannot read {self.path}: {error}") from None
+        return str(series.axes) if said is None and found == "CYX" else found
+
+    def _rearrange(self, series: Any, t: int, z: ZChoice, said: str | None) -> None:
+        """Read a file whose pages are no planes, such as one of channels that come last, as a whole."""
+        if int(self.keyframe.photometric) not in (_BLACK_IS_ZERO, _RGB):
+            raise ImageError(
+                f"Cannot read {self.path}: its pages are no planes of an image (axes {self.axes})."
+            )
+        own = said or tiffmeta.stated_axes(self.file, series)
+        self.rearranged = ArrayReader(series.asarray(), self.path, own, t, z)
+        self.rearranged.name = self.name
+        self.rearranged.pixel_size = tiffmeta.pixel_size(self.file, self.keyframe)
+        names = tiffmeta.channel_names(self.file, len(self.rearranged.channels))
+        if names is not None and not self.rearranged.is_rgb:
+            self.rearranged.channels = names
+        self.close()
+
     def _is_smaller_copy(self, level: Any) -> bool:
         """Whether tifffile's `level` has the axes, pages and kind of pixels of the picture."""
         key, own, lead = level.keyframe, self.keyframe, self.leading
         kinds = {int(key.photometric), int(own.photometric)}
         return bool(
-            level.axes == self.axes
+            level.axes == self.series.axes
             and level.shape[:lead] == self.series.shape[:lead]
             and (key.dtype, key.samplesperpixel) == (own.dtype, own.samplesperpixel)
             and (len(kinds) == 1 or kinds == {_RGB, _YCBCR})
@@ -165,15 +206,13 @@ class TiffReader:
     def _lay_out(self, series: Any) -> None:
         """Which pages are which channel, plane and time point."""
         page_axes = self.keyframe.axes
-        self.leading = len(series.axes) - len(page_axes)
+        self.leading = len(self.axes) - len(page_axes)
         self.samples = self.keyframe.samplesperpixel
         if self.leading < 0:
-            raise ImageError(
-                f"Cannot read {self.path}: axes {series.axes} do not fit its pages ({page_axes})."
-            )
-        self.lengths = dict(zip(series.axes[: self.leading], series.shape[: self.leading], strict=True))
+            raise ImageError(f"Cannot read {self.path}: axes {self.axes} do not fit its pages ({page_axes}).")
+        self.lengths = dict(zip(self.axes[: self.leading], series.shape[: self.leading], strict=True))
         if len(self.lengths) != self.leading:
-            raise ImageError(f"Cannot read {self.path}: axes {series.axes} are ambiguous.")
+            raise ImageError(f"Cannot read {self.path}: axes {self.axes} are ambiguous.")
         roles = {axis: axis.lower() for axis in self.lengths if axis in "CZT"}
         for axis, length in self.lengths.items():
             if axis in roles:
@@ -184,7 +223,7 @@ class TiffReader:
                     break
             else:
                 raise ImageError(
-                    f"Cannot read {self.path}: axes {series.axes} are more than channel, z and time."
+                    f"Cannot read {self.path}: axes {self.axes} are more than channel, z and time."
                 )
         self.roles = roles
         by_role = {role: self.lengths[axis] for axis, role in roles.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from typing import Any
@@ -105,6 +106,17 @@ def _check_ome(file: Any, series: Any, pixels: Any, path: str, forms: Forms) -> 
         raise ImageError(f"Cannot read {path}: its OME metadata do not name {spare} of its pages.")
 
 
+def stated_axes(file: Any, series: Any) -> str | None:
+    """The axes of a series where its metadata say them; None for pages that nothing speaks of."""
+    if series.kind == "shaped":
+        try:
+            said = json.loads(series.keyframe.shaped_description or "{}").get("axes")
+        except (ValueError, AttributeError):
+            said = None
+        return str(series.axes) if said else None
+    return None if series.kind in ("generic", "uniform") else str(series.axes)
+
+
 def pixel_size(file: Any, page: Any) -> tuple[float, float] | None:
     """``(y, x)`` in micrometres, from OME-XML, ImageJ, Aperio or resolution tags; None if none is sound."""
     return (
@@ -128,7 +140,8 @@ def channel_names(file: Any, count: int) -> tuple[str, ...] | None:
         labels = (file.imagej_metadata or {}).get("Labels") or []
         names = [str(label) for label in labels] if len(labels) == count else []
     elif file.is_shaped:
-        said = (file.shaped_metadata or ({},))[0].get("Channel")
+        metadata: Any = file.shaped_metadata or [{}]
+        said = metadata[0].get("Channel")
         given = said.get("Name") if isinstance(said, dict) else None
         names = [str(name) for name in ([given] if isinstance(given, str) else given or [])]
     return name_channels(names, count) if any(name.strip() for name in names) else None
