@@ -1,7 +1,7 @@
 """A study that was written in format 1: it can be read, and the next run brings it up to date.
 
-``study_format1.zip`` holds inputs and study as version ac3537b of the code left them: two tiny drawn images,
-segmented by watershed, grouped, without overlays.
+``study_format1.zip`` holds inputs and study as the last version before format 2 left them: two tiny drawn
+images, segmented by watershed, grouped, without overlays.
 """
 
 from __future__ import annotations
@@ -36,12 +36,11 @@ CLUSTER_COLUMNS = ["cluster", "cluster_name", "distance"]
 
 @pytest.fixture
 def old(tmp_path):
-    """Folder of the inputs and of the study, which lie elsewhere now than when it was made."""
+    """Folder of the inputs and of the study."""
     with zipfile.ZipFile(Path(__file__).with_name("study_format1.zip")) as file:
         file.extractall(tmp_path)
-    record = json.loads((tmp_path / "study" / "study.json").read_text())
-    record["inputs"] = [str(tmp_path / "in")]
-    (tmp_path / "study" / "study.json").write_text(json.dumps(record))
+    for path in (tmp_path / "study" / "study.json", *(tmp_path / "study" / "ledger").iterdir()):
+        path.write_text(path.read_text().replace('"/data/', f'"{tmp_path}/'))
     return tmp_path
 
 
