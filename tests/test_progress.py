@@ -189,7 +189,7 @@ def test_long_stages_of_a_slide_tell_of_every_block_and_status_says_the_same(sli
     for stage, least in {
         "convert": 1,
         "segment": 4 + 3 * blocks,
-        "describe": blocks,
+        "describe": 1,  # of so few cells, one task
         "paint": blocks,
     }.items():
         parts = [part for name, part in told.steps if name == stage and part]

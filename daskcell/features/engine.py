@@ -172,7 +172,7 @@ def find_cells(
     """Records of all cells of the slide, from its index where there is one."""
     if index is not None and os.path.exists(index):
         return read_index(index)
-    window = workers.part(0.1, len(grid)).window()
+    window = workers.part(0.0, len(grid)).window()
     for i, j in grid:
         path = folder / f"records-{i}-{j}.npy"
         if not path.exists():
@@ -257,7 +257,7 @@ def _describe(
     done = 0
     # Measuring is no work for a GPU; where both are done by the same workers, pixels are read once.
     apart = "GPU" in workers.labels
-    window = workers.part(0.8, len(tasks) * (2 if apart else 1)).window()
+    window = workers.part(0.9, len(tasks) * (2 if apart else 1)).window()
     for task, (measured, vectors) in zip(tasks, parts, strict=True):
         if not os.path.exists(measured) and (apart or os.path.exists(vectors)):
             window.submit(0, _measure, slide, task, greys, measured)
