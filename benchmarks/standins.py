@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -111,23 +112,29 @@ def build_label_pyramid(path: Any, name: str, workers: Any) -> None:
 
 
 # -- stages of a slide ------------------------------------------------------------------------------------
-def stage(name: str) -> Callable[..., dict[str, Any]]:
+def stage(name: str) -> Callable[[Any], Any]:
     """A stage that sleeps, and writes as many files as the real one, but small."""
+    from daskcell.pipeline.stages import STAGES
 
-    def work(job: Any, study: Any, ledger: Any, keys: Any, workers: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {"shape": (1, 520, 696), "cells": 100, "plan": {}, "k": 2, "counts": [1, 1]}
+    result = STAGES[name].result.model_validate(found)
+
+    def work(context: Any) -> Any:
         time.sleep(sum(SECONDS.get(name, ())))
-        image = study.image(job.slide)
+        study, slide, image = context.study, context.slide, context.image
         write = {
             "convert": [image / "0" / "c" / str(n) for n in range(FILES // 2)],
             "segment": [image / "labels" / "cells" / str(n) for n in range(FILES // 4)],
-            "describe": [study.table(job.slide), study.features(job.slide) / "zarr.json"],
+            "describe": [study.table(slide), study.features(slide) / "zarr.json"],
+            "cluster": [study.clusters / "model.json"],
+            "assign": [study.clusters_table(slide)],
             "paint": [image / "labels" / "clusters" / "0"],
+            "report": [study.report],
         }
         for path in write.get(name, []):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"daskcell")
-        results: dict[str, Any] = {"convert": {"shape": (1, 520, 696)}, "segment": {"cells": 100}}
-        return results.get(name, {"plan": {}} if name == "freeze" else {})
+        return result
 
     return work
 
@@ -137,20 +144,12 @@ def stages() -> Iterator[None]:
     """Stand-ins for all stages of this process."""
     from unittest import mock
 
-    from daskcell.pipeline import groups, launch, reporting
+    from daskcell.pipeline import launch
     from daskcell.pipeline.stages import STAGES
 
-    def fit(names: list[str], study: Any, config: Any, workers: Any) -> dict[str, Any]:
-        study.clusters.mkdir(exist_ok=True)
-        return {"k": 2, "counts": [1, 1]}
-
-    def write_report(study: Any, **options: Any) -> None:
-        study.report.write_bytes(b"daskcell")
-
+    fakes = {name: dataclasses.replace(real, run=stage(name)) for name, real in STAGES.items()}
     with (
-        mock.patch.object(reporting, "write_report", write_report),
-        mock.patch.dict(STAGES, {name: stage(name) for name in STAGES}),
-        mock.patch.object(groups, "fit", fit),
+        mock.patch.dict(STAGES, fakes),
         mock.patch.object(launch, "fingerprints", return_value={"segment": "a", "describe": "b"}),
     ):
         yield

@@ -130,6 +130,7 @@ def _gpus(config: Config) -> Iterator[Finding]:
 
 def _weights(config: Config) -> Iterator[Finding]:
     from daskcell.pipeline import fingerprints
+    from daskcell.pipeline.stages import STAGES
 
     try:
         found = fingerprints(config)
@@ -140,25 +141,21 @@ def _weights(config: Config) -> Iterator[Finding]:
     if damaged is not None:
         yield Finding("weights", "fail", damaged)
         return
-    names = {"segment": config.segment.model, "describe": config.features.encoder}
-    texts = [f"{names[stage]} {found[stage][:8]}" for stage in names if stage in found]
+    named = ((name, stage.files(config)) for name, stage in STAGES.items())
+    texts = [f"{files.name} {found[name][:8]}" for name, files in named if files and files.name]
     yield Finding("weights", "ok", f"{', '.join(texts)} (sha256)")
     yield from _emulated(config)
 
 
 def _emulated(config: Config) -> Iterator[Finding]:
     """Networks that are to compute in what this processor lacks."""
-    from daskcell.models import find_network
     from daskcell.models.precision import has_bfloat16
+    from daskcell.pipeline.stages import DESCRIBE, SEGMENT
 
-    segment, features = config.segment, config.features
     if config.compute.network_device != "cpu" or has_bfloat16("cpu"):
         return
-    names = []
-    if segment.method == "cellpose":
-        own = "float32" if find_network(segment.model).suffix == ".npz" else "bfloat16"
-        names += ["segment.precision"] if (segment.precision or own) == "bfloat16" else []
-    names += ["features.precision"] if features.precision == "bfloat16" else []
+    settings = {"segment.precision": SEGMENT, "features.precision": DESCRIBE}
+    names = [name for name, stage in settings.items() if stage.precision(config) == "bfloat16"]
     if names:
         text = "this processor emulates bfloat16, some ten times slower than float32. Please set "
         yield Finding("precision", "warn", f"{text}{' and '.join(names)} to float32.")

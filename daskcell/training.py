@@ -162,8 +162,8 @@ def _fair(counts: Sequence[int], total: int) -> int:
 
 
 def _slide_cells(study: Study, name: str, count: int) -> SlideCells:
-    ledger, settings = study.ledger(name), study.config.features
-    entry = ledger.entry("segment")
+    settings = study.config.features
+    entry = study.ledger(name).entry("segment")
     assert entry is not None
     cut: list[Any] = [_VERSION, entry["key"], count, settings.margin, settings.window, settings.channels]
     key = hashlib.sha256(json.dumps(cut).encode()).hexdigest()[:32]

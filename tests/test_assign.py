@@ -129,7 +129,8 @@ def test_an_assigned_study_is_a_model_too(fitted, folder, tmp_path):
 def test_another_model_gives_new_groups_and_keeps_the_features(fitted, folder, tmp_path):
     out = tmp_path / "out"
     no_warning(folder / "new", out, model=fitted.out, config=WHERE)
-    before = {path: path.stat().st_mtime_ns for path in (out / "features").rglob("*") if path.is_file()}
+    made = [path for name in ("features", "tables/cells") for path in (out / name).rglob("*")]
+    before = {path: path.stat().st_mtime_ns for path in made if path.is_file()}
     model = load_clusters(fitted.clusters)
     for name in ("centers_", "reduced_centers_", "counts_", "spread_"):
         setattr(model, name, getattr(model, name)[::-1].copy())
@@ -427,6 +428,22 @@ def test_groups_are_compared_with_known_types(study, truth):
     assert set(by_point["slides"]) == {"a", "b", "c"}
     assert study.scores == by_point
     assert "ARI 1.000" in table(report(study))
+
+
+def test_old_scores_are_not_shown_of_cells_that_changed(fitted, folder, tmp_path):
+    """A given model is the same for any input, so its clusters alone do not say what was compared."""
+    shutil.copytree(folder / "new", tmp_path / "in")
+    study = no_warning(tmp_path / "in", tmp_path / "study", model=fitted.out, config=WHERE)
+    cells = study.cells("d")
+    known = pd.DataFrame({"slide": "d", "label": cells["label"], "type": cells["cluster"].astype(str)})
+    known.to_csv(tmp_path / "labels.csv", index=False)
+    assert score_study(study, tmp_path / "labels.csv")["ari"] == 1
+    again = no_warning(tmp_path / "in", tmp_path / "study", model=fitted.out, config=WHERE)
+    assert again.scores["ari"] == 1
+    pixels = tifffile.imread(tmp_path / "in" / "d.tif")
+    tifffile.imwrite(tmp_path / "in" / "d.tif", pixels[:, ::-1])
+    again = no_warning(tmp_path / "in", tmp_path / "study", model=fitted.out, config=WHERE)
+    assert again.scores is None
 
 
 def test_merged_groups_are_compared_as_one_and_old_scores_are_not_shown(study, truth):

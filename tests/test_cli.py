@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ import pytest
 import tifffile
 
 from daskcell.errors import ImageError
-from daskcell.pipeline import groups, launch, stages
+from daskcell.pipeline import launch
+from daskcell.pipeline.stages import STAGES
 from daskcell.study import Study
 
 pytestmark = pytest.mark.alone
@@ -78,40 +80,39 @@ def pictures(tmp_path):
 def fakes(monkeypatch):
     """Stages that do nearly nothing."""
 
-    def outputs(job, study):
+    def outputs(study, slide):
         return {
-            "convert": study.image(job.slide) / "zarr.json",
-            "segment": study.image(job.slide) / "labels" / "cells" / "zarr.json",
-            "paint": study.image(job.slide) / "labels" / "clusters" / "zarr.json",
-            "describe": study.features(job.slide) / "zarr.json",
+            "convert": study.image(slide) / "zarr.json",
+            "segment": study.image(slide) / "labels" / "cells" / "zarr.json",
+            "paint": study.image(slide) / "labels" / "clusters" / "zarr.json",
+            "describe": study.features(slide) / "zarr.json",
+            "cluster": study.clusters / "model.json",
         }
 
     bad = set()
 
-    def make(name):
-        def stage(job, study, ledger, keys, workers):
-            if (job.slide, name) in bad:
-                raise ImageError(f"{job.slide}.tif cannot be read.")
-            path = outputs(job, study).get(name)
+    def make(stage):
+        def run_stage(context):
+            study, slide = context.study, context.slide
+            if (slide, stage.name) in bad:
+                raise ImageError(f"{slide}.tif cannot be read.")
+            path = outputs(study, slide).get(stage.name)
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text("{}")
-            if name == "describe":
-                study.table(job.slide).parent.mkdir(parents=True, exist_ok=True)
-                study.table(job.slide).write_text("")
-            return {"shape": [1, 20, 30], "cells": 7, "files": [], "conflicts": 0, "redone": 1}
+            if stage.name == "describe":
+                study.table(slide).parent.mkdir(parents=True, exist_ok=True)
+                study.table(slide).write_text("")
+            found = {"shape": [1, 20, 30], "cells": 7, "files": 1 if stage.name == "convert" else []}
+            found |= {"conflicts": 0, "redone": 1, "plan": {}, "k": context.config.cluster.k}
+            return stage.result.model_validate(found)
 
-        return stage
+        return replace(stage, run=run_stage)
 
-    for name in stages.STAGES:
-        monkeypatch.setitem(stages.STAGES, name, make(name))
+    for name, stage in STAGES.items():
+        monkeypatch.setitem(STAGES, name, make(stage))
     monkeypatch.setattr(launch, "fingerprints", lambda config: {})
 
-    def fit(slides, study, config, workers):
-        study.clusters.mkdir()
-        return {"k": config.cluster.k}
-
-    monkeypatch.setattr(groups, "fit", fit)
     monkeypatch.setattr(launch, "bring_report_up_to_date", lambda study: None)
     return bad
 
@@ -191,10 +192,10 @@ def test_a_refused_run_ends_with_2_and_one_sentence(call, fakes, pictures, tmp_p
 
 
 def test_a_run_that_breaks_on_the_way_ends_with_1(call, fakes, pictures, tmp_path, monkeypatch):
-    def full(*args):
+    def full(context):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setitem(stages.STAGES, "segment", full)
+    monkeypatch.setitem(STAGES, "segment", replace(STAGES["segment"], run=full))
     code, _, err = call("run", pictures, "-o", tmp_path / "s", "--compute", "inline")
     assert code == 1
     assert "No space left" in err

@@ -353,21 +353,24 @@ def test_slides_of_different_features_are_refused(slides, tmp_path):
         fit_features([features for features, _ in [*made, other]])
 
 
-def test_groups_are_written_into_the_table(slides, tmp_path):
+def test_clusters_are_written_into_a_table_of_their_own(slides, tmp_path):
     made, x, y = slides
     model = fit_features([features for features, _ in made], ClusterSettings(k=5, components=None))
     model.save(tmp_path / "model")
+    target = tmp_path / "clusters" / "slide.parquet"
     for i, (features, table) in enumerate(made[:5]):
-        report = predict_slide(features, table, tmp_path / "model")
-        predict_slide(features, table, model)  # again: columns are replaced, not doubled
-        cells = pd.read_parquet(table)
-        assert list(cells.columns) == ["label", "cluster", "cluster_name", "distance"]
+        before = table.read_bytes()
+        report = predict_slide(features, table, tmp_path / "model", target)
+        predict_slide(features, table, model, target)  # again: it is replaced
+        assert table.read_bytes() == before
+        cells = pd.read_parquet(target)
+        assert list(cells.columns) == ["cluster", "cluster_name", "distance"]
         np.testing.assert_array_equal(cells["cluster"], model.predict(x[y == i]))
         np.testing.assert_array_equal(cells["distance"], model.distance(x[y == i]))
         assert sum(report["counts"]) + report["unassigned"] == len(cells)
-    report = predict_slide(*made[5], model)
+    report = predict_slide(*made[5], model, target)
     assert report["counts"] == [0] * 5
-    assert list(pd.read_parquet(made[5][1]).columns) == ["label", "cluster", "cluster_name", "distance"]
+    assert list(pd.read_parquet(target).columns) == ["cluster", "cluster_name", "distance"]
 
 
 @pytest.fixture
@@ -399,9 +402,10 @@ def test_vectors_and_measurements_together_tell_what_neither_can(measured, unit,
         features, tables, truth = zip(*measured, strict=True)
         model = fit_features(features, settings, table_paths=tables)
         model.save(tmp_path / "model")
-        for pair in zip(features, tables, strict=True):
-            predict_slide(*pair, tmp_path / "model")
-        got = np.concatenate([pd.read_parquet(table)["cluster"] for table in tables])
+        targets = [tmp_path / f"clusters {i}.parquet" for i in range(len(tables))]
+        for paths in zip(features, tables, targets, strict=True):
+            predict_slide(*paths[:2], tmp_path / "model", paths[2])
+        got = np.concatenate([pd.read_parquet(target)["cluster"] for target in targets])
         scores["+".join(use)] = adjusted_rand_score(np.concatenate(truth), got)
     assert scores["encoder"] < 0.75
     assert scores["measurements"] < 0.75
@@ -422,7 +426,7 @@ def test_measurements_that_are_not_there_are_refused(measured, slides, tmp_path)
     with pytest.raises(InputError, match="do not have the same measurements"):
         fit_features(features, both, table_paths=[tables[0], tmp_path / "other.parquet"])
     with pytest.raises(InputError, match="goes by the measurements solidity"):
-        predict_slide(features[0], tmp_path / "other.parquet", model)
+        predict_slide(features[0], tmp_path / "other.parquet", model, tmp_path / "clusters.parquet")
 
 
 def test_rows_of_a_table_are_read_across_its_row_groups(measured):
@@ -435,13 +439,12 @@ def test_rows_of_a_table_are_read_across_its_row_groups(measured):
         np.testing.assert_array_equal(got, expected[start:stop])
 
 
-def test_a_table_that_does_not_fit_its_features_is_refused_and_kept(slides):
+def test_a_table_that_does_not_fit_its_features_is_refused(slides, tmp_path):
     made, _, _ = slides
     model = ClusterModel(*(np.zeros((2, 24)),) * 2, np.zeros(2), np.zeros((2, 3)), np.zeros(24), np.ones(24))
-    before = made[1][1].read_bytes()
     with pytest.raises(InputError, match="has 600 cells, but"):
-        predict_slide(made[5][0], made[1][1], model)
-    assert made[1][1].read_bytes() == before
+        predict_slide(made[5][0], made[1][1], model, tmp_path / "clusters.parquet")
+    assert not (tmp_path / "clusters.parquet").exists()
 
 
 def test_random_state_is_another_word_for_the_seed():

@@ -20,7 +20,7 @@ from daskcell.errors import InputError, StudyError
 from daskcell.features import embed
 from daskcell.geometry import Box
 from daskcell.images import image_info, read_block, read_labels
-from daskcell.preprocess import Plan, apply_block
+from daskcell.preprocess import apply_block
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def crops_of(study, name) -> np.ndarray:
     """What the network was shown of each cell, by way of the Python function on the whole picture."""
     shape = image_info(study.image(name)).shape
     whole = Box(0, 0, *shape[1:])
-    plan = Plan.from_json(study.ledger(name).result("freeze")["plan"])
+    plan = study.prepared(name).plan
     picture = apply_block(read_block(study.image(name), whole), plan, whole)
     labels = read_labels(study.image(name), "cells", whole)
     shown = embed(picture, labels, lambda batch: batch.reshape(len(batch), -1), size=64, batch_size=16)

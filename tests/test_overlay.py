@@ -235,7 +235,7 @@ def test_many_clusters_get_a_wider_type(slide):
 
 def test_overlay_files_open_elsewhere_and_show_the_overlay(slide, tmp_path):
     path, table, image, labels, clusters = slide
-    files = write_overlay(prepared(path), table, tmp_path, "s", 3, Workers())
+    files = write_overlay(prepared(path), table, table, tmp_path, "s", 3, Workers())
     assert [file.name for file in files] == ["s.tif", "s.png"]
     expected = overlay(image, labels, clusters, outline=2)
     with tifffile.TiffFile(files[0]) as tif:
@@ -252,7 +252,7 @@ def test_overlay_files_open_elsewhere_and_show_the_overlay(slide, tmp_path):
 def test_a_large_image_is_shown_at_a_level_of_its_pyramid(slide, tmp_path):
     path, table, _, _, _ = slide
     image = prepared(path, gaussian={"sigma": 2.0})
-    (file,) = write_overlay(image, table, tmp_path, "s", 3, Workers(), formats=["tif"], side=700)
+    (file,) = write_overlay(image, table, table, tmp_path, "s", 3, Workers(), formats=["tif"], side=700)
     picture = tifffile.imread(file)
     assert picture.shape == (*images.image_info(path).levels[1], 3)
     assert picture.std() > 20
@@ -267,7 +267,7 @@ def test_a_slide_without_cells_is_shown_as_it_is(slide, tmp_path):
     path, table = tmp_path / "e.zarr", tmp_path / "e.parquet"
     pd.read_parquet(slide[1]).iloc[:0].to_parquet(table)
     assert write_cluster_labels(path, table, 3, Workers(), 512) == [0, 0, 0]
-    for file in write_overlay(prepared(path), table, tmp_path, "e", 3, Workers()):
+    for file in write_overlay(prepared(path), table, table, tmp_path, "e", 3, Workers()):
         assert np.unique(skimage.io.imread(file)[:300, :300]).tolist() == [0, 255]
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,20 @@ from daskcell.compute import Permit, Postponed
 from daskcell.errors import ConfigError, DaskcellError, ImageError, InputError, StudyError, WeightsError
 from daskcell.images import Source, find_images
 from daskcell.images.sandbox import open_safely
-from daskcell.pipeline import collection, groups, launch, open_study, run, slide, stages, team
+from daskcell.pipeline import collection, launch, open_study, run, slide, team
 from daskcell.pipeline.progress import Lines, Progress, clock
+from daskcell.pipeline.stages import STAGES
 from daskcell.study.lock import Lock
+from daskcell.study.results import (
+    Assigned,
+    Clustered,
+    Converted,
+    Described,
+    Exported,
+    Fitted,
+    Painted,
+    Segmented,
+)
 
 INLINE = {"compute": {"kind": "inline"}, "cluster": {"k": 2}}
 
@@ -35,48 +47,47 @@ class Fakes:
         self.raises = {}
 
     def stage(self, name):
-        def run_stage(job, study, ledger, keys, workers):
-            self.ran.append((job.slide, name))
-            error = self.raises.get((job.slide, name))
+        def run_stage(context):
+            self.ran.append((context.slide or "*", name))
+            error = self.raises.get((context.slide, name))
             if error is not None:
                 raise error
-            return getattr(self, name)(job, study)
+            return getattr(self, name)(context)
 
         return run_stage
 
-    def convert(self, job, study):
-        reader = open_safely(job.source)
-        shape = (len(reader.channels), *reader.levels[0])
-        self._write(study.image(job.slide) / "zarr.json")
-        return {"shape": shape}
+    def convert(self, context):
+        reader = open_safely(context.source)
+        self._write(context.image / "zarr.json")
+        return Converted(shape=(len(reader.channels), *reader.levels[0]))
 
-    def freeze(self, job, study):
-        return {"plan": {}}
+    def fit(self, context):
+        return Fitted(plan={})
 
-    def segment(self, job, study):
-        self._write(study.image(job.slide) / "labels" / "cells" / "zarr.json")
-        return {"cells": self.cells}
+    def segment(self, context):
+        self._write(context.image / "labels" / "cells" / "zarr.json")
+        return Segmented(cells=self.cells)
 
-    def describe(self, job, study):
-        self._write(study.table(job.slide))
-        self._write(study.features(job.slide) / "zarr.json")
-        return {}
+    def describe(self, context):
+        self._write(context.study.table(context.slide))
+        self._write(context.study.features(context.slide) / "zarr.json")
+        return Described()
 
-    def export(self, job, study):
-        return {"files": []}
+    def export(self, context):
+        return Exported()
 
-    def assign(self, job, study):
-        return {}
+    def cluster(self, context):
+        self._write(context.study.clusters / "centers.json")
+        return Clustered(k=2)
 
-    def paint(self, job, study):
-        self._write(study.image(job.slide) / "labels" / "clusters" / "zarr.json")
-        self._write(study.overlays / f"{job.slide}.tif")
-        return {"files": [f"overlays/{job.slide}.tif"]}
+    def assign(self, context):
+        self._write(context.study.clusters_table(context.slide))
+        return Assigned()
 
-    def fit(self, slides, study, config, workers):
-        self.ran.append(("*", "cluster"))
-        self._write(study.clusters / "centers.json")
-        return {"k": 2}
+    def paint(self, context):
+        self._write(context.image / "labels" / "clusters" / "zarr.json")
+        self._write(context.study.overlays / f"{context.slide}.tif")
+        return Painted(files=[f"overlays/{context.slide}.tif"])
 
     def _write(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,9 +102,9 @@ class Fakes:
 @pytest.fixture
 def fakes(monkeypatch):
     fakes = Fakes()
-    for name in stages.STAGES:
-        monkeypatch.setitem(stages.STAGES, name, fakes.stage(name))
-    monkeypatch.setattr(groups, "fit", fakes.fit)
+    for name, stage in STAGES.items():
+        if name != "report":
+            monkeypatch.setitem(STAGES, name, replace(stage, run=fakes.stage(name)))
     monkeypatch.setattr(launch, "bring_report_up_to_date", lambda study: None)
     monkeypatch.setattr(launch, "fingerprints", lambda config: {"segment": "a", "describe": "b"})
     return fakes
@@ -108,7 +119,7 @@ def folder(tmp_path):
     return tmp_path / "in"
 
 
-EARLY = ["convert", "freeze", "export", "segment", "describe"]
+EARLY = ["convert", "fit", "export", "segment", "describe"]
 
 
 def test_a_run_does_every_stage_of_every_slide_once(fakes, folder, tmp_path):
@@ -126,15 +137,15 @@ def test_a_run_does_every_stage_of_every_slide_once(fakes, folder, tmp_path):
 
 
 def test_slides_whose_worker_has_to_leave_are_done_by_another(fakes, folder, tmp_path, monkeypatch):
-    segment, left = stages.STAGES["segment"], ["one", "three", "one"]
+    segment, left = STAGES["segment"], ["one", "three", "one"]
 
-    def leaving(job, *args):
-        if job.slide in left:
-            left.remove(job.slide)
+    def leaving(context):
+        if context.slide in left:
+            left.remove(context.slide)
             raise Postponed("The worker leaves.")
-        return segment(job, *args)
+        return segment.run(context)
 
-    monkeypatch.setitem(stages.STAGES, "segment", leaving)
+    monkeypatch.setitem(STAGES, "segment", replace(segment, run=leaving))
     study = run(folder, tmp_path / "out", INLINE)
     assert study.failures == []
     assert not left
@@ -145,7 +156,7 @@ def test_slides_whose_worker_has_to_leave_are_done_by_another(fakes, folder, tmp
 
 def test_a_batch_that_is_cut_off_says_what_is_left(fakes, folder, tmp_path, monkeypatch):
     study = run(folder, tmp_path / "out", INLINE)
-    jobs = [stages.Job(str(study.out), source, study.config, {}) for source in find_images(folder)]
+    jobs = [slide.Job(str(study.out), source, study.config, {}) for source in find_images(folder)]
     process = slide.process_slide
 
     def until(job, *args, **options):
@@ -199,20 +210,20 @@ def test_a_changed_file_is_redone_and_the_clusters_with_it(fakes, folder, tmp_pa
 def test_a_file_that_changes_during_the_run_is_set_aside_and_done_by_the_next(
     fakes, folder, tmp_path, monkeypatch
 ):
-    describe = stages.STAGES["describe"]
+    describe = STAGES["describe"]
 
-    def disturbed(job, *args):
-        result = describe(job, *args)
-        if job.slide == "two":
+    def disturbed(context):
+        result = describe.run(context)
+        if context.slide == "two":
             tifffile.imwrite(folder / "two.tif", np.full((20, 31), 8, np.uint8))
         return result
 
-    monkeypatch.setitem(stages.STAGES, "describe", disturbed)
+    monkeypatch.setitem(STAGES, "describe", replace(describe, run=disturbed))
     study = run(folder, tmp_path / "out", INLINE)
     assert [failure["slide"] for failure in study.failures] == ["two"]
     assert "changed while the run lasted" in study.failures[0]["error"]
     assert [name for name, stage in fakes.take() if stage == "paint"] == ["one", "three"]
-    monkeypatch.setitem(stages.STAGES, "describe", describe)
+    monkeypatch.setitem(STAGES, "describe", describe)
     assert run(folder, tmp_path / "out", INLINE).failures == []
     assert [stage for name, stage in fakes.take() if name == "two"] == [*EARLY, "assign", "paint"]
 
@@ -249,8 +260,7 @@ def test_a_damaged_input_of_other_stages_redoes_them_unless_it_becomes_the_same_
     features = tmp_path / "out" / "features" / "one.zarr" / "zarr.json"
     features.unlink()
     run(folder, tmp_path / "out", INLINE)
-    # The table is made anew with the features, and the groups are entered into it again.
-    assert fakes.take() == [("one", "describe"), ("one", "assign")]
+    assert fakes.take() == [("one", "describe")]
     features.unlink()
     fakes.text = "other"
     run(folder, tmp_path / "out", INLINE)
@@ -300,7 +310,7 @@ def test_damaged_features_are_made_again_before_groups_are_fitted(fakes, folder,
     (tmp_path / "out" / "features" / "two.zarr" / "zarr.json").write_text("y")
     (tmp_path / "out" / "clusters" / "centers.json").unlink()
     run(folder, tmp_path / "out", INLINE)
-    assert fakes.take() == [("two", "describe"), ("*", "cluster"), ("two", "assign")]
+    assert fakes.take() == [("two", "describe"), ("*", "cluster")]
 
 
 def test_a_bad_slide_is_set_aside_with_its_reason_and_the_rest_finish(fakes, folder, tmp_path):
@@ -359,6 +369,62 @@ def test_images_without_cells_are_a_result(fakes, folder, tmp_path):
     study = run(folder, tmp_path / "out", INLINE)
     assert [f["slide"] for f in study.failures] == [None]
     assert "no cell was found" in study.failures[0]["error"]
+
+
+def test_what_a_slide_that_was_set_aside_has_done_so_far_is_there_for_the_next_run(
+    fakes, folder, tmp_path, monkeypatch
+):
+    segment, found = STAGES["segment"], []
+
+    def failing(context):
+        found.append((context.slide, context.scratch.is_dir()))
+        context.scratch.mkdir(parents=True, exist_ok=True)
+        (context.scratch / "tiles.npy").write_text("hours of work")
+        if context.slide == "two":
+            raise ImageError("two.tif took too long.")
+        return segment.run(context)
+
+    monkeypatch.setitem(STAGES, "segment", replace(segment, run=failing))
+    scratch = tmp_path / "out" / "scratch"
+    for _ in range(2):
+        assert [f["slide"] for f in run(folder, tmp_path / "out", INLINE).failures] == ["two"]
+        (left,) = scratch.iterdir()
+        assert left.name.startswith("two-segment-")
+    assert found == [("one", False), ("three", False), ("two", False), ("two", True)]
+    # Of other settings, or once it is done, it is of no use.
+    other = INLINE | {"segment": {"min_size": 3}}
+    run(folder, tmp_path / "out", other)
+    assert found[-1] == ("two", False)
+    assert left not in scratch.iterdir()
+    monkeypatch.setitem(STAGES, "segment", segment)
+    assert run(folder, tmp_path / "out", other).failures == []
+    assert not scratch.exists()
+
+
+def test_results_that_were_made_in_different_ways_are_named(fakes, folder, tmp_path):
+    from daskcell.pipeline.status import remarks, report, table
+
+    fakes.raises["two", "describe"] = ImageError("two.tif is broken.")
+    study = run(folder, tmp_path / "out", INLINE)
+    ran = {"device": "cpu", "threads": 1, "precision": "float32"}
+    assert {name: entry.get("ran") for name, entry in study.ledger("one").stages.items()} == {
+        "convert": None,
+        "fit": None,
+        "export": None,
+        "segment": ran,
+        "describe": ran,
+        "assign": None,
+        "paint": None,
+    }
+    assert remarks(study) == []
+    fakes.raises.clear()
+    study = run(folder, tmp_path / "out", INLINE | {"compute": {"kind": "inline", "threads": 2}})
+    (sentence,) = remarks(study)
+    assert sentence == (
+        "The stage describe ran in different ways, so results differ in their last bits: "
+        "2 slides on cpu with 1 thread in float32, 1 slide on cpu with 2 threads in float32."
+    )
+    assert sentence in table(report(study))
 
 
 # ---------------------------------------------------------------------- refused before any work
@@ -506,13 +572,13 @@ def test_the_status_tells_how_far_a_run_is_while_it_lasts(fakes, folder, tmp_pat
 
     monkeypatch.setattr(collection, "_TELL_SECONDS", -1)
     seen = []
-    describe = stages.STAGES["describe"]
+    describe = STAGES["describe"]
 
-    def look(job, *args):
+    def look(context):
         seen.append(report(open_study(tmp_path / "out")))
-        return describe(job, *args)
+        return describe.run(context)
 
-    monkeypatch.setitem(stages.STAGES, "describe", look)
+    monkeypatch.setitem(STAGES, "describe", replace(describe, run=look))
     study = run(folder, tmp_path / "out", INLINE)
     assert seen[0]["running"]["progress"] is None
     last = seen[-1]["running"]["progress"]
@@ -534,7 +600,7 @@ def test_times_are_told_in_words(seconds, text):
 def test_ledgers_are_plain_json_without_pickles(fakes, folder, tmp_path):
     run(folder, tmp_path / "out", INLINE)
     for path in (tmp_path / "out" / "ledger").iterdir():
-        assert set(json.loads(path.read_text())) == {"files", "stages", "began", "failure", "tries"}
+        assert set(json.loads(path.read_text())) == {"format", "files", "stages", "began", "failure", "tries"}
 
 
 # ---------------------------------------------------------------------- on workers

@@ -168,7 +168,7 @@ def test_plans_are_applied_to_parts_in_one_place():
     found = {file.name for file in package.rglob("*.py") if "plan.halo" in file.read_text(encoding="utf-8")}
     assert found == {"prepared.py"}
     found = {file.name for file in package.rglob("*.py") if "Plan.from_json(" in file.read_text("utf-8")}
-    assert found == {"folder.py"}
+    assert found == {"results.py"}
 
 
 # -- the lazy functions against the steps the engine applies ---------------------------------------

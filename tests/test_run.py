@@ -133,7 +133,7 @@ def test_what_the_study_says_of_itself_can_be_read(study):
     assert record["config"]["segment"]["method"] == "watershed"
     assert record["versions"]["daskcell"]
     assert record["slides"] == sorted(record["slides"])
-    plan = study.ledger("good1").result("freeze")["plan"]
+    plan = study.ledger("good1").result("fit")["plan"]
     assert plan["shape"] == [160, 160]
 
 

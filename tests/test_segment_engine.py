@@ -21,6 +21,7 @@ from daskcell.images import image_info, read_labels
 from daskcell.preprocess import freeze_slide
 from daskcell.preprocess.plan import Plan
 from daskcell.segmentation import engine, tasks
+from daskcell.segmentation.index import block_records, read_index
 from daskcell.segmentation.ownership import load_candidates, save_candidates
 
 PLAIN = PreprocessSettings(reconstruct=None, histogram=None)
@@ -86,7 +87,9 @@ def test_disk_to_disk_equals_the_lazy_labels_for_any_block(slide, tmp_path, pict
 
 def test_watershed_on_disk_equals_the_lazy_labels(slide, tmp_path, picture):
     expected = dc.segment(picture, method="watershed").compute()
-    labels, report = segment(slide, tmp_path, SegmentSettings(method="watershed"))
+    index = tmp_path / "index" / "slide.parquet"
+    labels, report = segment(slide, tmp_path, SegmentSettings(method="watershed"), index=index)
+    np.testing.assert_array_equal(read_index(index), block_records(labels))
     np.testing.assert_array_equal(labels, expected)
     assert report["tiles"] == 0 < report["cells"]
 
@@ -167,10 +170,6 @@ def test_thresholds_change_without_the_network(slide, tmp_path, counts):
     assert report["tiles"] == 0
     fresh, _ = segment(slide, tmp_path, changed, scratch=tmp_path / "fresh")
     np.testing.assert_array_equal(labels, fresh)
-    # Another block size or diameter needs other files, and gets them.
-    segment(slide, tmp_path, SegmentSettings(diameter=25), workers=CountingWorkers(), flows=flows,
-            scratch=tmp_path / "third")  # fmt: skip
-    assert counts.counts["run_tiles"] > 0
 
 
 def test_the_network_computes_in_the_precision_that_is_asked_for(slide, tmp_path, counts):
@@ -178,10 +177,10 @@ def test_the_network_computes_in_the_precision_that_is_asked_for(slide, tmp_path
     for precision in (None, "float32", "bfloat16"):
         counts.counts.clear()
         settings = SegmentSettings(diameter=None, precision=precision)
-        options = {"flows": tmp_path / "flows", "scratch": tmp_path / str(precision)}
+        options = {"flows": tmp_path / f"flows-{precision}", "scratch": tmp_path / str(precision)}
         segment(slide, tmp_path, settings, workers=CountingWorkers(), **options)
         assert counts.counts["run_tiles"] > 0
-        files = sorted((tmp_path / "flows").glob("*/tiles/*"), key=lambda file: file.stat().st_mtime_ns)
+        files = sorted((tmp_path / f"flows-{precision}").glob("tiles/*"))
         found[precision] = np.load(files[-1])
     np.testing.assert_array_equal(found[None], found["float32"])
     moved = np.abs(found["bfloat16"] - found["float32"])

@@ -8,24 +8,18 @@ import socket
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 
 from daskcell import disk
 from daskcell.config import parse_config
 from daskcell.errors import StudyError
+from daskcell.pipeline import stages
+from daskcell.pipeline.stages import CLUSTER, SLIDE_STAGES, STAGES, slide_keys
 from daskcell.study import Study, check_folder, lock, sweep
 from daskcell.study import keys as content_keys
-from daskcell.study.keys import (
-    UPSTREAM,
-    cluster_key,
-    content_key,
-    descendants,
-    identify,
-    late_keys,
-    slide_keys,
-    unchanged,
-)
+from daskcell.study.keys import identify, unchanged
 from daskcell.study.lock import Lock
 
 FILES = [{"path": "/a/x.tif", "name": "x.tif", "size": 3, "mtime_ns": 5, "digest": "d1"}]
@@ -34,12 +28,11 @@ WEIGHTS = {"segment": "w1", "describe": "w2"}
 
 def keys(changes=None, files=FILES, weights=WEIGHTS):
     config = parse_config(changes or {})
-    early = slide_keys(config, files, weights)
-    cluster = cluster_key(config, {"x": early["describe"]})
-    return early | {"cluster": cluster} | late_keys(config, early["describe"], cluster)
+    cluster = CLUSTER.key([("x", slide_keys(config, files, weights)["describe"])], config)
+    return {"cluster": cluster} | slide_keys(config, files, weights, cluster)
 
 
-ALL = {*UPSTREAM, "cluster"}
+ALL = {*SLIDE_STAGES, "cluster"}
 LATE = {"cluster", "assign", "paint"}
 
 
@@ -79,22 +72,57 @@ def test_input_bytes_and_weights_are_part_of_the_keys():
     assert {stage for stage, key in keys().items() if other[stage] != key} == {"describe"} | LATE
 
 
-def test_clusters_do_not_depend_on_the_order_of_slides():
-    config = parse_config({})
-    assert cluster_key(config, {"a": "1", "b": "2"}) == cluster_key(config, {"b": "2", "a": "1"})
-    assert cluster_key(config, {"a": "1", "b": "2"}) != cluster_key(config, {"a": "2", "b": "1"})
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("watershed", {"precision": "bfloat16"}),
+        ("watershed", {"diameter": 12.0}),
+        ("watershed", {"tissue_mask": True}),
+        ("cellpose", {"watershed": {"threshold": 0.2}}),
+    ],
+)
+def test_settings_of_another_method_redo_nothing(method, changes):
+    assert keys({"segment": {"method": method}}) == keys({"segment": {"method": method} | changes})
 
 
-def test_a_new_stage_version_changes_its_key(monkeypatch):
-    before = content_key("segment", 1)
-    monkeypatch.setitem(content_keys.STAGE_VERSIONS, "segment", 99)
-    assert content_key("segment", 1) != before
+@pytest.mark.parametrize("method", ["cellpose", "watershed"])
+@pytest.mark.parametrize("changes", [{"channels": [0]}, {"min_size": 3}, {"max_size_fraction": 0.1}])
+def test_settings_of_all_methods_redo_the_segmentation(method, changes):
+    before, after = (keys({"segment": {"method": method} | more}) for more in ({}, changes))
+    assert before["segment"] != after["segment"]
 
 
-def test_descendants_follow_the_stages():
-    assert descendants("convert") == set(UPSTREAM) - {"convert"}
-    assert descendants("segment") == {"describe", "assign", "paint"}
-    assert descendants("export") == set()
+def test_every_setting_of_a_segmentation_belongs_to_one_method_or_to_all():
+    """One that is added is part of every key until it is said to matter to one method alone."""
+    named = [name for names in stages._OF_METHOD.values() for name in names]
+    fields = set(parse_config({}).segment.model_dump())
+    assert len(named) == len(set(named))
+    assert set(named) <= fields
+    assert fields - set(named) == {"method", "channels", "min_size", "max_size_fraction", "keep_flows"}
+
+
+def test_there_are_no_keys_of_what_waits_for_clusters_before_there_are_any():
+    assert set(slide_keys(parse_config({}), FILES, WEIGHTS)) == set(SLIDE_STAGES) - LATE
+
+
+@pytest.mark.parametrize("name", SLIDE_STAGES)
+def test_a_new_version_of_a_stage_redoes_it_and_all_that_reads_it(name, monkeypatch):
+    before = keys()
+    monkeypatch.setitem(STAGES, name, replace(STAGES[name], version=99))
+    after = keys()
+    redone = {name}
+    for other in STAGES.values():
+        if {need.name for need in other.needs} & redone:
+            redone.add(other.name)
+    assert {stage for stage in before if before[stage] != after[stage]} == redone - {"report"}
+
+
+def test_every_stage_comes_after_those_it_needs():
+    names = list(STAGES)
+    for stage in STAGES.values():
+        assert all(names.index(need.name) < names.index(stage.name) for need in stage.needs)
+    assert sum(STAGES[name].weight for name in SLIDE_STAGES) == pytest.approx(1)
+    assert all(stage.result.stage == stage.name for stage in STAGES.values())
 
 
 def test_files_are_read_again_only_when_size_or_time_changed(tmp_path, monkeypatch):
@@ -139,17 +167,19 @@ def test_a_finished_stage_is_done_under_its_key_alone(tmp_path):
     again = study.ledger("x")
     assert again.is_done("convert", "k1")
     assert not again.is_done("convert", "k2")
-    assert not again.is_done("freeze", "k1")
+    assert not again.is_done("fit", "k1")
     assert again.result("convert") == {"shape": [1, 2, 3]}
 
 
 def test_beginning_a_stage_forgets_it_and_all_made_from_it(tmp_path):
     study = Study.create(tmp_path / "s", ["in"], parse_config({}))
     ledger = study.ledger("x")
-    for stage in UPSTREAM:
-        ledger.finish(stage, "k")
+    for name in SLIDE_STAGES:
+        ledger.finish(name, "k", needs=[need.name for need in STAGES[name].needs])
+    assert ledger.dependents("segment") == {"describe", "assign", "paint"}
+    assert ledger.dependents("export") == set()
     ledger.begin("describe")
-    assert set(study.ledger("x").stages) == {"convert", "freeze", "segment", "export"}
+    assert set(study.ledger("x").stages) == {"convert", "fit", "segment", "export"}
 
 
 def test_a_ledger_that_cannot_be_read_says_nothing_is_done(tmp_path):
@@ -170,7 +200,7 @@ def test_a_ledger_that_names_files_outside_the_study_says_nothing_is_done(tmp_pa
     assert study.ledger("x").is_done("convert", "k")
     ledger.finish("convert", "k", files={name: [1, 2]})
     if held:
-        ledger.lose("convert")
+        ledger.invalidate("convert")
     again = study.ledger("x")
     assert (again.stages, again.held) == ({}, {})
 

@@ -25,7 +25,7 @@ from daskcell.compute import threads_limited
 from daskcell.errors import ComputeError, StudyError, WeightsError
 from daskcell.models import encoder_training
 from daskcell.models.encoder_training import EncoderRecipe, train_encoder
-from daskcell.preprocess import Plan, apply_block
+from daskcell.preprocess import apply_block
 from daskcell.synthetic import CHANNELS, synthesize_field
 from daskcell.training import Joined, _fair, join, study_crops
 
@@ -73,7 +73,7 @@ def labels_of(study, name):
 
 
 def picture_of(study, name):
-    plan = Plan.from_json(study.ledger(name).result("freeze")["plan"])
+    plan = study.prepared(name).plan
     return apply_block(study.open_image(name).data.compute(), plan)
 
 

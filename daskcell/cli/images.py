@@ -183,10 +183,10 @@ def score(
         study = Study(found)
         print(tell(score_study(study, truth)))
         if study.report.exists():
-            from daskcell.pipeline.status import drift_sentences
+            from daskcell.pipeline.status import remarks
             from daskcell.report import write_report
 
-            write_report(study, warnings=drift_sentences(study))
+            write_report(study, warnings=remarks(study))
         return
     from daskcell.compute import threads_limited
     from daskcell.scoring import score_folder

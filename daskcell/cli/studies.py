@@ -55,6 +55,9 @@ def run(
         bool, typer.Option("--verify", help="Read all that is done, and make again what is damaged.")
     ] = False,
     truth: Truth = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what would be done and why, and do nothing.")
+    ] = False,
     quiet: Quiet = False,
     interval: Interval = 30.0,
 ) -> None:
@@ -77,6 +80,11 @@ def run(
             "compute.device": device,
         },
     )
+    if plan:
+        from daskcell.pipeline import launch
+
+        print(launch.plan(inputs, out, settings))
+        return
     study = run_and_tell(
         inputs, out, settings, quiet, interval, retry_failed=retry_failed, verify=verify, truth=truth
     )
@@ -166,12 +174,12 @@ def report(
 
     A run writes it by itself (output.report); this is for studies under way, and for a copy elsewhere.
     """
-    from daskcell.pipeline.status import drift_sentences
+    from daskcell.pipeline.status import remarks
     from daskcell.report import write_report
     from daskcell.study import Study
 
     found = Study(study)
-    print(write_report(found, out, drift_sentences(found)))
+    print(write_report(found, out, remarks(found)))
 
 
 @app.command()

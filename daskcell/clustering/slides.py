@@ -1,4 +1,4 @@
-"""From disk to disk: a model from the features of many slides, and its groups written into their tables."""
+"""From disk to disk: a model from the features of many slides, and tables of the cluster of each cell."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import numpy as np
 
 from daskcell.clustering.fit import Kind, fit_blocks, reduce_to_file
 from daskcell.clustering.model import ClusterModel, load_clusters
-from daskcell.clustering.rows import Rows
-from daskcell.clustering.tables import check_table, cut_slide, replace_columns, shared_columns
+from daskcell.clustering.rows import BLOCK, Rows
+from daskcell.clustering.tables import check_table, cut_slide, shared_columns
 from daskcell.config import ClusterSettings
+from daskcell.disk import replacing
 from daskcell.errors import InputError
 
 if TYPE_CHECKING:
@@ -114,13 +115,23 @@ def fit_features(
 
 
 def predict_slide(
-    features_path: str | Path, table_path: str | Path, model: ClusterModel | str | Path
+    features_path: str | Path,
+    table_path: str | Path,
+    model: ClusterModel | str | Path,
+    clusters_path: str | Path,
 ) -> dict[str, Any]:
-    """Write every cell's group into a slide's table.
+    """Write every cell's cluster into a table of its own, a row for each row of the cells table.
 
-    Columns ``cluster`` (int32; -1: none; joined groups go by the first of them), ``cluster_name`` (text) and
-    ``distance`` (float32, to the centre of the group of the fit). The table is replaced whole; one that was
-    clustered before gets new values.
+    Columns ``cluster`` (int32; -1: none; joined clusters go by the first of them), ``cluster_name`` (text)
+    and ``distance`` (float32, to the centre of the cluster of the fit). The table is replaced whole.
+
+    Parameters
+    ----------
+    features_path : Zarr array ``(n, d)``
+    table_path : cells table of n rows
+        Its measurements are read where the model goes by them.
+    clusters_path : path
+        Parquet file to write.
 
     Returns
     -------
@@ -134,6 +145,7 @@ def predict_slide(
         The model is of other features, or table and features have different numbers of cells.
     """
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
     if not isinstance(model, ClusterModel):
         model = load_clusters(model)
@@ -158,7 +170,9 @@ def predict_slide(
         ).cast(pa.string()),
         "distance": pa.array(far),
     }
-    replace_columns(table_path, values)
+    Path(clusters_path).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(clusters_path) as temporary:
+        pq.write_table(pa.table(values), temporary, row_group_size=BLOCK)
     return {
         "counts": np.bincount(shown[shown >= 0], minlength=model.k).tolist(),
         "names": {str(i): title for i, title in enumerate(titles) if i in model.naming.names and title},

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from daskcell.clustering import rows as rows_module
 from daskcell.clustering.rows import Rows, ZarrRows
-from daskcell.disk import replacing
 from daskcell.errors import InputError
 
 _NOT_FEATURES = ("label", "centroid", "bbox", "orientation", "touches_edge", "cluster", "distance")
+"""The last two were in the cells table in studies of format 1."""
 
 
 @dataclass(frozen=True)
@@ -109,21 +108,3 @@ def check_table(table_path: str | Path, n: int, features_path: str | Path, colum
             f"The model goes by the measurements {', '.join(missing[:4])}, which {table_path} "
             "does not have. Give the channels the names they had in the fit."
         )
-
-
-def replace_columns(table_path: str | Path, values: Mapping[str, Any]) -> None:
-    """Put columns (pyarrow arrays, a value a row) at the end of a Parquet table, in place of those of the
-    same names; streamed, and the table is replaced whole."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table_path = Path(table_path)
-    with replacing(table_path) as temporary, pq.ParquetFile(table_path) as table:
-        kept = [field for field in table.schema_arrow if field.name not in values]
-        schema = pa.schema([*kept, *(pa.field(name, array.type) for name, array in values.items())])
-        start = 0
-        with pq.ParquetWriter(temporary, schema) as writer:
-            for batch in table.iter_batches(rows_module.BLOCK, columns=[field.name for field in kept]):
-                added = [array.slice(start, len(batch)) for array in values.values()]
-                start += len(batch)
-                writer.write_table(pa.Table.from_arrays([*batch.columns, *added], schema=schema))

@@ -1,7 +1,7 @@
 """From disk to disk: the cells table and the features of one slide.
 
-    labels/cells ──> records ──> readings ──> one file a task ──> table.parquet, features.zarr
-                     (a task a block)  (tasks of several blocks)    (rows put in order of label)
+    index of labels/cells ──> readings ──> one file a task ──> table.parquet, features.zarr
+                             (tasks of several blocks)    (rows put in order of label)
 
 Every task reads its own pixels from the OME-Zarr and writes what it found to the scratch folder; only counts
 travel. What a killed run left there whole is used again, so the folder must belong to one set of settings and
@@ -28,6 +28,7 @@ from daskcell.features.objects import Reading, block_records, merge_records
 from daskcell.features.textures import Greys, freeze_greys, grey_sample
 from daskcell.features.vectors import Piece, Task, Vectors, choose_vectors, share_out
 from daskcell.geometry import Box, Grid
+from daskcell.segmentation.index import read_index
 
 if TYPE_CHECKING:
     from daskcell.compute import Workers
@@ -72,6 +73,7 @@ def describe_slide(
     *,
     labels: str = "cells",
     device: str = "cpu",
+    index: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measure and encode all cells of a slide.
@@ -95,6 +97,9 @@ def describe_slide(
         Name of the label image.
     device
         ``cpu``, or ``cuda`` on the workers that have it.
+    index
+        What `segmentation.index` has written of the labels. None, or no such file: the labels are looked
+        through, a task a block.
     progress
         Called with the number of cells done and of all cells.
 
@@ -117,7 +122,7 @@ def describe_slide(
     folder = Path(scratch, str(block))  # blocks of another size are other files
     folder.mkdir(parents=True, exist_ok=True)
     grid = Grid.regular(slide.shape, block)
-    records = find_cells(slide, grid, workers, folder)
+    records = find_cells(slide, grid, workers, folder, index)
     n = int(records["label"].max()) if len(records) else 0
     way, greys = freeze(slide, records, workers)
     tasks = share_out(way.plan(records, grid), _FULL_TASK)
@@ -158,9 +163,13 @@ def settings_spec(settings: FeatureSettings, device: str = "cpu") -> EncoderSpec
 # -- where the cells are ------------------------------------------------------------------------------
 
 
-def find_cells(slide: Slide, grid: Grid, workers: Workers, folder: Path) -> np.ndarray:
-    """Records of all cells of the slide."""
-    window = workers.part(0.1, len(grid)).window()
+def find_cells(
+    slide: Slide, grid: Grid, workers: Workers, folder: Path, index: str | Path | None = None
+) -> np.ndarray:
+    """Records of all cells of the slide, from its index where there is one."""
+    if index is not None and os.path.exists(index):
+        return read_index(index)
+    window = workers.part(0.0, len(grid)).window()
     for i, j in grid:
         path = folder / f"records-{i}-{j}.npy"
         if not path.exists():
@@ -245,7 +254,7 @@ def _describe(
     done = 0
     # Measuring is no work for a GPU; where both are done by the same workers, pixels are read once.
     apart = "GPU" in workers.labels
-    window = workers.part(0.8, len(tasks) * (2 if apart else 1)).window()
+    window = workers.part(0.9, len(tasks) * (2 if apart else 1)).window()
     for task, (measured, vectors) in zip(tasks, parts, strict=True):
         if not os.path.exists(measured) and (apart or os.path.exists(vectors)):
             window.submit(0, _measure, slide, task, greys, measured)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _SHARD = 4096  # cells at least in a shard
 _SCRATCH = ".daskcell-export-"
 _LIST = ".daskcell-"  # and the name of a task: its pictures
-_COLUMNS = ("centroid-0", "centroid-1", "cluster")
+_COLUMNS = ["centroid-0", "centroid-1"]
 
 
 def export_crops(
@@ -102,10 +102,9 @@ def _begin(out: Path, study: Study, asked: dict[str, Any]) -> Path:
     """The note in `out` of what is being exported, there until all is: who finds his own goes on."""
     refuse_impossible(out)
     note = out / ".unfinished.json"
-    tables = {name: study.table(name).stat() for name in asked["slides"]}
     content = asked | {
         "study": str(study.out.absolute()),
-        "tables": {name: [found.st_size, found.st_mtime_ns] for name, found in tables.items()},
+        "keys": {name: _keys(study, name) for name in asked["slides"]},
         "block": study.config.compute.block,  # which cells are in which task
     }
     if note.exists() and json.loads(note.read_text()) != content:
@@ -123,6 +122,12 @@ def _begin(out: Path, study: Study, asked: dict[str, Any]) -> Path:
     return note
 
 
+def _keys(study: Study, slide: str) -> dict[str, str]:
+    """Content keys of what a slide's crops are made of."""
+    entries = {name: study.ledger(slide).entry(name) for name in ("describe", "assign")}
+    return {name: entry["key"] for name, entry in entries.items() if entry}
+
+
 def _export_slide(
     study: Study,
     name: str,
@@ -133,8 +138,6 @@ def _export_slide(
     progress: Callable[[int, int], None] | None,
 ) -> int:
     import dataclasses
-
-    import pyarrow.parquet as pq
 
     from daskcell.compute import Workers
     from daskcell.features.engine import Slide, find_cells, freeze, settings_spec
@@ -150,22 +153,25 @@ def _export_slide(
     grid = Grid.regular(slide.shape, config.compute.block)
     scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=out))
     try:
-        records = find_cells(slide, grid, workers, scratch)
+        records = find_cells(slide, grid, workers, scratch, study.index(name))
         way, _ = freeze(slide, records, workers)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     assert isinstance(way, CropVectors)
     framing = way.framing if size is None else dataclasses.replace(way.framing, size=size)
-    there = [column for column in _COLUMNS if column in pq.read_schema(study.table(name)).names]
-    table = {column: values.to_numpy() for column, values in _read(study.table(name), there).items()}
-    table.setdefault("cluster", np.full(len(table["centroid-0"]), -1, np.int32))
+    table = _read(study.table(name), _COLUMNS)
+    assigned = study.assigned_table(name)
+    if assigned is None:
+        table["cluster"] = np.full(len(table["centroid-0"]), -1, np.int32)
+    else:
+        table |= _read(assigned, ["cluster"])
     window, done = workers.window(), 0
     for task in share_out(way.plan(records, grid), _SHARD):
         if _last_file(out, name, task, format).exists():  # of a call that was cut off
             done += task.count
             continue
         labels = np.concatenate([reading.records["label"] for reading in task.readings])
-        rows = {column: table[column][labels - 1] for column in _COLUMNS}
+        rows = {column: values[labels - 1] for column, values in table.items()}
         window.submit(task.count, _write_task, slide, name, task, framing, rows, str(out), format)
     for count, _ in window:
         done += count
@@ -174,11 +180,11 @@ def _export_slide(
     return done
 
 
-def _read(path: Path, columns: list[str]) -> dict[str, Any]:
+def _read(path: Path, columns: list[str]) -> dict[str, np.ndarray]:
     import pyarrow.parquet as pq
 
     table = pq.read_table(path, columns=columns)
-    return {column: table[column] for column in columns}
+    return {column: table[column].to_numpy() for column in columns}
 
 
 def _write_task(

@@ -159,8 +159,15 @@ def _writable(group: str, level: int, stamp: tuple[int, ...]) -> zarr.Array:
     return store.writable(group, level)
 
 
+def list_labels(path: str | Path, name: str) -> None:
+    """Enter a finished label image into the image's list of them, if it is not there."""
+    _list(Path(path, "labels"), name, store.version_of(store.opened(path).group), listed=True)
+
+
 def _list(labels: Path, name: str, version: str, *, listed: bool) -> None:
     """Enter a name into, or take it out of, the list of finished label images."""
     group = zarr.open_group(labels, mode="a", zarr_format=2 if version == "0.4" else 3)
     names = [n for n in store.ome_attributes(group).get("labels", []) if n != name]
-    group.attrs.update(metadata.enveloped({"labels": [*names, name] if listed else names}, version))
+    # In order of name: the list is the same whichever was finished last.
+    names = sorted([*names, name]) if listed else names
+    group.attrs.update(metadata.enveloped({"labels": names}, version))

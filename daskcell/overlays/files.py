@@ -25,7 +25,7 @@ _STRIP = 1024
 
 def write_cluster_labels(
     zarr_path: str | Path,
-    table_path: str | Path,
+    clusters_path: str | Path,
     k: int,
     workers: Workers,
     block: int,
@@ -37,8 +37,8 @@ def write_cluster_labels(
     ----------
     zarr_path
         OME-Zarr image with the label image ``cells``.
-    table_path
-        The slide's cells table, with the column ``cluster``.
+    clusters_path
+        Table with the column ``cluster``, row i for label i + 1.
     k
         Number of clusters of the model (of which a slide may show a few).
     block
@@ -53,7 +53,7 @@ def write_cluster_labels(
     """
     from daskcell import images
 
-    lookup = cluster_lookup(table_path)
+    lookup = cluster_lookup(clusters_path)
     counts = np.bincount(lookup[1:], minlength=k + 1)[1:].tolist()
     palette = colors(k)
     titles = titled(names, k)
@@ -68,40 +68,41 @@ def write_cluster_labels(
     grid = Grid.regular(images.image_info(zarr_path).shape[1:], block)
     window = workers.part(0.4, len(grid)).window()
     for index in grid:
-        window.submit(index, _cluster_labels_task, str(zarr_path), str(table_path), k, grid.core(index))
+        window.submit(index, _cluster_labels_task, str(zarr_path), str(clusters_path), k, grid.core(index))
     for _ in window:
         pass
     images.build_label_pyramid(zarr_path, CLUSTERS, workers)
     return counts
 
 
-def _cluster_labels_task(zarr_path: str, table_path: str, k: int, box: Box) -> None:
+def _cluster_labels_task(zarr_path: str, clusters_path: str, k: int, box: Box) -> None:
     from daskcell import images
 
-    values = cluster_lookup(table_path)[images.read_labels(zarr_path, LABELS, box)]
+    values = cluster_lookup(clusters_path)[images.read_labels(zarr_path, LABELS, box)]
     images.write_labels_block(zarr_path, CLUSTERS, box, values.astype(np.uint8 if k < 255 else np.uint16))
 
 
-def cluster_lookup(table_path: str | Path) -> np.ndarray:
-    """Cluster + 1 of every label, from a cells table; 0 for no cell and for cells of no cluster."""
-    table_path = str(table_path)
-    return _read_lookup(table_path, os.stat(table_path).st_mtime_ns)
+def cluster_lookup(clusters_path: str | Path) -> np.ndarray:
+    """Cluster + 1 of every label, from a table; 0 for no cell and for cells of no cluster."""
+    clusters_path = str(clusters_path)
+    return _read_lookup(clusters_path, os.stat(clusters_path).st_mtime_ns)
 
 
 @lru_cache(maxsize=2)
-def _read_lookup(table_path: str, _: int) -> np.ndarray:
+def _read_lookup(clusters_path: str, _: int) -> np.ndarray:
     import pyarrow.parquet as pq
 
     try:
-        column = pq.read_table(table_path, columns=["cluster"])["cluster"]
+        column = pq.read_table(clusters_path, columns=["cluster"])["cluster"]
     except (KeyError, ValueError) as error:
-        raise InputError(f"{table_path} has no column 'cluster'. Assign clusters first.") from error
+        raise InputError(f"{clusters_path} has no column 'cluster'. Assign clusters first.") from error
     return cluster_values(column.to_numpy())
 
 
 def write_overlay(
     image: PreparedImage,
     table_path: str | Path,
+    clusters_path: str | Path,
     folder: str | Path,
     name: str,
     k: int,
@@ -117,7 +118,9 @@ def write_overlay(
     ----------
     image
         With the label image ``cells``.
-    table_path, k, names
+    table_path
+        The slide's cells table, with the column ``area``.
+    clusters_path, k, names
         As in `write_cluster_labels`.
     folder
         Where to write; files appear whole or not at all.
@@ -135,7 +138,7 @@ def write_overlay(
         return []
     window = workers.part(0.5, 1).window()
     files = [Path(folder, f"{name}.{ending}") for ending in formats]
-    window.submit("overlay", _overlay_task, image, str(table_path), files, k, side, names)
+    window.submit("overlay", _overlay_task, image, str(table_path), str(clusters_path), files, k, side, names)
     for _ in window:
         pass
     return files
@@ -144,6 +147,7 @@ def write_overlay(
 def _overlay_task(
     image: PreparedImage,
     table_path: str,
+    clusters_path: str,
     files: Sequence[Path],
     k: int,
     side: int,
@@ -155,7 +159,7 @@ def _overlay_task(
     levels = image.levels
     level = next((i for i, shape in enumerate(levels) if max(shape) <= side), len(levels) - 1)
     shape = levels[level]
-    lookup, palette = cluster_lookup(table_path), colors(k)
+    lookup, palette = cluster_lookup(clusters_path), colors(k)
     # Of the image and not of the level, so that colours are the same at every level.
     boxes, step = sample_boxes(image.shape)
     samples = [image.read(box)[:, ::step, ::step] for box in boxes]

@@ -3,10 +3,11 @@
 launch            `run`, `assign`, `open_study`: settings, inputs and weights are checked before any work
 collection        many slides: a window of tasks, what fails is set aside
 slide             one slide: what is done is left, what is not is done
-stages            what each stage does, and which files it writes
-groups            the one stage of all slides together
+stages            the stages as values: what each needs, does and writes, and what its result depends on
+groups            the clusters of all slides together
 team              the workers, started when they are needed
 transfer, regroup a model for other slides; other names for its groups
+upgrade           a study of an older format becomes one of the present
 arrays            pictures that are given from memory
 progress, status  how far it is, while it runs and afterwards
 """

@@ -1,6 +1,6 @@
 """Many slides: work through a window, set bad ones aside, continue where a run stopped.
 
-    each slide: convert, freeze, segment, describe -> clusters of all -> each slide: assign, paint
+    stages of each slide -> clusters of all -> stages of each slide that follow them
 
 A slide of at most two blocks is one task on one worker, which sends network work on where others have the
 GPU; a larger one is driven from here, block by block, over all workers.
@@ -29,7 +29,9 @@ from daskcell.images.sources import Source
 from daskcell.pipeline.groups import Groups
 from daskcell.pipeline.progress import Progress
 from daskcell.pipeline.slide import (
+    Job,
     Outcome,
+    counts,
     damage,
     missing_stages,
     process_batch,
@@ -37,18 +39,18 @@ from daskcell.pipeline.slide import (
     sentence,
     trace,
 )
-from daskcell.pipeline.stages import Job
+from daskcell.pipeline.stages import CONVERT, EXPORT, FIT, LATE, SLIDE_STAGES
 from daskcell.pipeline.team import LazyWorkers, slides_at_once
 from daskcell.pipeline.transfer import Given
 from daskcell.study import Study
-from daskcell.study.keys import UPSTREAM
 from daskcell.study.lock import Lock
 
 if TYPE_CHECKING:
     from distributed import Client
 
-_READ_LATE = frozenset(UPSTREAM) - {"convert", "freeze", "export"}
-"""What the fit and the stages after it read whole; the picture is much larger, and read in part."""
+_READ_LATE = frozenset(SLIDE_STAGES) - {CONVERT.name, FIT.name, EXPORT.name}
+"""Stages whose output the fit and the stages after it read whole; the image is much larger, and read in
+part."""
 _TELL_SECONDS = 5.0
 _BLOCKS_AT_ONCE = 2
 """A slide of so many blocks or fewer is one task."""
@@ -91,10 +93,10 @@ class Run:
         self.stop = threading.Event()
 
     def job(
-        self, slide: str, cluster: str | None = None, stages: frozenset[str] = frozenset(UPSTREAM)
+        self, slide: str, clusters: str | None = None, stages: frozenset[str] = frozenset(SLIDE_STAGES)
     ) -> Job:
         verify = frozenset() if slide in self.looked else stages
-        return Job(str(self.study.out), self.sources[slide], self.config, self.weights, cluster, verify)
+        return Job(str(self.study.out), self.sources[slide], self.config, self.weights, clusters, verify)
 
     def go(self, client: Client | None) -> None:
         slides = sorted(self.sources)
@@ -107,12 +109,10 @@ class Run:
                     f"{len(others)} slides ({others[0]} ...) were not set aside, but are not done under "
                     "these settings either. Please run without --retry-failed."
                 )
-        left = {name: [*stages, "assign", "paint"] for name, stages in missing.items() if stages}
+        left = {name: [*stages, *LATE] for name, stages in missing.items() if stages}
         self.progress.begin({name: _weight(self.sources[name]) for name in slides}, left)
         for name in slides:
-            ledger = self.study.ledger(name)
-            shape = ledger.result("convert").get("shape") or (0, 0, 0)
-            self.progress.counts(name, shape[1] * shape[2], ledger.result("segment").get("cells", 0))
+            self.progress.counts(name, *counts(self.study.ledger(name)))
         with contextlib.ExitStack() as stack:
             workers = LazyWorkers(self.study.out, client, self.config, stack, self.tick, self.progress.say)
             try:
@@ -127,7 +127,7 @@ class Run:
                     if self.study.ledger(name).failure is None:
                         self.set_aside(self.job(name), InputError(_CHANGED))
                 described = [name for name in slides if name not in lost]
-                if self.groups.make(described, workers) is not None:
+                if self.groups.make(described, workers):
                     key = self.study.grouping
                     jobs = [self.job(name, key) for name in (*described, *self.left())]
                     self.work([job for job in jobs if missing_stages(job, self.study)], workers)
@@ -140,7 +140,7 @@ class Run:
                 if workers.started:
                     self.write_failures()
         self.write_failures()
-        remove(self.study.out / "scratch")
+        self.sweep_scratch()
 
     def left(self) -> list[str]:
         """Slides that are no longer among the inputs and get their groups all the same: those that are
@@ -306,6 +306,17 @@ class Run:
         else:
             for stage in job.stages:
                 self.progress.finished(outcome.slide, stage, outcome.seconds.get(stage))
+
+    def sweep_scratch(self) -> None:
+        """Remove what stages kept between their tasks, but that of slides that were set aside: the next run
+        goes on from there."""
+        scratch = self.study.out / "scratch"
+        unfinished = (name for name in self.sources if self.study.ledger(name).failure)
+        kept = {folder for name in unfinished for folder in self.study.scratches(name)}
+        if scratch.is_dir():
+            remove(*(set(scratch.iterdir()) - kept))
+            if not kept:
+                scratch.rmdir()
 
     def write_failures(self) -> None:
         failures = [self.study.ledger(name).failure for name in sorted(self.sources)]

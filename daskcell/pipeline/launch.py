@@ -33,8 +33,10 @@ from daskcell.pipeline.collection import Run
 from daskcell.pipeline.progress import Progress
 from daskcell.pipeline.reporting import bring_report_up_to_date
 from daskcell.pipeline.slide import no_room
+from daskcell.pipeline.stages import fingerprints
 from daskcell.pipeline.status import drift_sentences
 from daskcell.pipeline.transfer import Given
+from daskcell.pipeline.upgrade import upgrade
 from daskcell.scoring.truth import FILE as SCORES
 from daskcell.scoring.truth import read_truth, score_study
 from daskcell.study import Study, check_folder, read_record, sweep
@@ -43,6 +45,8 @@ from daskcell.study.lock import Lock
 
 if TYPE_CHECKING:
     from distributed import Client
+
+    from daskcell.pipeline.plan import RunPlan
 
 Inputs = str | os.PathLike[str] | Iterable[str | os.PathLike[str] | tuple[str, Any]]
 
@@ -181,6 +185,7 @@ def _go(
             read_truth(truth, [source.name for source in sources] + (known["slides"] if known else []))
         if arrays is None:
             stack.enter_context(lock)
+        upgrade(out)
         study = Study.create(out, given, settings, [source.name for source in sources])
         groups = {source.name: source.group for source in sources if source.group is not None}
         groups = {name: study.record.get("groups", {}).get(name) for name in study.left} | groups
@@ -219,6 +224,32 @@ def _check_kind(out: Path, known: Mapping[str, Any] | None, model: Given | None)
         )
 
 
+def plan(
+    inputs: Inputs,
+    out: str | os.PathLike[str],
+    config: Config | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+) -> RunPlan:
+    """What `run` would do with the same arguments, and why; does nothing and writes nothing.
+
+    Raises
+    ------
+    DaskcellError
+        What `run` would be refused for before any work.
+    """
+    from daskcell.pipeline.plan import make_plan
+    from daskcell.pipeline.slide import Job
+
+    settings, out = as_config(config), Path(out)
+    given, _ = given_inputs(inputs, out)
+    known = check_folder(out)
+    _check_kind(out, known, None)
+    sources = name_as_before(find_images(given, settings.input), out, known)
+    sources.sort(key=lambda source: source.name)
+    weights = fingerprints(settings)
+    jobs = [Job(str(out), source, settings, weights) for source in sources]
+    return make_plan(Study(out) if known else None, out, jobs, settings)
+
+
 def open_study(out: str | os.PathLike[str]) -> Study:
     """The study in the folder `out`; raises `StudyError` if there is none."""
     return Study(Path(out))
@@ -235,26 +266,6 @@ def as_config(config: Config | Mapping[str, Any] | str | os.PathLike[str] | None
     if isinstance(config, Mapping):
         return parse_config(dict(config))
     raise ConfigError(f"config must be a Config, a mapping or a YAML file, not a {type(config).__name__}.")
-
-
-def fingerprints(config: Config) -> dict[str, str]:
-    """Hashes of the weights a run needs; raises `WeightsError` for those that are not here."""
-    from daskcell.features.encoders import encoder_spec
-    from daskcell.preprocess.checks import check_names
-
-    found = {}
-    if config.segment.method == "cellpose":
-        from daskcell.models import network_fingerprint
-
-        found["segment"] = network_fingerprint(config.segment.model)
-    # Not weights, but all the same files that the settings only name.
-    pictures = check_names(config.preprocess)
-    if pictures is not None:
-        found["freeze"] = pictures
-    features = config.features
-    spec = encoder_spec(features.encoder, layer=features.layer, size=features.size, pooling=features.pooling)
-    found["describe"] = spec.fingerprint
-    return found
 
 
 def name_as_before(sources: Sequence[Source], out: Path, record: Mapping[str, Any] | None) -> list[Source]:

@@ -16,23 +16,10 @@ from typing import Any, TextIO
 
 import numpy as np
 
-LATE = {"assign", "paint"}
-"""Stages that wait for all slides: a slide counts as done before them."""
-STAGE_SHARES = {
-    "convert": 0.04,
-    "freeze": 0.02,
-    "segment": 0.6,
-    "describe": 0.2,
-    "export": 0.02,
-    "assign": 0.02,
-    "paint": 0.1,
-}
-"""Part of a slide's work in each stage, roughly: only the estimate of the time left hangs on it."""
+from daskcell.pipeline.stages import LATE, SLIDE_STAGES, STAGES
 
-
-CLUSTERS_SHARE = 0.02
-"""The same of the fit of the clusters, of the work on all slides."""
-SHARES = STAGE_SHARES | {"cluster": CLUSTERS_SHARE}
+STAGE_SHARES = {name: STAGES[name].weight for name in SLIDE_STAGES}
+SHARES = {name: stage.weight for name, stage in STAGES.items() if stage.weight}
 _LEARN_FROM = 0.05
 """Part of a stage that must be done before it says how long all of it takes."""
 
@@ -127,7 +114,7 @@ class Progress:
                     self._tallies[stage].before += self._weights[slide]
             if not any(self._left.values()):
                 self._tallies["cluster"].before = total
-            self.slides_done = sum(not left - LATE for left in self._left.values())
+            self.slides_done = sum(not left.difference(LATE) for left in self._left.values())
             self._first = None
         self._estimate()
 
@@ -157,9 +144,9 @@ class Progress:
             if stage in left:
                 self._advance(slide, stage, 1.0, seconds)
                 self._under_way.pop((slide, stage), None)
-                early = bool(left - LATE)
+                early = bool(left.difference(LATE))
                 left.discard(stage)
-                self.slides_done += bool(slide) and early and not left - LATE
+                self.slides_done += bool(slide) and early and not left.difference(LATE)
             self.stage = stage
         self._estimate()
 

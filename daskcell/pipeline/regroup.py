@@ -17,7 +17,9 @@ from daskcell.pipeline.reporting import bring_report_up_to_date
 from daskcell.pipeline.slide import missing_stages
 from daskcell.pipeline.team import LazyWorkers
 from daskcell.pipeline.transfer import find_model
+from daskcell.pipeline.upgrade import upgrade
 from daskcell.study import Study, read_record
+from daskcell.study.folder import FORMAT
 from daskcell.study.lock import Lock
 
 
@@ -47,6 +49,8 @@ def change_groups(
     study = Study(Path(path))
     progress = progress or Progress()
     with Lock(study.out) as lock:
+        upgrade(study.out)
+        study.update(format=FORMAT)
         change(Naming.load(folder), _size(folder)).save(folder)
         regroup(study, lock, progress)
         bring_report_up_to_date(study)
@@ -69,6 +73,7 @@ def regroup(study: Study, lock: Lock, progress: Progress) -> None:
     with contextlib.ExitStack() as stack:
         run.work(jobs, LazyWorkers(study.out, None, study.config, stack, run.tick))
     run.write_failures()
+    run.sweep_scratch()
 
 
 def group_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

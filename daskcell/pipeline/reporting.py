@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from daskcell.compute import Workers
-from daskcell.pipeline.status import drift_sentences
-from daskcell.report import report_key, write_report
+from daskcell.pipeline.slide import damage
+from daskcell.pipeline.stages import STAGES, Context, do
+from daskcell.pipeline.status import remarks
+from daskcell.report import page_inputs
 from daskcell.study import CLUSTERS, Study
-from daskcell.study.checksums import damaged, sums
-
-STAGE = "report"
 
 
 def bring_report_up_to_date(study: Study) -> None:
     """Write ``report.html`` anew unless it is there and says what it should (``output.report``)."""
-    ledger = study.ledger(CLUSTERS)
     if not study.config.output.report:
         study.disown(study.report.name)
         return
-    warnings = drift_sentences(study)
-    key = report_key(study, warnings)
-    entry = ledger.entry(STAGE)
-    if entry is not None and entry["key"] == key and not damaged(study.out, entry["files"]):
-        return
-    write_report(study, warnings=warnings)
-    ledger.finish(STAGE, key, files=sums(study.out, [study.report], Workers()))
+    ledger, stage = study.ledger(CLUSTERS), STAGES["report"]
+    if stage.name in damage(ledger, study):
+        ledger.invalidate(stage.name)
+    key = stage.key(page_inputs(study, remarks(study)), study.config)
+    do(stage, Context(study, study.config, ledger), key)

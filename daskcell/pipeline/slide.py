@@ -6,31 +6,61 @@ block by block over all workers. Knows no other slides; `collection` does.
 
 from __future__ import annotations
 
+import math
 import time
 import traceback
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from daskcell.compute import Permit, Postponed, Workers
 from daskcell.compute.overtime import Overtime, renew
+from daskcell.config import Config
 from daskcell.disk import is_full, remove
 from daskcell.errors import ComputeError, ConfigError, DaskcellError, StudyError, WeightsError
 from daskcell.images.sandbox import open_safely
-from daskcell.pipeline.stages import STAGES, Job, outputs, rewritten
+from daskcell.pipeline.stages import EARLY, LATE, STAGES, Context, do, slide_keys
 from daskcell.places import printable
 from daskcell.study import Ledger, Study
-from daskcell.study.checksums import damaged, sums
-from daskcell.study.keys import (
-    UPSTREAM,
-    descendants,
-    identify,
-    unchanged,
-)
+from daskcell.study.checksums import damaged
+from daskcell.study.keys import identify, unchanged
+from daskcell.study.results import Converted, Segmented
+
+if TYPE_CHECKING:
+    from daskcell.images.sources import Source
 
 _NOT_THE_SLIDES_FAULT = (ComputeError, ConfigError, StudyError, WeightsError)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A slide to work on: small, and fit to be sent to a worker."""
+
+    out: str
+    source: Source
+    config: Config
+    weights: Mapping[str, str]
+    clusters: str | None = None
+    """Content key of the clusters (`Study.grouping`), for the stages that follow them. These read nothing of
+    the input, which may have gone since."""
+    verify: frozenset[str] = frozenset()
+    """Stages whose checksums are compared where they are done; of the others, names and sizes."""
+
+    @property
+    def slide(self) -> str:
+        return self.source.name
+
+    def keys(self, ledger: Ledger) -> dict[str, str]:
+        """Content keys of all stages that can be done now."""
+        return slide_keys(self.config, ledger.files, self.weights, self.clusters)
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return EARLY if self.clusters is None else LATE
 
 
 @dataclass(frozen=True)
@@ -54,25 +84,25 @@ class Outcome:
 def missing_stages(job: Job, study: Study) -> list[str]:
     """Stages of `job` that are still to do, told by small files alone; all of them if the input changed."""
     ledger = study.ledger(job.slide)
-    if job.cluster_key is None and not unchanged(job.source.files, ledger.files, job.source.said):
+    if job.clusters is None and not unchanged(job.source.files, ledger.files, job.source.said):
         return list(job.stages)
     keys = job.keys(ledger)
     found = {stage for stage in job.stages if not ledger.is_done(stage, keys[stage])}
     for stage in damage(ledger, study):
-        found |= {stage} | descendants(stage)
+        found |= {stage} | ledger.dependents(stage)
     return [stage for stage in job.stages if stage in found]
 
 
 def damage(
     ledger: Ledger, study: Study, workers: Workers | None = None, verify: Container[str] = ()
 ) -> dict[str, list[str]]:
-    """Files that are not as they were left, by the first stage that writes them: by their names and sizes,
-    and of the stages `verify` by their checksums."""
-    found: dict[str, list[str]] = {}
+    """Files that are not as they were left, by the stage whose they are: by their names and sizes, and of the
+    stages `verify` by their checksums."""
+    found = {}
     for stage, entry in ledger.stages.items():
-        for file in damaged(study.out, entry.get("files", {}), workers if stage in verify else None):
-            first = next(s for s in UPSTREAM if file in ledger.stages.get(s, {}).get("files", {}))
-            found.setdefault(first, []).append(file)
+        files = damaged(study.out, entry["files"], workers if stage in verify else None)
+        if files:
+            found[stage] = files
     return found
 
 
@@ -110,33 +140,34 @@ def process_slide(
     notes: list[str] = []
     stage = job.stages[0]
     try:
-        if limit is not None and (pixels := _pixels(job, ledger)) > limit:
+        if limit is not None and (pixels := math.prod(header(job, ledger)[0][1:])) > limit:
             return Outcome(job.slide, pixels, too_large=True)
-        if job.cluster_key is None:
+        if job.clusters is None:
             files = identify(job.source.files, ledger.files, job.source.said)
             if files != ledger.files:
                 ledger.files = files
                 ledger.save()
         notes = _take_out_damaged(job, ledger, study, workers)
         keys = job.keys(ledger)
+        context = Context(
+            study,
+            job.config,
+            ledger,
+            workers,
+            keys=keys,
+            weights=job.weights,
+            slide=job.slide,
+            source=job.source,
+        )
         for number, stage in enumerate(job.stages):
-            if ledger.is_done(stage, keys[stage]):
-                continue
-            start = time.perf_counter()
-            rewrites = [str(file.relative_to(study.out)) for file in rewritten(stage, study, job.slide)]
-            ledger.begin(stage, rewrites)
-            team = workers
-            if on_step is not None:
-                on_step(job.slide, stage, 0.0)
-                team = workers.metered(partial(on_step, job.slide, stage))
-            result = STAGES[stage](job, study, ledger, keys, team)
-            notes += result.get("notes", ()) if isinstance(result, dict) else ()
-            written = sums(study.out, outputs(stage, result, study, job.slide), workers)
-            seconds[stage] = time.perf_counter() - start
             later = (s for s in job.stages[number + 1 :] if not ledger.is_done(s, keys[s]))
-            ledger.finish(stage, keys[stage], result, seconds[stage], next(later, None), written)
-            if on_stage is not None:
-                on_stage(job.slide, stage, _outcome(job, ledger, seconds))
+            step = None if on_step is None else partial(on_step, job.slide, stage)
+            took = do(STAGES[stage], context, keys[stage], next(later, None), step)
+            if took is not None:
+                seconds[stage] = took
+                notes += ledger.result(stage).get("notes", ())
+                if on_stage is not None:
+                    on_stage(job.slide, stage, _outcome(job, ledger, seconds))
     except _NOT_THE_SLIDES_FAULT:
         raise
     except Exception as error:
@@ -165,29 +196,35 @@ def trace(error: BaseException) -> str:
     return "" if isinstance(error, DaskcellError) else "".join(traceback.format_exception(error))
 
 
-def _pixels(job: Job, ledger: Ledger) -> int:
-    """Pixels of one channel, from the ledger where the slide was opened before."""
-    shape = ledger.result("convert").get("shape")
-    known = job.cluster_key is not None or unchanged(job.source.files, ledger.files, job.source.said)
-    if shape is None or not known:
-        reader = open_safely(job.source)
-        shape = (0, *reader.levels[0])
-        reader.close()
-    return shape[1] * shape[2]
+def header(job: Job, ledger: Ledger) -> tuple[tuple[int, int, int], int]:
+    """``(C, Y, X)`` of a slide and bytes a pixel, from the ledger where it was opened before."""
+    converted = ledger.read(Converted)
+    known = job.clusters is not None or unchanged(job.source.files, ledger.files, job.source.said)
+    if converted is not None and known:
+        return converted.shape, np.dtype(converted.dtype or "u1").itemsize
+    reader = open_safely(job.source)
+    found = (len(reader.channels), *reader.levels[0]), np.dtype(reader.dtype).itemsize
+    reader.close()
+    return found
 
 
 def _outcome(job: Job, ledger: Ledger, seconds: Mapping[str, float]) -> Outcome:
-    shape = ledger.result("convert").get("shape") or (0, 0, 0)
-    cells = ledger.result("segment").get("cells", 0)
+    pixels, cells = counts(ledger)
     failure = ledger.failure if ledger.failure and ledger.failure["stage"] in job.stages else None
-    return Outcome(job.slide, shape[1] * shape[2], cells, failure, dict(seconds))
+    return Outcome(job.slide, pixels, cells, failure, dict(seconds))
+
+
+def counts(ledger: Ledger) -> tuple[int, int]:
+    """Pixels of one channel and cells of a slide, 0 as long as they are not known."""
+    converted, segmented = ledger.read(Converted), ledger.read(Segmented)
+    return converted.pixels if converted else 0, segmented.cells if segmented else 0
 
 
 def _take_out_damaged(job: Job, ledger: Ledger, study: Study, workers: Workers) -> list[str]:
     """Take stages whose files are damaged out of the ledger, and the files away; returns what to tell."""
     notes = []
     for stage, files in damage(ledger, study, workers, job.verify).items():
-        ledger.lose(stage)
+        ledger.invalidate(stage)
         remove(*(study.out / file for file in files))
         more = f" and {len(files) - 1} more" if len(files) > 1 else ""
         notes.append(f"{ledger.slide}: {files[0]}{more} is damaged or missing; {stage} is done again.")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from daskcell.compute import Workers
 from daskcell.pipeline.progress import clock, seconds_left
+from daskcell.pipeline.slide import counts as slide_counts
+from daskcell.pipeline.stages import SLIDE_STAGES, slide_keys
 from daskcell.study import CLUSTERS, Ledger, Study
 from daskcell.study.checksums import damaged
-from daskcell.study.keys import UPSTREAM, late_keys, slide_keys
+from daskcell.study.ledger import FORMAT
 from daskcell.study.lock import holder
+from daskcell.study.results import Assigned, Clustered, Converted
 
 FAR = 5.0
 """So many times as many cells beyond the 99th percentile of the fit as expected make a slide unlike it."""
@@ -30,19 +34,17 @@ def report(study: Study) -> dict[str, Any]:
     told = study.told
     if told is not None:
         told["seconds_left"] = seconds_left(told, time.time())
-    general = study.ledger(CLUSTERS)
+    clustered = study.ledger(CLUSTERS).read(Clustered)
     cluster = study.grouping
     rows, left = [], set(study.left)
     for slide in study.slides:
         ledger = study.ledger(slide)
-        keys = slide_keys(config, ledger.files, weights)
-        if cluster is not None:
-            keys |= late_keys(config, keys["describe"], cluster)
+        keys = slide_keys(config, ledger.files, weights, cluster)
         rows.append(
             {
                 "slide": slide,
                 "left": slide in left,
-                "stages": {stage: _state(stage, keys.get(stage), ledger, owner) for stage in UPSTREAM},
+                "stages": {stage: _state(stage, keys.get(stage), ledger, owner) for stage in SLIDE_STAGES},
                 "cells": ledger.result("segment").get("cells"),
                 "pixels": _pixels(ledger),
                 "seconds": round(sum(entry["seconds"] for entry in ledger.stages.values()), 1),
@@ -56,9 +58,9 @@ def report(study: Study) -> dict[str, Any]:
         "slides": rows,
         "model": study.record.get("model"),
         "drift": drift(study),
-        "warnings": drift_sentences(study),
+        "warnings": remarks(study),
         "scores": study.scores,
-        "clusters": general.result("cluster").get("k"),
+        "clusters": clustered and clustered.k,
         "failures": study.failures,
         "totals": counts(study),
     }
@@ -78,8 +80,8 @@ def drift(study: Study) -> dict[str, dict[str, Any]]:
     """By slide: how far its cells lie from those of the model they were assigned to."""
     if "model" not in study.record:
         return {}
-    found = {slide: study.ledger(slide).result("assign").get("drift") for slide in study.slides}
-    return {slide: values for slide, values in found.items() if values}
+    found = {slide: study.ledger(slide).read(Assigned) for slide in study.slides}
+    return {slide: assigned.drift for slide, assigned in found.items() if assigned and assigned.drift}
 
 
 def drift_sentences(study: Study) -> list[str]:
@@ -93,10 +95,38 @@ def drift_sentences(study: Study) -> list[str]:
     ]
 
 
+def mixed(study: Study) -> list[str]:
+    """A sentence for each kind of network whose results come from several devices, numbers of threads or
+    precisions: such results differ in the last bits."""
+    found: dict[str, Counter[str]] = {}
+    for slide in study.slides:
+        for name, entry in study.ledger(slide).stages.items():
+            if ran := entry.get("ran"):
+                how = f"on {ran['device']} with {_many(ran['threads'], 'thread')} in {ran['precision']}"
+                found.setdefault(name, Counter())[how] += 1
+    return [
+        f"The stage {name} ran in different ways, so results differ in their last bits: "
+        + ", ".join(f"{_many(slides, 'slide')} {how}" for how, slides in sorted(ways.items()))
+        + "."
+        for name, ways in sorted(found.items())
+        if len(ways) > 1
+    ]
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'s' if count != 1 else ''}"
+
+
+def remarks(study: Study) -> list[str]:
+    """Sentences that stand on top of a study's report."""
+    return [*drift_sentences(study), *mixed(study)]
+
+
 def _worst(study: Study, slide: str, values: dict[str, Any]) -> str:
     shares = values["far_by_cluster"]
     group = max(range(len(shares)), key=lambda i: shares[i] or 0.0)
-    name = study.ledger(slide).result("assign").get("names", {}).get(str(group))
+    assigned = study.ledger(slide).read(Assigned)
+    name = assigned and assigned.names.get(str(group))
     return f", most in group {group}{f' ({name})' if name else ''}: {100 * shares[group]:.0f} %"
 
 
@@ -106,22 +136,23 @@ def counts(study: Study) -> dict[str, int]:
     left = set(study.left)
     for slide in study.slides:
         ledger = study.ledger(slide)
-        cells += ledger.result("segment").get("cells") or 0
-        pixels += _pixels(ledger) or 0
+        some, more = slide_counts(ledger)
+        pixels, cells = pixels + some, cells + more
         failed += ledger.failure is not None and slide not in left
-    k = study.ledger(CLUSTERS).result("cluster").get("k") or 0
+    clustered = study.ledger(CLUSTERS).read(Clustered)
+    k = clustered.k if clustered else 0
     return {"slides": len(study.slides), "cells": cells, "pixels": pixels, "clusters": k, "failed": failed}
 
 
 def table(found: dict[str, Any], limit: int | None = None) -> str:
     """A `report` for people: the first `limit` slides, and what all came to."""
-    rows = [["slide", *UPSTREAM, "Mpx", "cells", "seams"]]
+    rows = [["slide", *SLIDE_STAGES, "Mpx", "cells", "seams"]]
     for row in found["slides"][:limit]:
         pixels, cells = row["pixels"], row["cells"]
         rows.append(
             [
                 row["slide"] + (" (left)" if row["left"] else ""),
-                *(_MARKS[row["stages"][stage]] for stage in UPSTREAM),
+                *(_MARKS[row["stages"][stage]] for stage in SLIDE_STAGES),
                 "-" if pixels is None else f"{pixels / 1e6:.1f}",
                 "-" if cells is None else f"{cells:,}",
                 seams(row["seams"]),
@@ -132,7 +163,7 @@ def table(found: dict[str, Any], limit: int | None = None) -> str:
     if limit is not None and len(found["slides"]) > limit:
         lines.append(f"and {len(found['slides']) - limit} more slides (--all shows them)")
     total = found["totals"]
-    done = sum(all(row["stages"][s] == "done" for s in UPSTREAM) for row in found["slides"])
+    done = sum(all(row["stages"][s] == "done" for s in SLIDE_STAGES) for row in found["slides"])
     lines.append(
         f"{done} of {total['slides']} slides done, {total['pixels'] / 1e6:.1f} Mpx, {total['cells']:,} cells"
         + (f", {total['clusters']} groups" if total["clusters"] else "")
@@ -168,7 +199,7 @@ def table(found: dict[str, Any], limit: int | None = None) -> str:
             f"assigned to the model {found['model']}: {100 * far:.1f} % of the cells lie far "
             f"({100 * usual:.1f} % is expected)"
         )
-        lines += found["warnings"]
+    lines += found["warnings"]
     for failure in found["failures"]:
         lines.append(
             f"set aside: {failure['slide'] or 'all slides'} ({failure['stage']}): {failure['error']}"
@@ -196,7 +227,8 @@ def seams(result: dict[str, Any]) -> str:
 def _state(stage: str, key: str | None, ledger: Ledger, owner: dict[str, Any] | None) -> str:
     entry = ledger.entry(stage)
     if entry is not None:
-        return "done" if entry["key"] == key else "old"
+        # Keys of an older format are brought up to date by the next run.
+        return "done" if entry["key"] == key or ledger.format != FORMAT else "old"
     if owner is not None and ledger.began == stage:
         return "running"
     if ledger.failure is not None and ledger.failure["stage"] == stage:
@@ -205,8 +237,8 @@ def _state(stage: str, key: str | None, ledger: Ledger, owner: dict[str, Any] | 
 
 
 def _pixels(ledger: Ledger) -> int | None:
-    shape = ledger.result("convert").get("shape")
-    return shape[1] * shape[2] if shape else None
+    converted = ledger.read(Converted)
+    return None if converted is None else converted.pixels
 
 
-__all__ = ["counts", "drift", "drift_sentences", "open_first", "report", "seams", "table"]
+__all__ = ["counts", "drift", "drift_sentences", "mixed", "open_first", "remarks", "report", "seams", "table"]

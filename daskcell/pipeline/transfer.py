@@ -6,7 +6,7 @@ model ──> settings, weights, code  ──> new slides: convert ... describe 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,16 +14,27 @@ from typing import TYPE_CHECKING, Any
 from daskcell.config import Config, parse_config
 from daskcell.disk import digest
 from daskcell.errors import ConfigError, InputError
+from daskcell.pipeline.stages import CLUSTER, STAGES
 from daskcell.study import Study, versions
-from daskcell.study.keys import STAGE_VERSIONS, content_key
+from daskcell.study.format1 import NAMES
+from daskcell.study.keys import content_key
 
 if TYPE_CHECKING:
     from daskcell.clustering import ClusterModel
-    from daskcell.pipeline.progress import Progress
 
 _BINDING = ("preprocess", "segment", "features", "cluster")
 """Sections that decide what a model's features mean."""
-_STAGES = ("freeze", "segment", "describe")
+
+
+def _made_by() -> dict[str, int]:
+    """Versions of the stages that make the cells of a fit."""
+    found: dict[str, int] = {}
+    waiting = list(CLUSTER.needs)
+    while waiting:
+        stage = waiting.pop()
+        found[stage.name] = STAGES[stage.name].version
+        waiting += stage.needs
+    return found
 
 
 def origin(config: Config, weights: Mapping[str, str]) -> dict[str, Any]:
@@ -32,7 +43,7 @@ def origin(config: Config, weights: Mapping[str, str]) -> dict[str, Any]:
     return {
         "config": {name: values[name] for name in ("input", *_BINDING)},
         "weights": dict(weights),
-        "stages": {stage: STAGE_VERSIONS[stage] for stage in _STAGES},
+        "stages": _made_by(),
         "versions": versions(),
     }
 
@@ -61,7 +72,9 @@ class Given:
         from daskcell.clustering import load_clusters
 
         folder = find_model(path)
-        return cls(folder, load_clusters(folder), content_key("cluster", "given", digest(folder)))
+        return cls(
+            folder, load_clusters(folder), content_key(CLUSTER.name, CLUSTER.version, "given", digest(folder))
+        )
 
     def settings(self, config: Config) -> Config:
         """`config` with all that the model demands.
@@ -91,18 +104,16 @@ class Given:
 
     def check(self, config: Config, weights: Mapping[str, str]) -> None:
         """Raise `InputError` if networks are not those that made the model's features."""
-        names = {
-            "freeze": ("pictures that preprocessing refers to", ""),
-            "segment": ("network", config.segment.model),
-            "describe": ("encoder", config.features.encoder),
+        fitted = {
+            NAMES.get(name, name): known for name, known in self.model.origin.get("weights", {}).items()
         }
-        fitted = dict(self.model.origin.get("weights", {}))
         if "fingerprint" in self.model.info:
             fitted.setdefault("describe", self.model.info["fingerprint"])
         for stage, known in fitted.items():
             here = weights.get(stage, "")
             if here != known:
-                what, name = names.get(stage, (f"files of {stage}", ""))
+                files = STAGES[stage].files(config) if stage in STAGES else None
+                what, name = (files.what, files.name) if files else (f"files of the stage {stage}", "")
                 before = self.model.info.get("encoder", name) if stage == "describe" else name
                 raise InputError(
                     f"The model {self.folder} was fitted with the {what}{before and f' {before}'} (hash "
@@ -112,10 +123,9 @@ class Given:
 
     def outdated(self) -> str | None:
         """A sentence if the model's cells were made by another version of the code."""
-        made = self.model.origin.get("stages", {})
-        changed = [
-            stage for stage in _STAGES if made.get(stage, STAGE_VERSIONS[stage]) != STAGE_VERSIONS[stage]
-        ]
+        origin = self.model.origin.get("stages", {})
+        made = {NAMES.get(name, name): version for name, version in origin.items()}
+        changed = [name for name, version in _made_by().items() if made.get(name, version) != version]
         if not changed:
             return None
         before = self.model.origin["versions"].get("daskcell")
@@ -125,16 +135,14 @@ class Given:
         )
 
 
-def set_named_aside(study: Study, progress: Progress) -> None:
+def set_named_aside(study: Study, say: Callable[[str], None]) -> None:
     """Keep a model that somebody gave names to, before another takes its place: the groups differ."""
     if (study.clusters / "names.json").exists():
         before, number = study.out / "clusters-before", 2
         while os.path.lexists(before):  # of earlier groups with names
             before, number = study.out / f"clusters-before-{number}", number + 1
         study.clusters.rename(before)
-        progress.say(
-            f"The groups are made anew, so those with names are kept in {before}; please name the new ones."
-        )
+        say(f"The groups are made anew, so those with names are kept in {before}; please name the new ones.")
 
 
 def _differing(asked: Any, made: Any, name: str) -> Iterator[tuple[str, Any, Any]]:

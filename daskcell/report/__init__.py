@@ -6,6 +6,6 @@
 Reads a study and writes one file. The same results give the same bytes.
 """
 
-from daskcell.report.page import report_key, write_report
+from daskcell.report.page import page_inputs, write_report
 
-__all__ = ["report_key", "write_report"]
+__all__ = ["page_inputs", "write_report"]

@@ -13,6 +13,7 @@ from daskcell.clustering.tables import shared_columns
 from daskcell.errors import InputError
 from daskcell.overlays.paint import colors, titled
 from daskcell.study import CLUSTERS, Study
+from daskcell.study.results import Assigned, Clustered, Converted, Segmented
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -107,25 +108,26 @@ class Facts:
 
 def gather(study: Study) -> Facts:
     """Read what a study holds; slides that were set aside and groups that are not there are left out."""
-    k = study.ledger(CLUSTERS).result("cluster").get("k") or 0
+    clustered = study.ledger(CLUSTERS).read(Clustered)
+    k = clustered.k if clustered else 0
     titles = titled(Naming.load(study.clusters).titles(k), k) if k else []
     palette = colors(k)
     groups = [Group(i, title, "#" + bytes(palette[i]).hex()) for i, title in titles]
     rows, reports, grouped, sizes, ungrouped = [], [], [], [], 0
     for name in study.slides:
         ledger = study.ledger(name)  # one at a time: thousands of them fill the memory
-        converted, assigned = ledger.result("convert"), ledger.result("assign")
-        shape = converted.get("shape")
-        if shape is None:
+        converted, assigned = ledger.read(Converted), ledger.read(Assigned)
+        if converted is None:
             continue
-        reports.append(ledger.result("segment"))
-        counts = assigned.get("counts") or [0] * k
-        cells = reports[-1].get("cells") or 0
-        rows.append(SlideRow(name, 1, cells, [counts[g.number] for g in groups], shape[1] * shape[2] / 1e6))
-        ungrouped += assigned.get("unassigned") or 0
-        if ledger.entry("assign"):
+        reports.append(ledger.read(Segmented) or Segmented())
+        counts = assigned.counts if assigned else (0,) * k
+        rows.append(
+            SlideRow(name, 1, reports[-1].cells, [counts[g.number] for g in groups], converted.pixels / 1e6)
+        )
+        if assigned is not None:
+            ungrouped += assigned.unassigned
             grouped.append(name)
-            sizes.append(converted.get("pixel_size"))
+            sizes.append(converted.pixel_size)
     for i, group in enumerate(groups):
         group.cells = sum(row.counts[i] for row in rows)
     total = sum(group.cells for group in groups)
@@ -159,7 +161,7 @@ def _sets(study: Study, rows: Sequence[SlideRow]) -> list[SlideRow]:
     return [found[name] for name in sorted(found)]
 
 
-def seams(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def seams(reports: Sequence[Segmented]) -> dict[str, Any]:
     """Seam reports of many slides as one: sums, and the share of label changes at seams and beside them."""
     names = (
         "blocks",
@@ -171,7 +173,7 @@ def seams(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "near_pairs",
         "near_changes",
     )
-    total: dict[str, Any] = {name: sum(report.get(name) or 0 for report in reports) for name in names}
+    total: dict[str, Any] = {name: sum(getattr(report, name) for report in reports) for name in names}
     for where in ("seam", "near"):
         pairs = total[f"{where}_pairs"]
         total[f"{where}_rate"] = total[f"{where}_changes"] / pairs if pairs else None
@@ -237,7 +239,7 @@ class _Tally:
         return Cell(slide, start + int(row) + 1, centre, int(side), float(values["distance"][row]))
 
 
-_PLACES = ("centroid-0", "centroid-1", "bbox-0", "bbox-1", "bbox-2", "bbox-3", "touches_edge", "distance")
+_PLACES = ("centroid-0", "centroid-1", "bbox-0", "bbox-1", "bbox-2", "bbox-3", "touches_edge")
 
 
 def _look_at_cells(study: Study, slides: Sequence[str], facts: Facts) -> None:
@@ -284,13 +286,19 @@ def _traits(columns: Sequence[str], apart: np.ndarray, together: np.ndarray) -> 
 
 
 def _batches(study: Study, slide: str, columns: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Some rows of a slide's cells at a time, with their ``cluster`` and ``distance``."""
     import pyarrow.parquet as pq
 
+    assigned = study.assigned_table(slide)
+    assert assigned is not None
+    of_cluster = pq.read_table(assigned, columns=["cluster", "distance"]).combine_chunks()
     with pq.ParquetFile(study.table(slide)) as table:
-        names = set(table.schema_arrow.names)
+        names = set(table.schema_arrow.names) - set(of_cluster.column_names)
         start = 0
-        wanted = [name for name in dict.fromkeys([*columns, "cluster"]) if name in names]
-        for batch in table.iter_batches(_BATCH, columns=wanted):
+        for batch in table.iter_batches(_BATCH, columns=[name for name in columns if name in names]):
+            some = of_cluster.slice(start, len(batch)).combine_chunks()
+            for name in some.column_names:
+                batch = batch.append_column(name, some[name].chunk(0))
             yield start, batch
             start += len(batch)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
-import json
 import os
 from collections.abc import Sequence
 from itertools import islice
@@ -18,9 +16,8 @@ from daskcell.overlays.paint import colors
 from daskcell.report.facts import Cell, Facts, Group, SlideRow, best_of, gather, points
 from daskcell.report.pictures import Pictures, common_side
 from daskcell.study import CLUSTERS, Study
+from daskcell.study.results import Clustered
 
-_VERSION = 2
-"""Raised when the page shows something else for the same study."""
 _MARK = b'<meta name="generator" content="daskcell">'
 _MOST_ROWS = 200
 _MOST_SLIDES = 24
@@ -92,20 +89,16 @@ def _refuse_other(path: Path) -> None:
         )
 
 
-def report_key(study: Study, warnings: Sequence[str] = ()) -> str:
-    """Hash of all that the page of a study says, told by its small files alone."""
+def page_inputs(study: Study, warnings: Sequence[str] = ()) -> list[Any]:
+    """All that the page of a study depends on (JSON-able), told by its small files alone."""
     keys = {  # one ledger at a time: thousands of them fill the memory
         name: [entry["key"] for entry in study.ledger(name).stages.values()] for name in study.slides
     }
-    said = {
-        name: value
-        for name, value in study.record.items()
-        if name not in ("config", "inputs", "owned", "arrays")
-    }
+    aside = ("config", "inputs", "owned", "arrays")
+    said = {name: value for name, value in study.record.items() if name not in aside}
     config = {name: value for name, value in study.record["config"].items() if name != "compute"}
-    parts = [_VERSION, _title(study), keys, study.grouping, said, config]
-    parts += [study.scores, _failures(study), list(warnings)]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    parts = [_title(study), keys, study.grouping, said, config]
+    return [*parts, study.scores, _failures(study), list(warnings)]
 
 
 def _title(study: Study) -> str:
@@ -135,9 +128,10 @@ def _cards(
 
 def _slides(study: Study, facts: Facts, pictures: Pictures) -> list[tuple[SlideRow, bytes]]:
     """The first slides that are grouped, and their pictures."""
-    k = study.ledger(CLUSTERS).result("cluster").get("k") or 0
+    clustered = study.ledger(CLUSTERS).read(Clustered)
+    k = clustered.k if clustered else 0
     palette = colors(k)
-    done = (row for row in facts.slides if study.ledger(row.name).entry("assign"))
+    done = (row for row in facts.slides if study.assigned_table(row.name))
     return [(row, pictures.slide(row.name, palette)) for row in islice(done, _MOST_SLIDES)] if k else []
 
 
@@ -150,7 +144,9 @@ def _scores(study: Study) -> dict[str, Any] | None:
     for kind, counts in zip(scores["types"], scores["contingency"], strict=True):
         total = max(sum(counts), 1)
         rows.append((kind, sum(counts), [(count, count / total) for count in counts]))
-    shown = Naming.load(study.clusters).titles(study.ledger(CLUSTERS).result("cluster")["k"])
+    clustered = study.ledger(CLUSTERS).read(Clustered)
+    assert clustered is not None
+    shown = Naming.load(study.clusters).titles(clustered.k)
     palette = colors(len(shown))
     heads = [(title, "#" + bytes(palette[shown.index(title)]).hex()) for title in scores["groups"]]
     return scores | {"rows": rows, "heads": heads, "truth": Path(scores["truth"]).name}
@@ -195,4 +191,4 @@ def _yaml(values: dict[str, Any]) -> str:
     return yaml.safe_dump(values, sort_keys=False)
 
 
-__all__ = ["report_key", "write_report"]
+__all__ = ["page_inputs", "write_report"]

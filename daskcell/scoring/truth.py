@@ -17,6 +17,7 @@ from daskcell.clustering.naming import Naming
 from daskcell.disk import write_json
 from daskcell.errors import InputError
 from daskcell.study import CLUSTERS, Study
+from daskcell.study.results import Clustered
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -96,7 +97,8 @@ def score_study(study: Study, truth: str | os.PathLike[str]) -> dict[str, Any]:
     dict
         ``ari``, ``nmi``, ``matched`` and ``cells`` (of the truth), over all slides; ``slides``: the same for
         each; ``types``, ``groups`` and ``contingency`` (a row a type, a column a group; numbers of cells);
-        ``grouping``: the groups that were compared (`Study.grouping`).
+        ``grouping`` and ``assigned``: the clusters and cells that were compared (`Study.grouping`,
+        `Study.assigned_key`).
 
     Raises
     ------
@@ -113,7 +115,9 @@ def score_study(study: Study, truth: str | os.PathLike[str]) -> dict[str, Any]:
         types.append(kinds)
         groups.append(found)
     kinds, found = np.concatenate(types), np.concatenate(groups)
-    titles = Naming.load(study.clusters).titles(study.ledger(CLUSTERS).result("cluster")["k"])
+    clustered = study.ledger(CLUSTERS).read(Clustered)
+    assert clustered is not None
+    titles = Naming.load(study.clusters).titles(clustered.k)
     rows, row = np.unique(kinds, return_inverse=True)
     columns, column = np.unique(found.astype(np.int64), return_inverse=True)
     counts = np.zeros((len(rows), len(columns)), np.int64)
@@ -126,6 +130,7 @@ def score_study(study: Study, truth: str | os.PathLike[str]) -> dict[str, Any]:
         "contingency": counts.tolist(),
         "truth": str(truth),
         "grouping": study.grouping,
+        "assigned": study.assigned_key,
     }
     write_json(study.own(FILE), result)
     return result

@@ -16,8 +16,6 @@ and flows of all blocks, 8 bytes a pixel of a cell, wait for the largest mask.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -43,6 +41,7 @@ from daskcell.segmentation.tasks import (
     check_blocks,
     choose_windows,
     freeze_globals,
+    index_labels,
     label_block,
     largest_extent,
     measure_window,
@@ -51,7 +50,6 @@ from daskcell.segmentation.tasks import (
     read_globals,
     run_tiles,
 )
-from daskcell.study.keys import STAGE_VERSIONS
 
 _FIRST_PASS, _OBSERVED, _CHECKED, _PAINTED = 0.4, 0.03, 0.05, 0.1
 """Parts of the time, roughly, for progress: the diameter, percentiles, checks and painting."""
@@ -71,6 +69,7 @@ def segment_slide(
     *,
     flows: str | Path | None = None,
     device: str = "cpu",
+    index: str | Path | None = None,
 ) -> dict[str, Any]:
     """Find the cells of an OME-Zarr image and write them as ``labels/<name>``.
 
@@ -85,9 +84,13 @@ def segment_slide(
     scratch
         Folder for intermediate files. A folder from a run that was killed is continued.
     flows
-        Folder that keeps the network's outputs; with it, thresholds can be changed without the network.
+        Folder that keeps the network's outputs and the image parameters, so that thresholds can be changed
+        without the network. It belongs to one image, one preprocessing, one network and the settings that
+        decide its outputs: another of these needs another folder.
     device
         ``"cpu"`` or ``"cuda"``: where the network runs.
+    index
+        Parquet file to write: first pixel, bounding box and area of every label (`segmentation.index`).
 
     Returns
     -------
@@ -105,44 +108,25 @@ def segment_slide(
             "Please choose with segment.channels, or leave preprocess.reconstruct on."
         )
     refuse_too_many(plan.shape, settings.min_size)
-    key = _flows_key(settings, plan, block)
     scratch = Path(scratch)
-    flows = scratch / "flows" if flows is None else Path(flows) / key
+    keep = flows is not None
+    flows = scratch / "flows" if flows is None else Path(flows)
     job = Job(PreparedImage(str(path), plan), name, settings, block, str(scratch), str(flows), device)
-    for kind in ("samples", "labels", "further", "cells", "ids"):
+    for kind in ("samples", "labels", "further", "cells", "ids", "records"):
         (scratch / kind).mkdir(parents=True, exist_ok=True)
     (flows / "tiles").mkdir(parents=True, exist_ok=True)
 
     _globals(job, workers)
-    keep = flows.parent != scratch
     report, extent = _label(job, workers, keep=keep)
     if keep:
-        remove(*flows.rglob(".*.tmp"))  # of tasks that were killed
-    report += _check_and_paint(job, workers, 2 * extent)
+        remove(*temporaries(flows), *temporaries(flows / "tiles"))  # of tasks that were killed
+    report += _check_and_paint(job, workers, 2 * extent, index)
     frozen = read_globals(str(job.globals_file))
     result = report.to_json()
     if isinstance(frozen, Globals):
         result["diameter"] = frozen.diameter
         result["skipped_fraction"] = len(frozen.skipped) / len(frozen.tiles)
     return result
-
-
-def _flows_key(settings: SegmentSettings, plan: Plan, block: int) -> str:
-    """What network outputs depend on, and what they are cut by."""
-    if settings.method != "cellpose":
-        return "none"
-    from daskcell.models import network_fingerprint
-
-    parts = [network_fingerprint(settings.model), plan.key, settings.diameter, settings.channels]
-    parts += [
-        settings.precision,
-        settings.normalize,
-        settings.batch_size,
-        settings.tissue_mask,
-        block,
-        STAGE_VERSIONS["segment"],
-    ]
-    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
 
 
 # -- facts of the whole picture ------------------------------------------------------------------------
@@ -274,7 +258,7 @@ def _halo(job: Job, frozen: Any) -> int:
 
 
 # -- checks, ids, painting -----------------------------------------------------------------------------
-def _check_and_paint(job: Job, workers: Workers, steps: int) -> SeamReport:
+def _check_and_paint(job: Job, workers: Workers, steps: int, index: str | Path | None) -> SeamReport:
     grid = job.grid
     # A check is short: some at a time, so that tasks have a length worth sending.
     groups = list(partition_all(min(_CHECKS_A_TASK, max(1, len(grid) // workers.count)), grid))
@@ -301,6 +285,11 @@ def _check_and_paint(job: Job, workers: Workers, steps: int) -> SeamReport:
     report = SeamReport(cells=total)
     for _, part in window:
         report += part
+    if index is not None:  # a task, so that the records do not travel through this process
+        window = workers.part(0.0, 1).window()
+        window.submit("index", index_labels, job, str(index))
+        for _ in window:
+            pass
     build_label_pyramid(job.path, job.name, workers)
     return report
 

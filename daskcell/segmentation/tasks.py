@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 
 from daskcell.config import SegmentSettings
-from daskcell.disk import save_npz, save_parts, write_json
+from daskcell.disk import save_arrays, save_npz, save_parts, write_json
 from daskcell.geometry import Box, Grid
 from daskcell.images import image_info, read_block, write_labels_block
 from daskcell.preprocess import PreparedImage
 from daskcell.segmentation.cells import check_block, load_cells, save_cells
 from daskcell.segmentation.diameter import cell_areas, first_pass_windows
 from daskcell.segmentation.globals import Globals, merge_observed
+from daskcell.segmentation.index import block_records, merge_records, write_index
 from daskcell.segmentation.methods import CellposeMethod, Method, Read, network_source
 from daskcell.segmentation.ownership import Thresholds, load_candidates, own_labels, save_candidates
 from daskcell.segmentation.seams import SeamReport, paint_core
@@ -59,7 +60,9 @@ class Job:
 
     def file(self, kind: str, at: Index) -> Path:
         folder = self.flows if kind == "tiles" else self.scratch
-        return Path(folder, kind, f"{at[0]}_{at[1]}.{'npy' if kind in ('tiles', 'ids') else 'npz'}")
+        return Path(
+            folder, kind, f"{at[0]}_{at[1]}.{'npy' if kind in ('tiles', 'ids', 'records') else 'npz'}"
+        )
 
     def further_file(self, at: Index, number: int) -> Path:
         """Tiles of other blocks that a block needs besides those within its halo."""
@@ -221,8 +224,15 @@ def check_blocks(job: Job, group: tuple[Index, ...], steps: int) -> list[tuple[n
 
 
 def paint_block(job: Job, at: Index, sources: list[Index]) -> SeamReport:
+    """Write the labels of a block, and the records of what lies in it."""
     core = job.grid.core(at)
     parts = [(load_cells(job.file("cells", source)), np.load(job.file("ids", source))) for source in sources]
     labels, report = paint_core(parts, core, job.shape)
     write_labels_block(job.path, job.name, core, labels)
+    save_arrays(job.file("records", at), block_records(labels, (core.y0, core.x0)))
     return report
+
+
+def index_labels(job: Job, path: str) -> None:
+    """Write the index of all labels, from the records of the blocks."""
+    write_index(path, merge_records(np.load(job.file("records", at)) for at in job.grid))

@@ -1,7 +1,7 @@
 """Checksums of what the stages wrote: damage to a study is found, however long after.
 
-A ledger entry lists the files of its stage: path in the study -> ``[bytes, CRC-32]``, or None for a file that
-a later stage writes again, which then vouches for it. Names and sizes cost a microsecond a file and are
+A ledger entry lists the files of its stage, which no other stage writes: path in the study -> ``[bytes,
+CRC-32]``. Names and sizes cost a microsecond a file and are
 looked at always; the bytes are read where a slide has work left to do, or when asked (``--verify``).
 
 The checksum inside a Zarr shard covers its index only, and a shard that is missing reads as zeros.
@@ -16,13 +16,13 @@ from pathlib import Path
 
 from daskcell.compute import Workers
 
-Files = Mapping[str, list[int] | None]
+Files = Mapping[str, list[int]]
 _PIECE = 1 << 20
 _TASK_BYTES = 256 << 20
 _TASK_FILES = 256
 
 
-def sums(out: Path, roots: Iterable[Path], workers: Workers) -> dict[str, list[int] | None]:
+def sums(out: Path, roots: Iterable[Path], workers: Workers) -> dict[str, list[int]]:
     """Size and CRC-32 of every file at or under `roots`, by path in the study `out`; temporary ones left out.
 
     Large folders are read by all `workers`.
@@ -34,7 +34,7 @@ def sums(out: Path, roots: Iterable[Path], workers: Workers) -> dict[str, list[i
     window = workers.window()
     for number, names in enumerate(_shares(sizes)):
         window.submit(number, _crcs, os.path.abspath(out), names)
-    found: dict[str, list[int] | None] = {}
+    found: dict[str, list[int]] = {}
     for _, crcs in window:
         found |= {name: [sizes[name], crc] for name, crc in crcs.items()}
     return dict(sorted(found.items()))
@@ -45,10 +45,10 @@ def damaged(out: Path, files: Files, workers: Workers | None = None) -> list[str
     wrong, left = [], {}
     for name, was in files.items():
         size = _size(os.path.join(out, name))
-        if size is None or (was is not None and size != was[0]):
+        if size != was[0]:
             wrong.append(name)
-        elif was is not None:
-            left[name] = size
+        else:
+            left[name] = was[0]
     if workers is not None:
         window = workers.window()
         for number, names in enumerate(_shares(left)):

@@ -4,6 +4,8 @@
       study.json                 format, inputs, resolved config, versions, weights
       images/<slide>.zarr        picture, labels/cells, labels/clusters
       tables/cells/<slide>.parquet
+      tables/clusters/<slide>.parquet   the cluster of each cell, in the same order
+      tables/index/<slide>.parquet      where each label lies
       features/<slide>.zarr
       clusters/                  the fitted model, and names.json: names of groups
       overlays/  preprocessed/  channels/
@@ -37,11 +39,14 @@ from daskcell.config import Config
 from daskcell.disk import json_bytes, refuse_impossible, remove, temporaries, write_atomic, write_json
 from daskcell.errors import ConfigError, StudyError
 from daskcell.study.ledger import Ledger
+from daskcell.study.results import Fitted
 
 if TYPE_CHECKING:
     from daskcell.preprocess import PreparedImage
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, FORMAT)
+"""Formats that can be opened; the next run brings an older one up to date."""
 CLUSTERS = ".clusters"
 """Name of the ledger of what is done for all slides together; no slide's name begins with a dot."""
 _PACKAGES = (
@@ -99,13 +104,14 @@ class Study:
         record = check_folder(out)
         slides = set(slides)
         known = set(record["slides"]) if record else set()
-        record = {"format": FORMAT, "slides": []} if record is None else record
+        record = {"slides": []} if record is None else record
         names = outputs(config)
         # Before there was a list, names in a study were taken for the study's.
         owned = set(record.get("owned", names if known else ()))
         _refuse_foreign(out, names, owned, known, slides)
         out.mkdir(parents=True, exist_ok=True)
         record |= {
+            "format": FORMAT,
             "inputs": _absolute(inputs),
             "slides": sorted(known | slides),
             "left": sorted(known - slides),
@@ -201,11 +207,20 @@ class Study:
     def grouping(self) -> str | None:
         """Content key of the groups as they are shown, with names and joins; None before the fit."""
         entry = self.ledger(CLUSTERS).entry("cluster")
-        if entry is None:
-            return None
+        return None if entry is None else self.named_key(entry["key"])
+
+    def named_key(self, key: str) -> str:
+        """Content key of clusters of the content key `key` with the names and joins they have now."""
         names = self.clusters / "names.json"
         said = names.read_bytes() if names.exists() else b""
-        return hashlib.sha256(entry["key"].encode() + said).hexdigest() if said else entry["key"]
+        return hashlib.sha256(key.encode() + said).hexdigest() if said else key
+
+    @property
+    def assigned_key(self) -> str:
+        """Hash of the content keys of all cells' clusters."""
+        entries = ((name, self.ledger(name).entry("assign")) for name in self.slides)
+        keys = [f"{name} {entry['key']}" for name, entry in entries if entry]
+        return hashlib.sha256("\n".join(keys).encode()).hexdigest()
 
     @property
     def scores(self) -> dict[str, Any] | None:
@@ -214,7 +229,9 @@ class Study:
             found = json.loads((self.out / "scores.json").read_bytes())
         except (FileNotFoundError, ValueError):
             return None
-        return found if found.get("grouping") == self.grouping else None
+        if found.get("grouping") != self.grouping:
+            return None
+        return found if found.get("assigned") in (None, self.assigned_key) else None
 
     def ledger(self, slide: str) -> Ledger:
         """What is done for `slide`."""
@@ -230,6 +247,21 @@ class Study:
         """The cells of a slide, a row a cell."""
         return self.out / "tables" / "cells" / f"{slide}.parquet"
 
+    def clusters_table(self, slide: str) -> Path:
+        """``cluster``, ``cluster_name`` and ``distance`` of each cell of a slide, in the order of `table`."""
+        return self.out / "tables" / "clusters" / f"{slide}.parquet"
+
+    def assigned_table(self, slide: str) -> Path | None:
+        """The file whose rows say which cluster each cell belongs to; None as long as none does."""
+        if self.ledger(slide).entry("assign") is None:
+            return None
+        found = self.clusters_table(slide)
+        return found if found.exists() else self.table(slide)  # columns of the cells table in format 1
+
+    def index(self, slide: str) -> Path:
+        """First pixel, bounding box and area of every label of a slide."""
+        return self.out / "tables" / "index" / f"{slide}.parquet"
+
     def features(self, slide: str) -> Path:
         """``(n, d)`` array, a row a cell, in the table's order."""
         return self.out / "features" / f"{slide}.zarr"
@@ -238,9 +270,15 @@ class Study:
         """Network outputs kept for other thresholds (``segment.keep_flows``)."""
         return self.out / "flows" / slide
 
-    def scratch(self, slide: str, key: str, block: int) -> Path:
+    def scratch(self, slide: str, stage: str, key: str, block: int) -> Path:
         """Room for what a stage keeps between its tasks; belongs to one content key and one block size."""
-        return self.out / "scratch" / f"{slide}-{key[:16]}-{block}"
+        return self.out / "scratch" / f"{slide}-{stage}-{key[:16]}-{block}"
+
+    def scratches(self, slide: str, stage: str | None = None) -> list[Path]:
+        """What there is of a slide's `scratch`, of one stage or of all."""
+        name = re.compile(rf"{re.escape(slide)}-{stage or '[a-z]+'}-[0-9a-f]{{16}}-\d+")
+        folder = self.out / "scratch"
+        return [path for path in folder.iterdir() if name.fullmatch(path.name)] if folder.is_dir() else []
 
     @property
     def clusters(self) -> Path:
@@ -275,16 +313,21 @@ class Study:
             if slide not in self.slides or not self.table(slide).exists():
                 raise StudyError(f"{self.out} has no cells table of {slide!r}.")
             table, group = pd.read_parquet(self.table(slide)), self.record.get("groups", {}).get(slide)
+            assigned = self.assigned_table(slide)
+            if assigned is not None and assigned != self.table(slide):
+                table = table.assign(**pd.read_parquet(assigned))
             return table if group is None else table.assign(group=group)
         tables = [self.cells(name).assign(slide=name) for name in self.slides if self.table(name).exists()]
         return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
     def prepared(self, slide: str) -> PreparedImage:
         """The image of a slide as its preprocessing makes it, read box by box."""
-        from daskcell.preprocess import Plan, PreparedImage
+        from daskcell.preprocess import PreparedImage
 
-        plan = Plan.from_json(self.ledger(slide).result("freeze")["plan"])
-        return PreparedImage(str(self.image(slide)), plan)
+        fitted = self.ledger(slide).read(Fitted)
+        if fitted is None:
+            raise StudyError(f"{slide} of {self.out} has not been preprocessed yet. Please run the study.")
+        return PreparedImage(str(self.image(slide)), fitted.read_plan())
 
     def open_image(self, slide: str) -> Any:
         """The picture of a slide, as `daskcell.open_image` gives it."""
@@ -305,9 +348,9 @@ def read_record(out: Path) -> dict[str, Any] | None:
         raise StudyError(f"{path} cannot be read ({error}). Please choose another output folder.") from None
     if not isinstance(record, dict) or not {"format", "inputs", "slides", "config"} <= set(record):
         raise StudyError(f"{path} was not written by daskcell. Please choose another output folder.")
-    if record["format"] != FORMAT:
+    if record["format"] not in READABLE:
         raise StudyError(
-            f"{out} is a study of format {record['format']}, and this version reads format {FORMAT}. "
+            f"{out} is a study of format {record['format']}, and this version reads formats up to {FORMAT}. "
             "Please use the version of daskcell that made it, or another output folder."
         )
     return record
@@ -340,7 +383,8 @@ def check_folder(out: str | Path) -> dict[str, Any] | None:
 def outputs(config: Config) -> set[str]:
     """What a run with these settings writes, as paths in the study; ``*`` stands for a slide's name."""
     names = {"study.json", "failures.jsonl", ".progress.json", "clusters", "scratch", "ledger/.clusters.json"}
-    names |= {"ledger/*.json", "images/*.zarr", "tables/cells/*.parquet", "features/*.zarr"}
+    names |= {"ledger/*.json", "images/*.zarr", "features/*.zarr"}
+    names |= {f"tables/{kind}/*.parquet" for kind in ("cells", "clusters", "index")}
     names |= {f"overlays/*.{ending}" for ending in config.output.overlays}
     chosen = {
         "report.html": config.output.report,
@@ -391,7 +435,8 @@ def _absolute(inputs: Iterable[str | Path]) -> list[str]:
 
 def sweep(out: Path) -> None:
     """Remove temporary files that a killed run or worker left in the places where we write them."""
-    for name in ("", "inputs", "ledger", "overlays", "preprocessed", "tables/cells", "features", "clusters"):
+    tables = ("tables/cells", "tables/clusters", "tables/index")
+    for name in ("", "inputs", "ledger", "overlays", "preprocessed", *tables, "features", "clusters"):
         remove(*temporaries(out / name))
 
 

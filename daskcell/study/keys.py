@@ -1,8 +1,9 @@
 """Content keys: what a stage's result depends on, as one hash.
 
-A key covers the input's bytes, the settings that matter to the stage, the weights, the stage's version and
-the key of the stage before. Two runs with equal keys have equal results, so a study redoes what has another
-key, and nothing else. Where a run works (`compute`) is no part of any key.
+A key covers the keys of the stages before, the settings and files (weights) that decide the stage's result,
+and the stage's version; the first stage's covers the input's bytes. Two runs with equal keys have equal
+results, so a study redoes what has another key, and nothing else. Where a run works (`compute`) is no part of
+any key. What stages there are is said in `daskcell.pipeline.stages`.
 """
 
 from __future__ import annotations
@@ -15,105 +16,20 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from daskcell import places
-from daskcell.config import Config
 from daskcell.disk import digest, files_of
 from daskcell.errors import ImageError
 
-UPSTREAM: dict[str, str | None] = {
-    "convert": None,
-    "freeze": "convert",
-    "export": "freeze",
-    "segment": "freeze",
-    "describe": "segment",
-    "assign": "describe",
-    "paint": "assign",
-}
-"""The stages of a slide, in order, each with the one whose output it reads."""
 
-SLIDE_STAGES = ("convert", "freeze", "export", "segment", "describe")
-"""Stages that need no other slide; `assign` and `paint` wait for the clusters of all."""
-
-STAGE_VERSIONS = dict.fromkeys((*UPSTREAM, "cluster"), 1)
-STAGE_VERSIONS |= {"convert": 2, "freeze": 2, "segment": 3, "describe": 2, "assign": 2, "cluster": 2}
-"""Raised by one when a stage gives another result for the same input and settings: studies redo it."""
-
-
-def descendants(stage: str) -> set[str]:
-    """Stages that read, at first or second hand, what `stage` writes."""
-    found: set[str] = set()
-    for name, before in UPSTREAM.items():  # in order: a stage comes after the one it reads
-        if before == stage or before in found:
-            found.add(name)
-    return found
-
-
-def content_key(stage: str, *parts: Any) -> str:
+def content_key(stage: str, version: int, *parts: Any) -> str:
     """Hash of a stage's name, its version and everything its result depends on (JSON-able)."""
-    text = json.dumps(
-        [stage, STAGE_VERSIONS[stage], *parts], sort_keys=True, separators=(",", ":"), default=str
-    )
+    text = json.dumps([stage, version, *parts], sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def slide_keys(
-    config: Config, files: Iterable[Mapping[str, Any]], weights: Mapping[str, str]
-) -> dict[str, str]:
-    """Content keys of the stages that need no other slide.
-
-    Parameters
-    ----------
-    files
-        Identity of the input, as `identify` gives it.
-    weights
-        Fingerprints of other files by stage: networks for ``segment`` and ``describe``.
-    """
-    identity = [[file["name"], file["digest"], *file.get("said", ())] for file in files]
-    keys = {"convert": content_key("convert", identity, input_settings(config))}
-    keys["freeze"] = content_key(
-        "freeze", keys["convert"], _dump(config.preprocess), weights.get("freeze", "")
-    )
-    keys["segment"] = content_key(
-        "segment", keys["freeze"], segment_settings(config), weights.get("segment", "")
-    )
-    keys["describe"] = content_key(
-        "describe", keys["segment"], _dump(config.features), weights.get("describe", "")
-    )
-    pictures = {"channels": config.output.channels, "preprocessed": config.output.preprocessed}
-    keys["export"] = content_key("export", keys["freeze"], pictures)
-    return keys
-
-
-def cluster_key(config: Config, describe_keys: Mapping[str, str]) -> str:
-    """Content key of the fitted clusters: depends on the slides that took part, not on their order."""
-    return content_key("cluster", sorted(describe_keys.items()), _dump(config.cluster))
-
-
-def late_keys(config: Config, describe: str, cluster: str) -> dict[str, str]:
-    """Content keys of the stages of a slide that follow the clusters."""
-    assign = content_key("assign", describe, cluster)
-    return {
-        "assign": assign,
-        "paint": content_key("paint", assign, config.output.overlays, config.output.overlay_side),
-    }
-
-
-def input_settings(config: Config) -> dict[str, Any]:
-    """The settings an image depends on: not which of a file are taken."""
-    values = _dump(config.input)
-    del values["scenes"]
-    return values
-
-
-def segment_settings(config: Config) -> dict[str, Any]:
-    """The settings a segmentation depends on: not those of the other method, nor what is only kept."""
-    values = _dump(config.segment)
-    del values["keep_flows"]
-    if config.segment.method == "cellpose":
-        del values["watershed"]
-    else:
-        for name in ("model", "normalize", "cellprob_threshold", "flow_threshold", "niter", "batch_size"):
-            del values[name]
-    return values
+def identity(files: Iterable[Mapping[str, Any]]) -> list[list[Any]]:
+    """What of an input decides results, from what `identify` gives: not where it lies, nor when it was
+    written."""
+    return [[file["name"], file["digest"], *file.get("said", ())] for file in files]
 
 
 def identify(
@@ -165,7 +81,3 @@ def _weigh(path: str | Path) -> tuple[int, int | str]:
         return sum(size for size, _ in found.values()), tags.hexdigest()
     status = [file.stat() for file in files_of(Path(path))]
     return sum(s.st_size for s in status), max((s.st_mtime_ns for s in status), default=0)
-
-
-def _dump(settings: Any) -> dict[str, Any]:
-    return settings.model_dump(mode="json")

@@ -10,26 +10,34 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from daskcell.disk import write_json
-from daskcell.study.keys import UPSTREAM, descendants
+from daskcell.study.format1 import upgraded
+from daskcell.study.results import Result
+
+R = TypeVar("R", bound=Result)
+FORMAT = 2
 
 
 class Ledger:
     """Finished stages of one slide, in one small file that is replaced whole.
 
-    ``entry(stage)`` is ``{"key": content key, "result": what the stage returned, "seconds": ..., "files": see
-    `daskcell.study.checksums`}``.
+    ``entry(stage)`` is ``{"key": content key, "needs": stages whose output it was made from, "result": what
+    the stage returned, "seconds": ..., "files": see `daskcell.study.checksums`}``, and ``"ran"``, the device,
+    threads and precision of a stage that runs a network. A ledger knows the stages by these entries alone.
 
-    A stage whose files were damaged is taken out by `lose`, and so is all that was made from it; but that is
-    held, and comes back when the stage gives the very files again.
+    A stage whose files were damaged is taken out by `invalidate`, and so is all that was made from it; but
+    that is `held`, and restored when the stage gives the very files again.
     """
 
     def __init__(self, path: Path, slide: str):
         self.path, self.slide = path, slide
         try:
             values = json.loads(path.read_bytes())
+            self.format: int = values.get("format", 1)
+            if self.format == 1:
+                values = upgraded(values)
             self.files: list[dict[str, Any]] = values["files"]
             self.stages: dict[str, dict[str, Any]] = values["stages"]
             self.failure: dict[str, Any] | None = values.get("failure")
@@ -37,9 +45,10 @@ class Ledger:
             self.began: str | None = values.get("began")
             self.held: dict[str, dict[str, Any]] = values.get("held", {})
             _refuse_strange_paths(self.stages, self.held)
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             # A ledger that cannot be read, or names files elsewhere, says nothing is done: work is repeated,
             # never a result invented.
+            self.format = FORMAT
             self.files, self.stages, self.failure, self.tries = [], {}, None, 0
             self.began, self.held = None, {}
 
@@ -53,28 +62,33 @@ class Ledger:
         return {file for entry in entries for file in entry.get("files", ())}
 
     def result(self, stage: str) -> dict[str, Any]:
-        """What `stage` returned; empty if it is not done."""
+        """What `stage` returned, as JSON; empty if it is not done."""
         return self.stages.get(stage, {}).get("result") or {}
+
+    def read(self, kind: type[R]) -> R | None:
+        """What a stage returned; None if it is not done."""
+        entry = self.stages.get(kind.stage)
+        return None if entry is None else kind.model_validate(entry["result"])
 
     def is_done(self, stage: str, key: str) -> bool:
         entry = self.stages.get(stage)
         return entry is not None and entry["key"] == key
 
-    def begin(self, stage: str, rewrites: Iterable[str] = ()) -> None:
-        """Forget `stage` and all that was made from it. Call before its output is touched.
+    def dependents(self, stage: str) -> set[str]:
+        """Stages that were made, at first or second hand, from the output of `stage`."""
+        needs = {name: set(entry["needs"]) for name, entry in (self.held | self.stages).items()}
+        found: set[str] = set()
+        while more := {name for name, of in needs.items() if of & (found | {stage})} - found:
+            found |= more
+        return found
 
-        `rewrites` are files of earlier stages that it writes again: those no longer vouch for them.
-        """
-        doomed = {stage} | descendants(stage)
+    def begin(self, stage: str) -> None:
+        """Forget `stage` and all that was made from it. Call before its output is touched."""
+        doomed = {stage} | self.dependents(stage)
         changed = doomed & set(self.stages) or self.began != stage
         self.stages = {name: entry for name, entry in self.stages.items() if name not in doomed}
         if stage not in self.held:
             self.held = {name: entry for name, entry in self.held.items() if name not in doomed}
-        for file in rewrites:
-            for entry in self.stages.values():
-                if entry.get("files", {}).get(file) is not None:
-                    entry["files"][file] = None
-                    changed = True
         if changed:
             self.began = stage
             self.save()
@@ -87,46 +101,67 @@ class Ledger:
         seconds: float = 0.0,
         then: str | None = None,
         files: Mapping[str, Any] | None = None,
+        needs: Iterable[str] = (),
+        ran: Mapping[str, Any] | None = None,
+        version: int | None = None,
     ) -> None:
-        """Enter `stage` as done. Call when its output, of which `files` are the checksums, is whole; `then`
-        is the stage that begins at once."""
-        entry = {"key": key, "result": dict(result or {}), "seconds": round(seconds, 3)}
+        """Enter `stage` as done. Call when its output is whole.
+
+        Parameters
+        ----------
+        files
+            Checksums of its output.
+        needs
+            Stages whose output it was made from.
+        ran
+            Where it ran, as far as results depend on that in the last bit.
+        version
+            Of the stage.
+        then
+            The stage that begins at once.
+        """
+        entry = {"key": key, "needs": list(needs), "result": dict(result or {}), "seconds": round(seconds, 3)}
         entry["files"] = dict(files or {})
+        if ran:
+            entry["ran"] = dict(ran)
+        if version is not None:
+            entry["version"] = version
         self.stages[stage] = entry
-        self._take_back(stage)
+        self._restore(stage)
         self.began = None if then in self.stages else then
         if self.failure is not None and self.failure["stage"] == stage:
             self.failure, self.tries = None, 0
         self.save()
 
-    def lose(self, stage: str) -> None:
+    def invalidate(self, stage: str) -> None:
         """Take out `stage`, whose files were damaged, and hold what was made from it."""
-        for name in {stage} | descendants(stage):
+        for name in {stage} | self.dependents(stage):
             if name in self.stages:
-                self.held[name] = self.stages.pop(name) | {"lost": False}
+                self.held[name] = self.stages.pop(name) | {"damaged": False}
         if stage in self.held:
-            self.held[stage]["lost"] = True
+            self.held[stage]["damaged"] = True
         self.save()
 
-    def _take_back(self, stage: str) -> None:
-        """`stage` is done anew: what is held of it comes back if its files are the same, or goes for good."""
-        before = self.held.pop(stage, None)
+    def _restore(self, stage: str) -> None:
+        """Restore what is held with `stage`, now done anew, if its files are the same; else forget it."""
+        before, entry = self.held.pop(stage, None), self.stages[stage]
         if before is None:
             return
-        entry = self.stages[stage]
-        was, now = before.get("files", {}), entry["files"]
-        same = before["key"] == entry["key"] and was.keys() == now.keys()
-        if not same or any(was[file] not in (None, now[file]) for file in was):
-            self.held = {name: kept for name, kept in self.held.items() if name not in descendants(stage)}
+        if (before["key"], before["files"]) != (entry["key"], entry["files"]):
+            doomed = self.dependents(stage)
+            self.held = {name: kept for name, kept in self.held.items() if name not in doomed}
             return
-        for kept in self.held.values():
-            if kept.get("files", {}).keys() & now.keys():  # written again there, and replaced now
-                kept["lost"] = True
-        came = {stage}
-        for name in UPSTREAM:  # in order: a stage comes after the one it reads
-            if UPSTREAM[name] in came and name in self.held and not self.held[name]["lost"]:
-                self.stages[name] = {key: v for key, v in self.held.pop(name).items() if key != "lost"}
-                came.add(name)
+        while ready := [
+            name
+            for name, kept in self.held.items()
+            if not kept["damaged"] and set(kept["needs"]) & set(self.stages) and self._whole(kept)
+        ]:
+            for name in ready:
+                self.stages[name] = {key: v for key, v in self.held.pop(name).items() if key != "damaged"}
+
+    def _whole(self, entry: Mapping[str, Any]) -> bool:
+        """Whether nothing that an entry was made from waits to be made anew."""
+        return not set(entry["needs"]) & set(self.held)
 
     def fail(self, stage: str, error: str, trace: str = "") -> None:
         """Enter why `stage` could not be done; `trace` is for errors that are no user's."""
@@ -139,6 +174,7 @@ class Ledger:
 
     def save(self) -> None:
         values = {
+            "format": self.format,
             "files": self.files,
             "stages": self.stages,
             "began": self.began,

@@ -1,0 +1,122 @@
+"""What the stages find, as the ledger keeps it: one type a stage.
+
+Read one with `Ledger.read(Segmented)`, which is None as long as the stage is not done. Lists of files hold
+paths in the study.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from daskcell.preprocess import Plan
+
+
+class Result(BaseModel):
+    """What a stage found: small, and JSON in the ledger."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    stage: ClassVar[str]
+    """Name of the stage."""
+    notes: tuple[str, ...] = ()
+    """What to tell the user, in sentences."""
+
+
+class Converted(Result):
+    stage = "convert"
+    shape: tuple[int, int, int]
+    """``(C, Y, X)``."""
+    dtype: str = ""
+    channels: tuple[str, ...] = ()
+    pixel_size: tuple[float, float] | None = None
+    """In micrometres, ``(y, x)``."""
+    is_rgb: bool = False
+    files: int = 0
+    """Number of files of the image."""
+    fingerprint: str = ""
+    """Hash of the pixels."""
+
+    @property
+    def pixels(self) -> int:
+        """Of one channel."""
+        return self.shape[1] * self.shape[2]
+
+
+class Fitted(Result):
+    stage = "fit"
+    plan: dict[str, Any]
+    """`daskcell.preprocess.Plan` as JSON."""
+
+    def read_plan(self) -> Plan:
+        from daskcell.preprocess import Plan
+
+        return Plan.from_json(self.plan)
+
+
+class Exported(Result):
+    stage = "export"
+    files: tuple[str, ...] = ()
+
+
+class Segmented(Result):
+    """The seam report: see `daskcell.segmentation.seams.SeamReport`."""
+
+    stage = "segment"
+    cells: int = 0
+    blocks: int = 0
+    redone: int = 0
+    tiles: int = 0
+    repeated: int = 0
+    skipped: int = 0
+    conflicts: int = 0
+    seam_pairs: int = 0
+    seam_changes: int = 0
+    near_pairs: int = 0
+    near_changes: int = 0
+    seam_rate: float | None = None
+    near_rate: float | None = None
+    cut_rate: float | None = None
+    diameter: float | None = None
+    """In pixels, as the network's images were scaled by; None: not at all."""
+    skipped_fraction: float | None = None
+
+
+class Described(Result):
+    stage = "describe"
+    cells: int = 0
+    features: int = 0
+    """Features of each cell."""
+    missing: int = 0
+    """Labels up to the largest that no pixel has."""
+
+
+class Clustered(Result):
+    stage = "cluster"
+    k: int
+    counts: tuple[int, ...] = ()
+    """Cells of each cluster in the fit."""
+    given: bool = False
+    """The model was fitted elsewhere."""
+
+
+class Assigned(Result):
+    stage = "assign"
+    counts: tuple[int, ...] = ()
+    """Cells of each cluster."""
+    names: dict[str, str] = {}
+    """By number of the cluster, of those that have one."""
+    unassigned: int = 0
+    drift: dict[str, Any] = {}
+    """See `daskcell.clustering.ClusterModel.drift`."""
+
+
+class Painted(Result):
+    stage = "paint"
+    counts: tuple[int, ...] = ()
+    files: tuple[str, ...] = ()
+
+
+class Reported(Result):
+    stage = "report"
