@@ -142,7 +142,7 @@ def test_the_overlay_of_a_level_shows_what_the_overlay_of_the_whole_shows(slide,
     shown = []
     for side in (8192, 600):
         (file,) = write_overlay(
-            image, folder / "s.parquet", tmp_path, f"{side}", 2, Workers(), formats=["tif"], side=side
+            image, *[folder / "s.parquet"] * 2, tmp_path, f"{side}", 2, Workers(), formats=["tif"], side=side
         )
         shown.append(np.moveaxis(tifffile.imread(file), -1, 0))
     small = smaller(shown[0], 1)

@@ -25,7 +25,7 @@ from tlz import partition_all
 
 from daskcell.compute import Workers
 from daskcell.config import SegmentSettings
-from daskcell.disk import remove, save_arrays
+from daskcell.disk import remove, save_arrays, temporaries
 from daskcell.errors import InputError
 from daskcell.geometry import Box
 from daskcell.images import build_label_pyramid, create_labels
