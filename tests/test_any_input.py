@@ -76,6 +76,7 @@ CALLS = {
     "measure labels": lambda x, path: dc.measure(x, BASE),
     "open_image": lambda x, path: dc.open_image(x),
     "open_study": lambda x, path: dc.open_study(x),
+    "prepare": lambda x, path: dc.prepare(x),
     "overlay image": lambda x, path: dc.overlay(x, LABELS, np.array([0, 1])),
     "overlay labels": lambda x, path: dc.overlay(BASE, x, np.array([0, 1])),
     "overlay clusters": lambda x, path: dc.overlay(BASE, LABELS, x),

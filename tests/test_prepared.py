@@ -156,7 +156,9 @@ def test_the_report_shows_a_slide_as_it_was_segmented(slide):
     folder, x = slide
     chosen = PreprocessSettings.model_validate({"stains": {"method": "separate"}})
     image = PreparedImage(str(folder / "s.zarr"), freeze_slide(folder / "s.zarr", chosen))
-    study: Any = SimpleNamespace(prepared=lambda name: image, table=lambda name: folder / "s.parquet")
+    study: Any = SimpleNamespace(
+        prepared=lambda name: image, assigned_table=lambda name: folder / "s.parquet"
+    )
     shown = skimage.io.imread(io.BytesIO(Pictures(study).slide("s", colors(2))))
     assert shown.mean() < 100, "densities of a slide that is mostly glass are dark"
     glass = skimage.transform.resize(x.min(axis=0), shown.shape[:2], anti_aliasing=True)

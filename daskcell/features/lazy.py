@@ -193,7 +193,8 @@ def embed(
     else:
         network = as_encoder(encoder, size=size, batch_size=batch_size, device=device, precision=precision)
     pixels, given = _arrays(labels, image, axes)
-    assert given is not None
+    if given is None:
+        raise InputError("Cells are described by the pixels of an image, which was not given.")
     picture = given.data
     records, grid = _find_cells(pixels)
     side = None

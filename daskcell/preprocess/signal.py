@@ -11,7 +11,8 @@ padding   Values of which at least 1 % of the image consists in tiles of nothing
           5 % of all other tiles, and that lie outside the 1st to 99th percentile of the other pixels: zeros
           or white around or between images. The ground is told without them; percentiles too, where they
           lie a tenth of that range away or more. A ground that is exactly 0 lies between cells too, in the
-          tiles at their outlines, and stays.
+          tiles at their outlines, and stays. So do values more than twice as bright as the ground: cells
+          that saturate the camera are flat as well.
 ground    The middle of the shortest range that holds half of the pixels; `noise`, its standard deviation, is
           that range / 1.35, as for a normal distribution. Exact from counts, and not moved by the other half.
 cores     Tiles all of whose pixels lie more than three `noise` above (or below) the ground. Of 16 noisy
@@ -26,7 +27,8 @@ overdriven, and without padding the limits are those over all pixels, in every b
 
 Limits of the rule: cells of fewer than 8 pixels across are no signal; a ground that is unevenly lit counts as
 noisy (`correct_background` first); dust that covers more than a twentieth of what cells cover decides the
-contrast; a flat ground that is white (255) in nearly all tiles without cells is taken for padding.
+contrast; a flat ground that is white (255) in nearly all tiles without cells is taken for padding, and
+white padding of a dark field for cells.
 
 Counts are sums over parts of the image that begin at multiples of 4 pixels, so they depend neither on how it
 is cut nor on the order. Integers of up to 16 bits have one bin a value; others are counted by the first 16
@@ -51,6 +53,7 @@ PIXELS, FLAT, DARKEST, BRIGHTEST = range(4)
 _PADDED = 0.01
 _STRAY = 0.05
 _AWAY = 0.1
+_SATURATED = 2.0
 SIGMAS = 3.0
 _HALF = 1.349
 """Length in standard deviations of the shortest range that holds half of a normal distribution."""
@@ -147,6 +150,7 @@ def find_signal(counts: np.ndarray, values: np.ndarray) -> Signal | None:
     Signal, or None for a channel of a single value
     """
     padding = _padding(counts)
+    padding &= ~_saturated(values, np.where(padding, 0, counts[PIXELS]))
     pixels = np.where(padding, 0, counts[PIXELS])
     if np.count_nonzero(pixels) < 2:
         return None
@@ -187,6 +191,15 @@ def _padding(counts: np.ndarray) -> np.ndarray:
     spikes = _spikes(pixels, flat)
     others = pixels.sum() - flat[spikes].sum()
     return np.asarray(spikes & (pixels - flat < _STRAY * others))
+
+
+def _saturated(values: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """Bins ``(bins,)`` bool that are cells if they are flat: more than twice as bright as the ground."""
+    if not pixels.any():
+        return np.zeros(len(values), bool)
+    ground = sum(_shortest_half(values, pixels)) / 2
+    black = min(0.0, float(values[np.flatnonzero(pixels)[0]]))
+    return np.asarray(values - black > _SATURATED * (ground - black))
 
 
 def _spikes(pixels: np.ndarray, flat: np.ndarray) -> np.ndarray:
