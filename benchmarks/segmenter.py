@@ -13,7 +13,6 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tifffile
@@ -21,7 +20,7 @@ from segmenter_split import TOUCHES_TRAIN, Row, split
 from skimage.io import imread
 
 from daskcell.config import Config
-from daskcell.scoring import score_pair
+from daskcell.scoring import Counts, score_pair
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 Find = Callable[[np.ndarray], np.ndarray]
@@ -60,25 +59,14 @@ def default_run(model: str) -> Find:
     return find
 
 
-def score_rows(
-    find: Find, data: Path, rows: list[Row], only: str = "", most: int | None = None
-) -> dict[str, dict[str, float]]:
-    """AP by category."""
-    totals: dict[str, list[Any]] = {}
+def score_rows(find: Find, data: Path, rows: list[Row]) -> dict[str, float]:
+    """AP of images of one category."""
+    low, high = Counts(), Counts()
     for row in rows:
-        name = category(row)
-        if only not in name or (most and totals.get(name, [0])[0] >= most):
-            continue
         channels, truth = read_row(data, row)
-        counts = score_pair(truth, find(channels))
-        total = totals.setdefault(name, [0, *counts.values()])
-        if total[0]:
-            total[1:] = [a + b for a, b in zip(total[1:], counts.values(), strict=True)]
-        total[0] += 1
-    return {
-        name: {"images": n, "cells": low.tp + low.fn, "AP50": low.ap, "AP75": high.ap}
-        for name, (n, low, high) in totals.items()
-    }
+        at_half, at_most = score_pair(truth, find(channels)).values()
+        low, high = low + at_half, high + at_most
+    return {"images": len(rows), "cells": low.tp + low.fn, "AP50": low.ap, "AP75": high.ap}
 
 
 def read_row(data: Path, row: Row) -> tuple[np.ndarray, np.ndarray]:
@@ -132,13 +120,27 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     find = default_run(options.model)
-    table = score_rows(find, options.data, split(options.data)["val"], options.only, options.most)
+    rows: dict[str, list[Row]] = {}
+    for row in split(options.data)["val"]:
+        rows.setdefault(category(row), []).append(row)
+    table = {}
+    for name, members in rows.items():
+        if options.only in name:
+            table[name] = score_rows(find, options.data, members[: options.most])
+            show(name, table[name])
     if options.only in "white cells":
         table["white cells"] = score_white_cells(find, options.data, options.most)
-    for name, row in table.items():
-        print(f"{name:50s}", *(f"{key} {value:.3f}".replace(".000", "") for key, value in row.items()))
+        show("white cells", table["white cells"])
     if options.json:
         options.json.write_text(json.dumps(table, indent=1))
+
+
+def show(name: str, row: dict[str, float]) -> None:
+    """A line of the table."""
+    numbers = (
+        f"{key} {value:d}" if isinstance(value, int) else f"{key} {value:.3f}" for key, value in row.items()
+    )
+    print(f"{name:48s}", *numbers, flush=True)
 
 
 if __name__ == "__main__":
