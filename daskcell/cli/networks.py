@@ -51,9 +51,11 @@ def segmenter(
     minutes: Annotated[float, typer.Option(min=0.0, help="Training time.")] = 60.0,
     steps: Annotated[int | None, typer.Option(min=1, help="Number of steps, in place of a time.")] = None,
     start: Annotated[
-        str | None, typer.Option(help="Weights to start from, such as tiny; else from random ones.")
+        str | None, typer.Option(help="Weights to start from: tiny, cpsam_v2, a file; else random ones.")
     ] = None,
     rate: Annotated[float, typer.Option(min=0.0, help="Highest learning rate.")] = 2e-3,
+    side: Annotated[int, typer.Option(min=16, help="Side of a tile in pixels; 256 for cpsam_v2.")] = 224,
+    batch: Annotated[int, typer.Option(min=1, help="Tiles a step.")] = 8,
     generated: Annotated[int, typer.Option(min=0, help="Generated images of either kind.")] = 40,
     validate: Annotated[
         list[Path] | None,
@@ -76,6 +78,8 @@ def segmenter(
         steps=steps,
         start=start,
         rate=rate,
+        side=side,
+        batch=batch,
         generated=generated,
         patience=patience,
         seed=seed,

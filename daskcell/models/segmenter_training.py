@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from daskcell.disk import replacing
 from daskcell.errors import ComputeError, InputError
 from daskcell.models.arrays import save_arrays
+from daskcell.models.cpsam import load_cpsam
 from daskcell.models.loading import read_unet
 from daskcell.models.registry import find_network
 from daskcell.models.segmenter_augment import tile
@@ -37,7 +40,8 @@ class Recipe(Schedule):
     generated_share: float = 0.2
     """Chance of a tile to come from them."""
     start: str | None = None
-    """Weights to start from (``tiny``, or a file of this command); None: from random ones."""
+    """Weights to start from: ``tiny``, a file of this command, or Cellpose-SAM's (``cpsam_v2``), which need a
+    GPU, ``side=256`` and a `rate` of about 1e-5; None: random ones."""
     widths: tuple[int, ...] = (16, 32, 64, 128, 192)
     """Channels at full, half, quarter ... resolution; those of `start` where there is one."""
     blocks: tuple[int, ...] = (1, 2, 2, 1)
@@ -65,8 +69,8 @@ def train_segmenter(
         Folders with ``images/`` and ``masks/`` (label images of the same names), or tables of images
         (`list_sources`); may be empty: generated images only.
     out
-        Folder for ``segmenter.npz`` (usable as ``model=`` at any time), ``checkpoint.pt`` and ``log.csv``
-        (step, seconds, loss, validation loss).
+        Folder for ``segmenter.npz`` (``segmenter.pt`` of Cellpose-SAM), usable as ``model=`` at any time,
+        ``checkpoint.pt`` and ``log.csv`` (step, seconds, loss, validation loss).
     validate
         Folders or tables that the network does not learn from. The weights with the smallest loss on tiles of
         them are kept, and the training stops when that has not fallen for ``recipe.patience`` validations.
@@ -91,14 +95,9 @@ def train_segmenter(
     if device != "cpu" and not torch.cuda.is_available():
         raise ComputeError(f"There is no GPU for device={device!r} here. Please take device='cpu'.")
     torch.manual_seed(recipe.seed)
-    if recipe.start is None:
-        net = TinyUNet(recipe.widths, recipe.blocks)
-    else:
-        net = read_unet(find_network(recipe.start))
-    weights = out / "segmenter.npz"
-    trainer = Trainer(
-        recipe, out, net.to(device), weights, lambda n, note: save_arrays(weights, n.state_dict(), KIND, note)
-    )
+    net = TinyUNet(recipe.widths, recipe.blocks) if recipe.start is None else _started(recipe.start)
+    weights = out / ("segmenter.npz" if isinstance(net, TinyUNet) else "segmenter.pt")
+    trainer = Trainer(recipe, out, net.to(device), weights, partial(_export, weights))
     if trainer.left() <= 0:
         return trainer.result()
     cache = out / "prepared" if prepared is None else Path(prepared)
@@ -130,6 +129,25 @@ def train_segmenter(
         validation if groups else None,
         progress,
     )
+
+
+def _started(name: str) -> nn.Module:
+    path = find_network(name)
+    if path.suffix == ".npz":
+        return read_unet(path)
+    net = load_cpsam(path, dtype=torch.float32)
+    for parameter in net.parameters():
+        parameter.data = parameter.data.clone()  # the file is mapped, and stays as it is
+        parameter.requires_grad_(True)
+    return net
+
+
+def _export(weights: Path, net: nn.Module, note: str) -> None:
+    if weights.suffix == ".npz":
+        save_arrays(weights, net.state_dict(), KIND, note)
+        return
+    with replacing(weights) as part:
+        torch.save(net.state_dict(), part)
 
 
 def _validation_tiles(samples: Sequence[Sample], side: int) -> list[tuple[Tensor, Tensor]]:

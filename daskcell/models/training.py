@@ -226,6 +226,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.net.train()
+        # Of layers that drop at random.
+        torch.manual_seed(int(np.random.SeedSequence([recipe.seed, self.step]).generate_state(1)[0]))
         loss = loss_of(self.net, self.step)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
