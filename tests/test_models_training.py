@@ -349,16 +349,18 @@ def test_killed_training_continues(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
+    checkpoint = tmp_path / "checkpoint.pt"
     try:
         deadline = time.monotonic() + 120
-        while not (tmp_path / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        done = 0
+        while not done and time.monotonic() < deadline:
             time.sleep(0.05)
-        time.sleep(0.5)
+            done = torch.load(checkpoint, weights_only=True)["step"] if checkpoint.exists() else 0
         assert process.poll() is None
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    done = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"]
+    done = torch.load(checkpoint, weights_only=True)["step"]
     assert done > 0
     models.load_network(tmp_path / "segmenter.npz")
     (tmp_path / ".daskcell-0123abcd.tmp").touch()  # killed while it wrote

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -93,7 +94,7 @@ def segmenter(
             validate=validate or [],
             prepared=prepared,
             device=device,
-            report=bar.console.print,
+            report=partial(bar.console.print, markup=False, highlight=False),
             progress=lambda done: bar.update(task, completed=done),
         )
     print(f"{trained.path}: use it with --model {trained.path}")

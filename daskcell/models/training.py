@@ -113,7 +113,7 @@ class Trainer:
             self._resume()
         else:
             # Written at once: where it is, the files beside it are this training's.
-            _refuse_existing(out, weights.name)
+            _refuse_existing(out)
             out.mkdir(parents=True, exist_ok=True)
             self.save(export=False)
         remove(*temporaries(out))  # of a training that was killed while it wrote
@@ -240,10 +240,10 @@ class Trainer:
         self.step += 1
 
 
-def _refuse_existing(out: Path, weights: str) -> None:
+def _refuse_existing(out: Path) -> None:
     """Raise `WeightsError` if a new training would replace a file in `out`."""
     refuse_impossible(out)
-    for name in ("log.csv", weights):
+    for name in ("log.csv", "encoder.npz", "segmenter.npz", "segmenter.pt"):
         if os.path.lexists(out / name):
             raise WeightsError(
                 f"{out / name} is not of a training that can be continued (there is no checkpoint.pt), and "
