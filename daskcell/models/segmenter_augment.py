@@ -113,7 +113,7 @@ def _mixture(sample: Sample, rng: np.random.Generator) -> np.ndarray:
         mix = np.eye(3, dtype=np.float32)
         return mix[rng.permutation(3)] if choice < 0.25 else mix
     if count == 4 and rng.random() < 0.4:
-        # The usual colour picture: cyan adds to green and blue.
+        # The usual colour image: cyan adds to green and blue.
         return np.array([[1, 0, 0, 0], [0, 1, 0, 1], [0, 0, 1, 1]], np.float32) * rng.uniform(
             0.6, 1.4, (1, count)
         )
@@ -144,7 +144,7 @@ def _warp(
     if rng.random() < 0.6:
         centre = sample.centres[rng.integers(len(sample.centres))] + rng.uniform(-0.3, 0.3, 2) * side / zoom
     else:
-        # Far enough inside that the tile is filled where the picture is large enough.
+        # Far enough inside that the tile is filled where the image is large enough.
         room = np.minimum(side / 2 / zoom, 0.5 * np.array([height, width]))
         centre = rng.uniform(room * 0.8, np.array([height, width]) - room * 0.8 + 1e-6)
     angle, mirror = rng.uniform(0, 2 * np.pi), rng.choice([-1.0, 1.0])
@@ -178,7 +178,7 @@ def _warp(
     warped = F.grid_sample(source, grid, align_corners=False, padding_mode="zeros")[0].numpy()
     present = warped[-1]
     count = len(sample.channels)
-    # Divided by the share of the picture under each pixel: no dark seam along the border.
+    # Divided by the share of the image under each pixel: no dark seam along the border.
     raw = warped[:count] / np.maximum(present, 1e-3)
     flows = np.einsum("ij,ihw->jhw", turn.astype(np.float32), warped[count : count + 2])
     inside = (warped[-2] > 0.5).astype(np.float32)

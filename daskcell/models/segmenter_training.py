@@ -1,4 +1,4 @@
-"""Training a segmenter from pictures with masks; made the embedded weights."""
+"""Training a segmenter from images with masks."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Schedule:
     """Settings of any training."""
 
     minutes: float = 60.0
-    """Training time; preparing the pictures comes on top."""
+    """Training time; preparing the images comes on top."""
     steps: int | None = None
     """Number of steps instead of a time."""
     rate: float = 2e-3
