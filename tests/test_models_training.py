@@ -320,6 +320,12 @@ def test_training_goes_on_from_given_weights(tmp_path):
     assert all(np.array_equal(new[k], old[k]) for k in old if k.endswith("weight") and old[k].ndim == 4)
 
 
+def test_no_steps_give_the_weights_it_starts_from(tmp_path):
+    recipe = Recipe(**{**vars(SMALL), "steps": 0, "start": "tiny"})
+    done = train_segmenter([], tmp_path, recipe, report=lambda line: None)
+    assert models.network_fingerprint(done.path) == models.network_fingerprint("tiny")
+
+
 def test_a_gpu_that_is_not_there_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ComputeError, match="GPU"):

@@ -123,7 +123,7 @@ class Trainer:
         if self.since >= self.recipe.patience:
             return 0.0
         if self.recipe.steps is not None:
-            return 1 - self.step / max(1, self.recipe.steps)
+            return 1 - self.step / self.recipe.steps if self.recipe.steps else 0.0
         return 1 - self.elapsed / (60 * self.recipe.minutes) if self.recipe.minutes > 0 else 0.0
 
     def run(
@@ -195,6 +195,8 @@ class Trainer:
 
     def result(self) -> Trained:
         """What there is so far."""
+        if not self.weights.exists():  # no step was asked for
+            self.save()
         return Trained(self.weights, self.step, self.loss)
 
     def _resume(self) -> None:
