@@ -308,7 +308,7 @@ def test_crops_to_train_on_keep_to_their_list(finished, tmp_path):
     check(files)
 
 
-@pytest.mark.parametrize("name", ["encoder.npz", "segmenter.npz", "log.csv", "checkpoint.pt"])
+@pytest.mark.parametrize("name", ["encoder.npz", "segmenter.npz", "segmenter.pt", "log.csv", "checkpoint.pt"])
 @pytest.mark.parametrize("kind", ["encoder", "segmenter"])
 def test_a_training_replaces_no_file_of_other_people(tmp_path, kind, name):
     from daskcell.models import EncoderRecipe, Recipe, train_encoder, train_segmenter

@@ -180,9 +180,10 @@ def test_a_killed_training_ends_with_the_same_bits(study, tmp_path):
         [sys.executable, "-c", SCRIPT, str(tmp_path / "x.npy"), str(tmp_path / "killed")]
     )
     checkpoint = tmp_path / "killed" / "checkpoint.pt"
-    until = time.monotonic() + 90
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < until:
+    until, reached = time.monotonic() + 90, 0
+    while not reached and process.poll() is None and time.monotonic() < until:
         time.sleep(0.005)
+        reached = torch.load(checkpoint, weights_only=True)["step"] if checkpoint.exists() else 0
     process.send_signal(signal.SIGKILL)
     process.wait()
     reached = torch.load(checkpoint, weights_only=True)["step"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -38,22 +39,64 @@ def fetch(name: Annotated[str, typer.Argument(help="cpsam_v2, resnet152, ...")])
 
 @train.command()
 def segmenter(
-    folders: Annotated[
-        list[Path] | None, typer.Argument(help="Folders with images/ and masks/ of the same names.")
+    sources: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Folders with images/ and masks/ of the same names, or tables (.csv) with the columns "
+            "image, mask, group; for stained blood without masks white_cell, the diameter in pixels."
+        ),
     ] = None,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for segmenter.npz and checkpoints.")
     ] = Path("segmenter"),
     minutes: Annotated[float, typer.Option(min=0.0, help="Training time.")] = 60.0,
-    generated: Annotated[int, typer.Option(min=0, help="Generated fields beside your pictures.")] = 40,
-    validate: Annotated[list[Path] | None, typer.Option(help="Folders scored at the end.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Number of steps, in place of a time.")] = None,
+    start: Annotated[
+        str | None, typer.Option(help="Weights to start from: tiny, cpsam_v2, a file; else random ones.")
+    ] = None,
+    rate: Annotated[float, typer.Option(min=0.0, help="Highest learning rate.")] = 2e-3,
+    side: Annotated[int, typer.Option(min=16, help="Side of a tile in pixels; 256 for cpsam_v2.")] = 224,
+    batch: Annotated[int, typer.Option(min=1, help="Tiles a step.")] = 8,
+    generated: Annotated[int, typer.Option(min=0, help="Generated images of either kind.")] = 40,
+    validate: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folders or tables not to learn from: the best weights on them are kept."),
+    ] = None,
+    patience: Annotated[int, typer.Option(min=1, help="Validations without gain before it stops.")] = 10,
+    prepared: Annotated[
+        Path | None, typer.Option(help="Folder that keeps prepared images for other trainings.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
     seed: int = 0,
 ) -> None:
     """Train a small segmentation network; the same command continues."""
+    from rich.progress import Progress
+
     from daskcell.models import Recipe, train_segmenter
 
-    recipe = Recipe(minutes=minutes, generated=generated, seed=seed)
-    trained = train_segmenter(folders or [], out, recipe, validate=validate or [])
+    recipe = Recipe(
+        minutes=minutes,
+        steps=steps,
+        start=start,
+        rate=rate,
+        side=side,
+        batch=batch,
+        generated=generated,
+        patience=patience,
+        seed=seed,
+    )
+    with Progress(transient=True) as bar:
+        task = bar.add_task("training", total=1.0)
+        trained = train_segmenter(
+            sources or [],
+            out,
+            recipe,
+            validate=validate or [],
+            prepared=prepared,
+            device=device,
+            report=partial(bar.console.print, markup=False, highlight=False),
+            progress=lambda done: bar.update(task, completed=done),
+        )
     print(f"{trained.path}: use it with --model {trained.path}")
 
 

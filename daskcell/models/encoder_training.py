@@ -125,18 +125,20 @@ def train_encoder(
         raise InputError("There are no crops to train on.")
     out = Path(out)
     torch.manual_seed(recipe.seed)
-    net, mean = (_Student(TinyEncoder(recipe.widths, recipe.dim)).to(device) for _ in range(2))
+    net = _Student(TinyEncoder(recipe.widths, recipe.dim)).to(device)
     sample = _mixture(sets, 4096, recipe.seed)
 
-    def export(student: nn.Module, note: str) -> Path:
+    weights = out / "encoder.npz"
+
+    def export(student: nn.Module, note: str) -> None:
         encoder = student.encoder
         assert isinstance(encoder, TinyEncoder)
         fit_projection(encoder, sample, recipe.seed)
-        return save_arrays(out / "encoder.npz", encoder.state_dict(), KIND, note)
+        save_arrays(weights, encoder.state_dict(), KIND, note)
 
-    trainer = Trainer(recipe, out, net, mean, export)
+    trainer = Trainer(recipe, out, net, weights, export)
     if trainer.left() <= 0:
-        return Trained(trainer.save(), trainer.step, trainer.loss)
+        return trainer.result()
     near = [neighbours(describe_crops(one), recipe.neighbours) for one in sets]
     home = torch.device(device)
     report(f"{sum(map(len, sets))} cells of {len(sets)} data sets; from step {trainer.step}")

@@ -22,6 +22,8 @@ from daskcell.models.registry import find_encoder, find_network
 if TYPE_CHECKING:
     import torch
 
+    from daskcell.models.unet import TinyUNet
+
 _LIMIT = 4
 """Networks kept per process; Cellpose-SAM alone takes 0.6 to 1.2 GB."""
 _cache: OrderedDict[tuple, Any] = OrderedDict()
@@ -148,13 +150,9 @@ def _build_network(path: Path, device: str, dtype: Any) -> torch.nn.Module:
     import torch
 
     if path.suffix == ".npz":
-        from daskcell.models.unet import KIND, TinyUNet, fold_batch_norms
+        from daskcell.models.unet import fold_batch_norms
 
-        weights, _, _ = arrays.load_arrays(path, KIND)
-        widths, blocks = _unet_sizes(weights, path)
-        net = TinyUNet(widths, blocks)
-        _fill(net, weights, path)
-        net = fold_batch_norms(net)
+        net = fold_batch_norms(read_unet(path))
         return net.to(device=device, dtype=dtype or torch.float32).requires_grad_(False)
     from daskcell.models.cpsam import load_cpsam, looks_like_cpsam, read_checkpoint
 
@@ -165,6 +163,22 @@ def _build_network(path: Path, device: str, dtype: Any) -> torch.nn.Module:
             f"its first tensor is '{next(iter(names))}'."
         )
     return load_cpsam(path, device, dtype)
+
+
+def read_unet(path: Path) -> TinyUNet:
+    """The network of a file of weights as it was trained, to use or to train on.
+
+    Raises
+    ------
+    WeightsError
+        If the weights are damaged or another network's.
+    """
+    from daskcell.models.unet import KIND, TinyUNet
+
+    weights, _, _ = arrays.load_arrays(path, KIND)
+    net = TinyUNet(*_unet_sizes(weights, path))
+    _fill(net, weights, path)
+    return net
 
 
 def _unet_sizes(weights: dict, path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -1,9 +1,11 @@
-"""From a picture with truth to one training tile: colours, place, scale, angle, light, noise.
+"""From an image with truth to one training tile: colours, place, scale, angle, light, noise.
 
 All randomness comes from the generator handed in, so that a tile depends on its seed only.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -17,6 +19,15 @@ DIAMETER = 30.0
 
 # Colours a stain may be shown in, as weights of red, green and blue.
 _COLOURS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 1, 1], [1, 0, 1], [1, 1, 0], [1, 1, 1]], np.float32)
+# Density of two stains in red, green and blue, a row a stain (Ruifrok & Johnston, Anal. Quant. Cytol. Histol.
+# 23, 2001): haematoxylin and eosin; Giemsa and eosin.
+_STAINS = {
+    "colour": np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105]]),
+    "smear": np.array([[0.834, 0.514, 0.196], [0.093, 0.954, 0.283]]),
+}
+
+Change = Callable[[np.ndarray], np.ndarray]
+"""Of pixels ``(C, Y, X)``, each by itself."""
 
 
 def tile(sample: Sample, rng: np.random.Generator, side: int = 224) -> tuple[np.ndarray, np.ndarray]:
@@ -25,20 +36,67 @@ def tile(sample: Sample, rng: np.random.Generator, side: int = 224) -> tuple[np.
     Returns
     -------
     x : ndarray
-        ``(3, side, side)`` float32, normalised as Cellpose does; zeros outside the picture.
+        ``(3, side, side)`` float32, normalized as Cellpose does; zeros outside the image.
     y : ndarray
         ``(3, side, side)`` float32: flow y, flow x (unit length), foreground 0 or 1.
     """
+    step = -(-min(sample.labels.shape) // 128)
+    seen = sample.channels[:, ::step, ::step].astype(np.float32)
     mix = _mixture(sample, rng)
-    low, high = _range(sample.channels, mix)
+    exposure = _density(seen, sample.kind, rng) if sample.kind in _STAINS else _camera(seen, rng)
     raw, flows, inside, present = _warp(sample, rng, side)
 
-    x = np.tensordot(mix, raw, axes=1)
+    def shown(pixels: np.ndarray) -> np.ndarray:
+        return np.tensordot(mix, exposure(pixels), axes=1)
+
+    # Percentiles of the whole image, whatever part of it the tile shows.
+    low, high = np.percentile(shown(seen), [1, 99], axis=(1, 2))
     span = np.where(high - low > 1e-6, high - low, np.inf)
-    x = (x - low[:, None, None]) / span[:, None, None].astype(np.float32)
-    x = _other_stains(x, mix, sample.kind, rng)
+    sparse = sample.kind not in _STAINS and rng.random() < 0.12
+    if sparse:  # few cells: the percentiles see background only, cells are far above 1
+        span = span * np.exp(rng.uniform(np.log(0.08), 0))
+    x = (shown(raw) - low[:, None, None]) / span[:, None, None]
+    x = _other_stains(x.astype(np.float32), mix, sample.kind, rng)
+    if sparse:
+        x = x + rng.uniform(0, 0.25) * _noise(rng, x.shape)
     x = _light(x, sample.kind, rng) * present
     return np.ascontiguousarray(x, np.float32), np.concatenate([flows, inside[None]]).astype(np.float32)
+
+
+def _density(seen: np.ndarray, kind: str, rng: np.random.Generator) -> Change:
+    """Another laboratory's staining: strengths, hues and glass change, in optical density."""
+    if rng.random() < 0.25:
+        return lambda pixels: pixels
+    glass = np.percentile(seen, 99, axis=(1, 2)) + 1
+    stains = _STAINS[kind] / np.linalg.norm(_STAINS[kind], axis=1, keepdims=True)
+    rest = np.cross(*stains)
+    basis = np.vstack([stains, rest / np.linalg.norm(rest)])
+    other = basis + rng.normal(0, 0.07, (3, 3))
+    other /= np.linalg.norm(other, axis=1, keepdims=True)
+    strengths = np.exp(rng.normal(0, [0.35, 0.35, 0.2]))
+    turn = (np.linalg.inv(basis) * strengths) @ other
+    bright = np.minimum(255, 255 * rng.uniform(0.7, 1.0) * rng.normal(1, 0.05, 3))
+
+    def change(pixels: np.ndarray) -> np.ndarray:
+        density = -np.log10((np.maximum(pixels, 0) + 1) / glass[:, None, None])
+        density = np.einsum("ij,iyx->jyx", turn, density)
+        return np.clip(bright[:, None, None] * 10.0**-density, 0, 255)
+
+    return change
+
+
+def _camera(seen: np.ndarray, rng: np.random.Generator) -> Change:
+    """Dim and saturated: few grey levels, or the brightest cells beyond the camera's range."""
+    choice = rng.random()
+    if choice > 0.4:
+        return lambda pixels: pixels
+    low, high = np.percentile(seen, [0.5, 99.9], axis=(1, 2))[..., None, None]
+    span = np.maximum(high - low, 1e-6)
+    if choice < 0.2:
+        most = rng.uniform(0.35, 0.9)
+        return lambda pixels: np.minimum(pixels, low + most * span)
+    levels = np.exp(rng.uniform(np.log(5), np.log(60)))
+    return lambda pixels: low + span * np.floor((pixels - low) / span * levels + 0.5) / levels
 
 
 def _mixture(sample: Sample, rng: np.random.Generator) -> np.ndarray:
@@ -48,14 +106,14 @@ def _mixture(sample: Sample, rng: np.random.Generator) -> np.ndarray:
         if rng.random() < 0.5:
             return np.ones((3, 1), np.float32)
         return _COLOURS[rng.integers(6)][:, None].copy()
-    if sample.kind == "colour":
+    if sample.kind in _STAINS:
         choice = rng.random()
-        if choice < 0.2:
+        if choice < 0.15:
             return np.tile(np.array([0.299, 0.587, 0.114], np.float32), (3, 1))
         mix = np.eye(3, dtype=np.float32)
-        return mix[rng.permutation(3)] if choice < 0.35 else mix
+        return mix[rng.permutation(3)] if choice < 0.25 else mix
     if count == 4 and rng.random() < 0.4:
-        # The usual colour picture: cyan adds to green and blue.
+        # The usual colour image: cyan adds to green and blue.
         return np.array([[1, 0, 0, 0], [0, 1, 0, 1], [0, 0, 1, 1]], np.float32) * rng.uniform(
             0.6, 1.4, (1, count)
         )
@@ -71,28 +129,22 @@ def _mixture(sample: Sample, rng: np.random.Generator) -> np.ndarray:
     return (colours * weights[:, None]).T.astype(np.float32)
 
 
-def _range(channels: np.ndarray, mix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """1st and 99th percentile of the whole mixed picture, per colour, from every few pixels."""
-    step = max(1, min(channels.shape[1:]) // 128)
-    seen = np.tensordot(mix, channels[:, ::step, ::step], axes=1).reshape(3, -1)
-    low, high = np.percentile(seen, [1, 99], axis=1)
-    return low.astype(np.float32), high.astype(np.float32)
-
-
 def _warp(
     sample: Sample, rng: np.random.Generator, side: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Rotate, flip, scale and cut; vectors turn with the picture."""
+    """Rotate, flip, scale and cut; vectors turn with the image."""
     height, width = sample.labels.shape
-    if rng.random() < 0.5:
+    choice = rng.random()
+    if choice < 0.45:
         scale = np.exp(np.clip(rng.normal(0, 0.18), -0.6, 0.5))
     else:
-        scale = np.exp(rng.uniform(np.log(0.4), np.log(1.6)))
+        low, high = (0.4, 1.7) if choice < 0.85 else (0.3, 3.0)
+        scale = np.exp(rng.uniform(np.log(low), np.log(high)))
     zoom = float(scale * DIAMETER / sample.diameter)
     if rng.random() < 0.6:
         centre = sample.centres[rng.integers(len(sample.centres))] + rng.uniform(-0.3, 0.3, 2) * side / zoom
     else:
-        # Far enough inside that the tile is filled where the picture is large enough.
+        # Far enough inside that the tile is filled where the image is large enough.
         room = np.minimum(side / 2 / zoom, 0.5 * np.array([height, width]))
         centre = rng.uniform(room * 0.8, np.array([height, width]) - room * 0.8 + 1e-6)
     angle, mirror = rng.uniform(0, 2 * np.pi), rng.choice([-1.0, 1.0])
@@ -107,7 +159,7 @@ def _warp(
     labels = sample.labels[cut[1:]]
     stack = np.concatenate(
         [
-            sample.channels[cut],
+            sample.channels[cut].astype(np.float32),
             sample.flows[cut].astype(np.float32),
             (labels > 0)[None].astype(np.float32),
             np.ones((1, *labels.shape), np.float32),
@@ -126,7 +178,7 @@ def _warp(
     warped = F.grid_sample(source, grid, align_corners=False, padding_mode="zeros")[0].numpy()
     present = warped[-1]
     count = len(sample.channels)
-    # Divided by the share of the picture under each pixel: no dark seam along the border.
+    # Divided by the share of the image under each pixel: no dark seam along the border.
     raw = warped[:count] / np.maximum(present, 1e-3)
     flows = np.einsum("ij,ihw->jhw", turn.astype(np.float32), warped[count : count + 2])
     inside = (warped[-2] > 0.5).astype(np.float32)
@@ -135,7 +187,7 @@ def _warp(
 
 def _other_stains(x: np.ndarray, mix: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndarray:
     """Fill colours that carry nothing: sometimes camera noise (normalised up by the percentiles) or haze."""
-    if kind == "colour":
+    if kind in _STAINS:
         return x
     for channel in np.flatnonzero(np.abs(mix).sum(1) == 0):
         choice = rng.random()
@@ -149,7 +201,7 @@ def _other_stains(x: np.ndarray, mix: np.ndarray, kind: str, rng: np.random.Gene
 
 
 def _light(x: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndarray:
-    if kind == "colour" and rng.random() < 0.45:
+    if kind in _STAINS and rng.random() < 0.45:
         x = x * rng.uniform(0.8, 1.2, (3, 1, 1))
     if rng.random() < (0.12 if kind == "stains" else 0.25):
         x = 1 - x
@@ -158,7 +210,8 @@ def _light(x: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndarray:
         core = np.clip(x, 0, 1)
         x = core ** np.exp(rng.uniform(np.log(0.6), np.log(1.6))) + (x - core)
     if rng.random() < 0.2:
-        x = ndimage.gaussian_filter(x, (0, *[rng.uniform(0.5, 1.6)] * 2))
+        sigma = np.exp(rng.uniform(np.log(0.5), np.log(3.0)))
+        x = ndimage.gaussian_filter(x, (0, sigma, sigma))
     if rng.random() < 0.2:
         slope = rng.uniform(-0.4, 0.4, 2)
         ramp = np.linspace(-1, 1, x.shape[-1])
