@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import dask
 import dask.array as da
@@ -88,6 +89,26 @@ def expected(folder, tmp_path_factory):
     return bits(dc.run(folder, out, SETTINGS | {"compute": {"kind": "inline", "block": 256}}))
 
 
+def test_the_lazy_functions_give_the_same_under_a_client(inside, outside, folder):
+    image = dc.open_image(folder / "a.tif").data.rechunk((1, 128, 128))
+
+    def chain():
+        x = dc.gaussian(dc.adjust_histogram(image), sigma=1.0)
+        labels = dc.segment(x, method="watershed", block=256)
+        return np.asarray(labels), dc.measure(labels, image), dc.embed(image, labels)
+
+    labels, cells, features = chain()
+    assert labels.max() > 10
+    for client in (inside, outside):
+        with client.as_current(), dask.config.set(scheduler=client):
+            again = chain()
+        assert np.array_equal(labels, again[0])
+        assert cells.equals(again[1])
+        assert np.array_equal(features, again[2])
+    groups = np.arange(labels.max()) % 3
+    assert isinstance(dc.overlay(image, da.from_array(labels), groups), da.Array)
+
+
 @pytest.mark.parametrize(
     "kind", ["threads", pytest.param("processes", marks=pytest.mark.slow), "cluster", "address"]
 )
@@ -162,7 +183,8 @@ def test_an_error_that_concerns_all_slides_is_not_taken_for_the_death_of_a_worke
     def no_gpu_any_more(job, *args):
         raise ComputeError("torch finds no GPU.")
 
-    monkeypatch.setitem(stages.STAGES, "convert", no_gpu_any_more)
+    failing = replace(stages.STAGES["convert"], run=no_gpu_any_more)
+    monkeypatch.setitem(stages.STAGES, "convert", failing)
     with pytest.raises(ComputeError, match="torch finds no GPU"):
         dc.run(folder, tmp_path / "out", SETTINGS, client=inside)
     assert not dc.open_study(tmp_path / "out").failures
@@ -249,22 +271,3 @@ def test_a_run_may_itself_be_a_task_of_the_workers_it_uses(folder, expected, tmp
         done = client.submit(run_within_a_task, str(folder), str(tmp_path / "out"))
         assert done.result(timeout=120) == 2
     assert bits(dc.open_study(tmp_path / "out")) == expected
-
-
-def test_the_lazy_functions_give_the_same_under_a_client(inside, outside, folder):
-    image = dc.open_image(folder / "a.tif").data.rechunk((1, 128, 128))
-
-    def chain():
-        x = dc.gaussian(dc.adjust_histogram(image), sigma=1.0)
-        labels = dc.segment(x, method="watershed", block=256)
-        return np.asarray(labels), dc.measure(labels, image), dc.embed(image, labels)
-
-    labels, cells, features = chain()
-    assert labels.max() > 10
-    for client in (inside, outside):
-        with client.as_current(), dask.config.set(scheduler=client):
-            again = chain()
-        assert np.array_equal(labels, again[0])
-        assert cells.equals(again[1])
-        assert np.array_equal(features, again[2])
-    assert isinstance(dc.overlay(image, da.from_array(labels)), da.Array)

@@ -139,7 +139,7 @@ def test_a_gpu_job_without_a_gpu_does_not_become_a_worker():
 
 
 def test_a_scheduler_that_takes_the_call_and_says_nothing_is_an_error_in_time(monkeypatch):
-    monkeypatch.setattr("daskcell.compute.start._CONNECT_SECONDS", 1.0)
+    monkeypatch.setattr("daskcell.compute.given.CONNECT_SECONDS", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
         started = time.monotonic()

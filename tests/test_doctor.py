@@ -130,7 +130,7 @@ def test_an_unknown_network_interface_is_a_failure():
 
 
 def test_a_scheduler_that_does_not_answer_is_a_failure(monkeypatch):
-    monkeypatch.setattr("daskcell.compute.start._CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr("daskcell.compute.given.CONNECT_SECONDS", 0.5)
     (line,) = lines(compute={"kind": "tcp://127.0.0.1:9"})["scheduler"]
     assert line.startswith("fail")
     assert "No Dask scheduler answers at tcp://127.0.0.1:9" in line

@@ -90,9 +90,9 @@ def test_without_a_process_of_its_own_a_task_has_no_limit():
 
 
 class Hung(Source):
-    """A picture on a disk that does not answer."""
+    """An image whose task never gets to reading it: what hangs while it reads ends with its reader."""
 
-    def open(self):
+    def identity(self):
         time.sleep(600)
 
 

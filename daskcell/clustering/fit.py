@@ -95,7 +95,7 @@ def fit_clusters(
 
     if random_state is not None:
         seed = random_state
-    features = as_values(features, "features")
+    features = as_values(features, "The array of features")
     if features.ndim != 2:
         raise InputError(
             f"features must be numbers (cells, d), but have the shape {features.shape} and type "

@@ -228,7 +228,7 @@ class ClusterModel:
         import dask.array as da
 
         if not isinstance(features, da.Array):
-            return function(np.asarray(as_values(features, "features")))
+            return function(np.asarray(as_values(features, "The array of features")))
         self.check(features.shape[1])
         whole = features.rechunk({1: -1})
         return whole.map_blocks(function, dtype=dtype, drop_axis=1)

@@ -236,6 +236,7 @@ def _percentile(values: np.ndarray, counts: np.ndarray, percentile: float) -> fl
 # -- counting ---------------------------------------------------------------------------------------
 def bin_values(dtype: np.dtype) -> np.ndarray:
     """The values of the bins that pixels of `dtype` are counted in."""
+    dtype = np.dtype(np.uint8) if dtype == bool else dtype
     if is_small(dtype):
         return all_values(dtype)
     keys = np.arange(1 << 16, dtype=np.uint32) << 16
@@ -249,6 +250,7 @@ def count_tiles(part: np.ndarray) -> np.ndarray:
 
     Tiles that the image's border cuts are left out.
     """
+    part = part.view(np.uint8) if part.dtype == bool else part
     bins = 1 << (8 * part.dtype.itemsize if is_small(part.dtype) else 16)
     out = np.zeros((len(part), 4, bins), np.int64)
     for plane, counts in zip(part, out, strict=True):
@@ -266,6 +268,7 @@ def count_tiles(part: np.ndarray) -> np.ndarray:
 
 def _keys(plane: np.ndarray) -> np.ndarray:
     """Bins of pixels, in the order of their values."""
+    plane = plane.view(np.uint8) if plane.dtype == bool else plane
     if is_small(plane.dtype):
         keys = plane.view(f"u{plane.dtype.itemsize}")
         return (
