@@ -236,7 +236,7 @@ def _percentile(values: np.ndarray, counts: np.ndarray, percentile: float) -> fl
 # -- counting ---------------------------------------------------------------------------------------
 def bin_values(dtype: np.dtype) -> np.ndarray:
     """The values of the bins that pixels of `dtype` are counted in."""
-    dtype = np.dtype(np.uint8) if dtype == bool else dtype
+    dtype = np.dtype(np.uint8) if dtype.kind == "b" else dtype
     if is_small(dtype):
         return all_values(dtype)
     keys = np.arange(1 << 16, dtype=np.uint32) << 16
