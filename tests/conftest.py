@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,19 @@ LONGEST = ("test_training.py", "test_survival.py", "test_models_network.py", "te
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: of two processes neither has one left when the other is done."""
     items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_client_left() -> Iterator[None]:
+    """A client that outlives its file would take the work of the lazy functions of all files after it."""
+    yield
+    if "distributed" not in sys.modules:
+        return
+    from distributed.client import _get_global_client, _global_clients
+
+    left = _get_global_client()
+    _global_clients.clear()
+    assert left is None, f"{left} was left behind"
 
 
 @pytest.fixture(scope="session")

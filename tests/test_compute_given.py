@@ -260,7 +260,9 @@ def test_versions_are_compared():
 def run_within_a_task(folder: str, out: str) -> int:
     from distributed import get_client
 
-    return len(dc.run(folder, out, SETTINGS, client=get_client()).slides)
+    # Closed here: Dask keeps the client that it makes for a task while any worker lives in the process.
+    with get_client() as client:
+        return len(dc.run(folder, out, SETTINGS, client=client).slides)
 
 
 def test_a_run_may_itself_be_a_task_of_the_workers_it_uses(folder, expected, tmp_path):
