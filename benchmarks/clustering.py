@@ -29,8 +29,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 
-from daskcell.clustering.nearest import Nearest, steps
-from daskcell.clustering.rows import BLOCK, FileRows, Rows, shares
+from daskcell.clustering.assignment import Nearest, steps
+from daskcell.clustering.feature_blocks import BLOCK, FileRows, Rows, shares
 
 _POOL = 1 << 22
 
@@ -93,7 +93,7 @@ def engines(rows: int, features: int, k: int, workers: int) -> dict[str, Any]:
     from dask_ml.wrappers import Incremental
     from sklearn.cluster import MiniBatchKMeans
 
-    from daskcell.clustering import engines as room
+    from daskcell.clustering import kmeans as room
     from daskcell.compute import start_workers
     from daskcell.config import ComputeSettings
 

@@ -48,7 +48,7 @@ def picture() -> np.ndarray:
     if file.exists():
         pixels = tifffile.imread(file, key=0)
     else:
-        from daskcell.synthetic import synthesize_field
+        from daskcell.evaluation.generated import synthesize_field
 
         pixels = 255 - np.moveaxis(synthesize_field((2304, 2304), seed=1).channels[:3], 0, 2).astype(np.uint8)
     y, x = (side // TILE * TILE for side in pixels.shape[:2])

@@ -29,8 +29,8 @@ def draw(path: Path, side: int) -> None:
     """An OME-Zarr image of four generated stains, a field repeated."""
     import zarr
 
+    from daskcell.evaluation.generated import CHANNELS, synthesize_field
     from daskcell.images import metadata, store
-    from daskcell.synthetic import CHANNELS, synthesize_field
 
     field = synthesize_field((1024, 1024), seed=1).channels
     shape = (side, side)

@@ -22,7 +22,7 @@ from typing import Any
 import standins
 
 from daskcell.compute import Workers
-from daskcell.pipeline import launch
+from daskcell.pipeline import api
 
 
 def tasks(count: int = 2000, workers: int = 2) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def resume(count: int = 1000) -> dict[str, Any]:
         times = {}
         for what, options in (("first", {}), ("again", {}), ("verify", {"verify": True})):
             start = time.perf_counter()
-            study = launch.run(inputs, scratch / "out", settings, **options)
+            study = api.run(inputs, scratch / "out", settings, **options)
             times[what] = time.perf_counter() - start
             assert not study.failures, study.failures[0]
     return {"slides": count, **times, "bound": 5 + 0.002 * count}
@@ -99,7 +99,7 @@ def memory_of(count: int, workers: int = 4) -> dict[str, float]:
         scratch = Path(name)
         inputs = standins.fields(scratch / "in", count)
         start = time.perf_counter()
-        study = launch.run(inputs, scratch / "out", {}, client)
+        study = api.run(inputs, scratch / "out", {}, client)
         wall = time.perf_counter() - start
         assert not study.failures, study.failures[0]
         peaks = {f"{who}_mb": round(peak, 1) for who, (_, peak) in standins.used(client).items()}

@@ -34,7 +34,7 @@ def mosaic(side: int) -> np.ndarray:
         if len(picture) == 1 and np.median(picture) < 60 and min(picture.shape[1:]) >= 256:
             tiles.append(picture[0, :256, :256])
     if not tiles:
-        from daskcell.synthetic import synthesize_field
+        from daskcell.evaluation.generated import synthesize_field
 
         field = synthesize_field((side, side), seed=1)
         return field.channels.max(axis=0)

@@ -20,7 +20,7 @@ from segmenter_split import TOUCHES_TRAIN, Row, split
 from skimage.io import imread
 
 from daskcell.config import Config
-from daskcell.scoring import Counts, score_pair
+from daskcell.evaluation import Counts, score_pair
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 Find = Callable[[np.ndarray], np.ndarray]
@@ -76,7 +76,7 @@ def read_row(data: Path, row: Row) -> tuple[np.ndarray, np.ndarray]:
     if row.mask:
         truth = tifffile.imread(data / row.mask)
     else:
-        from daskcell.models.smears import outline_smear
+        from daskcell.training.smears import outline_smear
 
         truth = outline_smear(np.moveaxis(channels, 0, -1), float(row.white_cell))[0]
     start, _, stop = row.rows.partition(":")

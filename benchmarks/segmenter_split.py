@@ -36,7 +36,7 @@ WHITE_CELL = {"pbc": 130, "rbc12": 65}
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table (`daskcell.models.segmenter_data.list_sources`)."""
+    """A row of a table (`daskcell.training.segmenter_data.list_sources`)."""
 
     image: str
     mask: str

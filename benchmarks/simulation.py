@@ -42,9 +42,9 @@ Durations = dict[str, list[float]]
 
 def record(side: int = 1024, blocks: int = 2) -> Durations:
     """Seconds of the engine's tasks on real blocks, brought to `BLOCK`."""
+    from daskcell.evaluation.generated import CHANNELS, synthesize_field
     from daskcell.images import convert_slide, find_images, levels
     from daskcell.preprocess import freeze_slide
-    from daskcell.synthetic import CHANNELS, synthesize_field
 
     took: Durations = {}
 
@@ -100,13 +100,13 @@ def simulate_slide(client: Any, seconds: Durations, rows: int) -> dict[str, floa
 
 def simulate_slides(client: Any, seconds: float, count: int) -> dict[str, float]:
     """`count` slides of one block each through `Run`."""
-    from daskcell.pipeline import launch
+    from daskcell.pipeline import api
 
     with tempfile.TemporaryDirectory() as name, standins.stages():
         scratch = Path(name)
         inputs = standins.fields(scratch / "in", count)
         start = time.perf_counter()
-        study = launch.run(inputs, scratch / "out", {}, client)
+        study = api.run(inputs, scratch / "out", {}, client)
         wall = time.perf_counter() - start
         assert not study.failures, study.failures[0]
     return {"slides": count, "wall": wall, "work": seconds * count}

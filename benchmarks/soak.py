@@ -26,7 +26,7 @@ from pathlib import Path
 
 import tifffile
 
-from daskcell.synthetic import CHANNELS, synthesize_field
+from daskcell.evaluation.generated import CHANNELS, synthesize_field
 
 WORKERS = 2
 SETTINGS = ["cluster.k=3", "compute.block=256", "output.preprocessed=true"]

@@ -59,7 +59,7 @@ def measure_window(job: Any, box: Any, frozen: Any) -> list[int]:
 
 
 def freeze_globals(job: Any, groups: Any, diameter: float) -> None:
-    from daskcell.segmentation.globals import Globals
+    from daskcell.segmentation.image_params import Globals
 
     sleep("freeze_globals", (0, 0))
     job.globals_file.write_text(json.dumps(Globals(job.shape, ((0.0, 1.0),), diameter).to_json()))
@@ -144,13 +144,13 @@ def stages() -> Iterator[None]:
     """Stand-ins for all stages of this process."""
     from unittest import mock
 
-    from daskcell.pipeline import launch
+    from daskcell.pipeline import api
     from daskcell.pipeline.stages import STAGES
 
     fakes = {name: dataclasses.replace(real, run=stage(name)) for name, real in STAGES.items()}
     with (
         mock.patch.dict(STAGES, fakes),
-        mock.patch.object(launch, "fingerprints", return_value={"segment": "a", "describe": "b"}),
+        mock.patch.object(api, "fingerprints", return_value={"segment": "a", "describe": "b"}),
     ):
         yield
 

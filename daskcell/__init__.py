@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from daskcell.clustering import ClusterModel, fit_clusters, load_clusters
     from daskcell.config import Config, load_config
     from daskcell.errors import DaskcellError
-    from daskcell.features import embed, export_crops, measure
+    from daskcell.export import export_crops
+    from daskcell.features import embed, measure
     from daskcell.images import Image, convert, open_image
     from daskcell.models import load_encoder, load_network
-    from daskcell.overlays import overlay
     from daskcell.pipeline import assign, open_study, run
     from daskcell.preprocess import (
         adjust_histogram,
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         prepare,
         reconstruct,
     )
+    from daskcell.render import overlay
     from daskcell.segmentation import segment
 
 # Imported when asked for: networks and Dask take seconds, and `daskcell --help` needs neither.
@@ -53,7 +54,7 @@ _WHERE = {
     "correct_background": "preprocess",
     "embed": "features",
     "estimate_flat": "preprocess",
-    "export_crops": "features",
+    "export_crops": "export",
     "fit_clusters": "clustering",
     "gaussian": "preprocess",
     "load_clusters": "clustering",
@@ -63,7 +64,7 @@ _WHERE = {
     "measure": "features",
     "open_image": "images",
     "open_study": "pipeline",
-    "overlay": "overlays",
+    "overlay": "render",
     "prepare": "preprocess",
     "reconstruct": "preprocess",
     "run": "pipeline",

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from daskcell.errors import ConfigError
+from daskcell.errors import ConfigError, InputError
 
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -22,6 +22,17 @@ class Settings(BaseModel):
     """Base of all sections: frozen, and strict about names."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def check_axes(axes: Any) -> str:
+    """Axes in capital letters; raises `InputError` for what can be no axes of an image."""
+    letters = axes.upper() if isinstance(axes, str) else ""
+    good = set(letters) <= set("TCZYXS") and len(set(letters)) == len(letters)
+    if not good or not {"Y", "X"} <= set(letters) or {"C", "S"} <= set(letters):
+        raise InputError(
+            f"Axes cannot be {axes!r}. They are letters of T, C, Z, Y, X, each once, with Y and X."
+        )
+    return letters
 
 
 class InputSettings(Settings):
@@ -49,8 +60,6 @@ class InputSettings(Settings):
     @field_validator("axes")
     @classmethod
     def _check_axes(cls, value: str | None) -> str | None:
-        from daskcell.images.axes import check_axes
-
         return None if value is None else check_axes(value)
 
 

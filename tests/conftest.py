@@ -13,7 +13,7 @@ from s3server import CREDENTIALS, Server, s3_server
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-LONGEST = ("test_training.py", "test_survival.py", "test_models_network.py", "test_segment_exact.py")
+LONGEST = ("test_training_encoder.py", "test_survival.py", "test_models_network.py", "test_segment_exact.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -47,7 +47,7 @@ def server() -> Iterator[Server]:
     """A local S3 server, for this process and those it starts."""
     pytest.importorskip("moto.server")
     fsspec = pytest.importorskip("fsspec")
-    from daskcell.images import sandbox
+    from daskcell.images import reader_process
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     with pytest.MonkeyPatch.context() as patch, s3_server() as found:
@@ -55,9 +55,9 @@ def server() -> Iterator[Server]:
             patch.setenv(name, value)
         patch.setenv("FSSPEC_S3_ENDPOINT_URL", found.endpoint)
         patch.setitem(fsspec.config.conf, "s3", {"endpoint_url": found.endpoint})  # read once, at its import
-        sandbox.sandbox().stop()  # its child was started with another environment
+        reader_process.sandbox().stop()  # its child was started with another environment
         yield found
-        sandbox.sandbox().stop()
+        reader_process.sandbox().stop()
 
 
 @pytest.fixture

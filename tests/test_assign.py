@@ -19,15 +19,15 @@ import zarr
 import daskcell as dc
 from daskcell.clustering import load_clusters
 from daskcell.errors import ConfigError, DriftWarning, InputError, StudyError
+from daskcell.evaluation import read_truth, score_study
 from daskcell.geometry import Box
 from daskcell.images import read_labels
-from daskcell.pipeline import launch
+from daskcell.pipeline import api
+from daskcell.pipeline.edit_clusters import change_groups, group_rows
 from daskcell.pipeline.progress import Progress
-from daskcell.pipeline.regroup import change_groups, group_rows
 from daskcell.pipeline.status import drift, drift_sentences, report, table
-from daskcell.scoring import read_truth, score_study
+from daskcell.storage.lock import Lock
 from daskcell.study import CLUSTERS, Study
-from daskcell.study.lock import Lock
 
 SETTINGS = {
     "preprocess": {"histogram": None},
@@ -69,7 +69,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def fitted(folder, tmp_path_factory):
-    return launch.run(folder / "old", tmp_path_factory.mktemp("fitted") / "study", SETTINGS)
+    return api.run(folder / "old", tmp_path_factory.mktemp("fitted") / "study", SETTINGS)
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_new_slides_are_made_as_the_models_and_only_once(fitted, folder, tmp_pat
         features = zarr.open_array(study.features(slide), mode="r")[:]
         np.testing.assert_array_equal(groups_of(study, slide), model.predict(features))
         assert (study.overlays / f"{slide}.png").exists()
-    monkeypatch.setattr(launch.Run, "work", lambda self, jobs, workers: jobs and pytest.fail("works again"))
+    monkeypatch.setattr(api.Run, "work", lambda self, jobs, workers: jobs and pytest.fail("works again"))
     no_warning(folder / "new", tmp_path / "new", model=fitted.out, config=WHERE)
     rows = report(study)["slides"]
     assert all(state == "done" for row in rows for state in row["stages"].values())
@@ -172,7 +172,7 @@ def test_settings_that_say_what_the_model_says_are_taken(fitted, folder, tmp_pat
 def test_features_of_an_encoder_of_the_same_name_but_other_weights_are_refused(
     fitted, folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(launch, "fingerprints", lambda config: {"describe": "f" * 40})
+    monkeypatch.setattr(api, "fingerprints", lambda config: {"describe": "f" * 40})
     with pytest.raises(InputError, match=r"encoder tiny \(hash [0-9a-f]{12}\), but here is tiny \(f{12}\)"):
         dc.assign(folder / "new", tmp_path / "out", model=fitted.out, config=WHERE)
     assert not (tmp_path / "out").exists()
@@ -197,7 +197,7 @@ def test_what_is_no_model_is_refused_before_work(folder, tmp_path):
 def test_run_and_assign_do_not_take_each_others_studies(fitted, folder, tmp_path):
     no_warning(folder / "new", tmp_path / "out", model=fitted.out, config=WHERE)
     with pytest.raises(StudyError, match="continue it with 'assign'"):
-        launch.run(folder / "new", tmp_path / "out", SETTINGS)
+        api.run(folder / "new", tmp_path / "out", SETTINGS)
     with pytest.raises(StudyError, match="continue it with 'run'"):
         dc.assign(folder / "old", fitted.out, model=fitted.out, config=WHERE)
 
@@ -330,20 +330,20 @@ def test_what_was_named_and_merged_can_be_taken_back_to_the_byte(study):
 
 def test_a_later_run_keeps_names_and_makes_nothing_again(study, folder, monkeypatch):
     rename(study, 0, "round")
-    monkeypatch.setattr(launch.Run, "work", lambda self, jobs, workers: jobs and pytest.fail("works again"))
-    launch.run(folder / "old", study.out, SETTINGS)
+    monkeypatch.setattr(api.Run, "work", lambda self, jobs, workers: jobs and pytest.fail("works again"))
+    api.run(folder / "old", study.out, SETTINGS)
     assert load_clusters(study.clusters).naming.names == {0: "round"}
     assert all(state == "done" for row in report(study)["slides"] for state in row["stages"].values())
 
 
 def test_a_change_that_was_killed_is_finished_by_the_next_run(study, folder, monkeypatch):
     monkeypatch.setattr(
-        "daskcell.pipeline.regroup.regroup", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+        "daskcell.pipeline.edit_clusters.regroup", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
         rename(study, 0, "round")
     assert {row["stages"]["assign"] for row in report(study)["slides"]} == {"old"}
-    launch.run(folder / "old", study.out, SETTINGS)
+    api.run(folder / "old", study.out, SETTINGS)
     assert "round" in set(study.cells()["cluster_name"])
 
 
@@ -366,7 +366,7 @@ def test_a_new_fit_sets_the_named_groups_aside(study, folder):
 
     rename(study, 0, "round")
     heard = Heard()
-    launch.run(folder / "old", study.out, SETTINGS | {"cluster": {"k": 2}}, progress=heard)
+    api.run(folder / "old", study.out, SETTINGS | {"cluster": {"k": 2}}, progress=heard)
     assert "clusters-before" in heard.said
     assert not load_clusters(study.clusters).naming
     assert load_clusters(study.out / "clusters-before").naming.names == {0: "round"}
@@ -483,7 +483,7 @@ def test_scores_equal_scikit_learn(study, tmp_path):
 def test_a_truth_that_cannot_be_used_is_refused_before_work(folder, tmp_path, text, sentence):
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(InputError, match=sentence):
-        launch.run(folder / "old", tmp_path / "out", SETTINGS, truth=tmp_path / "t.csv")
+        api.run(folder / "old", tmp_path / "out", SETTINGS, truth=tmp_path / "t.csv")
     assert not (tmp_path / "out").exists()
 
 

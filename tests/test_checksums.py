@@ -10,12 +10,12 @@ import pytest
 import tifffile
 
 from daskcell.compute import Workers
+from daskcell.evaluation.generated import CHANNELS, synthesize_field
 from daskcell.pipeline import run
 from daskcell.pipeline.progress import Progress
 from daskcell.pipeline.stages import STAGES
 from daskcell.pipeline.status import damages
 from daskcell.study.checksums import damaged, sums
-from daskcell.synthetic import CHANNELS, synthesize_field
 
 SETTINGS = {
     "segment": {"method": "watershed"},

@@ -14,7 +14,7 @@ import pytest
 import tifffile
 
 from daskcell.errors import ImageError
-from daskcell.pipeline import launch
+from daskcell.pipeline import api
 from daskcell.pipeline.stages import STAGES
 from daskcell.study import Study
 
@@ -111,9 +111,9 @@ def fakes(monkeypatch):
 
     for name, stage in STAGES.items():
         monkeypatch.setitem(STAGES, name, make(stage))
-    monkeypatch.setattr(launch, "fingerprints", lambda config: {})
+    monkeypatch.setattr(api, "fingerprints", lambda config: {})
 
-    monkeypatch.setattr(launch, "bring_report_up_to_date", lambda study: None)
+    monkeypatch.setattr(api, "bring_report_up_to_date", lambda study: None)
     return bad
 
 

@@ -15,8 +15,8 @@ from sklearn.datasets import make_blobs
 from sklearn.metrics import adjusted_rand_score
 
 from daskcell.clustering import ClusterModel, fit_clusters, fit_features, load_clusters, predict_slide
-from daskcell.clustering import rows as rows_module
-from daskcell.clustering.rows import content_hashes, cut, gather, survey
+from daskcell.clustering import feature_blocks as rows_module
+from daskcell.clustering.feature_blocks import content_hashes, cut, gather, survey
 from daskcell.config import ClusterSettings
 from daskcell.errors import InputError
 
@@ -33,11 +33,11 @@ def groups(n=6000, k=8, d=24, seed=0) -> tuple[np.ndarray, np.ndarray]:
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks so small that little data makes many, and a sample that holds a part only."""
-    import daskcell.clustering.engines
     import daskcell.clustering.fit
+    import daskcell.clustering.kmeans
 
     monkeypatch.setattr(rows_module, "BLOCK", 256)
-    monkeypatch.setattr(daskcell.clustering.engines, "PORTION", 512)
+    monkeypatch.setattr(daskcell.clustering.kmeans, "PORTION", 512)
     monkeypatch.setattr(daskcell.clustering.fit, "SAMPLE", 1500)
 
 
@@ -160,15 +160,15 @@ def test_as_many_groups_as_cells_and_cells_that_are_all_alike():
 
 def test_incremental_takes_many_slides_of_one_cell_and_more_groups_than_a_portion(monkeypatch):
     """dask-ml's refuses a first block of fewer rows than groups."""
-    from daskcell.clustering import engines
-    from daskcell.clustering.rows import ArrayRows
+    from daskcell.clustering import kmeans
+    from daskcell.clustering.feature_blocks import ArrayRows
 
-    monkeypatch.setattr(engines, "_WINDOW", 8)
+    monkeypatch.setattr(kmeans, "_WINDOW", 8)
     x, _ = groups(60, 5)
     blocks = [ArrayRows(x, i, i + 1) for i in range(60)]
     for rows, portion in ((blocks, 512), ([ArrayRows(x, 0, 60)], 4)):
-        monkeypatch.setattr(engines, "PORTION", portion)
-        centers = engines.incremental(rows, [len(block.read()) for block in rows], x[:20].astype(float), 0)
+        monkeypatch.setattr(kmeans, "PORTION", portion)
+        centers = kmeans.incremental(rows, [len(block.read()) for block in rows], x[:20].astype(float), 0)
         assert centers.shape == (20, 24)
         assert np.isfinite(centers).all()
 

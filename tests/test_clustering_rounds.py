@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from daskcell.clustering import engines
-from daskcell.clustering.engines import rounds
-from daskcell.clustering.nearest import Nearest, steps
-from daskcell.clustering.rows import ArrayRows, FileRows
+from daskcell.clustering import kmeans
+from daskcell.clustering.assignment import Nearest, steps
+from daskcell.clustering.feature_blocks import ArrayRows, FileRows
+from daskcell.clustering.kmeans import rounds
 
 
 def blobs(n: int, c: int, k: int, seed: int = 0, spread: float = 1.5):
@@ -38,7 +38,7 @@ def cut(x: np.ndarray, size: int = 300) -> list[ArrayRows]:
 @pytest.mark.parametrize("times", [1, 2, 7, 30])
 def test_the_same_bits_as_with_a_look_at_every_row(c, k, spread, times, tmp_path, monkeypatch):
     x, first = blobs(3000, c, k, spread=spread)
-    monkeypatch.setattr(engines, "_ROUNDS", times)
+    monkeypatch.setattr(kmeans, "_ROUNDS", times)
     found = rounds(cut(x), first, -1.0, str(tmp_path))
     np.testing.assert_array_equal(found, plain(x, first.copy(), times))
 
@@ -76,8 +76,8 @@ def test_a_task_that_is_repeated_finds_the_same(tmp_path):
     blocks = [FileRows.write(str(tmp_path / f"{i}.f4"), x[i * 500 : i * 500 + 500]) for i in range(4)]
     spent = np.zeros(6)
     for number in range(4):
-        one = engines._follow((7, blocks), centers, spent, str(tmp_path), number)
-        again = engines._follow((7, blocks), centers, spent, str(tmp_path), number)
+        one = kmeans._follow((7, blocks), centers, spent, str(tmp_path), number)
+        again = kmeans._follow((7, blocks), centers, spent, str(tmp_path), number)
         np.testing.assert_array_equal(one[0], again[0])
         np.testing.assert_array_equal(one[1], again[1])
         centers = centers + 0.01

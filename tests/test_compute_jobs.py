@@ -15,10 +15,10 @@ import dask
 import pytest
 from fake_queue import FakeQueue
 
-from daskcell.compute import keeper as keeper_module
+from daskcell.compute import autoscaler as keeper_module
 from daskcell.compute import start_workers
+from daskcell.compute.autoscaler import JobKeeper
 from daskcell.compute.jobqueue import job_cluster, job_options, job_specs, lifetime, walltime_seconds
-from daskcell.compute.keeper import JobKeeper
 from daskcell.config import ComputeSettings, parse_config
 from daskcell.errors import ComputeError, ConfigError
 

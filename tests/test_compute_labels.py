@@ -11,8 +11,8 @@ from distributed import Client, Nanny, Scheduler, SpecCluster
 from distributed.diagnostics.plugin import SchedulerPlugin
 
 from daskcell.compute import Window
+from daskcell.evaluation.generated import CHANNELS, synthesize_field
 from daskcell.pipeline import run
-from daskcell.synthetic import CHANNELS, synthesize_field
 
 
 class Log(SchedulerPlugin):
@@ -33,13 +33,13 @@ def pretend_gpu() -> None:
     """Let this process believe that it has a GPU; what is asked for there is computed on the CPU."""
     import torch
 
-    from daskcell.features import encoders, stages
+    from daskcell.features import encoders, feature_maps
     from daskcell.models import loading
 
     network = loading._build_network
     torch.cuda.is_available = lambda: True
     loading._build_network = lambda path, device, dtype: network(path, "cpu", dtype)
-    for module in (encoders, stages):
+    for module in (encoders, feature_maps):
         load = module._load
         module._load = lambda spec, load=load: load(replace(spec, device="cpu"))
 

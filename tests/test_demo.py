@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import tifffile
 
-from daskcell.demo import compare, demo, draw, names
 from daskcell.errors import StudyError
-from daskcell.synthetic import CELL_TYPES
+from daskcell.evaluation.generated import CELL_TYPES
+from daskcell.pipeline.demo import compare, demo, draw, names
 
 
 def test_data_sets_are_named_by_letters():

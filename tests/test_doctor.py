@@ -10,10 +10,10 @@ import pytest
 from fake_queue import FakeQueue
 from typer.testing import CliRunner
 
-from daskcell import doctor
 from daskcell.cli import app
 from daskcell.config import parse_config
 from daskcell.models import precision
+from daskcell.pipeline import doctor
 
 JOBS = {"cores": 1, "memory": "2GB", "interface": "lo"}
 

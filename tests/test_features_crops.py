@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daskcell.errors import InputError
+from daskcell.features.cell_index import block_records, merge_records, plan_readings
 from daskcell.features.crops import (
     Framing,
     background_sample,
@@ -22,7 +23,6 @@ from daskcell.features.crops import (
     three_channels,
 )
 from daskcell.features.encoders import Encoder
-from daskcell.features.objects import block_records, merge_records, plan_readings
 from daskcell.geometry import Box, Grid
 
 

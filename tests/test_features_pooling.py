@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daskcell.errors import InputError
-from daskcell.features import embed, stages
-from daskcell.features.objects import block_records
-from daskcell.features.stages import WIDTH, as_stages
+from daskcell.features import embed, feature_maps
+from daskcell.features.cell_index import block_records
+from daskcell.features.feature_maps import WIDTH, as_stages
 from daskcell.features.tiles import MARGIN, Tiling
 from daskcell.geometry import Box, Grid
 
@@ -65,7 +65,7 @@ def plain(image: np.ndarray, labels: np.ndarray, network: Small, mask: bool = Tr
             with torch.no_grad():
                 first, second = network.stages(tile)
             folded = np.zeros((WIDTH, *second.shape[2:]))
-            signs = stages._signs(80)[:, :, 0, 0]
+            signs = feature_maps._signs(80)[:, :, 0, 0]
             for c in range(80):
                 folded[c % WIDTH] += signs[c % WIDTH, c] * second[0, c].numpy()
             maps[i, j] = [first[0].numpy(), folded]
@@ -239,7 +239,7 @@ def test_resnets_show_the_stages_of_torchvision():
 def test_folding_keeps_distances():
     rng = np.random.default_rng(0)
     maps = torch.from_numpy(rng.normal(size=(1, 2048, 1, 60)).astype(np.float32))
-    folded = stages._fold(maps)
+    folded = feature_maps._fold(maps)
     assert folded.shape == (1, WIDTH, 1, 60)
     before, after = (torch.cdist(m[0, :, 0].T, m[0, :, 0].T) for m in (maps, folded))
     ratio = (after / before)[~torch.eye(60, dtype=bool)]

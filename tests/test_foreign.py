@@ -293,7 +293,7 @@ def test_a_lock_of_other_people_is_not_broken(finished, study):
 
 
 def test_crops_to_train_on_keep_to_their_list(finished, tmp_path):
-    from daskcell.training import study_crops
+    from daskcell.training.crops import study_crops
 
     names = ["mine.npy", ".mine.tmp", ".mine.npy.0123abcd.tmp", f"{'0' * 32}.npy", "deep/mine.npy"]
     files = write(tmp_path / "crops", *names)
@@ -311,7 +311,7 @@ def test_crops_to_train_on_keep_to_their_list(finished, tmp_path):
 @pytest.mark.parametrize("name", ["encoder.npz", "segmenter.npz", "segmenter.pt", "log.csv", "checkpoint.pt"])
 @pytest.mark.parametrize("kind", ["encoder", "segmenter"])
 def test_a_training_replaces_no_file_of_other_people(tmp_path, kind, name):
-    from daskcell.models import EncoderRecipe, Recipe, train_encoder, train_segmenter
+    from daskcell.training import EncoderRecipe, Recipe, train_encoder, train_segmenter
 
     files = write(tmp_path, name)
     crops = np.random.default_rng(0).integers(0, 255, (16, 3, 64, 64)).astype(np.uint8)
@@ -326,7 +326,7 @@ def test_a_training_replaces_no_file_of_other_people(tmp_path, kind, name):
 
 
 def test_a_training_leaves_what_lies_beside_it(tmp_path):
-    from daskcell.models import EncoderRecipe, train_encoder
+    from daskcell.training import EncoderRecipe, train_encoder
 
     files = write(tmp_path, ".mine.0123abcd.tmp", ".mine.tmp", "notes.txt")
     crops = np.random.default_rng(0).integers(0, 255, (16, 3, 64, 64)).astype(np.uint8)

@@ -18,7 +18,7 @@ import pytest
 
 import daskcell as dc
 from daskcell.pipeline import upgrade
-from daskcell.pipeline.regroup import change_groups
+from daskcell.pipeline.edit_clusters import change_groups
 from daskcell.pipeline.stages import STAGES
 from daskcell.pipeline.status import damages, report
 from daskcell.study import CLUSTERS, Study

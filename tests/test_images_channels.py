@@ -13,8 +13,8 @@ from daskcell.config import InputSettings
 from daskcell.errors import ConfigError, ImageError, InputError
 from daskcell.geometry import Box
 from daskcell.images import describe_sources, find_images, open_image
-from daskcell.images.channels import compile_pattern, safe_name, unique_names
-from daskcell.images.sandbox import open_safely
+from daskcell.images.filename_channels import compile_pattern, safe_name, unique_names
+from daskcell.images.reader_process import open_safely
 
 
 def make(folder: Path, *names: str, shape: tuple[int, ...] = (20, 30)) -> Path:
@@ -391,7 +391,7 @@ def test_plain_arrays_are_pictures(tmp_path: Path) -> None:
 def test_files_that_are_no_stacks_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from PIL import Image
 
-    from daskcell.images import search
+    from daskcell.images import discovery
     from daskcell.images.readers import may_be_stack
 
     plain = np.zeros((20, 30), np.uint8)
@@ -417,7 +417,7 @@ def test_files_that_are_no_stacks_are_not_opened(tmp_path: Path, monkeypatch: py
     def opened(_: object) -> None:
         raise AssertionError("a file was opened")
 
-    monkeypatch.setattr(search, "open_safely", opened)
+    monkeypatch.setattr(discovery, "open_safely", opened)
     assert len(find_images([file for file in tmp_path.iterdir() if file.is_file()])) == 6
     with pytest.raises(AssertionError, match="opened"):
         find_images(stacks)

@@ -26,7 +26,7 @@ from daskcell.geometry import Box, Grid
 from daskcell.images import conversion, store
 from daskcell.images.levels import plan_levels
 from daskcell.images.pyramid import halve_mean, halvings
-from daskcell.images.sandbox import open_safely
+from daskcell.images.reader_process import open_safely
 
 RNG = np.random.default_rng(7)
 

@@ -13,22 +13,23 @@ import pytest
 import tifffile
 from s3server import Server
 
-from daskcell import images, places
+from daskcell import images
 from daskcell.compute import Workers
+from daskcell.storage import paths
 
 pytestmark = pytest.mark.slow
 
 
 def contents(path: str) -> dict[str, bytes]:
-    if places.is_remote(path):
-        return {name: places.read(f"{path}/{name}") for name in places.versions_below(path)}
+    if paths.is_remote(path):
+        return {name: paths.read(f"{path}/{name}") for name in paths.versions_below(path)}
     return {str(f.relative_to(path)): f.read_bytes() for f in Path(path).rglob("*") if f.is_file()}
 
 
 def begun(path: str) -> bool:
     """Whether a shard was written and the image is not finished."""
-    if places.is_remote(path):
-        return places.is_folder(f"{path}/0/c")
+    if paths.is_remote(path):
+        return paths.is_folder(f"{path}/0/c")
     folders = Path(path).parent.glob(".daskcell-*.partial")
     return any(f.is_file() for folder in folders for f in folder.rglob("0/c/**/*"))
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from daskcell.config import InputSettings
 from daskcell.errors import InputError
 from daskcell.images import find_images, open_image
-from daskcell.images.channels import group_by_guess, matching_channels, name_channels
+from daskcell.images.filename_channels import group_by_guess, matching_channels, name_channels
 
 GUIDS = [f"{k:X}F2504E0-4F89-11D3-9A0C-0305E82C330{k:X}" for k in range(10, 16)]
 HEX = [f"{k:x}f8fad5bd9cb469fa16570867728950e" for k in range(10, 16)]

@@ -12,12 +12,13 @@ import pytest
 import tifffile
 from s3server import Server
 
-from daskcell import images, places
+from daskcell import images
 from daskcell.config import InputSettings
 from daskcell.errors import ImageError, StudyError
 from daskcell.geometry import Box
 from daskcell.images import convert, find_images, open_image
 from daskcell.images.readers import open_reader
+from daskcell.storage import paths
 from daskcell.study import keys
 
 RNG = np.random.default_rng(0)
@@ -78,14 +79,14 @@ def test_ranges_come_back_in_the_order_asked(
 ) -> None:
     content = RNG.bytes(200_000)
     fsspec.filesystem("s3").pipe_file(f"{bucket}/a", content)
-    monkeypatch.setattr(places, "RANGE_BYTES", 30_000)
-    monkeypatch.setattr(places, "GAP_BYTES", 500)
+    monkeypatch.setattr(paths, "RANGE_BYTES", 30_000)
+    monkeypatch.setattr(paths, "GAP_BYTES", 500)
     for _ in range(20):
         ranges = [(int(RNG.integers(190_000)), int(RNG.integers(0, 9000))) for _ in range(RNG.integers(1, 9))]
-        got = places.read_ranges(f"{bucket}/a", ranges)
+        got = paths.read_ranges(f"{bucket}/a", ranges)
         assert got == [content[offset : offset + count] for offset, count in ranges]
     with server.asked() as requests:
-        places.read_ranges(f"{bucket}/a", [(0, 100), (150_000, 10), (300, 100), (150_300, 10)])
+        paths.read_ranges(f"{bucket}/a", [(0, 100), (150_000, 10), (300, 100), (150_300, 10)])
     assert len(requests) == 2
 
 
@@ -127,10 +128,10 @@ def test_one_object_a_shard_and_metadata_last(server: Server, bucket: str, tmp_p
     assert len(chunks) == len(set(chunks)) == sum(p.is_file() for p in Path(local.path).rglob("c/**/*"))
     assert written[-2].endswith("/out/a.zarr/zarr.json")  # and then the word that it is unfinished is removed
     assert "delete" in [query for method, _, query, _ in requests if method == "POST"][-1]
-    assert places.children(f"{bucket}/out") == {"a.zarr"}
+    assert paths.children(f"{bucket}/out") == {"a.zarr"}
     for inside in Path(local.path).rglob("c/**/*"):
         if inside.is_file():
-            there = places.read(f"{bucket}/out/a.zarr/{inside.relative_to(local.path)}")
+            there = paths.read(f"{bucket}/out/a.zarr/{inside.relative_to(local.path)}")
             assert there == inside.read_bytes()
 
 
@@ -147,7 +148,8 @@ def test_back_from_object_storage(server: Server, bucket: str, tmp_path: Path) -
 def test_a_conversion_that_was_killed_opens_nowhere_and_is_begun_again(
     server: Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from daskcell.images import conversion, target
+    from daskcell.images import conversion
+    from daskcell.storage import staging
 
     pixels = tiff(tmp_path / "a.tif", (600, 700))
 
@@ -159,10 +161,10 @@ def test_a_conversion_that_was_killed_opens_nowhere_and_is_begun_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(conversion.metadata, "write", killed)
-        patch.setattr(target.RemoteTarget, "abandon", lambda self: None)  # nobody cleans up after a kill
+        patch.setattr(staging.RemoteTarget, "abandon", lambda self: None)  # nobody cleans up after a kill
         with pytest.raises(Killed):
             convert(tmp_path / "a.tif", f"{bucket}/a.zarr")
-    assert any("/c/" in key for key in places.versions_below(f"{bucket}/a.zarr"))
+    assert any("/c/" in key for key in paths.versions_below(f"{bucket}/a.zarr"))
     with pytest.raises(ImageError):
         open_image(f"{bucket}/a.zarr")
     np.testing.assert_array_equal(convert(tmp_path / "a.tif", f"{bucket}/a.zarr").data.compute(), pixels)
@@ -173,7 +175,7 @@ def test_what_is_not_ours_is_never_removed(server: Server, bucket: str, tmp_path
     put(f"{bucket}/precious", tmp_path / "a.tif")
     with pytest.raises(ImageError, match="exists already"):
         convert(tmp_path / "a.tif", f"{bucket}/precious")
-    assert places.exists(f"{bucket}/precious/a.tif")
+    assert paths.exists(f"{bucket}/precious/a.tif")
 
 
 def test_identity_goes_by_size_and_etag(server: Server, bucket: str, tmp_path: Path) -> None:
@@ -208,12 +210,12 @@ def test_errors_are_one_sentence(server: Server, bucket: str, tmp_path: Path, mo
     tiff(tmp_path / "b.tif")
     with pytest.raises(ImageError, match=r"no-such-bucket-here.*bucket does not exist"):
         convert(tmp_path / "b.tif", "s3://no-such-bucket-here/a.zarr")
-    from daskcell.pipeline import launch
+    from daskcell.pipeline import api
 
     tiff(tmp_path / "a.tif")
     for out in ("s3://bucket/study", Path("s3://bucket/study")):
         with pytest.raises(StudyError, match="must be a folder on disk"):
-            launch.run(tmp_path / "a.tif", out)
+            api.run(tmp_path / "a.tif", out)
     assert not Path("s3:").exists()
 
 

@@ -269,7 +269,7 @@ def test_a_strip_is_decoded_once_for_a_whole_row_of_files(
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int8", "int16"])
 @pytest.mark.parametrize("side", [30, 1100])  # counted by numpy, and compiled
 def test_histograms_are_exact(dtype: str, side: int) -> None:
-    from daskcell.images.summary import describe
+    from daskcell.images.pixel_stats import describe
 
     limits = np.iinfo(dtype)
     pixels = RNG.integers(limits.min, limits.max, (1, side, side + 1), dtype, endpoint=True)

@@ -12,14 +12,14 @@ from sklearn.preprocessing import StandardScaler
 
 from daskcell import models
 from daskcell.errors import InputError, WeightsError
+from daskcell.evaluation.generated import synthesize_field
+from daskcell.features.cell_index import block_records
 from daskcell.features.crops import background_sample, crop_batches, freeze_framing
-from daskcell.features.objects import block_records
 from daskcell.geometry import Box
 from daskcell.models.crop_features import MEASUREMENTS, describe_crops, measure_signal, neighbours
 from daskcell.models.crop_signal import as_input, cell_regions, signal_of
 from daskcell.models.encoder import TinyEncoder, fit_projection
-from daskcell.models.encoder_training import EncoderRecipe, alter, train_encoder
-from daskcell.synthetic import synthesize_field
+from daskcell.training.encoder import EncoderRecipe, alter, train_encoder
 
 SMALL = EncoderRecipe(steps=4, batch=16, widths=(8, 8, 8, 8), dim=12, warmup=1)
 

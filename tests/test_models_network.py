@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from daskcell import models
-from daskcell.models.segmenter_data import read_samples
+from daskcell.evaluation import score_pair
+from daskcell.evaluation.generated import synthesize_field
 from daskcell.models.unet import TinyUNet, fold_batch_norms
-from daskcell.scoring import score_pair
 from daskcell.segmentation import segment
-from daskcell.synthetic import synthesize_field
+from daskcell.training.segmenter_data import read_samples
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,11 @@ import tifffile
 from daskcell.compute import Permit, Postponed
 from daskcell.errors import ConfigError, DaskcellError, ImageError, InputError, StudyError, WeightsError
 from daskcell.images import Source, find_images
-from daskcell.images.sandbox import open_safely
-from daskcell.pipeline import collection, launch, open_study, run, slide, team
+from daskcell.images.reader_process import open_safely
+from daskcell.pipeline import api, open_study, run, runner, slide, worker_pool
 from daskcell.pipeline.progress import Lines, Progress, clock
 from daskcell.pipeline.stages import STAGES
-from daskcell.study.lock import Lock
+from daskcell.storage.lock import Lock
 from daskcell.study.results import (
     Assigned,
     Clustered,
@@ -105,8 +105,8 @@ def fakes(monkeypatch):
     for name, stage in STAGES.items():
         if name != "report":
             monkeypatch.setitem(STAGES, name, replace(stage, run=fakes.stage(name)))
-    monkeypatch.setattr(launch, "bring_report_up_to_date", lambda study: None)
-    monkeypatch.setattr(launch, "fingerprints", lambda config: {"segment": "a", "describe": "b"})
+    monkeypatch.setattr(api, "bring_report_up_to_date", lambda study: None)
+    monkeypatch.setattr(api, "fingerprints", lambda config: {"segment": "a", "describe": "b"})
     return fakes
 
 
@@ -173,7 +173,7 @@ def test_the_same_run_again_does_nothing_and_starts_no_worker(fakes, folder, tmp
     run(folder, tmp_path / "out", INLINE)
     before = (tmp_path / "out" / "study.json").read_bytes()
     fakes.take()
-    monkeypatch.setattr(team, "start_workers", None)
+    monkeypatch.setattr(worker_pool, "start_workers", None)
     run(folder, tmp_path / "out", INLINE)
     assert fakes.take() == []
     assert (tmp_path / "out" / "study.json").read_bytes() == before
@@ -570,7 +570,7 @@ def test_lines_come_at_intervals_even_when_nothing_was_finished():
 def test_the_status_tells_how_far_a_run_is_while_it_lasts(fakes, folder, tmp_path, monkeypatch):
     from daskcell.pipeline.status import report, table
 
-    monkeypatch.setattr(collection, "_TELL_SECONDS", -1)
+    monkeypatch.setattr(runner, "_TELL_SECONDS", -1)
     seen = []
     describe = STAGES["describe"]
 
@@ -638,7 +638,7 @@ def test_a_slide_that_kills_its_worker_is_set_aside_and_the_others_finish(tmp_pa
     paint_cells(tmp_path / "in", [*bad, *good])
     found = find_images(tmp_path / "in")
     sources = [bad.get(source.name, Source)(source.name, source.files) for source in found]
-    monkeypatch.setattr(launch, "find_images", lambda *args: sources)
+    monkeypatch.setattr(api, "find_images", lambda *args: sources)
     settings = {
         "segment": {"method": "watershed"},
         "cluster": {"k": 2},
@@ -670,7 +670,7 @@ def contents(out: Path) -> dict[str, bytes]:
 def test_many_small_slides_share_tasks(fakes, tmp_path, monkeypatch):
     from distributed import Client
 
-    from daskcell.compute.window import Window
+    from daskcell.compute.task_queue import Window
 
     (tmp_path / "in").mkdir()
     for number in range(120):

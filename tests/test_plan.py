@@ -11,7 +11,7 @@ import tifffile
 from typer.testing import CliRunner
 
 from daskcell.cli import app
-from daskcell.pipeline import launch, run
+from daskcell.pipeline import api, run
 from daskcell.pipeline.stages import STAGES
 from daskcell.segmentation.methods import CellposeMethod
 
@@ -52,7 +52,7 @@ def study(made, tmp_path):
 
 
 def reasons(inputs, out, changes):
-    plan = launch.plan(inputs, out, SETTINGS | changes)
+    plan = api.plan(inputs, out, SETTINGS | changes)
     return {one.slide: dict(one.reasons) for one in plan.slides}
 
 
@@ -68,7 +68,7 @@ def test_of_a_new_study_everything_is_to_do_and_nothing_is_written(made, tmp_pat
         counts.append(len(tiles))
         return run_tiles(self, read, frozen, tiles)
 
-    plan = launch.plan(made / "in", tmp_path / "new", SETTINGS)
+    plan = api.plan(made / "in", tmp_path / "new", SETTINGS)
     assert not (tmp_path / "new").exists()
     assert [list(one.reasons) for one in plan.slides] == [
         [n for n in STAGES if STAGES[n].scope == "slide"]
@@ -88,7 +88,7 @@ def test_of_a_new_study_everything_is_to_do_and_nothing_is_written(made, tmp_pat
 def test_of_a_finished_study_nothing_is_to_do(study):
     inputs, out = study
     before = contents(out)
-    plan = launch.plan(inputs, out, SETTINGS)
+    plan = api.plan(inputs, out, SETTINGS)
     assert [one.reasons for one in plan.slides] == [{}, {}]
     assert plan.clusters == ""
     assert str(plan) == f"0 of 2 slides have work left in {out}"
@@ -110,7 +110,7 @@ def test_of_a_finished_study_nothing_is_to_do(study):
 )
 def test_the_plan_names_the_setting_and_what_follows_from_it(study, changes, stages, why):
     inputs, out = study
-    plan = launch.plan(inputs, out, SETTINGS | changes)
+    plan = api.plan(inputs, out, SETTINGS | changes)
     for one in plan.slides:
         assert list(one.reasons) == stages
         assert one.reasons[stages[0]].startswith(why)
@@ -121,9 +121,9 @@ def test_the_plan_names_the_setting_and_what_follows_from_it(study, changes, sta
 def test_kept_flows_leave_no_tile_to_compute(study):
     inputs, out = study
     tuned = {"segment": SETTINGS["segment"] | {"cellprob_threshold": 1.0}}
-    assert [one.tiles for one in launch.plan(inputs, out, SETTINGS | tuned).slides] == [0, 0]
+    assert [one.tiles for one in api.plan(inputs, out, SETTINGS | tuned).slides] == [0, 0]
     scaled = {"segment": SETTINGS["segment"] | {"diameter": 15.0}}
-    assert all(one.tiles > 4 for one in launch.plan(inputs, out, SETTINGS | scaled).slides)
+    assert all(one.tiles > 4 for one in api.plan(inputs, out, SETTINGS | scaled).slides)
 
 
 def test_damage_a_new_version_and_a_changed_input_are_named(study, tmp_path, monkeypatch):
@@ -146,7 +146,7 @@ def test_an_input_that_changed_or_cannot_be_opened_is_named(tmp_path):
     run(tmp_path / "in", tmp_path / "out", settings)
     tifffile.imwrite(tmp_path / "in" / "two.tif", cells(5, 120))
     (tmp_path / "in" / "one.tif").write_text("this is no image")
-    plan = launch.plan(tmp_path / "in", tmp_path / "out", settings)
+    plan = api.plan(tmp_path / "in", tmp_path / "out", settings)
     assert [one.reasons["convert"] for one in plan.slides] == ["the input changed"] * 2
     assert "one.tif" in plan.slides[0].error
     assert plan.slides[1].shape == (1, 120, 120)

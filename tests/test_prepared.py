@@ -26,10 +26,10 @@ from daskcell.compute import Workers
 from daskcell.config import PreprocessSettings
 from daskcell.geometry import Box
 from daskcell.images.pyramid import halve_mean
-from daskcell.overlays import colors, write_overlay
 from daskcell.preprocess import PreparedArray, PreparedImage, apply_block, freeze, freeze_slide
 from daskcell.preprocess.background import Background
 from daskcell.preprocess.steps import Gaussian
+from daskcell.render import colors, write_overlay
 from daskcell.report.pictures import Pictures
 
 LIGHT = [None, {"radius": 30}, {"flat": True}, {"flat": True, "radius": 40}]

@@ -7,7 +7,7 @@ import pytest
 import tifffile
 from scipy import ndimage
 
-import daskcell.preprocess.surveys
+import daskcell.preprocess.block_stats
 from daskcell import images
 from daskcell.compute import Workers
 from daskcell.config import BackgroundSettings, GaussianSettings, HistogramSettings, PreprocessSettings
@@ -41,7 +41,7 @@ def slide(request, tmp_path_factory):
 @pytest.mark.parametrize("workers", [None, Workers()], ids=["loop", "window"])
 def test_a_slide_gives_the_plan_of_the_whole(slide, method, workers, monkeypatch):
     path, x = slide
-    monkeypatch.setattr(daskcell.preprocess.surveys, "COUNT_BLOCK", 256)
+    monkeypatch.setattr(daskcell.preprocess.block_stats, "COUNT_BLOCK", 256)
     monkeypatch.setattr(images, "read_histograms", lambda path: None)
     settings = PreprocessSettings(histogram=HistogramSettings(method=method))
     assert freeze_slide(path, settings, workers) == freeze(x, settings)
@@ -52,9 +52,9 @@ def test_histograms_kept_with_the_image_save_reading_it(slide, method, monkeypat
     path, x = slide
     settings = PreprocessSettings(histogram=HistogramSettings(method=method))
     read = []
-    count = daskcell.preprocess.surveys._count_block
+    count = daskcell.preprocess.block_stats._count_block
     monkeypatch.setattr(
-        daskcell.preprocess.surveys, "_count_block", lambda *given: read.append(1) or count(*given)
+        daskcell.preprocess.block_stats, "_count_block", lambda *given: read.append(1) or count(*given)
     )
     kept = freeze_slide(path, settings)
     passes = {"stretch": 2, "equalize": 2, "clahe": 3} if x.dtype == np.float32 else {"clahe": 2}
@@ -79,9 +79,9 @@ def test_blocks_are_counted_with_their_halo(slide, monkeypatch):
     """What lies below the cells is the same for blocks of 256 pixels and for the whole."""
     path, x = slide
     settings = PreprocessSettings(background=BackgroundSettings(radius=40))
-    monkeypatch.setattr(daskcell.preprocess.surveys, "COUNT_BLOCK", 256)
+    monkeypatch.setattr(daskcell.preprocess.block_stats, "COUNT_BLOCK", 256)
     blocks = freeze_slide(path, settings)
-    monkeypatch.setattr(daskcell.preprocess.surveys, "COUNT_BLOCK", 4096)
+    monkeypatch.setattr(daskcell.preprocess.block_stats, "COUNT_BLOCK", 4096)
     assert freeze(x, settings) == blocks
 
 

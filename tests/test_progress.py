@@ -11,7 +11,7 @@ import tifffile
 
 import daskcell as dc
 from daskcell.compute import Workers
-from daskcell.pipeline import collection, progress
+from daskcell.pipeline import progress, runner
 from daskcell.pipeline.progress import LATE, STAGE_SHARES, Lines, Progress, Tally, seconds_left, stage_costs
 from daskcell.pipeline.status import report
 
@@ -171,7 +171,7 @@ class Watcher(Progress):
 
 @pytest.mark.slow
 def test_long_stages_of_a_slide_tell_of_every_block_and_status_says_the_same(slide, tmp_path, monkeypatch):
-    monkeypatch.setattr(collection, "_TELL_SECONDS", -1)
+    monkeypatch.setattr(runner, "_TELL_SECONDS", -1)
     monkeypatch.setattr("daskcell.segmentation.diameter.WHOLE_UP_TO", 0)
     monkeypatch.setattr("daskcell.segmentation.diameter.WINDOW", 128)
     out = tmp_path / "out"
@@ -214,7 +214,7 @@ def test_an_ome_zarr_weighs_what_its_pixels_do(slide, tmp_path):
 
     dc.convert(slide, tmp_path / "a.zarr")
     (source,) = find_images([tmp_path / "a.zarr"])
-    assert collection._weight(source) == 300 * 520
+    assert runner._weight(source) == 300 * 520
 
 
 def test_lines_tell_the_same_as_the_record_and_quiet_says_nothing(capsys):

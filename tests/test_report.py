@@ -15,12 +15,12 @@ import pytest
 import tifffile
 from PIL import Image
 
+from daskcell.evaluation.truth import score_study
 from daskcell.pipeline import run
-from daskcell.pipeline.regroup import change_groups
+from daskcell.pipeline.edit_clusters import change_groups
 from daskcell.report import facts, write_report
 from daskcell.report.facts import FAR, TYPICAL, gather
 from daskcell.report.pictures import Pictures, common_side
-from daskcell.scoring.truth import score_study
 from daskcell.study import Study
 
 SETTINGS = {

@@ -13,10 +13,10 @@ import tifffile
 import zarr
 
 from daskcell.compute import Workers
+from daskcell.evaluation.generated import CHANNELS, synthesize_field
 from daskcell.geometry import Box
 from daskcell.images import image_info, read_labels
 from daskcell.pipeline import run
-from daskcell.synthetic import CHANNELS, synthesize_field
 
 SETTINGS = {
     "segment": {"method": "watershed"},

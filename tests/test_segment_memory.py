@@ -15,7 +15,7 @@ from daskcell import run
 from daskcell.config import parse_config
 from daskcell.errors import ComputeError
 from daskcell.geometry import Box
-from daskcell.pipeline.team import networks_bytes, refuse_small_workers
+from daskcell.pipeline.worker_pool import networks_bytes, refuse_small_workers
 from daskcell.segmentation.memory import needed_memory, refuse_too_little_memory
 from daskcell.segmentation.methods import touches_rim
 from daskcell.segmentation.ownership import Thresholds, own_labels
@@ -110,7 +110,7 @@ def peak_memory() -> int:
 
 def label_a_block(diameter: float, block: int) -> float:
     """Bytes that this process has grown by, at most, while it labels a real block that is full of cells."""
-    from daskcell.segmentation.globals import Globals
+    from daskcell.segmentation.image_params import Globals
     from daskcell.segmentation.methods import CellposeMethod
     from daskcell.segmentation.tiles import TILE
 

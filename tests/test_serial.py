@@ -13,8 +13,8 @@ import torch
 from scipy import ndimage
 
 from daskcell.config import GaussianSettings, PreprocessSettings
+from daskcell.evaluation import cellpose_method, score_pair
 from daskcell.preprocess import apply_block, freeze
-from daskcell.scoring import cellpose_method, score_pair
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ import yaml
 from slurm_here import missing, slurm_here
 from test_survival import finish, is_at, results
 
-from daskcell.synthetic import CHANNELS, synthesize_field
+from daskcell.evaluation.generated import CHANNELS, synthesize_field
 
 pytestmark = pytest.mark.alone
 

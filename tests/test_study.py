@@ -12,15 +12,15 @@ from dataclasses import replace
 
 import pytest
 
-from daskcell import disk
 from daskcell.config import parse_config
 from daskcell.errors import StudyError
 from daskcell.pipeline import stages
 from daskcell.pipeline.stages import CLUSTER, SLIDE_STAGES, STAGES, slide_keys
-from daskcell.study import Study, check_folder, lock, sweep
+from daskcell.storage import atomic, lock
+from daskcell.storage.lock import Lock
+from daskcell.study import Study, check_folder, sweep
 from daskcell.study import keys as content_keys
 from daskcell.study.keys import identify, unchanged
-from daskcell.study.lock import Lock
 
 FILES = [{"path": "/a/x.tif", "name": "x.tif", "size": 3, "mtime_ns": 5, "digest": "d1"}]
 WEIGHTS = {"segment": "w1", "describe": "w2"}
@@ -279,14 +279,14 @@ def test_failures_are_replaced_and_removed_when_there_are_none(tmp_path):
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     file = tmp_path / "a.json"
-    disk.write_json(file, {"v": 1})
+    atomic.write_json(file, {"v": 1})
 
     def broken(*args):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", broken)
     with pytest.raises(OSError, match="disk full"):
-        disk.write_json(file, {"v": 2})
+        atomic.write_json(file, {"v": 2})
     assert json.loads(file.read_text()) == {"v": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
@@ -320,7 +320,7 @@ def test_a_second_run_on_the_same_study_is_refused(tmp_path):
 
 def test_the_lock_of_a_dead_process_is_broken(tmp_path):
     code = (
-        f"import os; from daskcell.study.lock import Lock; Lock({str(tmp_path)!r}).__enter__(); os._exit(9)"
+        f"import os; from daskcell.storage.lock import Lock; Lock({str(tmp_path)!r}).__enter__(); os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
     assert (tmp_path / ".lock").exists()

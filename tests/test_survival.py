@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import tifffile
 
+from daskcell.evaluation.generated import CHANNELS, synthesize_field
 from daskcell.study import Study
-from daskcell.synthetic import CHANNELS, synthesize_field
 
 OPTIONS = ["--set", "cluster.k=3", "--set", "compute.block=256", "--set", "output.preprocessed=true"]
 

@@ -13,6 +13,8 @@ import signal
 import sys
 from typing import Any, NoReturn
 
+# The commands enter themselves into `app`.
+from daskcell.cli import clusters, doctor, exports, images, networks, studies
 from daskcell.cli.app import app
 from daskcell.errors import DaskcellError
 
@@ -30,7 +32,7 @@ def main() -> NoReturn:
     except DaskcellError as error:
         if debug:
             raise
-        from daskcell.places import printable
+        from daskcell.storage.paths import printable
 
         sentence = " ".join([str(error), *getattr(error, "__notes__", [])])
         print(printable(f"daskcell: {sentence}"), file=sys.stderr)
@@ -55,7 +57,7 @@ def _print_anything() -> None:
 
 
 def _unforeseen(error: Exception) -> str:
-    from daskcell.disk import is_full
+    from daskcell.storage.atomic import is_full
 
     if is_full(error):
         return "The disk takes no more. Please make room, and give the same command again."
@@ -67,4 +69,4 @@ def _terminated(signum: int, frame: Any) -> NoReturn:
     raise SystemExit(128 + signum)
 
 
-__all__ = ["app", "main"]
+__all__ = ["app", "clusters", "doctor", "exports", "images", "main", "networks", "studies"]

@@ -184,7 +184,3 @@ def _options(
     ] = False,
 ) -> None:
     pass
-
-
-# The commands enter themselves into `app`.
-from daskcell.cli import clusters, doctor, exports, images, networks, studies  # noqa: E402, F401

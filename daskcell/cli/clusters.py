@@ -26,7 +26,7 @@ from daskcell.cli.app import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from daskcell.clustering.naming import Naming
+    from daskcell.clustering.names import Naming
 
 clusters = typer.Typer(no_args_is_help=True, help="Show, name and join the groups of a study or model.")
 app.add_typer(clusters, name="clusters")
@@ -95,7 +95,7 @@ def assign(
 @clusters.command()
 def show(where: Where) -> None:
     """List groups with their names, cells, and the fitted groups that were merged into each."""
-    from daskcell.pipeline.regroup import group_rows
+    from daskcell.pipeline.edit_clusters import group_rows
 
     rows = [["group", "name", "cells", "share", "merged from"]]
     for row in group_rows(where):
@@ -140,7 +140,7 @@ def split(
 
 def _change(where: Path, change: Callable[[Naming, int], Naming], quiet: bool) -> None:
     from daskcell.cli.studies import told
-    from daskcell.pipeline.regroup import change_groups
+    from daskcell.pipeline.edit_clusters import change_groups
 
     with told(quiet, 30.0) as progress:
         change_groups(where, change, progress)

@@ -26,7 +26,7 @@ def doctor(
 
     Exit code 0: nothing in the way. 2: something is.
     """
-    from daskcell.doctor import examine
+    from daskcell.pipeline.doctor import examine
 
     settings = read_settings(config, changes, {"compute.kind": compute})
     failed = False

@@ -27,7 +27,7 @@ def crops(
 ) -> None:
     """Write every cell as a small picture, with its slide, number, place and cluster."""
     from daskcell.compute import start_workers
-    from daskcell.features.export import export_crops
+    from daskcell.export import export_crops
     from daskcell.study import Study
 
     found = Study(study)

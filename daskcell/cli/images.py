@@ -38,8 +38,8 @@ def convert(
     """Write a picture as OME-Zarr with pyramid, channel names and pixel size."""
     from daskcell.compute import start_workers
     from daskcell.images import convert_slide, image_info
-    from daskcell.images.sandbox import open_safely
-    from daskcell.images.target import refuse_existing
+    from daskcell.images.reader_process import open_safely
+    from daskcell.storage.staging import refuse_existing
 
     settings = read_settings(config, changes, {"input.ome_zarr": ome_zarr})
     found = _one_image(source, settings)
@@ -60,9 +60,9 @@ def flat(
     """Find how a microscope's light falls off, from many pictures; for preprocess.background.flat."""
     import tifffile
 
-    from daskcell.disk import replacing
-    from daskcell.images.target import refuse_existing
     from daskcell.preprocess import estimate_flat
+    from daskcell.storage.atomic import replacing
+    from daskcell.storage.staging import refuse_existing
 
     refuse_existing(out)
     field = estimate_flat(pictures, dark)
@@ -85,12 +85,12 @@ def segment(
     import tempfile
 
     from daskcell.compute import start_workers
-    from daskcell.disk import remove
     from daskcell.images import convert_slide
     from daskcell.pipeline import fingerprints
-    from daskcell.pipeline.team import comfortable_memory, refuse_small_workers
+    from daskcell.pipeline.worker_pool import comfortable_memory, refuse_small_workers
     from daskcell.preprocess import freeze_slide
     from daskcell.segmentation.engine import segment_slide
+    from daskcell.storage.atomic import remove
 
     settings = read_settings(
         config,
@@ -130,7 +130,7 @@ def channels(
     """Show which files become which channel of which image."""
     from daskcell.config import InputSettings
     from daskcell.images import describe_sources, find_images
-    from daskcell.places import printable
+    from daskcell.storage.paths import printable
 
     notes: list[str] = []
     sources = find_images(inputs, InputSettings(pattern=pattern), notes.append)
@@ -139,8 +139,8 @@ def channels(
     print(printable(aligned(rows)))
     print(*notes, sep="\n", end="\n" if notes else "")
     if split is not None:
-        from daskcell.images.split import channel_files, split_channels
-        from daskcell.images.target import refuse_existing
+        from daskcell.images.export_channels import channel_files, split_channels
+        from daskcell.storage.staging import refuse_existing
 
         for source in sources:  # all are looked at before the first is written
             for path in channel_files(source, split):
@@ -177,7 +177,7 @@ def score(
     Or a study's groups with known types: ARI, NMI, and how the types fall into the groups.
     """
     if truth.suffix.lower() == ".csv":
-        from daskcell.scoring.truth import score_study, tell
+        from daskcell.evaluation.truth import score_study, tell
         from daskcell.study import Study
 
         study = Study(found)
@@ -189,7 +189,7 @@ def score(
             write_report(study, warnings=remarks(study))
         return
     from daskcell.compute import threads_limited
-    from daskcell.scoring import score_folder
+    from daskcell.evaluation import score_folder
 
     settings = read_settings(
         config,
@@ -233,8 +233,8 @@ def _one_image(source: str, settings: Any) -> Any:
 
 
 def _refuse_existing(target: Path) -> None:
-    from daskcell.disk import refuse_impossible
     from daskcell.errors import InputError
+    from daskcell.storage.atomic import refuse_impossible
 
     refuse_impossible(target)
     if target.exists():

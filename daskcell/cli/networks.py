@@ -72,7 +72,7 @@ def segmenter(
     """Train a small segmentation network; the same command continues."""
     from rich.progress import Progress
 
-    from daskcell.models import Recipe, train_segmenter
+    from daskcell.training import Recipe, train_segmenter
 
     recipe = Recipe(
         minutes=minutes,
@@ -117,9 +117,9 @@ def encoder(
     """Train a small encoder on your own cells, without labels; the same command continues."""
     from rich.progress import Progress
 
-    from daskcell.models import EncoderRecipe, train_encoder
     from daskcell.study import Study
-    from daskcell.training import study_crops
+    from daskcell.training import EncoderRecipe, train_encoder
+    from daskcell.training.crops import study_crops
 
     found = [Study(path) for path in studies]
     with Progress(transient=True) as bar:

@@ -81,9 +81,9 @@ def run(
         },
     )
     if plan:
-        from daskcell.pipeline import launch
+        from daskcell.pipeline import api
 
-        print(launch.plan(inputs, out, settings))
+        print(api.plan(inputs, out, settings))
         return
     study = run_and_tell(
         inputs, out, settings, quiet, interval, retry_failed=retry_failed, verify=verify, truth=truth
@@ -124,7 +124,7 @@ def ending(study: Any) -> str:
     groups = f", {total['clusters']} groups" if total["clusters"] else ""
     lines = [f"{total['slides']} slides, {total['cells']:,} cells{groups}: {study.out}"]
     if study.scores:
-        from daskcell.scoring.truth import tell
+        from daskcell.evaluation.truth import tell
 
         lines.append(tell(study.scores))
     lines += open_first(study)
@@ -192,7 +192,7 @@ def demo(
     interval: Interval = 30.0,
 ) -> None:
     """Draw data sets of stained cells with known truth, run everything on them, and compare."""
-    from daskcell import demo as room
+    from daskcell.pipeline import demo as room
 
     with make_progress(quiet, interval) as progress:
         result = room.demo(out, fields=fields, size=size, workers=workers, progress=progress)

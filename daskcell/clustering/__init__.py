@@ -12,16 +12,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from daskcell.clustering.engine import fit_features, predict_slide
     from daskcell.clustering.fit import fit_clusters
     from daskcell.clustering.model import ClusterModel, load_clusters
-    from daskcell.clustering.slides import fit_features, predict_slide
 
 _WHERE = {
     "ClusterModel": "model",
     "fit_clusters": "fit",
-    "fit_features": "slides",
+    "fit_features": "engine",
     "load_clusters": "model",
-    "predict_slide": "slides",
+    "predict_slide": "engine",
 }
 __all__ = ["ClusterModel", "fit_clusters", "fit_features", "load_clusters", "predict_slide"]
 

@@ -13,11 +13,20 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from daskcell.clustering.choose import choose_k
-from daskcell.clustering.engines import incremental, inertia, rounds
+from daskcell.clustering.assignment import Nearest, steps
+from daskcell.clustering.feature_blocks import (
+    ArrayRows,
+    FileRows,
+    Rows,
+    cut,
+    finite,
+    gather,
+    in_order,
+    survey,
+)
+from daskcell.clustering.kmeans import incremental, inertia, rounds
 from daskcell.clustering.model import ClusterModel
-from daskcell.clustering.nearest import Nearest, steps
-from daskcell.clustering.rows import ArrayRows, FileRows, Rows, cut, finite, gather, in_order, survey
+from daskcell.clustering.select_k import choose_k
 from daskcell.config import ClusterSettings
 from daskcell.errors import InputError
 from daskcell.images.arrays import as_values

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from daskcell.clustering.naming import FILE as NAMES
-from daskcell.clustering.naming import Naming
-from daskcell.disk import refuse_impossible, replacing
+from daskcell.clustering.names import FILE as NAMES
+from daskcell.clustering.names import Naming
 from daskcell.errors import InputError
 from daskcell.images.arrays import as_values
+from daskcell.storage.atomic import refuse_impossible, replacing
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -132,7 +132,7 @@ class ClusterModel:
 
     def assign(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Fitted group and distance to its centre of each cell of a numpy array, before any joining."""
-        from daskcell.clustering.nearest import Nearest
+        from daskcell.clustering.assignment import Nearest
 
         rows = self._checked(features)
         good = np.isfinite(rows).all(axis=1)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from daskcell.clustering import rows as rows_module
-from daskcell.clustering.rows import Rows, ZarrRows
+from daskcell.clustering import feature_blocks as rows_module
+from daskcell.clustering.feature_blocks import Rows, ZarrRows
 from daskcell.errors import InputError
 
 _NOT_FEATURES = ("label", "centroid", "bbox", "orientation", "touches_edge", "cluster", "distance")

@@ -13,8 +13,8 @@ workers (`Workers.of_task`): its own process, and those labelled GPU for its net
 
 from daskcell.compute.local import visible_gpus
 from daskcell.compute.start import start_workers
+from daskcell.compute.task_queue import LABELS, Failed, Kind, Permit, Postponed, Window, Workers
 from daskcell.compute.threads import THREAD_VARIABLES, limit_threads, threads_limited
-from daskcell.compute.window import LABELS, Failed, Kind, Permit, Postponed, Window, Workers
 
 __all__ = [
     "LABELS",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from daskcell._version import __version__
 from daskcell.compute.logs import quiet_logs
-from daskcell.compute.window import Workers
+from daskcell.compute.task_queue import Workers
 from daskcell.config import ComputeSettings
 from daskcell.errors import ComputeError
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from daskcell.compute.autoscaler import JobKeeper, Keeper
 from daskcell.compute.given import (
     WAIT_SECONDS,
     cared_for,
@@ -19,11 +20,10 @@ from daskcell.compute.given import (
     refuse_missing_gpus,
 )
 from daskcell.compute.jobqueue import SUBMIT, job_cluster, job_specs, reason
-from daskcell.compute.keeper import JobKeeper, Keeper
 from daskcell.compute.local import SCRIPT_MARK, changed_settings, local_cluster, local_settings, visible_gpus
 from daskcell.compute.logs import quiet_logs
+from daskcell.compute.task_queue import Workers
 from daskcell.compute.threads import threads_limited
-from daskcell.compute.window import Workers
 from daskcell.config import QUEUES, ComputeSettings
 from daskcell.errors import ComputeError, ConfigError, DaskcellError
 

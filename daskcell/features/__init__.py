@@ -13,18 +13,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from daskcell.features.export import export_crops
     from daskcell.features.lazy import embed, measure
 
-__all__ = ["embed", "export_crops", "measure"]
+__all__ = ["embed", "measure"]
 
 
 def __getattr__(name: str) -> Any:
     # torch and pandas are slow to import: only when asked for.
-    if name == "export_crops":
-        from daskcell.features.export import export_crops
-
-        return export_crops
     if name in __all__:
         from daskcell.features import lazy
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from daskcell.errors import InputError
-from daskcell.features.objects import crop_boxes
+from daskcell.features.cell_index import crop_boxes
 from daskcell.geometry import Box
 
 if TYPE_CHECKING:

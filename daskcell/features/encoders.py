@@ -243,7 +243,7 @@ def build(spec: EncoderSpec) -> tuple[Any, int, tuple[float, ...] | None, tuple[
         own: Any = load_encoder(spec.name, spec.device)
         return own, own.size, own.mean, own.std
     if kind == "archive":
-        from daskcell.features.archives import open_archive
+        from daskcell.features.safe_load import open_archive
 
         return open_archive(spec.name), 224, IMAGENET_MEAN, IMAGENET_STD
     return _timm(spec) if kind == "timm" else _torchvision(spec)

@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from daskcell.config import FeatureSettings
-from daskcell.disk import remove, save_arrays
+from daskcell.features.cell_index import Reading, block_records, merge_records
 from daskcell.features.crops import Sample, background_sample, sample_boxes
+from daskcell.features.embedders import Piece, Task, Vectors, choose_vectors, share_out
 from daskcell.features.encoders import EncoderSpec, encoder_spec, load
-from daskcell.features.files import locate, write_features, write_table
 from daskcell.features.measurements import measure_block, measurement_columns
-from daskcell.features.objects import Reading, block_records, merge_records
 from daskcell.features.textures import Greys, freeze_greys, grey_sample
-from daskcell.features.vectors import Piece, Task, Vectors, choose_vectors, share_out
+from daskcell.features.writers import locate, write_features, write_table
 from daskcell.geometry import Box, Grid
 from daskcell.segmentation.index import read_index
+from daskcell.storage.atomic import remove, save_arrays
 
 if TYPE_CHECKING:
     from daskcell.compute import Workers

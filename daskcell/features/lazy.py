@@ -11,13 +11,19 @@ import numpy as np
 
 from daskcell.config import FeatureSettings
 from daskcell.errors import InputError
+from daskcell.features.cell_index import (
+    Reading,
+    block_records,
+    merge_records,
+    plan_readings,
+    refuse_far_labels,
+)
 from daskcell.features.crops import Sample, background_sample, sample_boxes
+from daskcell.features.embedders import Network, Vectors, choose_vectors, share_out
 from daskcell.features.encoders import Encoder, as_encoder, encoder_spec, load
+from daskcell.features.feature_maps import as_stages
 from daskcell.features.measurements import KINDS, Kind, measure_block, measurement_columns, to_table
-from daskcell.features.objects import Reading, block_records, merge_records, plan_readings, refuse_far_labels
-from daskcell.features.stages import as_stages
 from daskcell.features.textures import Greys, freeze_greys, grey_sample
-from daskcell.features.vectors import Network, Vectors, choose_vectors, share_out
 from daskcell.geometry import Grid
 from daskcell.images.arrays import Given, as_image, as_labels
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from daskcell.features.crops import Framing, brightness, three_channels
-from daskcell.features.stages import Stages
+from daskcell.features.feature_maps import Stages
 from daskcell.features.tiles import Tiling
 from daskcell.geometry import Box
 

@@ -17,7 +17,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from daskcell.features.objects import Reading
+from daskcell.features.cell_index import Reading
 from daskcell.geometry import Box
 
 FRAME = 512

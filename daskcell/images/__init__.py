@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from daskcell.images.conversion import convert_slide
+    from daskcell.images.discovery import describe_sources, find_images
+    from daskcell.images.export_channels import split_channels
     from daskcell.images.image import Image, convert, open_image
     from daskcell.images.labels import build_label_pyramid, create_labels, read_labels, write_labels_block
-    from daskcell.images.search import describe_sources, find_images
     from daskcell.images.sources import Source
-    from daskcell.images.split import split_channels
     from daskcell.images.store import ImageInfo, image_info, read_block, read_histograms
 
 # Imported when asked for: the process that opens files needs neither zarr nor dask.

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from daskcell.config import check_axes
 from daskcell.errors import InputError
 
 CHANNELS = 4
@@ -130,14 +131,3 @@ def _checked(shape: tuple[int, ...], what: str, axes: str) -> str:
     if len(axes) != len(shape):
         raise InputError(f"{what} has shape {shape}, to which the axes {axes} do not fit.")
     return axes
-
-
-def check_axes(axes: Any) -> str:
-    """Axes in capital letters; raises `InputError` for what can be no axes of an image."""
-    letters = axes.upper() if isinstance(axes, str) else ""
-    good = set(letters) <= set("TCZYXS") and len(set(letters)) == len(letters)
-    if not good or not {"Y", "X"} <= set(letters) or {"C", "S"} <= set(letters):
-        raise InputError(
-            f"Axes cannot be {axes!r}. They are letters of T, C, Z, Y, X, each once, with Y and X."
-        )
-    return letters

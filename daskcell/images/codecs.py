@@ -13,7 +13,7 @@ from importlib.util import find_spec
 import zarr
 from zarr.core.metadata import ArrayV3Metadata
 
-from daskcell import places
+from daskcell.storage import paths
 
 _CODECS = {"bytes", "blosc", "zstd", "gzip", "crc32c", "sharding_indexed", "transpose"}
 """Of Zarr 3, that zarrs decodes as zarr does."""
@@ -48,7 +48,7 @@ def read_fast(array: zarr.Array, path: str) -> zarr.Array:
     that change it at a time the second would put the first's value back, and everything opened later,
     for writing too, would get zarrs. Its threads are zarr's ``threading.max_workers``.
     """
-    if not places.is_remote(path) and zarrs_is_there() and _is_for_zarrs(array):
+    if not paths.is_remote(path) and zarrs_is_there() and _is_for_zarrs(array):
         from zarrs import ZarrsCodecPipeline
 
         opened = array.async_array

@@ -20,19 +20,19 @@ from typing import Any
 import numpy as np
 import zarr
 
-from daskcell import places
 from daskcell.config import InputSettings
 from daskcell.errors import DaskcellError, MemoryWarning
 from daskcell.geometry import Box, Grid
 from daskcell.images import metadata, store
 from daskcell.images.levels import Level, downscale_block, halved_box, plan_levels
+from daskcell.images.pixel_stats import Part, Summary, describe, remember
 from daskcell.images.pyramid import halve_mean
+from daskcell.images.reader_process import MEMORY_BYTES, open_safely
 from daskcell.images.readers import Reader
-from daskcell.images.sandbox import MEMORY_BYTES, open_safely
 from daskcell.images.shards import Position, write_box
 from daskcell.images.sources import Source
-from daskcell.images.summary import Part, Summary, describe, remember
-from daskcell.images.target import new_image, refuse_existing
+from daskcell.storage import paths
+from daskcell.storage.staging import new_image, refuse_existing
 
 Task = tuple[Any, Callable[..., Any], tuple[Any, ...]]
 
@@ -126,7 +126,7 @@ def _announce(source: Source, reader: Reader) -> None:
     height, width = reader.piece
     size = height * width * len(reader.channels) * reader.dtype.itemsize
     whole = height >= reader.levels[0][0] and width >= reader.levels[0][1]
-    if whole and size > MEMORY_BYTES // 8 and size > sum(places.version(f)[0] for f in source.files):
+    if whole and size > MEMORY_BYTES // 8 and size > sum(paths.version(f)[0] for f in source.files):
         warnings.warn(
             f"{', '.join(source.files)} is one compressed piece, which every task must read as a whole: that "
             f"takes {2 * size / 1e9:.1f} GB and time, and would not if it were saved in tiles or strips.",

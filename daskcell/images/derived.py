@@ -11,8 +11,8 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from daskcell import places
-from daskcell.images.channels import stem, without_channel, without_ids
+from daskcell.images.filename_channels import stem, without_channel, without_ids
+from daskcell.storage import paths
 
 RESULTS = (
     # Cellpose, Omnipose
@@ -55,7 +55,7 @@ def results_beside(files: Sequence[str]) -> set[str]:
 def results_in_folders(by_folder: Mapping[str, Sequence[str]], root: str) -> set[str]:
     """Files of folders such as ``masks`` below `root` that belong to images beside the folder."""
     results: set[str] = set()
-    names = {folder: places.split(folder) for folder in by_folder}
+    names = {folder: paths.split(folder) for folder in by_folder}
     for folder, files in by_folder.items():
         above, name = names[folder]
         if name.lower() not in FOLDERS or folder == root:
@@ -80,12 +80,12 @@ def results_in_folders(by_folder: Mapping[str, Sequence[str]], root: str) -> set
 
 def own_result(folder: str, folders: Sequence[str], files: Sequence[str]) -> str | None:
     """What of daskcell a folder is, given what lies in it: None for a folder that may hold images."""
-    if "study.json" in files and ("ledger" in folders or _is_record(places.join(folder, "study.json"))):
+    if "study.json" in files and ("ledger" in folders or _is_record(paths.join(folder, "study.json"))):
         return "a study of daskcell"
     if "cells.csv" in files and any(name.startswith("cluster-") for name in folders):
         return "an export of crops"
     pictures = [name for name in files if not name.startswith(".")]
-    if places.split(folder)[1] == "crops" and pictures and all(map(_CROPS.fullmatch, pictures)):
+    if paths.split(folder)[1] == "crops" and pictures and all(map(_CROPS.fullmatch, pictures)):
         return "a folder of crops"
     return None
 
@@ -94,7 +94,7 @@ def is_own_zarr(path: str) -> bool:
     """Whether daskcell wrote an OME-Zarr image, such as the result of `convert` or `segment`."""
     for name in ("zarr.json", ".zattrs"):
         try:
-            found = json.loads(places.read(places.join(path, name)))
+            found = json.loads(paths.read(paths.join(path, name)))
             return "fingerprint" in found.get("attributes", found).get("daskcell", {})
         except (OSError, ValueError, AttributeError, TypeError):
             continue
@@ -103,7 +103,7 @@ def is_own_zarr(path: str) -> bool:
 
 def _is_record(path: str) -> bool:
     try:
-        record = json.loads(places.read(path))
+        record = json.loads(paths.read(path))
     except (OSError, ValueError):
         return False
     return isinstance(record, dict) and {"inputs", "slides"} <= set(record)
@@ -114,7 +114,7 @@ def _images(files: Iterable[str]) -> set[str]:
     names: set[str] = set()
     for file in files:
         name = _name(file)
-        names |= {name, places.split(file)[1], *without_channel(name)}
+        names |= {name, paths.split(file)[1], *without_channel(name)}
     return {_same(name) for name in names}
 
 

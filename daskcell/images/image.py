@@ -14,9 +14,9 @@ import numpy as np
 from daskcell.config import InputSettings
 from daskcell.errors import ImageError, InputError, InputWarning
 from daskcell.geometry import Box
-from daskcell.images.sandbox import open_safely
+from daskcell.images.discovery import find_images
+from daskcell.images.reader_process import open_safely
 from daskcell.images.scenes import list_scenes
-from daskcell.images.search import find_images
 from daskcell.images.sources import Source
 
 if TYPE_CHECKING:

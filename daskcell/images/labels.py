@@ -21,7 +21,7 @@ from daskcell.images import metadata, store
 from daskcell.images.levels import downscale_block, downscale_levels
 from daskcell.images.pyramid import level_shapes
 from daskcell.images.shards import write_box
-from daskcell.images.target import remove_cut_writes, remove_zarr
+from daskcell.storage.staging import remove_cut_writes, remove_zarr
 
 CHUNK = store.CHUNK
 

@@ -19,10 +19,10 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from daskcell import places
 from daskcell.errors import ImageError
-from daskcell.images.channels import stem
+from daskcell.images.filename_channels import stem
 from daskcell.images.sources import Source
+from daskcell.storage import paths
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,9 +75,9 @@ def read_manifest(path: str, tell: Callable[[str], None] | None = None) -> list[
         values = {str(name): str(value).strip() for name, value in row.items() if str(value).strip()}
         if "path" not in values:
             raise ImageError(f"{path}, row {number} names no file.")
-        file = places.join(os.path.dirname(path), values["path"])
-        values["path"] = values["path"] if places.is_remote(values["path"]) else os.path.normpath(file)
-        if not places.exists(values["path"]):
+        file = paths.join(os.path.dirname(path), values["path"])
+        values["path"] = values["path"] if paths.is_remote(values["path"]) else os.path.normpath(file)
+        if not paths.exists(values["path"]):
             raise ImageError(f"{path}, row {number}: there is no file {values['path']}.")
         name = values.get("image") or (stem(values["path"]) if "channel" not in values else "")
         if not name:
@@ -128,7 +128,7 @@ def _read(path: str) -> pd.DataFrame:
 
     try:
         if not path.lower().endswith(".parquet"):
-            start = places.head(path, 1000)
+            start = paths.head(path, 1000)
             wide = start.startswith((b"\xff\xfe", b"\xfe\xff"))  # Excel's "Unicode text"
             encoding = "utf-16" if wide else "utf-8-sig"
             lines = start.decode(encoding, "ignore").splitlines()

@@ -7,13 +7,13 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from daskcell import places
 from daskcell.errors import DaskcellError, ImageError
-from daskcell.images.channels import safe_name, unique_names
+from daskcell.images.filename_channels import safe_name, unique_names
+from daskcell.images.reader_process import open_safely
 from daskcell.images.readers import MissingScene, is_zarr_folder
 from daskcell.images.readers.omezarr import images_within
-from daskcell.images.sandbox import open_safely
 from daskcell.images.sources import Source
+from daskcell.storage import paths
 
 Chosen = Literal["all"] | Sequence[str | int]
 SHOWN = 8
@@ -46,7 +46,7 @@ def split_scenes(source: Source, chosen: Chosen = "all") -> list[Source]:
         part = names[number] if folders else labels[number]
         scene = replace(source, name=f"{source.name}_{labels[number]}", part=part)
         if folders:
-            files = tuple(places.join(file, *names[number].split("/")) for file in source.files)
+            files = tuple(paths.join(file, *names[number].split("/")) for file in source.files)
             found.append(replace(scene, files=files))
         else:
             # Of which scene a slide is made is part of its keys, as what a manifest says.

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from daskcell import places
 from daskcell.errors import InputError
-from daskcell.images.channels import matching_channels
+from daskcell.images.filename_channels import matching_channels
 from daskcell.images.readers import ZChoice
+from daskcell.storage import paths
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class Source:
             repr((self.file_channels, self.take, self.pixel_size, self.t, self.z, self.axes, self.scene))
         ]
         for file in self.files:
-            names = ("zarr.json", ".zattrs") if places.is_folder(file) else ()
-            for one in [places.join(file, name) for name in names] or [file]:
+            names = ("zarr.json", ".zattrs") if paths.is_folder(file) else ()
+            for one in [paths.join(file, name) for name in names] or [file]:
                 with contextlib.suppress(FileNotFoundError):
-                    parts.append(" ".join(map(str, (PurePath(one).name, *places.version(one)))))
+                    parts.append(" ".join(map(str, (PurePath(one).name, *paths.version(one)))))
         return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()
 
 

@@ -21,11 +21,11 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, ZstdCodec
 
-from daskcell import places
 from daskcell.errors import ImageError, InputError
 from daskcell.geometry import Box, Grid, check_inside
-from daskcell.images.channels import name_channels
 from daskcell.images.codecs import read_fast
+from daskcell.images.filename_channels import name_channels
+from daskcell.storage import paths
 
 CHUNK = 512
 """Side in pixels of the pieces a viewer reads."""
@@ -123,7 +123,7 @@ class OmeZarr:
         self.path = path
         try:
             # Consolidated metadata may be older than what they are a copy of.
-            self.group = zarr.open_group(places.store(path), mode="r", use_consolidated=False)
+            self.group = zarr.open_group(paths.store(path), mode="r", use_consolidated=False)
         except Exception as error:
             raise ImageError(f"{path} is not an OME-Zarr image: {type(error).__name__}.") from error
         self.attributes: dict[str, Any] = dict(self.group.attrs)
@@ -187,8 +187,8 @@ class OmeZarr:
         try:
             array = self.group[name]
         except Exception as error:
-            if places.is_remote(self.path) and places.is_of_the_way(error):
-                with places.told(self.path):
+            if paths.is_remote(self.path) and paths.is_of_the_way(error):
+                with paths.told(self.path):
                     raise
             reason = "is not there" if isinstance(error, KeyError) else f"cannot be read ({error})"
             raise ImageError(f"{self.path} is incomplete: its array '{name}' {reason}.") from error
@@ -336,9 +336,9 @@ def image_info(path: str | Path) -> ImageInfo:
     """Shape, channels, pixel size and levels of an OME-Zarr image; raises `ImageError` if it is none."""
     image = opened(path)
     finished: Any = ()
-    labels = places.join(str(path), "labels")
-    if {"zarr.json", ".zgroup"} & places.children(labels):  # none where the list of labels was damaged
-        group = zarr.open_group(places.store(labels), mode="r")
+    labels = paths.join(str(path), "labels")
+    if {"zarr.json", ".zgroup"} & paths.children(labels):  # none where the list of labels was damaged
+        group = zarr.open_group(paths.store(labels), mode="r")
         finished = ome_attributes(group).get("labels", ())
     return ImageInfo(
         shape=image.shape,
@@ -395,8 +395,8 @@ def stamp(path: str) -> tuple[int | str, ...]:
     """Changes when the group or array at `path` is replaced; part of the keys of caches."""
     for name in ("zarr.json", ".zattrs", ".zarray"):
         try:
-            if places.is_remote(path):
-                return places.version(places.join(path, name))
+            if paths.is_remote(path):
+                return paths.version(paths.join(path, name))
             status = os.stat(os.path.join(path, name))
         except OSError:
             continue
@@ -444,7 +444,7 @@ def ome_attributes(group: zarr.Group) -> dict[str, Any]:
 
 def new_group(path: str | Path, version: str = "0.5") -> zarr.Group:
     """An empty group for OME-Zarr of a version, where there must be none yet."""
-    return zarr.open_group(places.store(path), mode="w-", zarr_format=2 if version == "0.4" else 3)
+    return zarr.open_group(paths.store(path), mode="w-", zarr_format=2 if version == "0.4" else 3)
 
 
 def version_of(group: zarr.Group) -> str:
@@ -460,7 +460,7 @@ def grid_of(array: zarr.Array) -> Grid:
 
 def writable(path: str | Path, level: int) -> zarr.Array:
     """One level, opened for writing."""
-    return read_fast(zarr.open_array(places.store(path), path=str(level), mode="r+"), str(path))
+    return read_fast(zarr.open_array(paths.store(path), path=str(level), mode="r+"), str(path))
 
 
 def level_of(group: zarr.Group, level: int) -> zarr.Array:

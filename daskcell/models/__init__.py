@@ -1,4 +1,4 @@
-"""Embedded networks, their training, and the registry of weights.
+"""Embedded networks, and the registry of weights.
 
 Names are imported on first use: none of them costs the import of torch before it is needed.
 """
@@ -9,7 +9,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from daskcell.models.encoder_training import EncoderRecipe, train_encoder
     from daskcell.models.loading import (
         clear_networks,
         encoder_fingerprint,
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
         network_fingerprint,
     )
     from daskcell.models.registry import Weights, fetch_weights, find_encoder, find_network, list_weights
-    from daskcell.models.segmenter_training import Recipe, train_segmenter
 
 _HOME = {
     "clear_networks": "loading",
@@ -31,15 +29,9 @@ _HOME = {
     "find_encoder": "registry",
     "find_network": "registry",
     "list_weights": "registry",
-    "Recipe": "segmenter_training",
-    "train_segmenter": "segmenter_training",
-    "EncoderRecipe": "encoder_training",
-    "train_encoder": "encoder_training",
 }
 
 __all__ = [
-    "EncoderRecipe",
-    "Recipe",
     "Weights",
     "clear_networks",
     "encoder_fingerprint",
@@ -50,8 +42,6 @@ __all__ = [
     "load_encoder",
     "load_network",
     "network_fingerprint",
-    "train_encoder",
-    "train_segmenter",
 ]
 
 

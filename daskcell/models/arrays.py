@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from daskcell.disk import save_npz
 from daskcell.errors import WeightsError
+from daskcell.storage.atomic import save_npz
 
 _KIND = "__kind__"
 _NOTE = "__note__"

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from daskcell.disk import temporary_beside
 from daskcell.errors import WeightsError
+from daskcell.storage.atomic import temporary_beside
 
 EMBEDDED = Path(__file__).parent / "weights"
 _CELLPOSE = "https://huggingface.co/mouseland/cellpose-sam/resolve/main/"

@@ -12,6 +12,6 @@ arrays            pictures that are given from memory
 progress, status  how far it is, while it runs and afterwards
 """
 
-from daskcell.pipeline.launch import as_config, assign, fingerprints, open_study, run
+from daskcell.pipeline.api import as_config, assign, fingerprints, open_study, run
 
 __all__ = ["as_config", "assign", "fingerprints", "open_study", "run"]

@@ -8,11 +8,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from daskcell.disk import remove, temporaries, temporary_beside
 from daskcell.errors import InputError, StudyError
 from daskcell.images.arrays import plain
 from daskcell.images.axes import axes_of_names, choose_axes, note_of
-from daskcell.images.channels import safe_name
+from daskcell.images.filename_channels import safe_name
+from daskcell.storage.atomic import remove, temporaries, temporary_beside
 from daskcell.study import Study
 
 FOLDER = "inputs"

@@ -31,7 +31,7 @@ from daskcell.pipeline.stages import (
     flows_folder,
     slide_keys,
 )
-from daskcell.pipeline.team import networks_bytes
+from daskcell.pipeline.worker_pool import networks_bytes
 from daskcell.segmentation.memory import needed_memory
 from daskcell.study import CLUSTERS, Ledger, Study
 from daskcell.study.keys import unchanged

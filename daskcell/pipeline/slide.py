@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from daskcell.compute import Permit, Postponed, Workers
-from daskcell.compute.overtime import Overtime, renew
+from daskcell.compute.timeouts import Overtime, renew
 from daskcell.config import Config
-from daskcell.disk import is_full, remove
 from daskcell.errors import ComputeError, ConfigError, DaskcellError, StudyError, WeightsError
-from daskcell.images.sandbox import open_safely
+from daskcell.images.reader_process import open_safely
 from daskcell.pipeline.stages import EARLY, LATE, STAGES, Context, do, slide_keys
-from daskcell.places import printable
+from daskcell.storage.atomic import is_full, remove
+from daskcell.storage.paths import printable
 from daskcell.study import Ledger, Study
 from daskcell.study.checksums import damaged
 from daskcell.study.keys import identify, unchanged

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from daskcell.compute import Workers
 from daskcell.config import Config
-from daskcell.disk import remove
+from daskcell.storage.atomic import remove
 from daskcell.study import CLUSTERS, Ledger, Study
 from daskcell.study.checksums import sums
 from daskcell.study.keys import content_key, identity
@@ -39,7 +39,7 @@ from daskcell.study.results import (
 
 if TYPE_CHECKING:
     from daskcell.images.sources import Source
-    from daskcell.pipeline.transfer import Given
+    from daskcell.pipeline.reuse_model import Given
     from daskcell.preprocess import Plan
 
 LABELS = "cells"
@@ -183,7 +183,7 @@ def _dump(settings: Any, leave_out: Iterable[str] = ()) -> dict[str, Any]:
 # -- convert -------------------------------------------------------------------------------------------
 def _convert(context: Context) -> Converted:
     from daskcell.images import convert_slide
-    from daskcell.images.target import refuse_foreign
+    from daskcell.storage.staging import refuse_foreign
 
     image = context.image
     refuse_foreign(image)
@@ -227,7 +227,7 @@ def _fit(context: Context) -> Fitted:
 
 
 def _reference_images(config: Config) -> Files | None:
-    from daskcell.preprocess.checks import check_names
+    from daskcell.preprocess.validate import check_names
 
     digest = check_names(config.preprocess)
     return None if digest is None else Files(digest, "images that preprocessing refers to")
@@ -249,7 +249,7 @@ FIT = Stage(
 
 # -- export --------------------------------------------------------------------------------------------
 def _export(context: Context) -> Exported:
-    from daskcell.images.split import split_channels
+    from daskcell.images.export_channels import split_channels
     from daskcell.preprocess import write_prepared_tiff
 
     study, output, files = context.study, context.config.output, []
@@ -390,7 +390,7 @@ SEGMENT = Stage(
 # -- describe ------------------------------------------------------------------------------------------
 def _describe(context: Context) -> Described:
     from daskcell.features.engine import describe_slide
-    from daskcell.images.target import remove_zarr
+    from daskcell.storage.staging import remove_zarr
 
     study, slide, config = context.study, context.slide, context.config
     table, features = study.table(slide), study.features(slide)
@@ -440,14 +440,14 @@ DESCRIBE = Stage(
 
 # -- cluster -------------------------------------------------------------------------------------------
 def _cluster(context: Context) -> Clustered:
-    from daskcell.clustering import fit_features, naming
-    from daskcell.disk import write_atomic
-    from daskcell.pipeline.transfer import origin, set_named_aside
+    from daskcell.clustering import fit_features, names
+    from daskcell.pipeline.reuse_model import origin, set_named_aside
+    from daskcell.storage.atomic import write_atomic
 
     study, config = context.study, context.config
-    names, named = study.clusters / naming.FILE, b""
-    if context.ledger.held.get(CLUSTER.name, {}).get("key") == context.key and names.exists():
-        named = names.read_bytes()  # the damaged clusters come back as they were
+    file, named = study.clusters / names.FILE, b""
+    if context.ledger.held.get(CLUSTER.name, {}).get("key") == context.key and file.exists():
+        named = file.read_bytes()  # the damaged clusters come back as they were
     else:
         set_named_aside(study, context.say)
     if context.model is not None:
@@ -463,15 +463,15 @@ def _cluster(context: Context) -> Clustered:
         model.origin = origin(config, study.record.get("weights", {}))
     model.save(study.clusters)
     if named:
-        write_atomic(names, named)
+        write_atomic(file, named)
     return Clustered(k=model.k, counts=model.counts_.tolist(), given=context.model is not None)
 
 
 def _cluster_files(context: Context, result: Clustered) -> list[Path]:
-    from daskcell.clustering import naming
+    from daskcell.clustering import names
 
     # Not the names, which people change.
-    return [path for path in context.study.clusters.iterdir() if path.name != naming.FILE]
+    return [path for path in context.study.clusters.iterdir() if path.name != names.FILE]
 
 
 CLUSTER = Stage(
@@ -513,9 +513,9 @@ ASSIGN = Stage(
 
 # -- paint ---------------------------------------------------------------------------------------------
 def _paint(context: Context) -> Painted:
-    from daskcell.clustering.naming import Naming
+    from daskcell.clustering.names import Naming
     from daskcell.images.labels import list_labels
-    from daskcell.overlays import write_cluster_labels, write_overlay
+    from daskcell.render import write_cluster_labels, write_overlay
 
     study, slide, config = context.study, context.slide, context.config
     clustered = study.ledger(CLUSTERS).read(Clustered)

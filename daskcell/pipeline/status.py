@@ -11,10 +11,10 @@ from daskcell.compute import Workers
 from daskcell.pipeline.progress import clock, seconds_left
 from daskcell.pipeline.slide import counts as slide_counts
 from daskcell.pipeline.stages import SLIDE_STAGES, slide_keys
+from daskcell.storage.lock import holder
 from daskcell.study import CLUSTERS, Ledger, Study
 from daskcell.study.checksums import damaged
 from daskcell.study.ledger import FORMAT
-from daskcell.study.lock import holder
 from daskcell.study.results import Assigned, Clustered, Converted
 
 FAR = 5.0

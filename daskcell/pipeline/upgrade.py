@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from daskcell.compute import Workers
-from daskcell.disk import replacing
 from daskcell.errors import ConfigError
 from daskcell.pipeline.stages import CLUSTER, EARLY, LATE, STAGES, slide_keys
+from daskcell.storage.atomic import replacing
 from daskcell.study import CLUSTERS, Ledger, Study, read_record
 from daskcell.study.checksums import damaged, sums
 from daskcell.study.format1 import NAMES

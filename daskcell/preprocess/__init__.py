@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from daskcell.preprocess.colors import auto_colors
 from daskcell.preprocess.export import write_prepared_tiff
-from daskcell.preprocess.flat import estimate_flat
-from daskcell.preprocess.freezing import freeze, freeze_slide
+from daskcell.preprocess.fit import freeze, freeze_slide
+from daskcell.preprocess.flatfield import estimate_flat
 from daskcell.preprocess.lazy import (
     adjust_histogram,
     adjust_stains,

@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from daskcell.disk import digest
 from daskcell.errors import InputError
 from daskcell.geometry import Box
-from daskcell.preprocess.lattice import Lattice
-from daskcell.preprocess.pixels import is_small, largest, to_dtype
+from daskcell.preprocess.coarse_grid import Lattice
+from daskcell.preprocess.dtypes import is_small, largest, to_dtype
 from daskcell.preprocess.steps import _Placed, _Same
+from daskcell.storage.atomic import digest
 
 _CELLS = 6
 """Cells of the lattice in a disc's radius: more follow the background closer, and cost more."""

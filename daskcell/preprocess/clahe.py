@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from daskcell.geometry import Box
-from daskcell.preprocess.pixels import float_dtype
+from daskcell.preprocess.dtypes import float_dtype
 from daskcell.preprocess.statistics import pool
 from daskcell.preprocess.steps import _by_table, _Placed, decode_array, encode_array
 

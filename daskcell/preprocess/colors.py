@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from daskcell.errors import InputError
-from daskcell.preprocess.pixels import is_small, to_dtype
+from daskcell.preprocess.dtypes import is_small, to_dtype
 
 # Light of a stain: full red, green, blue. CSS's "green" is half as bright (#008000), which would dim a
 # channel.

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from daskcell.disk import replacing
 from daskcell.geometry import Box
 from daskcell.preprocess.prepared import PreparedImage
+from daskcell.storage.atomic import replacing
 
 TILE = 512
 _RUN = 4

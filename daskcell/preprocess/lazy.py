@@ -28,15 +28,15 @@ from daskcell.config import (
 )
 from daskcell.errors import InputError
 from daskcell.preprocess.background import Background, Flat
+from daskcell.preprocess.block_stats import as_set, pixels_of
 from daskcell.preprocess.colors import auto_colors, mixing_weights
-from daskcell.preprocess.freezing import check_reference, find_reference_stains, freeze, start_pass
-from daskcell.preprocess.graphs import as_planes, frozen_lazily, map_frozen, map_step, read_again
-from daskcell.preprocess.pixels import float_dtype
+from daskcell.preprocess.dask_graph import as_planes, frozen_lazily, map_frozen, map_step, read_again
+from daskcell.preprocess.dtypes import float_dtype
+from daskcell.preprocess.fit import check_reference, find_reference_stains, freeze, start_pass
 from daskcell.preprocess.plan import Plan
 from daskcell.preprocess.stains import ColourCounts, separation
 from daskcell.preprocess.statistics import Equalizing, Referring, Stretching, first_pass, passes_needed
 from daskcell.preprocess.steps import Gaussian, Mix
-from daskcell.preprocess.surveys import as_set, pixels_of
 
 if TYPE_CHECKING:
     import dask.array as da

@@ -17,7 +17,7 @@ from daskcell.errors import InputError
 from daskcell.geometry import Box
 from daskcell.preprocess.background import Background, FlatFile
 from daskcell.preprocess.clahe import Clahe
-from daskcell.preprocess.pixels import working_dtype
+from daskcell.preprocess.dtypes import working_dtype
 from daskcell.preprocess.stains import Stains
 from daskcell.preprocess.steps import Curve, Floor, Gaussian, Mix, Step, Stretch
 

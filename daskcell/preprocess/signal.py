@@ -44,7 +44,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 from numba import njit
 
-from daskcell.preprocess.pixels import all_values, is_small
+from daskcell.preprocess.dtypes import all_values, is_small
 
 TILE = 4
 PIXELS, FLAT, DARKEST, BRIGHTEST = range(4)

@@ -15,7 +15,7 @@ import numpy as np
 
 from daskcell.errors import InputError
 from daskcell.geometry import Box
-from daskcell.preprocess.pixels import check_finite, float_dtype, largest, to_dtype
+from daskcell.preprocess.dtypes import check_finite, float_dtype, largest, to_dtype
 from daskcell.preprocess.steps import _by_table, _Pointwise
 
 LEVELS = 64

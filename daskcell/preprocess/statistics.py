@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from daskcell.geometry import Box
-from daskcell.preprocess.pixels import all_values, check_finite, float_dtype, is_small
+from daskcell.preprocess.dtypes import all_values, check_finite, float_dtype, is_small
 from daskcell.preprocess.signal import PIXELS, TILE, Signal, bin_values, count_tiles, find_signal, may_matter
 from daskcell.preprocess.steps import Curve, Step, Stretch
 

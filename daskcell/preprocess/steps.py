@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol, Self
 import numpy as np
 
 from daskcell.geometry import Box
-from daskcell.preprocess.pixels import all_values, float_dtype, is_small, largest, look_up, to_dtype
+from daskcell.preprocess.dtypes import all_values, float_dtype, is_small, largest, look_up, to_dtype
 
 TRUNCATE = 4.0
 """Where the Gaussian is cut, in standard deviations: what SciPy, scikit-image and dask-image take."""

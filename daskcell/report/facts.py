@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from daskcell.clustering.naming import Naming
+from daskcell.clustering.names import Naming
 from daskcell.clustering.tables import shared_columns
 from daskcell.errors import InputError
-from daskcell.overlays.paint import colors, titled
+from daskcell.render.paint import colors, titled
 from daskcell.study import CLUSTERS, Study
 from daskcell.study.results import Assigned, Clustered, Converted, Segmented
 

@@ -9,12 +9,12 @@ from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any
 
-from daskcell.clustering.naming import Naming
-from daskcell.disk import refuse_impossible, write_atomic
+from daskcell.clustering.names import Naming
 from daskcell.errors import InputError
-from daskcell.overlays.paint import colors
+from daskcell.render.paint import colors
 from daskcell.report.facts import Cell, Facts, Group, SlideRow, best_of, gather, points
 from daskcell.report.pictures import Pictures, common_side
+from daskcell.storage.atomic import refuse_impossible, write_atomic
 from daskcell.study import CLUSTERS, Study
 from daskcell.study.results import Clustered
 

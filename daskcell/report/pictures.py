@@ -10,8 +10,8 @@ import numpy as np
 
 from daskcell.geometry import Box
 from daskcell.images import read_labels
-from daskcell.overlays.files import LABELS, cluster_lookup
-from daskcell.overlays.paint import as_rgb, borders, paint, stretch_limits
+from daskcell.render.overlays import LABELS, cluster_lookup
+from daskcell.render.paint import as_rgb, borders, paint, stretch_limits
 from daskcell.report.facts import Cell
 from daskcell.study import Study
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
-from daskcell.disk import save_npz
 from daskcell.errors import InputError
 from daskcell.geometry import Box
 from daskcell.segmentation import flowcheck
 from daskcell.segmentation.ownership import Candidates, Thresholds, find_hole
+from daskcell.storage.atomic import save_npz
 
 MAX_CELLS = 2**32 - 1
 

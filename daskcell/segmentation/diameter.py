@@ -17,7 +17,7 @@ import numpy as np
 from daskcell.geometry import Box
 from daskcell.preprocess.signal import bin_values, find_signal
 from daskcell.segmentation.cells import check_block
-from daskcell.segmentation.globals import Globals
+from daskcell.segmentation.image_params import Globals
 from daskcell.segmentation.methods import CellposeMethod, Read, tiles_of
 from daskcell.segmentation.ownership import Thresholds, own_labels
 

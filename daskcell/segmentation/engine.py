@@ -25,14 +25,13 @@ from tlz import partition_all
 
 from daskcell.compute import Workers
 from daskcell.config import SegmentSettings
-from daskcell.disk import remove, save_arrays, temporaries
 from daskcell.errors import InputError
 from daskcell.geometry import Box
 from daskcell.images import build_label_pyramid, create_labels
 from daskcell.preprocess import Plan, PreparedImage
 from daskcell.segmentation.cells import number, refuse_too_many
 from daskcell.segmentation.diameter import diameter_of
-from daskcell.segmentation.globals import Globals
+from daskcell.segmentation.image_params import Globals
 from daskcell.segmentation.methods import CellposeMethod
 from daskcell.segmentation.seams import SeamReport
 from daskcell.segmentation.tasks import (
@@ -50,6 +49,7 @@ from daskcell.segmentation.tasks import (
     read_globals,
     run_tiles,
 )
+from daskcell.storage.atomic import remove, save_arrays, temporaries
 
 _FIRST_PASS, _OBSERVED, _CHECKED, _PAINTED = 0.4, 0.03, 0.05, 0.1
 """Parts of the time, roughly, for progress: the diameter, percentiles, checks and painting."""

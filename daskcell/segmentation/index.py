@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from daskcell.disk import replacing
 from daskcell.errors import InputError
+from daskcell.storage.atomic import replacing
 
 RECORD = np.dtype(
     [

@@ -23,7 +23,7 @@ from daskcell.errors import InputError
 from daskcell.geometry import Box
 from daskcell.preprocess.signal import TILE, count_tiles
 from daskcell.segmentation import dynamics
-from daskcell.segmentation.globals import Globals, find_bounds, merge_observed, sampling_step
+from daskcell.segmentation.image_params import Globals, find_bounds, merge_observed, sampling_step
 from daskcell.segmentation.network import (
     CELLPROB,
     blend,

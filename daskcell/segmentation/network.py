@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from daskcell.geometry import Box
-from daskcell.segmentation.globals import Globals
+from daskcell.segmentation.image_params import Globals
 from daskcell.segmentation.rescale import resize_part
 from daskcell.segmentation.tiles import TILE
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
-from daskcell.disk import save_npz
 from daskcell.geometry import Box
 from daskcell.segmentation import dynamics, flowcheck
+from daskcell.storage.atomic import save_npz
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 
 from daskcell.config import SegmentSettings
-from daskcell.disk import save_arrays, save_npz, save_parts, write_json
 from daskcell.geometry import Box, Grid
 from daskcell.images import image_info, read_block, write_labels_block
 from daskcell.preprocess import PreparedImage
 from daskcell.segmentation.cells import check_block, load_cells, save_cells
 from daskcell.segmentation.diameter import cell_areas, first_pass_windows
-from daskcell.segmentation.globals import Globals, merge_observed
+from daskcell.segmentation.image_params import Globals, merge_observed
 from daskcell.segmentation.index import block_records, merge_records, write_index
 from daskcell.segmentation.methods import CellposeMethod, Method, Read, network_source
 from daskcell.segmentation.ownership import Thresholds, load_candidates, own_labels, save_candidates
@@ -30,6 +29,7 @@ from daskcell.segmentation.seams import SeamReport, paint_core
 from daskcell.segmentation.tiles import TILE
 from daskcell.segmentation.tissue import tiles_without, tissue_mask
 from daskcell.segmentation.watershed import WatershedMethod
+from daskcell.storage.atomic import save_arrays, save_npz, save_parts, write_json
 
 Index = tuple[int, int]
 

@@ -24,7 +24,7 @@ from daskcell.errors import InputError
 from daskcell.geometry import Box
 from daskcell.preprocess.signal import SIGMAS, Signal, bin_values, find_signal
 from daskcell.segmentation import dynamics
-from daskcell.segmentation.globals import merge_observed
+from daskcell.segmentation.image_params import merge_observed
 from daskcell.segmentation.methods import Look, Read, refuse_unusable, sample, tiles_of
 from daskcell.segmentation.ownership import Thresholds
 

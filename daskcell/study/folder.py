@@ -34,10 +34,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from daskcell import places
 from daskcell.config import Config
-from daskcell.disk import json_bytes, refuse_impossible, remove, temporaries, write_atomic, write_json
 from daskcell.errors import ConfigError, StudyError
+from daskcell.storage import paths
+from daskcell.storage.atomic import (
+    json_bytes,
+    refuse_impossible,
+    remove,
+    temporaries,
+    write_atomic,
+    write_json,
+)
 from daskcell.study.ledger import Ledger
 from daskcell.study.results import Fitted
 
@@ -224,7 +231,7 @@ class Study:
 
     @property
     def scores(self) -> dict[str, Any] | None:
-        """How the present groups agree with known types (`scoring.score_study`); None if nobody compared."""
+        """How the present groups agree with known types (`evaluation.score_study`); None if not compared."""
         try:
             found = json.loads((self.out / "scores.json").read_bytes())
         except (FileNotFoundError, ValueError):
@@ -358,7 +365,7 @@ def read_record(out: Path) -> dict[str, Any] | None:
 
 def check_folder(out: str | Path) -> dict[str, Any] | None:
     """The study record in `out`, None for a new folder; refuses what cannot be used. Writes nothing."""
-    places.refuse_remote(out, "the output of a run")
+    paths.refuse_remote(out, "the output of a run")
     out = Path(out)
     refuse_impossible(out)
     if out.exists() and not out.is_dir():
@@ -407,11 +414,11 @@ def _refuse_foreign(
         if folder.exists() and not folder.is_dir():
             raise StudyError(_foreign(folder))
         new = slides - known if name in owned else slides
-        paths = [out / name.replace("*", slide) for slide in new] if "*" in name else []
+        written = [out / name.replace("*", slide) for slide in new] if "*" in name else []
         if "*" not in name and name not in owned:
-            paths = [out / name]
-        there = set(os.listdir(folder)) if paths and folder.is_dir() else set()
-        for path in sorted(paths):
+            written = [out / name]
+        there = set(os.listdir(folder)) if written and folder.is_dir() else set()
+        for path in sorted(written):
             if path.name in there:
                 raise StudyError(_foreign(path))
         if name in _INSIDE and (out / name).is_dir():
@@ -430,7 +437,7 @@ def _foreign(path: Path) -> str:
 
 
 def _absolute(inputs: Iterable[str | Path]) -> list[str]:
-    return sorted(places.absolute(os.path.expanduser(os.fspath(path))) for path in inputs)
+    return sorted(paths.absolute(os.path.expanduser(os.fspath(path))) for path in inputs)
 
 
 def sweep(out: Path) -> None:

@@ -15,9 +15,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from daskcell import places
-from daskcell.disk import digest, files_of
 from daskcell.errors import ImageError
+from daskcell.storage import paths
+from daskcell.storage.atomic import digest, files_of
 
 
 def content_key(stage: str, version: int, *parts: Any) -> str:
@@ -33,7 +33,7 @@ def identity(files: Iterable[Mapping[str, Any]]) -> list[list[Any]]:
 
 
 def identify(
-    paths: Iterable[str | Path], known: Iterable[Mapping[str, Any]] = (), said: Iterable[str] = ()
+    files: Iterable[str | Path], known: Iterable[Mapping[str, Any]] = (), said: Iterable[str] = ()
 ) -> list[dict[str, Any]]:
     """Name, size, time and digest of each input file; a folder (Zarr) counts as all its files.
 
@@ -42,13 +42,13 @@ def identify(
     """
     earlier = {entry["path"]: entry for entry in known}
     found = []
-    for path in paths:
+    for path in files:
         size, mtime = _weigh(path)
         before = earlier.get(str(path))
         if before is not None and (before["size"], before["mtime_ns"]) == (size, mtime):
             found.append(dict(before))
         else:
-            content = str(mtime) if places.is_remote(path) else digest(Path(path))
+            content = str(mtime) if paths.is_remote(path) else digest(Path(path))
             entry = {
                 "path": str(path),
                 "name": PurePath(path).name,
@@ -63,9 +63,9 @@ def identify(
     return found
 
 
-def unchanged(paths: Iterable[str | Path], known: list[dict[str, Any]], said: Iterable[str] = ()) -> bool:
+def unchanged(files: Iterable[str | Path], known: list[dict[str, Any]], said: Iterable[str] = ()) -> bool:
     """Whether files are as `known` says, by size and time alone, and so is what a manifest says of them."""
-    found = [str(path) for path in paths]
+    found = [str(path) for path in files]
     if [entry["path"] for entry in known] != found or (known and known[0].get("said", []) != list(said)):
         return False
     with contextlib.suppress(OSError, ImageError):
@@ -75,8 +75,8 @@ def unchanged(paths: Iterable[str | Path], known: list[dict[str, Any]], said: It
 
 def _weigh(path: str | Path) -> tuple[int, int | str]:
     """Size in bytes and time in ns: of a folder, the sum and the latest. Remote: a hash of ETags."""
-    if places.is_remote(path):
-        found = places.versions_below(str(path))
+    if paths.is_remote(path):
+        found = paths.versions_below(str(path))
         tags = hashlib.blake2b(repr(found).encode(), digest_size=20)
         return sum(size for size, _ in found.values()), tags.hexdigest()
     status = [file.stat() for file in files_of(Path(path))]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from daskcell.disk import write_json
+from daskcell.storage.atomic import write_json
 from daskcell.study.format1 import upgraded
 from daskcell.study.results import Result
 

@@ -18,9 +18,9 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from daskcell import places
 from daskcell.errors import DaskcellError, ImageError
 from daskcell.geometry import Box
+from daskcell.storage import paths
 
 ZChoice = int | Literal["max"]
 
@@ -129,7 +129,7 @@ def is_zarr_folder(path: str) -> bool:
     """Whether `path` is a folder that the readers of Zarr here open, and no other package's."""
     from daskcell.images.readers import array, omezarr
 
-    return places.is_folder(path) and omezarr.is_zarr(path) and _kind_of(path) in (omezarr, array)
+    return paths.is_folder(path) and omezarr.is_zarr(path) and _kind_of(path) in (omezarr, array)
 
 
 def _kind_of(path: str) -> Any:
@@ -156,8 +156,8 @@ def guarded(path: str, action: Callable[[], Any]) -> Any:
     ) as error:  # of a parser that met nonsense
         raise ImageError(f"Cannot read {path}: damaged, its structure makes no sense.") from error
     except Exception as error:
-        if places.is_remote(path) and places.is_of_the_way(error):
-            with places.told(path):
+        if paths.is_remote(path) and paths.is_of_the_way(error):
+            with paths.told(path):
                 raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ImageError(f"Cannot read {path}: damaged or not supported ({reason}).") from error
@@ -165,16 +165,16 @@ def guarded(path: str, action: Callable[[], Any]) -> Any:
 
 def _head(path: str) -> bytes:
     try:
-        return places.head(path, 512)
+        return paths.head(path, 512)
     except OSError as error:
         reason = error.strerror or error
-        if not places.is_remote(path) and os.path.islink(path) and not os.path.exists(path):
+        if not paths.is_remote(path) and os.path.islink(path) and not os.path.exists(path):
             reason = f"it is a link to {os.readlink(path)}, which is not there"
         raise ImageError(f"Cannot read {path}: {reason}.") from None
 
 
 def _what(path: str, head: bytes) -> str:
-    if places.is_folder(path):
+    if paths.is_folder(path):
         return "the folder is not an OME-Zarr image"
     if not head:
         return "the file is empty"

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from daskcell import places
 from daskcell.errors import ImageError, InputError
 from daskcell.geometry import Box, check_inside
 from daskcell.images.axes import axes_of_names, choose_axes, dimension_names, note_of, to_cyx
 from daskcell.images.readers import ZChoice
 from daskcell.images.readers.omezarr import is_array, is_zarr
+from daskcell.storage import paths
 
 SUFFIXES = (".npy",)
 TAKES_AXES = True
@@ -67,7 +67,7 @@ class ArrayReader:
             raise InputError(f"{path} has {self.sizes['z']} planes; there is none with number {z}.")
         self.t, self.planes = t, range(self.sizes["z"]) if z == "max" else range(z, z + 1)
         self.scenes: tuple[str, ...] = ("",)
-        self.files = (places.real(path),)
+        self.files = (paths.real(path),)
         chunks = getattr(array, "shards", None) or getattr(array, "chunks", None)
         piece = dict(zip(self.axes, chunks or shape, strict=True))
         self.piece = (piece["Y"] if chunks else min(64, side["Y"]), piece["X"])
@@ -90,13 +90,13 @@ class ArrayReader:
 
 
 def open(path: str, *, t: int = 0, z: ZChoice = "max", axes: str | None = None) -> ArrayReader:
-    if not path.lower().endswith(SUFFIXES) and places.is_folder(path):
+    if not path.lower().endswith(SUFFIXES) and paths.is_folder(path):
         import zarr
 
-        array = zarr.open_array(places.store(path), mode="r")
+        array = zarr.open_array(paths.store(path), mode="r")
         own = axes_of_names(dimension_names(array), path)
         return ArrayReader(array, path, own or axes, t, z)
-    if places.is_remote(path):
+    if paths.is_remote(path):
         raise ImageError(
             f"Cannot read {path}: .npy is read from disk only; please copy it, or save it as Zarr."
         )

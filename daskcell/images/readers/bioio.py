@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from daskcell import places
 from daskcell.errors import ImageError, InputError
 from daskcell.geometry import Box, check_inside
-from daskcell.images.channels import name_channels
+from daskcell.images.filename_channels import name_channels
 from daskcell.images.readers import ZChoice
+from daskcell.storage import paths
 
 
 class BioioReader:
@@ -52,7 +52,7 @@ class BioioReader:
         self.levels = self._levels()
         sizes = self.image.physical_pixel_sizes
         self.pixel_size = (float(sizes.Y), float(sizes.X)) if sizes.Y and sizes.X else None
-        self.files = (places.real(path),)
+        self.files = (paths.real(path),)
         chunks = self.image.dask_data.chunksize
         self.piece = (int(chunks[self.axes.index("Y")]), int(chunks[self.axes.index("X")]))
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from daskcell import places
 from daskcell.errors import ImageError
 from daskcell.images.readers import Reader, ZChoice
+from daskcell.storage import paths
 
 
 class Extra:
@@ -40,7 +40,7 @@ class Extra:
         return path.lower().endswith(self.SUFFIXES)
 
     def open(self, path: str, *, t: int = 0, z: ZChoice = "max", scene: int = 0) -> Reader:
-        if places.is_remote(path):
+        if paths.is_remote(path):
             raise ImageError(
                 f"Cannot read {path}: files of this kind are read from disk only; please copy it."
             )

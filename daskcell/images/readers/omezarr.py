@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from daskcell import places
 from daskcell.errors import ImageError, InputError
 from daskcell.geometry import Box
 from daskcell.images.readers import ZChoice
 from daskcell.images.store import OmeZarr, ome_attributes
+from daskcell.storage import paths
 
 SUFFIXES: tuple[str, ...] = ()  # folders, found by what is in them
 
@@ -24,18 +24,18 @@ def matches(path: str, head: bytes) -> bool:
 
 def is_zarr(path: str) -> bool:
     """Whether `path` is a folder that Zarr wrote."""
-    if places.is_remote(path):
-        return bool(places.holding(path, places.ZARR_NAMES, most=1))
-    return any(os.path.isfile(os.path.join(path, name)) for name in places.ZARR_NAMES)
+    if paths.is_remote(path):
+        return bool(paths.holding(path, paths.ZARR_NAMES, most=1))
+    return any(os.path.isfile(os.path.join(path, name)) for name in paths.ZARR_NAMES)
 
 
 def is_array(path: str) -> bool:
     """Whether a Zarr folder is a plain array, without the metadata of an image."""
-    names = places.holding(path, places.ZARR_NAMES)
+    names = paths.holding(path, paths.ZARR_NAMES)
     if "zarr.json" not in names:
         return ".zarray" in names
     try:
-        return bool(json.loads(places.read(places.join(path, "zarr.json"))).get("node_type") == "array")
+        return bool(json.loads(paths.read(paths.join(path, "zarr.json"))).get("node_type") == "array")
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -51,7 +51,7 @@ def images_within(path: str) -> list[str]:
     if isinstance(plate := ome.get("plate"), dict):
         found: list[str] = []
         for well in _paths(plate.get("wells")):
-            _, inner = _metadata(places.join(path, well))
+            _, inner = _metadata(paths.join(path, well))
             fields = inner.get("well")
             images = _paths(fields.get("images")) if isinstance(fields, dict) else []
             found += [f"{well}/{image}" for image in images] or [well]
@@ -61,7 +61,7 @@ def images_within(path: str) -> list[str]:
     if "multiscales" in ome:
         return []
     if "bioformats2raw.layout" in ome:
-        _, listed = _metadata(places.join(path, "OME"))
+        _, listed = _metadata(paths.join(path, "OME"))
         if isinstance(series := listed.get("series"), list) and series:
             return [str(name) for name in series]
         return sorted(_numbered(path, group), key=int)
@@ -73,10 +73,10 @@ MOST_SERIES = 10_000
 
 def _numbered(path: str, group: Any) -> set[str]:
     """Series of bioformats2raw that no list names: they are called 0, 1, 2 ..."""
-    names = {name for name in places.children(path) if name.isdigit()}
-    if not names and places.is_remote(path) and group is not None:  # a web server that lists nothing
+    names = {name for name in paths.children(path) if name.isdigit()}
+    if not names and paths.is_remote(path) and group is not None:  # a web server that lists nothing
         for number in range(MOST_SERIES):
-            if not is_zarr(places.join(path, str(number))):
+            if not is_zarr(paths.join(path, str(number))):
                 break
             names.add(str(number))
     return names
@@ -87,7 +87,7 @@ def _metadata(path: str) -> tuple[Any, dict[str, Any]]:
     import zarr
 
     try:
-        group = zarr.open_group(places.store(path), mode="r", use_consolidated=False)
+        group = zarr.open_group(paths.store(path), mode="r", use_consolidated=False)
         return group, ome_attributes(group)
     except Exception:
         return None, {}
@@ -118,7 +118,7 @@ class OmeZarrReader:
         self.image.t = t
         self.planes = range(self.sizes["z"]) if z == "max" else [z]
         self.piece = self.image.piece
-        self.files = (places.real(path),)
+        self.files = (paths.real(path),)
 
     def read(self, level: int, box: Box) -> NDArray:
         pixels: NDArray | None = None
@@ -134,6 +134,6 @@ class OmeZarrReader:
 
 
 def open(path: str, *, t: int = 0, z: ZChoice = "max", scene: int = 0) -> OmeZarrReader:
-    if not places.is_folder(path):
+    if not paths.is_folder(path):
         raise ImageError(f"{path} is not an OME-Zarr folder.")
     return OmeZarrReader(path, t, z, scene)

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from daskcell import places
 from daskcell.geometry import Box, check_inside
 from daskcell.images.readers import ZChoice
+from daskcell.storage import paths
 
 PIECE = 512
 """Side in pixels of what is asked for at once, where the slide does not say its tiles."""
@@ -33,7 +33,7 @@ class OpenSlideReader:
         self.is_rgb = True
         self.sizes = {"t": 1, "z": 1}
         self.scenes = ("",)
-        self.files = (places.real(path),)
+        self.files = (paths.real(path),)
         tile = [properties.get(f"openslide.level[0].tile-{side}", PIECE) for side in ("height", "width")]
         self.piece = (int(tile[0]), int(tile[1]))
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from daskcell import places
 from daskcell.errors import ImageError
 from daskcell.geometry import Box, check_inside
 from daskcell.images.readers import ZChoice, tiffstreams
+from daskcell.storage import paths
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".bmp")
 LARGEST_BYTES = 2 * 2**30
@@ -67,7 +67,7 @@ def open(path: str, *, t: int = 0, z: ZChoice = "max") -> PictureReader:
     from PIL import ImageFile, ImageOps
 
     ImageFile.LOAD_TRUNCATED_IMAGES = False
-    content = places.read(path)
+    content = paths.read(path)
     if content.startswith(_JPEG) and tiffstreams.has_hole(content):
         raise ImageError(
             f"Cannot read {path}: damaged, its data hold zeros in a row that were never written."
@@ -95,7 +95,7 @@ def open(path: str, *, t: int = 0, z: ZChoice = "max") -> PictureReader:
     else:
         pixels = pixels[None]
     reader = PictureReader(np.ascontiguousarray(pixels), Path(path).stem, pixels.shape[0] == 3, None)
-    reader.files = (places.real(path),)
+    reader.files = (paths.real(path),)
     return reader
 
 

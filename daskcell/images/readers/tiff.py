@@ -27,7 +27,6 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from daskcell import places
 from daskcell.errors import ImageError, InputError
 from daskcell.geometry import Box, check_inside
 from daskcell.images.axes import SIDE, choose_axes
@@ -35,6 +34,7 @@ from daskcell.images.readers import MissingScene, ZChoice, guarded, tiffmeta, ti
 from daskcell.images.readers.array import ArrayReader
 from daskcell.images.readers.tiffcheck import Forms, check_data, check_page, check_pages
 from daskcell.images.readers.tiffpieces import Pieces
+from daskcell.storage import paths
 
 _SINGLE = (".svs", ".ndpi", ".qptiff", ".bif")
 """Slides that are a single image."""
@@ -127,8 +127,8 @@ class TiffReader:
             if path.lower().endswith((".ome.tif", ".ome.tiff"))
             else Path(path).stem
         )
-        self.remote = places.is_remote(path)
-        self._stream: Any = places.open_file(path) if self.remote else path
+        self.remote = paths.is_remote(path)
+        self._stream: Any = paths.open_file(path) if self.remote else path
         self.file = tifffile.TiffFile(self._stream, name=Path(path).name if self.remote else None)
         try:
             self._open(t, z, scene, check_pages(self.file, path), axes)
@@ -185,8 +185,8 @@ class TiffReader:
         piece = keyframe.chunks[:2]
         self.piece = (piece[1], piece[0]) if swapped else (piece[0], piece[1])
         every = [one.series for one in scenes if one.series is not None]
-        paths = {p.parent.filehandle.path for one in every for p in one.pages if p is not None}
-        self.files = (self.path,) if self.remote else tuple(sorted(os.path.realpath(p) for p in paths))
+        named = {p.parent.filehandle.path for one in every for p in one.pages if p is not None}
+        self.files = (self.path,) if self.remote else tuple(sorted(os.path.realpath(p) for p in named))
 
     def _name_axes(self, series: Any, said: str | None) -> str:
         """Axes of the whole, as the file says them or, where it does not, as `said` or as its shape tells."""

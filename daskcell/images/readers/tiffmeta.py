@@ -9,7 +9,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from daskcell.errors import ImageError
-from daskcell.images.channels import name_channels
+from daskcell.images.filename_channels import name_channels
 from daskcell.images.readers.tiffcheck import Forms
 
 LARGEST_PIXEL_UM = 20.0

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import struct
 
-from daskcell import places
 from daskcell.errors import DaskcellError
+from daskcell.storage import paths
 
 _FORMATS = {
     b"II*\0": ("<", "H", "I"),
@@ -27,7 +27,7 @@ _STACKS = {33628, 33629, 34412, 51123}
 def may_be_stack(path: str) -> bool:
     """Whether a TIFF file may hold several time points or planes; False only for a single plain page."""
     try:
-        with places.open_file(path) as file:
+        with paths.open_file(path) as file:
             head = file.read(16)
             order, tag_count, size = _FORMATS[head[:4]]
             step = struct.calcsize(order + size)

@@ -15,11 +15,11 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from daskcell import places
 from daskcell.errors import ImageError
 from daskcell.geometry import Box
 from daskcell.images.readers import tiffstreams
 from daskcell.images.readers.tiffcheck import is_too_long, piece_bytes
+from daskcell.storage import paths
 
 CACHE_BYTES = 64 * 2**20
 """Decoded strips kept, so that neighbouring boxes do not decode them again."""
@@ -37,7 +37,7 @@ class Pieces:
 
     def __init__(self, file: tifffile.TiffFile, path: str, dtype: np.dtype, samples: int) -> None:
         self.file, self.path, self.dtype, self.samples = file, path, dtype, samples
-        self.remote = places.is_remote(path)
+        self.remote = paths.is_remote(path)
         self._measured: list[Any] = []
         self._strips: OrderedDict[tuple[int, int, int], NDArray] = OrderedDict()
         self._strip_bytes = 0
@@ -86,7 +86,7 @@ class Pieces:
     def _fetch(self, page: Any, indices: list[int]) -> dict[int, bytes]:
         """The compressed tiles or strips of a remote file, many at a time."""
         ranges = [(page.dataoffsets[index], page.databytecounts[index]) for index in indices]
-        return dict(zip(indices, places.read_ranges(self.path, ranges), strict=True))
+        return dict(zip(indices, paths.read_ranges(self.path, ranges), strict=True))
 
     def _piece(self, page: Any, name: tuple[int, int, int], data: bytes | None = None) -> NDArray | None:
         """One decoded tile or strip ``(h, w, samples)``, of `data` if it is there; None for an empty one."""
@@ -168,7 +168,7 @@ class Pieces:
             first = (number * (self.samples if planar else 1) + plane) * height + box.y0
             start, count = series.dataoffset + first * row, (box.y1 - box.y0) * row
             if self.remote:
-                (data,) = places.read_ranges(self.path, [(start, count)])
+                (data,) = paths.read_ranges(self.path, [(start, count)])
             else:
                 handle = key.parent.filehandle  # of another file, where several make an OME-TIFF
                 if handle.closed:

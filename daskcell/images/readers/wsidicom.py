@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from daskcell import places
 from daskcell.errors import ImageError
 from daskcell.geometry import Box, check_inside
 from daskcell.images.readers import ZChoice
+from daskcell.storage import paths
 
 
 class WsiDicomReader:
@@ -25,7 +25,7 @@ class WsiDicomReader:
         self.path, self.name, self.axes = path, Path(path).stem, "YXS"
         self.instances = list(self.slide.levels)
         self.levels = tuple((level.size.height, level.size.width) for level in self.instances)
-        self.files = (places.real(path),)
+        self.files = (paths.real(path),)
         self.sizes = {"t": 1, "z": len(base.focal_planes) or 1}
         self.pixel_size = None
         self.scenes = ("",)

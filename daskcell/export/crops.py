@@ -1,0 +1,245 @@
+"""A study's cells as a data set of single-cell pictures: Parquet shards, or folders of PNG by cluster.
+
+Every task cuts the crops of its cells as the features were made from them and writes its own files; no crop
+passes through this process.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from daskcell.errors import InputError, StudyError
+from daskcell.storage.atomic import refuse_impossible, remove, temporaries, write_atomic, write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from daskcell.compute import Workers
+    from daskcell.features.crops import Framing
+    from daskcell.features.embedders import Task
+    from daskcell.features.engine import Slide
+    from daskcell.study import Study
+
+_SHARD = 4096  # cells at least in a shard
+_SCRATCH = ".daskcell-export-"
+_LIST = ".daskcell-"  # and the name of a task: its pictures
+_COLUMNS = ["centroid-0", "centroid-1"]
+
+
+def export_crops(
+    study: Study | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    format: str = "parquet",
+    size: int | None = None,
+    slides: list[str] | None = None,
+    workers: Workers | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Write every cell of a study as a small picture of its own.
+
+    Parameters
+    ----------
+    study : Study or path
+        Cells must have been described; clusters are told where there are any.
+    out : path
+        New or empty folder, or one with the same export that was cut off, which is continued.
+    format : {"parquet", "png"}
+        ``parquet``: shards ``<slide>-00000.parquet`` with a row a cell: ``slide``, ``label``, ``centroid-0``
+        and ``centroid-1`` in pixels, ``cluster`` (-1: none) and ``image``, a PNG. ``png``, for small studies:
+        files ``cluster-<c>/<slide>-<label>.png``, and `cells.csv` with the same columns and the file.
+    size : int
+        Side of the pictures; None: the encoder's, so that the pictures are those the features were made from
+        (rounded to 8 bits).
+    slides : list of str
+        Only these.
+    workers : Workers
+        None: this process.
+    progress : callable
+        Told how many cells of how many are done, of the slide at hand.
+
+    Returns
+    -------
+    int
+        Cells written.
+
+    Raises
+    ------
+    StudyError
+        A slide has not been described yet.
+    InputError
+        `out` holds something else, or there is no such slide or format.
+    """
+    from daskcell.study import Study
+
+    study = study if isinstance(study, Study) else Study(Path(study))
+    out = Path(out)
+    if format not in ("parquet", "png"):
+        raise InputError(f"format must be 'parquet' or 'png', not {format!r}.")
+    chosen = study.slides if slides is None else list(slides)
+    for name in chosen:
+        if name not in study.slides:
+            raise InputError(f"{study.out} has no slide {name!r}.")
+        if study.ledger(name).entry("describe") is None or not study.table(name).exists():
+            raise StudyError(f"The cells of {name} have not been described yet. Please run the study first.")
+    unfinished = _begin(out, study, {"format": format, "size": size, "slides": chosen})
+    count = sum(_export_slide(study, name, out, format, size, workers, progress) for name in chosen)
+    if format == "png":
+        _gather_lists(out)
+    unfinished.unlink()
+    return count
+
+
+def _begin(out: Path, study: Study, asked: dict[str, Any]) -> Path:
+    """The note in `out` of what is being exported, there until all is: who finds his own goes on."""
+    refuse_impossible(out)
+    note = out / ".unfinished.json"
+    content = asked | {
+        "study": str(study.out.absolute()),
+        "keys": {name: _keys(study, name) for name in asked["slides"]},
+        "block": study.config.compute.block,  # which cells are in which task
+    }
+    if note.exists() and json.loads(note.read_text()) != content:
+        raise InputError(
+            f"{out} holds an export that was not finished, of other cells or with other options. Please "
+            "remove it or choose another name."
+        )
+    if not note.exists():
+        # A run that was killed at its very start has left nothing but half a note.
+        if os.path.lexists(out) and (not out.is_dir() or set(out.iterdir()) - set(temporaries(out))):
+            raise InputError(f"{out} exists already. Please remove it or choose another name.")
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(note, content)
+    remove(*out.glob(f"{_SCRATCH}*"), *temporaries(out))
+    return note
+
+
+def _keys(study: Study, slide: str) -> dict[str, str]:
+    """Content keys of what a slide's crops are made of."""
+    entries = {name: study.ledger(slide).entry(name) for name in ("describe", "assign")}
+    return {name: entry["key"] for name, entry in entries.items() if entry}
+
+
+def _export_slide(
+    study: Study,
+    name: str,
+    out: Path,
+    format: str,
+    size: int | None,
+    workers: Workers | None,
+    progress: Callable[[int, int], None] | None,
+) -> int:
+    import dataclasses
+
+    from daskcell.compute import Workers
+    from daskcell.features.embedders import CropVectors, share_out
+    from daskcell.features.engine import Slide, find_cells, freeze, settings_spec
+    from daskcell.geometry import Grid
+
+    workers = workers or Workers()
+    config = study.config
+    settings = config.features
+    if settings.pooling == "mask":
+        settings = settings.model_copy(update={"pooling": "crop"})
+    slide = Slide(study.prepared(name), "cells", settings_spec(settings), settings)
+    grid = Grid.regular(slide.shape, config.compute.block)
+    scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=out))
+    try:
+        records = find_cells(slide, grid, workers, scratch, study.index(name))
+        way, _ = freeze(slide, records, workers)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    assert isinstance(way, CropVectors)
+    framing = way.framing if size is None else dataclasses.replace(way.framing, size=size)
+    table = _read(study.table(name), _COLUMNS)
+    assigned = study.assigned_table(name)
+    if assigned is None:
+        table["cluster"] = np.full(len(table["centroid-0"]), -1, np.int32)
+    else:
+        table |= _read(assigned, ["cluster"])
+    window, done = workers.window(), 0
+    for task in share_out(way.plan(records, grid), _SHARD):
+        if _last_file(out, name, task, format).exists():  # of a call that was cut off
+            done += task.count
+            continue
+        labels = np.concatenate([reading.records["label"] for reading in task.readings])
+        rows = {column: values[labels - 1] for column, values in table.items()}
+        window.submit(task.count, _write_task, slide, name, task, framing, rows, str(out), format)
+    for count, _ in window:
+        done += count
+        if progress is not None:
+            progress(done, len(records))
+    return done
+
+
+def _read(path: Path, columns: list[str]) -> dict[str, np.ndarray]:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path, columns=columns)
+    return {column: table[column].to_numpy() for column in columns}
+
+
+def _write_task(
+    slide: Slide, name: str, task: Task, framing: Framing, rows: dict[str, np.ndarray], out: str, format: str
+) -> None:
+    import pandas as pd
+
+    from daskcell.features.crops import cut_cells, resize
+
+    labels, pictures = [], []
+    for reading in task.readings:
+        cells = slide.cells(reading.box)
+        _, prepared = slide.pixels(reading.box)
+        labels += reading.records["label"].tolist()
+        for crop in cut_cells(prepared, cells, reading.box, reading.records, framing):
+            pictures.append(_png(resize(crop, framing.size)))
+    table = pd.DataFrame({"slide": name, "label": labels, **rows})
+    if format == "parquet":
+        table["image"] = pictures
+        buffer = io.BytesIO()
+        table.to_parquet(buffer, index=False)
+        write_atomic(_last_file(Path(out), name, task, format), buffer.getvalue())
+        return
+    folders = [f"cluster-{cluster}" if cluster >= 0 else "no-cluster" for cluster in rows["cluster"]]
+    table["file"] = [f"{folder}/{name}-{label}.png" for folder, label in zip(folders, labels, strict=True)]
+    for file, picture in zip(table["file"], pictures, strict=True):
+        target = Path(out, file)
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(picture)
+    write_atomic(_last_file(Path(out), name, task, format), table.to_csv(index=False).encode())
+
+
+def _last_file(out: Path, name: str, task: Task, format: str) -> Path:
+    """What a task writes last: the shard, or the list of its pictures."""
+    stem = f"{name}-{task.number:05d}"
+    return out / (f"{stem}.parquet" if format == "parquet" else f"{_LIST}{stem}.csv")
+
+
+def _png(crop: np.ndarray) -> bytes:
+    """``(3, size, size)`` from 0 to 1 as a PNG of 8 bits."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(np.rint(crop.transpose(1, 2, 0) * 255).clip(0, 255).astype(np.uint8)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def _gather_lists(out: Path) -> None:
+    """One list of the cells from those of the tasks; it comes last, so its being there says all is."""
+    import pandas as pd
+
+    lists = sorted(out.glob(f"{_LIST}*-[0-9][0-9][0-9][0-9][0-9].csv"))
+    tables = [pd.read_csv(path) for path in lists]
+    if tables:
+        every = pd.concat(tables).sort_values(["slide", "label"])
+        write_atomic(out / "cells.csv", every.to_csv(index=False).encode())
+    for path in lists:
+        path.unlink()

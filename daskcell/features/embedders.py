@@ -1,0 +1,168 @@
+"""The two ways from a picture to a vector a cell, behind one face: crops, and maps pooled over the cells.
+
+A way knows what has to be read (`plan`) and makes vectors of what was read (`stream`); it is small and
+picklable, so a task can carry it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from daskcell.features.cell_index import Reading, plan_readings
+from daskcell.features.crops import Framing, Sample, cut_cells, freeze_framing, resize
+from daskcell.features.encoders import Encoder, EncoderSpec, kind_of, load
+from daskcell.features.feature_maps import Stages, load_stages
+from daskcell.features.tiles import Tiling
+from daskcell.geometry import Grid
+
+Piece = tuple[Reading, np.ndarray, np.ndarray]
+"""A reading with its labels ``(h, w)`` and its pixels ``(C, h, w)``."""
+Network = EncoderSpec | Encoder | Stages
+_CELL = {"own": 48.0}  # diameters at which networks are shown cells; ImageNet's: as small as they bear
+_OTHER_CELL = 32.0
+
+
+class Vectors(Protocol):
+    """One of the two ways."""
+
+    def plan(self, records: np.ndarray, grid: Grid) -> dict[int, list[Reading]]:
+        """What each block, or group of tiles, has to read; together every cell once."""
+
+    def stream(self, pieces: Iterable[Piece]) -> Iterator[np.ndarray]:
+        """Vectors ``(m, d)`` float32 of the cells of the pieces, in their order, in any portions."""
+
+    @property
+    def width(self) -> int:
+        """Numbers a cell; loads the network."""
+
+
+@dataclass(frozen=True)
+class CropVectors:
+    """Every cell cropped, resized and encoded by itself."""
+
+    network: EncoderSpec | Encoder
+    framing: Framing
+
+    def plan(self, records: np.ndarray, grid: Grid) -> dict[int, list[Reading]]:
+        return plan_readings(records, grid, self.framing.margin, self.framing.window)
+
+    def stream(self, pieces: Iterable[Piece]) -> Iterator[np.ndarray]:
+        encoder = self._encoder
+        crops = (
+            crop if encoder.device != "cpu" else resize(crop, encoder.size)
+            for reading, labels, image in pieces
+            for crop in cut_cells(image, labels, reading.box, reading.records, self.framing)
+        )
+        return encoder.stream(crops)
+
+    @property
+    def width(self) -> int:
+        return self._encoder.width
+
+    @property
+    def _encoder(self) -> Encoder:
+        return self.network if isinstance(self.network, Encoder) else load(self.network)
+
+
+@dataclass(frozen=True)
+class MaskVectors:
+    """The network's maps of the whole picture, pooled over every cell."""
+
+    network: EncoderSpec | Stages
+    framing: Framing
+    tiling: Tiling
+
+    def plan(self, records: np.ndarray, grid: Grid) -> dict[int, list[Reading]]:
+        block = max((side for sides in grid.chunks for side in sides), default=1)
+        return self.tiling.plan(records, block)
+
+    def stream(self, pieces: Iterable[Piece]) -> Iterator[np.ndarray]:
+        from daskcell.features.pooling import pool_cells
+
+        for reading, labels, image in pieces:
+            yield pool_cells(
+                image, labels, reading.box, reading.records, self.framing, self.tiling, self._stages
+            )
+
+    @property
+    def width(self) -> int:
+        from daskcell.features.pooling import REGIONS
+
+        return 2 * REGIONS * self._stages.width
+
+    @property
+    def _stages(self) -> Stages:
+        return self.network if isinstance(self.network, Stages) else load_stages(self.network)
+
+
+def choose_vectors(
+    network: Network,
+    samples: Sequence[Sample],
+    records: np.ndarray,
+    shape: tuple[int, int],
+    *,
+    size: int | None = None,
+    pooling: Literal["crop", "mask"] = "crop",
+    scale: float | Literal["auto"] = 1.0,
+    margin: float = 0.1,
+    window: int | None = None,
+    mask: bool = True,
+    channels: Sequence[int] | None = None,
+    limits: tuple[float, float] | None = None,
+) -> Vectors:
+    """The way that is asked for, with all it must know of the whole image.
+
+    Parameters
+    ----------
+    samples, mask, channels, limits, margin, window
+        As in `freeze_framing`.
+    records
+        All cells of the image: their median diameter sets the automatic scale.
+    shape : (Y, X)
+        Of the image.
+    size
+        Side of the crops, where there are crops.
+    """
+    framing = freeze_framing(
+        samples, size=size or 0, margin=margin, window=window, mask=mask, channels=channels, limits=limits
+    )
+    if pooling == "crop":
+        assert not isinstance(network, Stages)
+        return CropVectors(network, framing)
+    assert not isinstance(network, Encoder)
+    if scale == "auto":
+        from daskcell.features.pooling import natural_scale
+
+        cell = network.cell if isinstance(network, Stages) else _CELL.get(kind_of(network.name), _OTHER_CELL)
+        scale = natural_scale(records, cell)
+    return MaskVectors(network, framing, Tiling(shape, scale))
+
+
+@dataclass(frozen=True)
+class Task:
+    """Readings that are worked on together, so that the network's batches are full."""
+
+    number: int
+    readings: tuple[Reading, ...]
+
+    @property
+    def count(self) -> int:
+        return sum(len(reading.records) for reading in self.readings)
+
+
+def share_out(plans: dict[int, list[Reading]], cells: int) -> list[Task]:
+    """Tasks of at least `cells` cells each, but the last: sparse blocks share one."""
+    tasks: list[Task] = []
+    waiting: list[Reading] = []
+    for number in sorted(plans):
+        waiting += plans[number]
+        if sum(len(reading.records) for reading in waiting) >= cells:
+            tasks.append(Task(len(tasks), tuple(waiting)))
+            waiting = []
+    if waiting:
+        tasks.append(Task(len(tasks), tuple(waiting)))
+    return tasks

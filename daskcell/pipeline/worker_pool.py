@@ -1,0 +1,93 @@
+"""The workers of a run: started when they are needed, and how many slides to drive over them at a time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from daskcell.compute import Workers, start_workers
+from daskcell.compute.orphans import owner_of
+from daskcell.config import QUEUES, Config
+from daskcell.segmentation.memory import needed_memory, refuse_too_little_memory, settings_halo
+from daskcell.study import sweep
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_AT_ONCE = (2, 16)
+"""Fewest slides, so that one slide's serial steps do not leave the workers idle; and most, since one process
+can keep no more going."""
+
+
+class LazyWorkers:
+    """Workers that are started when they are first needed: continuing a finished study needs none."""
+
+    def __init__(
+        self,
+        out: Path,
+        client: Any,
+        config: Config,
+        stack: contextlib.ExitStack,
+        on_task: Callable[[], None],
+        tell: Callable[[str], None] | None = None,
+    ):
+        self._client, self._config, self._stack, self._on_task = client, config, stack, on_task
+        self._out, self._tell = out, tell
+        self._workers: Workers | None = None
+
+    @property
+    def started(self) -> bool:
+        """Whether any work was begun."""
+        return self._workers is not None
+
+    def get(self) -> Workers:
+        if self._workers is None:
+            config, seconds = self._config, self._config.compute.task_seconds
+            name = f"daskcell-{owner_of(self._out)}"  # several runs may share workers
+            memory = comfortable_memory(config)
+            start = start_workers(config.compute, self._tell, memory, self._client, name)
+            workers = self._stack.enter_context(start).watched(self._on_task, seconds)
+            refuse_small_workers(workers, config, given=self._client is not None)
+            self._workers = workers.claim(self._out, self._tell)
+            sweep(self._out)
+        return self._workers
+
+
+def refuse_small_workers(workers: Workers, config: Config, *, given: bool = False) -> None:
+    """Raise `ComputeError` if the blocks of `config` do not fit its workers, or `given` ones."""
+    kind, setting = config.compute.kind, "compute.memory"
+    if given or kind not in (*QUEUES, "local", "gpu", "inline"):
+        setting = "the memory limit of your Dask workers"
+    elif kind in QUEUES:
+        setting = "compute.jobs.memory"
+    refuse_too_little_memory(
+        workers.memory, config.compute.block, networks_bytes(config), setting, settings_halo(config.segment)
+    )
+
+
+def networks_bytes(config: Config) -> int:
+    """Size of the files of the networks that every worker loads; none where those with a GPU do."""
+    from daskcell.models import find_encoder, find_network
+
+    if config.compute.network_device != "cpu":
+        return 0
+    files = [find_encoder(config.features.encoder)]
+    if config.segment.method == "cellpose":
+        files.append(find_network(config.segment.model))
+    return sum(file.stat().st_size for file in files)
+
+
+def comfortable_memory(config: Config) -> int:
+    """Bytes for each worker of this machine: more than it must have, as there is the process that opens its
+    files, and Dask has workers wait from 0.8 of their limit on."""
+    halo = settings_halo(config.segment)
+    return int(1.5 * needed_memory(config.compute.block, networks_bytes(config), halo))
+
+
+def slides_at_once(team: Workers, blocks: int) -> int:
+    """How many slides of so many `blocks` to drive at a time: enough to give all workers a few tasks."""
+    if team.client is None:
+        return 1
+    fewest, most = _AT_ONCE
+    return min(max(fewest, -(-2 * team.count // blocks)), most)
