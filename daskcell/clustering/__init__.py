@@ -7,29 +7,6 @@ A "cluster" is a group of cells here; a Dask cluster is `compute`. Features are 
 memory, and the groups do not depend on the order, the blocks or the number of workers they came in.
 """
 
-from __future__ import annotations
+import lazy_loader
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from daskcell.clustering.engine import fit_features, predict_slide
-    from daskcell.clustering.fit import fit_clusters
-    from daskcell.clustering.model import ClusterModel, load_clusters
-
-_WHERE = {
-    "ClusterModel": "model",
-    "fit_clusters": "fit",
-    "fit_features": "engine",
-    "load_clusters": "model",
-    "predict_slide": "engine",
-}
-__all__ = ["ClusterModel", "fit_clusters", "fit_features", "load_clusters", "predict_slide"]
-
-
-def __getattr__(name: str) -> Any:
-    # scikit-learn and numba are slow to import: only when asked for.
-    if name in _WHERE:
-        import importlib
-
-        return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -6,36 +6,6 @@ TP / (TP + FP + FN)``, the average precision of the nucleus segmentation literat
 Methods 16 (2019) 1247-1253), and precision, recall and F1.
 """
 
-from daskcell.evaluation.clusters import ClusterScore, score_clusters
-from daskcell.evaluation.matching import (
-    THRESHOLDS,
-    Counts,
-    Overlaps,
-    match_cells,
-    overlaps,
-    score_pair,
-)
-from daskcell.evaluation.methods import Method, cellpose_method, median_diameter
-from daskcell.evaluation.tables import SUFFIXES, read_categories, read_picture, score_folder, score_table
-from daskcell.evaluation.truth import read_truth, score_study
+import lazy_loader
 
-__all__ = [
-    "SUFFIXES",
-    "THRESHOLDS",
-    "ClusterScore",
-    "Counts",
-    "Method",
-    "Overlaps",
-    "cellpose_method",
-    "match_cells",
-    "median_diameter",
-    "overlaps",
-    "read_categories",
-    "read_picture",
-    "read_truth",
-    "score_clusters",
-    "score_folder",
-    "score_pair",
-    "score_study",
-    "score_table",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

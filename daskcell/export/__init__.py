@@ -1,5 +1,5 @@
 """A study's results in the forms that other programs read."""
 
-from daskcell.export.crops import export_crops
+import lazy_loader
 
-__all__ = ["export_crops"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

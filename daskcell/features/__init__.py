@@ -8,20 +8,6 @@ A cell is described by the one block that owns its anchor, or the one tile that 
 that hold the whole cell, so nothing depends on where the blocks are cut.
 """
 
-from __future__ import annotations
+import lazy_loader
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from daskcell.features.lazy import embed, measure
-
-__all__ = ["embed", "measure"]
-
-
-def __getattr__(name: str) -> Any:
-    # torch and pandas are slow to import: only when asked for.
-    if name in __all__:
-        from daskcell.features import lazy
-
-        return getattr(lazy, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

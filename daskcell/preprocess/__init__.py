@@ -12,37 +12,6 @@ graphs, lazy         the same on dask arrays: `reconstruct`, `adjust_histogram`,
 export               the preprocessed image as a TIFF
 """
 
-from __future__ import annotations
+import lazy_loader
 
-from daskcell.preprocess.colors import auto_colors
-from daskcell.preprocess.export import write_prepared_tiff
-from daskcell.preprocess.fit import freeze, freeze_slide
-from daskcell.preprocess.flatfield import estimate_flat
-from daskcell.preprocess.lazy import (
-    adjust_histogram,
-    adjust_stains,
-    correct_background,
-    gaussian,
-    prepare,
-    reconstruct,
-)
-from daskcell.preprocess.plan import Plan, apply_block
-from daskcell.preprocess.prepared import PreparedArray, PreparedImage
-
-__all__ = [
-    "Plan",
-    "PreparedArray",
-    "PreparedImage",
-    "adjust_histogram",
-    "adjust_stains",
-    "apply_block",
-    "auto_colors",
-    "correct_background",
-    "estimate_flat",
-    "freeze",
-    "freeze_slide",
-    "gaussian",
-    "prepare",
-    "reconstruct",
-    "write_prepared_tiff",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

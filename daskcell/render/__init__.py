@@ -1,14 +1,5 @@
 """Clusters to see: colours, pictures, and the label image of clusters."""
 
-from daskcell.render.overlays import write_cluster_labels, write_overlay
-from daskcell.render.paint import CLUSTER_COLORS, add_legend, colors, overlay, paint
+import lazy_loader
 
-__all__ = [
-    "CLUSTER_COLORS",
-    "add_legend",
-    "colors",
-    "overlay",
-    "paint",
-    "write_cluster_labels",
-    "write_overlay",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

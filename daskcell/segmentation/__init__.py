@@ -8,7 +8,6 @@ lazy, engine, tasks          the two drivers: dask arrays; OME-Zarr on disk, and
 seams, memory                what the cutting did (it should be nothing), and what a block takes
 """
 
-from daskcell.segmentation.lazy import segment
-from daskcell.segmentation.seams import SeamReport
+import lazy_loader
 
-__all__ = ["SeamReport", "segment"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

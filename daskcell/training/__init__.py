@@ -4,25 +4,6 @@ segmenter_data, smears ──> augment ──> segmenter ──┐
                            crops ────> encoder ────┴──> trainer (schedule, checkpoints, early stop)
 """
 
-from __future__ import annotations
+import lazy_loader
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from daskcell.training.encoder import EncoderRecipe, train_encoder
-    from daskcell.training.segmenter import Recipe, train_segmenter
-
-_HOME = {
-    "EncoderRecipe": "encoder",
-    "Recipe": "segmenter",
-    "train_encoder": "encoder",
-    "train_segmenter": "segmenter",
-}
-__all__ = ["EncoderRecipe", "Recipe", "train_encoder", "train_segmenter"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,1 @@
+from .crops import export_crops as export_crops

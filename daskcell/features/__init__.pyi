@@ -1,0 +1,2 @@
+from .lazy import embed as embed
+from .lazy import measure as measure

@@ -1,0 +1,16 @@
+from .conversion import convert_slide as convert_slide
+from .discovery import describe_sources as describe_sources
+from .discovery import find_images as find_images
+from .export_channels import split_channels as split_channels
+from .image import Image as Image
+from .image import convert as convert
+from .image import open_image as open_image
+from .labels import build_label_pyramid as build_label_pyramid
+from .labels import create_labels as create_labels
+from .labels import read_labels as read_labels
+from .labels import write_labels_block as write_labels_block
+from .sources import Source as Source
+from .store import ImageInfo as ImageInfo
+from .store import image_info as image_info
+from .store import read_block as read_block
+from .store import read_histograms as read_histograms

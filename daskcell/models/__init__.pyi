@@ -1,0 +1,10 @@
+from .loading import clear_networks as clear_networks
+from .loading import encoder_fingerprint as encoder_fingerprint
+from .loading import load_encoder as load_encoder
+from .loading import load_network as load_network
+from .loading import network_fingerprint as network_fingerprint
+from .registry import Weights as Weights
+from .registry import fetch_weights as fetch_weights
+from .registry import find_encoder as find_encoder
+from .registry import find_network as find_network
+from .registry import list_weights as list_weights

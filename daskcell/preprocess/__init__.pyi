@@ -1,0 +1,15 @@
+from .colors import auto_colors as auto_colors
+from .export import write_prepared_tiff as write_prepared_tiff
+from .fit import freeze as freeze
+from .fit import freeze_slide as freeze_slide
+from .flatfield import estimate_flat as estimate_flat
+from .lazy import adjust_histogram as adjust_histogram
+from .lazy import adjust_stains as adjust_stains
+from .lazy import correct_background as correct_background
+from .lazy import gaussian as gaussian
+from .lazy import prepare as prepare
+from .lazy import reconstruct as reconstruct
+from .plan import Plan as Plan
+from .plan import apply_block as apply_block
+from .prepared import PreparedArray as PreparedArray
+from .prepared import PreparedImage as PreparedImage

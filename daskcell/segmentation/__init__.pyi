@@ -1,0 +1,2 @@
+from .lazy import segment as segment
+from .seams import SeamReport as SeamReport
