@@ -118,16 +118,16 @@ def test_records_of_the_training_set_may_be_missing(checkpoint, tmp_path):
 def test_weights_are_fine_tuned_by_the_command_that_trains_the_embedded_ones(checkpoint, tmp_path):
     path, original = checkpoint
     before = path.read_bytes()
-    recipe = models.Recipe(
+    recipe = training.Recipe(
         start=str(path), steps=2, side=256, batch=1, generated=1, generated_side=96, rate=1e-3, warmup=1
     )
-    done = models.train_segmenter([], tmp_path / "out", recipe, report=lambda line: None)
+    done = training.train_segmenter([], tmp_path / "out", recipe, report=lambda line: None)
     assert path.read_bytes() == before
     net = models.load_network(done.path, dtype=torch.float32)
     assert type(net) is type(original)
     assert not torch.equal(net.encoder.neck[0].weight, original.encoder.neck[0].weight)
-    longer = models.Recipe(**{**vars(recipe), "steps": 3})
-    assert models.train_segmenter([], tmp_path / "out", longer, report=lambda line: None).steps == 3
+    longer = training.Recipe(**{**vars(recipe), "steps": 3})
+    assert training.train_segmenter([], tmp_path / "out", longer, report=lambda line: None).steps == 3
 
 
 class _Evil:
