@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from daskcell import models
+from daskcell import models, training
 from daskcell.errors import WeightsError
 
 
