@@ -93,7 +93,7 @@ def test_parts_that_are_not_the_whole_are_no_file(tmp_path):
 
 def test_what_is_written_last_stays_when_two_write_the_same_file(tmp_path):
     path = tmp_path / "file"
-    with atomic.replacing(path) as mine:
+    with atomic.atomic_path(path) as mine:
         mine.write_bytes(b"half of mi")
         atomic.write_json(path, 1)
         mine.write_bytes(b"mine")
@@ -104,12 +104,12 @@ def test_what_is_written_last_stays_when_two_write_the_same_file(tmp_path):
 def test_a_folder_is_replaced_whole(tmp_path):
     path = tmp_path / "folder"
     for name in "ab":
-        with atomic.replacing(path) as temporary:
+        with atomic.atomic_path(path) as temporary:
             temporary.mkdir()
             (temporary / name).touch()
     assert [file.name for file in path.iterdir()] == ["b"]
     assert list(tmp_path.iterdir()) == [path]
-    with pytest.raises(FileNotFoundError), atomic.replacing(tmp_path / "removed" / "file") as temporary:
+    with pytest.raises(FileNotFoundError), atomic.atomic_path(tmp_path / "removed" / "file") as temporary:
         temporary.touch()
     assert not (tmp_path / "removed").exists()
 

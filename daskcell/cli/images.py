@@ -61,12 +61,12 @@ def flat(
     import tifffile
 
     from daskcell.preprocess import estimate_flat
-    from daskcell.storage.atomic import replacing
+    from daskcell.storage.atomic import atomic_path
     from daskcell.storage.staging import refuse_existing
 
     refuse_existing(out)
     field = estimate_flat(pictures, dark)
-    with replacing(out) as part:
+    with atomic_path(out) as part:
         tifffile.imwrite(part, field, photometric="minisblack", metadata={"axes": "CYX"}, ome=True)
     print(f"{out}: use it with -s preprocess.background.flat={out} -s preprocess.background.dark={dark:g}")
 

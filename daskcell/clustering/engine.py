@@ -16,7 +16,7 @@ from daskcell.clustering.model import ClusterModel, load_clusters
 from daskcell.clustering.tables import check_table, cut_slide, shared_columns
 from daskcell.config import ClusterSettings
 from daskcell.errors import InputError
-from daskcell.storage.atomic import replacing
+from daskcell.storage.atomic import atomic_path
 
 if TYPE_CHECKING:
     from daskcell.compute import Workers
@@ -171,7 +171,7 @@ def predict_slide(
         "distance": pa.array(far),
     }
     Path(clusters_path).parent.mkdir(parents=True, exist_ok=True)
-    with replacing(clusters_path) as temporary:
+    with atomic_path(clusters_path) as temporary:
         pq.write_table(pa.table(values), temporary, row_group_size=BLOCK)
     return {
         "counts": np.bincount(shown[shown >= 0], minlength=model.k).tolist(),

@@ -14,7 +14,7 @@ from daskcell.clustering.names import FILE as NAMES
 from daskcell.clustering.names import Naming
 from daskcell.errors import InputError
 from daskcell.images.arrays import as_values
-from daskcell.storage.atomic import refuse_impossible, replacing
+from daskcell.storage.atomic import atomic_path, refuse_impossible
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -200,7 +200,7 @@ class ClusterModel:
         path = Path(path)
         _refuse_other(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
+        with atomic_path(path) as temporary:
             temporary.mkdir()
             arrays = {name: getattr(self, name) for name in _ARRAYS if getattr(self, name) is not None}
             np.savez(temporary / "arrays.npz", **arrays)

@@ -13,7 +13,7 @@ import numpy as np
 
 from daskcell.features.embedders import Task
 from daskcell.features.measurements import to_table
-from daskcell.storage.atomic import replacing, save_arrays
+from daskcell.storage.atomic import atomic_path, save_arrays
 
 CHUNK = 8192
 """Cells in a chunk of the features and in a row group of the table."""
@@ -59,7 +59,7 @@ def write_table(
     empty = to_table(np.zeros(0, int), np.zeros((0, len(columns))), columns, pixel_size, microns=True)
     schema = pa.Schema.from_pandas(empty, preserve_index=False)
     Path(target).parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+    with atomic_path(target) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for start in range(0, n, CHUNK):
             some = np.asarray(where[start : start + CHUNK])
             there = np.flatnonzero(some[:, 0] >= 0)
@@ -90,7 +90,7 @@ def write_features(
     where = np.load(where_path, mmap_mode="r")
     files = [vectors for _, vectors in parts]
     Path(target).parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target) as temporary:
+    with atomic_path(target) as temporary:
         array = zarr.create_array(
             temporary,
             shape=(n, width),

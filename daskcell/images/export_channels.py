@@ -14,7 +14,7 @@ from daskcell.images.image import find_image
 from daskcell.images.reader_process import open_safely
 from daskcell.images.readers import Reader
 from daskcell.images.sources import Source
-from daskcell.storage.atomic import replacing
+from daskcell.storage.atomic import atomic_path
 from daskcell.storage.staging import refuse_existing
 
 TILE = 512
@@ -42,7 +42,7 @@ def split_channels(image: str | Path | Source, folder: str | Path, *, overwrite:
         if reader.pixel_size is not None:
             y, x = reader.pixel_size
             resolution = 1e4 / x, 1e4 / y
-        with replacing(target) as part:
+        with atomic_path(target) as part:
             tifffile.imwrite(
                 part,
                 _tiles(reader, channel),

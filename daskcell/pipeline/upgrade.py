@@ -14,7 +14,7 @@ from typing import Any
 from daskcell.compute import Workers
 from daskcell.errors import ConfigError
 from daskcell.pipeline.stages import CLUSTER, EARLY, LATE, STAGES, slide_keys
-from daskcell.storage.atomic import replacing
+from daskcell.storage.atomic import atomic_path
 from daskcell.study import CLUSTERS, Ledger, Study, read_record
 from daskcell.study.checksums import damaged, sums
 from daskcell.study.format1 import NAMES
@@ -150,10 +150,10 @@ def _split_table(study: Study, slide: str, ledger: Ledger) -> None:
         columns = [name for name in names if name not in _CLUSTER_COLUMNS]
         clusters = study.clusters_table(slide)
         clusters.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(clusters) as temporary:
+        with atomic_path(clusters) as temporary:
             moved = [name for name in _CLUSTER_COLUMNS if name in names]
             pq.write_table(file.read(columns=moved), temporary)
-        with replacing(table) as temporary:
+        with atomic_path(table) as temporary:
             empty = file.schema_arrow.empty_table().select(columns).to_pandas()
             schema = pa.Schema.from_pandas(empty, preserve_index=False)
             with pq.ParquetWriter(temporary, schema) as writer:

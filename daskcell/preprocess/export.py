@@ -10,7 +10,7 @@ import numpy as np
 
 from daskcell.geometry import Box
 from daskcell.preprocess.prepared import PreparedImage
-from daskcell.storage.atomic import replacing
+from daskcell.storage.atomic import atomic_path
 
 TILE = 512
 _RUN = 4
@@ -36,7 +36,7 @@ def write_prepared_tiff(image: PreparedImage, path: str | Path) -> None:
     total = plan.out_channels * height * width * plan.out_dtype.itemsize
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with (
-        replacing(path) as temporary,
+        atomic_path(path) as temporary,
         tifffile.TiffWriter(temporary, bigtiff=total > 2**31) as writer,
     ):
         for page in [slice(0, 3)] if colour else [slice(c, c + 1) for c in range(plan.out_channels)]:

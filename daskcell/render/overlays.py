@@ -13,7 +13,7 @@ import numpy as np
 from daskcell.errors import InputError
 from daskcell.geometry import Box, Grid
 from daskcell.render.paint import add_legend, as_rgb, cluster_values, colors, paint, stretch_limits, titled
-from daskcell.storage.atomic import replacing
+from daskcell.storage.atomic import atomic_path
 
 if TYPE_CHECKING:
     from daskcell.compute import Workers
@@ -175,7 +175,7 @@ def _overlay_task(
     counts = np.bincount(lookup[1:], minlength=k + 1)[1:]
     for path in files:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
+        with atomic_path(path) as temporary:
             if path.suffix == ".png":
                 _write_png(temporary, add_legend(picture, palette, counts, names))
             else:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from daskcell.errors import InputError
-from daskcell.storage.atomic import replacing
+from daskcell.storage.atomic import atomic_path
 
 RECORD = np.dtype(
     [
@@ -121,7 +121,7 @@ def write_index(path: str | Path, records: np.ndarray) -> None:
     import pyarrow.parquet as pq
 
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with atomic_path(path) as temporary:
         table = pa.table({column: np.ascontiguousarray(records[name]) for column, name in _COLUMNS.items()})
         pq.write_table(table, temporary)
 

@@ -30,7 +30,7 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path) -> Iterator[Path]:
     """A name beside `path` to write under; what is there in the end takes its place.
 
     So readers see the old file or the new one, whole, also where two processes write the same one. The
@@ -72,13 +72,13 @@ def write_atomic(path: str | Path, data: bytes | memoryview) -> None:
     """Write a file whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with atomic_path(path) as temporary:
         temporary.write_bytes(data)
 
 
 def save_arrays(path: str | Path, *arrays: np.ndarray) -> None:
     """Write arrays one after another into one file for `numpy.load`, whole or not at all."""
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
         # Into a file of the system numpy writes by `ndarray.tofile`, which does not look whether the last
         # bytes found room on the disk.
         hidden: Any = SimpleNamespace(write=file.write)
@@ -90,7 +90,7 @@ def save_parts(path: str | Path, shape: tuple[int, ...], dtype: Any, parts: Iter
     """Write an array that comes in parts, along its first axis, as `save_arrays` would write it."""
     dtype = np.dtype(dtype)
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
         written = 0
         for part in parts:
@@ -100,7 +100,7 @@ def save_parts(path: str | Path, shape: tuple[int, ...], dtype: Any, parts: Iter
 
 def save_npz(path: str | Path, *arrays: np.ndarray, **named: np.ndarray) -> None:
     """`numpy.savez` without pickle, whole or not at all."""
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, *arrays, allow_pickle=False, **named)
 
 

@@ -18,7 +18,7 @@ from daskcell.models.cpsam import load_cpsam
 from daskcell.models.loading import read_unet
 from daskcell.models.registry import find_network
 from daskcell.models.unet import KIND, TinyUNet
-from daskcell.storage.atomic import replacing
+from daskcell.storage.atomic import atomic_path
 from daskcell.training.augment import tile
 from daskcell.training.segmenter_data import Sample, draw_membranes, draw_samples, read_samples
 from daskcell.training.trainer import Schedule, Trained, Trainer
@@ -146,7 +146,7 @@ def _export(weights: Path, net: nn.Module, note: str) -> None:
     if weights.suffix == ".npz":
         save_arrays(weights, net.state_dict(), KIND, note)
         return
-    with replacing(weights) as part:
+    with atomic_path(weights) as part:
         torch.save(net.state_dict(), part)
 
 

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from daskcell.errors import WeightsError
 from daskcell.models.precision import has_bfloat16
-from daskcell.storage.atomic import refuse_impossible, remove, replacing, temporaries
+from daskcell.storage.atomic import atomic_path, refuse_impossible, remove, temporaries
 
 # Settings that may differ between the parts of an interrupted training.
 _FREE = ("minutes", "steps", "save_minutes", "patience")
@@ -190,7 +190,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             **{name: getattr(self, name) for name in _STATE},
         }
-        with replacing(self.checkpoint) as part, open(part, "wb") as file:
+        with atomic_path(self.checkpoint) as part, open(part, "wb") as file:
             torch.save(state, file)
 
     def result(self) -> Trained:
