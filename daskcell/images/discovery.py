@@ -89,7 +89,7 @@ def find_images(
     if len(inputs) > 1:  # named twice: read once
         once: dict[object, names.Group] = {}
         for group in groups:
-            once.setdefault((tuple(map(paths.real, group.files)), group.channels), group)
+            once.setdefault((tuple(map(paths.realpath, group.files)), group.channels), group)
         groups = list(once.values())
     size = settings.pixel_size
     pixel_size = (size, size) if isinstance(size, (int, float)) else size
@@ -312,7 +312,7 @@ def _grouped(files: list[str]) -> list[names.Group]:
         if len(spans) > 1:
             groups.append(names.Group(names.stem(file), (file,)))
             taken.update(spans)
-    rest = [file for file in rest if paths.real(file) not in taken]
+    rest = [file for file in rest if paths.realpath(file) not in taken]
     return groups + names.group_by_guess(rest)
 
 

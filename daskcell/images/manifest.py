@@ -128,7 +128,7 @@ def _read(path: str) -> pd.DataFrame:
 
     try:
         if not path.lower().endswith(".parquet"):
-            start = paths.head(path, 1000)
+            start = paths.read_head(path, 1000)
             wide = start.startswith((b"\xff\xfe", b"\xfe\xff"))  # Excel's "Unicode text"
             encoding = "utf-16" if wide else "utf-8-sig"
             lines = start.decode(encoding, "ignore").splitlines()

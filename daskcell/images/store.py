@@ -187,8 +187,8 @@ class OmeZarr:
         try:
             array = self.group[name]
         except Exception as error:
-            if paths.is_remote(self.path) and paths.is_of_the_way(error):
-                with paths.told(self.path):
+            if paths.is_remote(self.path) and paths.is_transport_error(error):
+                with paths.remote_errors(self.path):
                     raise
             reason = "is not there" if isinstance(error, KeyError) else f"cannot be read ({error})"
             raise ImageError(f"{self.path} is incomplete: its array '{name}' {reason}.") from error

@@ -83,7 +83,7 @@ def split(path: str) -> tuple[str, str]:
     return folder, name
 
 
-def real(path: str) -> str:
+def realpath(path: str) -> str:
     """`path` without links, so that two names of one file are equal."""
     return path if is_remote(path) else os.path.realpath(path)
 
@@ -92,7 +92,7 @@ def exists(path: str) -> bool:
     """Whether there is a file or folder."""
     if not is_remote(path):
         return os.path.exists(path)
-    with told(path):
+    with remote_errors(path):
         fs, inner = _at(path)
         return bool(fs.exists(inner)) or (_is_web(path) and is_folder(path))
 
@@ -106,7 +106,7 @@ def is_folder(path: str) -> bool:
         return os.path.isdir(path)
     if _is_web(path):
         return bool(holding(path, ZARR_NAMES, most=1))
-    with told(path):
+    with remote_errors(path):
         fs, inner = _at(path)
         try:
             return bool(fs.info(inner)["type"] == "directory")
@@ -118,7 +118,7 @@ def children(folder: str) -> set[str]:
     """Names of what lies directly in `folder`; empty if there is no such folder."""
     if not is_remote(folder):
         return set(os.listdir(folder)) if os.path.isdir(folder) else set()
-    with told(folder):
+    with remote_errors(folder):
         fs, inner = _at(folder)
         try:
             found = fs.ls(inner, detail=False)
@@ -134,7 +134,7 @@ def holding(folder: str, names: Sequence[str], most: int | None = None) -> set[s
     if not _is_web(folder):
         return children(folder) & set(names)
     found: set[str] = set()
-    with told(folder):
+    with remote_errors(folder):
         for name in names:
             fs, inner = _at(join(folder, name))
             if fs.exists(inner):
@@ -155,7 +155,7 @@ def walk(
     if not is_remote(folder):
         yield from _walk_here(folder, failed)
         return
-    with told(folder):
+    with remote_errors(folder):
         names = _ls(folder)
     folders = sorted(name for name, one in names.items() if one["type"] == "directory")
     yield folder, folders, sorted(name for name, one in names.items() if one["type"] != "directory")
@@ -200,7 +200,7 @@ def matching(pattern: str) -> list[str]:
             folder, name = os.path.split(folder)
             rest = os.path.join(name, rest)
         return glob.glob(os.path.join(glob.escape(folder), rest), recursive=True)
-    with told(pattern):
+    with remote_errors(pattern):
         fs, inner = _at(pattern)
         return [fs.unstrip_protocol(found) for found in fs.glob(inner)]
 
@@ -213,7 +213,7 @@ def version(path: str) -> tuple[int, int | str]:
     if not is_remote(path):
         status = os.stat(path)
         return status.st_size, status.st_mtime_ns
-    with told(path, missing=False):
+    with remote_errors(path, missing=False):
         fs, inner = _at(path)
         return _version(fs.info(inner))
 
@@ -223,7 +223,7 @@ def versions_below(path: str) -> dict[str, tuple[int, int | str]]:
     if _is_web(path) and (names := holding(path, ZARR_NAMES)):
         # Without a listing: replaced metadata are seen, single chunks are not.
         return {name: version(join(path, name)) for name in sorted(names)}
-    with told(path):
+    with remote_errors(path):
         fs, inner = _at(path)
         found = {inner: fs.info(inner)} if _is_web(path) else fs.find(inner, detail=True)
         if not found:
@@ -231,7 +231,7 @@ def versions_below(path: str) -> dict[str, tuple[int, int | str]]:
         return {name.removeprefix(inner).lstrip("/"): _version(one) for name, one in sorted(found.items())}
 
 
-def head(path: str, count: int) -> bytes:
+def read_head(path: str, count: int) -> bytes:
     """The first bytes of a file, fewer where it has fewer; none of a folder."""
     if not is_remote(path):
         if os.path.isdir(path):
@@ -240,7 +240,7 @@ def head(path: str, count: int) -> bytes:
             return file.read(count)
     if _is_web(path) and is_folder(path):
         return b""
-    with told(path):
+    with remote_errors(path):
         fs, inner = _at(path)
         status = fs.info(inner)
         if status["type"] == "directory" or not status["size"]:
@@ -253,7 +253,7 @@ def read(path: str) -> bytes:
     if not is_remote(path):
         with open(path, "rb") as file:
             return file.read()
-    with told(path):
+    with remote_errors(path):
         fs, inner = _at(path)
         return bytes(fs.cat_file(inner))
 
@@ -262,7 +262,7 @@ def open_file(path: str) -> BinaryIO:
     """A file to be read here and there; of a remote one only blocks around what is read are fetched."""
     if not is_remote(path):
         return open(path, "rb")
-    with told(path):
+    with remote_errors(path):
         fs, inner = _at(path)
         options = {"maxblocks": BLOCKS_KEPT}
         file: BinaryIO = fs.open(
@@ -277,7 +277,7 @@ def read_ranges(path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
     A range beyond the end of the file comes back shorter.
     """
     spans = _spans(ranges)
-    with told(path):
+    with remote_errors(path):
         fs, inner = _at(path)
         starts, ends = [s for s, _ in spans], [e for _, e in spans]
         parts = fs.cat_ranges([inner] * len(spans), starts, ends, on_error="raise") if spans else []
@@ -295,21 +295,21 @@ def read_ranges(path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
 
 def write(path: str, data: bytes) -> None:
     """A small remote file, whole: what is there changes at once."""
-    with told(path):
+    with remote_errors(path):
         fs, inner = _at(path)
         fs.pipe_file(inner, data)
 
 
 def remove_remote(path: str) -> None:
     """Remove all objects whose keys begin with `path` and a slash."""
-    with told(path):
+    with remote_errors(path):
         fs, inner = _at(path)
         if found := fs.find(inner):
             fs.rm(found)
 
 
 @contextlib.contextmanager
-def told(path: str, *, missing: bool = True) -> Iterator[None]:
+def remote_errors(path: str, *, missing: bool = True) -> Iterator[None]:
     """Turn what goes wrong with a remote path into one sentence; local paths raise what they raise.
 
     Without `missing`, a file that is not there is the caller's to tell (`FileNotFoundError`).
@@ -341,7 +341,7 @@ def told(path: str, *, missing: bool = True) -> Iterator[None]:
         raise ImageError(f"{path} cannot be accessed ({_short(error)}).") from error
 
 
-def is_of_the_way(error: BaseException) -> bool:
+def is_transport_error(error: BaseException) -> bool:
     """Whether an error is of the way to a file (network, rights), not of what is in it."""
     if isinstance(error, (ConnectionError, TimeoutError, PermissionError, FileNotFoundError)):
         return True

@@ -156,8 +156,8 @@ def guarded(path: str, action: Callable[[], Any]) -> Any:
     ) as error:  # of a parser that met nonsense
         raise ImageError(f"Cannot read {path}: damaged, its structure makes no sense.") from error
     except Exception as error:
-        if paths.is_remote(path) and paths.is_of_the_way(error):
-            with paths.told(path):
+        if paths.is_remote(path) and paths.is_transport_error(error):
+            with paths.remote_errors(path):
                 raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ImageError(f"Cannot read {path}: damaged or not supported ({reason}).") from error
@@ -165,7 +165,7 @@ def guarded(path: str, action: Callable[[], Any]) -> Any:
 
 def _head(path: str) -> bytes:
     try:
-        return paths.head(path, 512)
+        return paths.read_head(path, 512)
     except OSError as error:
         reason = error.strerror or error
         if not paths.is_remote(path) and os.path.islink(path) and not os.path.exists(path):

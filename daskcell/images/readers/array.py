@@ -67,7 +67,7 @@ class ArrayReader:
             raise InputError(f"{path} has {self.sizes['z']} planes; there is none with number {z}.")
         self.t, self.planes = t, range(self.sizes["z"]) if z == "max" else range(z, z + 1)
         self.scenes: tuple[str, ...] = ("",)
-        self.files = (paths.real(path),)
+        self.files = (paths.realpath(path),)
         chunks = getattr(array, "shards", None) or getattr(array, "chunks", None)
         piece = dict(zip(self.axes, chunks or shape, strict=True))
         self.piece = (piece["Y"] if chunks else min(64, side["Y"]), piece["X"])

@@ -52,7 +52,7 @@ class BioioReader:
         self.levels = self._levels()
         sizes = self.image.physical_pixel_sizes
         self.pixel_size = (float(sizes.Y), float(sizes.X)) if sizes.Y and sizes.X else None
-        self.files = (paths.real(path),)
+        self.files = (paths.realpath(path),)
         chunks = self.image.dask_data.chunksize
         self.piece = (int(chunks[self.axes.index("Y")]), int(chunks[self.axes.index("X")]))
 

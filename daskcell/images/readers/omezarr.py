@@ -118,7 +118,7 @@ class OmeZarrReader:
         self.image.t = t
         self.planes = range(self.sizes["z"]) if z == "max" else [z]
         self.piece = self.image.piece
-        self.files = (paths.real(path),)
+        self.files = (paths.realpath(path),)
 
     def read(self, level: int, box: Box) -> NDArray:
         pixels: NDArray | None = None

@@ -33,7 +33,7 @@ class OpenSlideReader:
         self.is_rgb = True
         self.sizes = {"t": 1, "z": 1}
         self.scenes = ("",)
-        self.files = (paths.real(path),)
+        self.files = (paths.realpath(path),)
         tile = [properties.get(f"openslide.level[0].tile-{side}", PIECE) for side in ("height", "width")]
         self.piece = (int(tile[0]), int(tile[1]))
 

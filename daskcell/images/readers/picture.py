@@ -95,7 +95,7 @@ def open(path: str, *, t: int = 0, z: ZChoice = "max") -> PictureReader:
     else:
         pixels = pixels[None]
     reader = PictureReader(np.ascontiguousarray(pixels), Path(path).stem, pixels.shape[0] == 3, None)
-    reader.files = (paths.real(path),)
+    reader.files = (paths.realpath(path),)
     return reader
 
 

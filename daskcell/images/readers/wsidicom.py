@@ -25,7 +25,7 @@ class WsiDicomReader:
         self.path, self.name, self.axes = path, Path(path).stem, "YXS"
         self.instances = list(self.slide.levels)
         self.levels = tuple((level.size.height, level.size.width) for level in self.instances)
-        self.files = (paths.real(path),)
+        self.files = (paths.realpath(path),)
         self.sizes = {"t": 1, "z": len(base.focal_planes) or 1}
         self.pixel_size = None
         self.scenes = ("",)
