@@ -161,7 +161,7 @@ def test_a_conversion_that_was_killed_opens_nowhere_and_is_begun_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(conversion.metadata, "write", killed)
-        patch.setattr(staging.RemoteTarget, "abandon", lambda self: None)  # nobody cleans up after a kill
+        patch.setattr(staging.RemoteStaging, "rollback", lambda self: None)  # nobody cleans up after a kill
         with pytest.raises(Killed):
             convert(tmp_path / "a.tif", f"{bucket}/a.zarr")
     assert any("/c/" in key for key in paths.versions_below(f"{bucket}/a.zarr"))

@@ -32,7 +32,7 @@ from daskcell.images.readers import Reader
 from daskcell.images.shards import Position, write_box
 from daskcell.images.sources import Source
 from daskcell.storage import paths
-from daskcell.storage.staging import new_image, refuse_existing
+from daskcell.storage.staging import begin, refuse_existing
 
 Task = tuple[Any, Callable[..., Any], tuple[Any, ...]]
 
@@ -86,15 +86,15 @@ def convert_slide(
         header = metadata.Header(source.name, reader.channels, reader.pixel_size, reader.is_rgb)
     finally:
         reader.close()
-    place = new_image(target, overwrite=overwrite)
+    staging = begin(target, overwrite=overwrite)
     try:
-        group = store.new_group(place.work, settings.ome_zarr)
+        group = store.new_group(staging.work, settings.ome_zarr)
         chunks = (1, store.CHUNK, store.CHUNK)
         for level in levels:
             store.create_level(group, level.number, (count, *level.shape), level.files, chunks, dtype)
         summary = Summary(count, dtype)
         pixels = sum(math.prod(level.shape) for level in levels if level.stored or not level.in_hand)
-        stages = _stages(source, identity, place.work, levels, strips, count * dtype.itemsize)
+        stages = _stages(source, identity, staging.work, levels, strips, count * dtype.itemsize)
         for tasks in map(list, stages):
             share = math.prod(levels[tasks[0][0][0]].shape) / pixels  # of one level each
             for _, part in run_tasks(workers and workers.part(share, len(tasks)), tasks):
@@ -106,9 +106,9 @@ def convert_slide(
             store.write_histograms(group, summary.histograms, summary.first)
         method = None if any(level.stored for level in levels[1:]) else "mean"
         metadata.write(group, header, [level.shape for level in levels], windows, fingerprint, method)
-        place.finish()
+        staging.commit()
     except BaseException:
-        place.abandon()
+        staging.rollback()
         raise
     return {
         "shape": (count, height, width),

@@ -1,7 +1,7 @@
-"""Files, local and remote: where they lie, and how they appear whole or not at all.
+"""Local and remote files.
 
 paths      local and remote paths, read alike
-atomic     files that are replaced whole
-staging    folders that appear when they are complete
+atomic     files that are replaced completely or not at all
+staging    images that get their name when they are complete
 lock       one run at a time
 """

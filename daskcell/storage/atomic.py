@@ -1,7 +1,7 @@
-"""Files on disk: written whole or not at all, and nothing of other people's is replaced or removed.
+"""Files on disk that are written completely or not at all.
 
-What is still being written is called ``.daskcell-<8 hex digits>.tmp``: whoever finds one of a killed process
-knows that it is ours.
+What is being written is named ``.daskcell-<8 hex digits>.tmp``, so that what a killed process left can be
+recognised.
 """
 
 from __future__ import annotations
@@ -31,36 +31,39 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A name beside `path` to write under; what is there in the end takes its place.
+    """A temporary name beside `path` to write to; at the end, what was written there replaces `path`.
 
-    So readers see the old file or the new one, whole, also where two processes write the same one. The
-    folder must be there: what a lost worker still writes does not bring removed ones back.
+    Readers see the old file or the new one, also where two processes write the same one. The folder of `path`
+    must exist: it is not made, so that a lost worker that still writes does not bring a removed one back.
     """
     path = Path(path)
     temporary = temporary_beside(path)
     try:
         yield temporary
-        if temporary.is_dir() and path.is_dir():  # which only moves onto nothing
-            old = temporary_beside(path)
-            os.replace(path, old)
-            os.replace(temporary, path)
-            remove(old)
-        else:
-            os.replace(temporary, path)
+        move_over(temporary, path, temporary_beside(path))
     finally:
         remove(temporary)
 
 
-def temporary_beside(path: str | Path) -> Path:
-    """A name for what is still being written, in the folder of `path`.
+def move_over(new: Path, path: Path, aside: Path) -> None:
+    """Rename `new` to `path`. Nothing can be renamed to the name of a folder that is not empty, so that is
+    renamed to `aside` first, and removed afterwards."""
+    if not new.is_dir() or not os.path.lexists(path):
+        os.replace(new, path)
+        return
+    remove(aside)
+    os.replace(path, aside)
+    os.replace(new, path)
+    remove(aside)
 
-    Nothing of the name of `path` is in it, which may be as long as names can be.
-    """
+
+def temporary_beside(path: str | Path) -> Path:
+    """A temporary name in the folder of `path`, short whatever the name of `path` is."""
     return Path(path).parent / f".daskcell-{uuid.uuid4().hex[:8]}.tmp"
 
 
 def temporaries(folder: str | Path) -> list[Path]:
-    """Files and folders in `folder` that a process of ours is writing, or was when it was killed."""
+    """Files and folders in `folder` that are being written, or were when the process was killed."""
     try:
         names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -69,7 +72,7 @@ def temporaries(folder: str | Path) -> list[Path]:
 
 
 def write_atomic(path: str | Path, data: bytes | memoryview) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically; its folder is made where there is none."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
@@ -77,10 +80,10 @@ def write_atomic(path: str | Path, data: bytes | memoryview) -> None:
 
 
 def save_arrays(path: str | Path, *arrays: np.ndarray) -> None:
-    """Write arrays one after another into one file for `numpy.load`, whole or not at all."""
+    """Write arrays one after another into one file, for repeated `numpy.load`, atomically."""
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        # Into a file of the system numpy writes by `ndarray.tofile`, which does not look whether the last
-        # bytes found room on the disk.
+        # Given a real file, numpy writes with `ndarray.tofile`, which does not notice that the disk was full
+        # for the last bytes.
         hidden: Any = SimpleNamespace(write=file.write)
         for array in arrays:
             np.save(hidden, array, allow_pickle=False)
@@ -99,18 +102,18 @@ def save_parts(path: str | Path, shape: tuple[int, ...], dtype: Any, parts: Iter
 
 
 def save_npz(path: str | Path, *arrays: np.ndarray, **named: np.ndarray) -> None:
-    """`numpy.savez` without pickle, whole or not at all."""
+    """`numpy.savez` without pickle, atomically."""
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, *arrays, allow_pickle=False, **named)
 
 
 def write_json(path: Path, values: Any, indent: int | None = 1) -> None:
-    """`write_atomic` of JSON. Without `indent` it is on one line, and written ten times as fast."""
+    """Write JSON atomically. Without `indent` it is one line, which is ten times as fast."""
     write_atomic(path, json_bytes(values, indent))
 
 
 def json_bytes(values: Any, indent: int | None = None) -> bytes:
-    """JSON in UTF-8 and a line end; file names that are not UTF-8 are escaped, and come back as they were."""
+    """JSON in UTF-8 with a line end; file names that are not UTF-8 are escaped reversibly."""
     text = json.dumps(values, indent=indent, ensure_ascii=False, sort_keys=True)
     try:
         return (text + "\n").encode()
@@ -119,7 +122,7 @@ def json_bytes(values: Any, indent: int | None = None) -> bytes:
 
 
 def remove(*paths: Path) -> None:
-    """Remove files and folders; what is not there is fine."""
+    """Remove files and folders, if they exist."""
     for path in paths:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -128,8 +131,8 @@ def remove(*paths: Path) -> None:
 
 
 def refuse_impossible(path: str | Path) -> None:
-    """Raise `InputError` if nothing can be written at a path: there is a NUL in it, a name is longer than the
-    system takes, or it is not UTF-8, as Zarr and Parquet want it."""
+    """Raise `InputError` for a path that cannot be written: it holds a NUL, a name is too long for the file
+    system, or it is not UTF-8, which Zarr and Parquet require."""
     try:
         os.fspath(path).encode()
         os.lstat(path)
@@ -141,7 +144,7 @@ def refuse_impossible(path: str | Path) -> None:
 
 
 def files_of(path: Path) -> list[Path]:
-    """All files of a folder, in order of their names; a file is itself."""
+    """All files below a folder, sorted by name; of a file, itself."""
     return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 
@@ -158,7 +161,7 @@ def digest(path: Path) -> str:
 
 
 def is_full(error: BaseException | None) -> bool:
-    """Whether an error, or the one it came from, says that a disk takes no more."""
+    """Whether an error, or one of its causes, says that a disk is full or read-only."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
             return True

@@ -1,8 +1,8 @@
-"""Where files are: on disk, or on object storage (``s3://bucket/key``) through fsspec.
+"""Local and remote paths (``s3://bucket/key``), read alike; remote ones through fsspec.
 
-A path with ``://`` is remote. Credentials and endpoints are fsspec's own configuration (variables such as
-``FSSPEC_S3_ENDPOINT_URL``, or ``~/.config/fsspec``), which every process reads for itself: nothing of it
-travels to workers. Listings are never cached, since other processes write at the same time.
+A path with ``://`` is remote. Credentials and endpoints come from fsspec's own configuration (variables such
+as ``FSSPEC_S3_ENDPOINT_URL``, or ``~/.config/fsspec``), which every process reads for itself: none of it is
+sent to workers. Listings are never cached, since other processes may write at the same time.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from typing import Any, BinaryIO
 from daskcell.errors import DaskcellError, ImageError, StudyError
 
 BLOCK_BYTES = 2**18
-"""What one request for a few bytes (a directory of a file, say) brings along."""
+"""Bytes that are fetched at once where a few are needed, such as the directory of a TIFF file."""
 BLOCKS_KEPT = 64
 GAP_BYTES = 2**17
-"""Ranges that are closer are asked for at once: a request takes longer than so many bytes."""
+"""Ranges closer than this are one request, which takes longer than this many bytes."""
 RANGE_BYTES = 2**23
-"""Longer ranges are asked for in parts, at the same time."""
+"""Longer ranges are fetched in parts, at the same time."""
 
 ZARR_NAMES = ("zarr.json", ".zgroup", ".zattrs", ".zarray")
-"""Files of metadata, of which every folder of Zarr has one."""
+"""Metadata files, one of which lies in every group and array of Zarr."""
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _PACKAGES = {
     "s3": "'daskcell[s3]'",
@@ -39,7 +39,7 @@ _PACKAGES = {
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a URL of another place than the local disk."""
+    """Whether `path` is a URL rather than a path on disk."""
     return "://" in os.fspath(path)
 
 
@@ -53,7 +53,7 @@ def refuse_remote(path: str | os.PathLike[str], what: str) -> None:
 
 
 def absolute(path: str | os.PathLike[str]) -> str:
-    """`path` as any process of this machine, wherever it runs, understands it; ``file://`` becomes a path."""
+    """`path` independent of the current folder; ``file://`` becomes a path on disk."""
     text = os.fspath(path)
     if text.startswith("file://"):
         text = text.removeprefix("file://")
@@ -61,7 +61,7 @@ def absolute(path: str | os.PathLike[str]) -> str:
 
 
 def store(path: str | os.PathLike[str]) -> str | Path:
-    """`path` as zarr must be given it: of a text it takes ``::`` for a chain of file systems."""
+    """`path` as zarr needs it: in a string it takes ``::`` for a chain of file systems."""
     return os.fspath(path) if is_remote(path) else Path(path)
 
 
@@ -76,7 +76,7 @@ def printable(text: str) -> str:
 
 
 def split(path: str) -> tuple[str, str]:
-    """The folder that `path` lies in, and its name."""
+    """The folder of `path`, and its name in there."""
     if not is_remote(path):
         return os.path.split(path)
     folder, _, name = path.rstrip("/").rpartition("/")
@@ -84,7 +84,7 @@ def split(path: str) -> tuple[str, str]:
 
 
 def realpath(path: str) -> str:
-    """`path` without links, so that two names of one file are equal."""
+    """`path` with links resolved, so that two names of one file are equal."""
     return path if is_remote(path) else os.path.realpath(path)
 
 
@@ -100,7 +100,7 @@ def exists(path: str) -> bool:
 def is_folder(path: str) -> bool:
     """Whether `path` is a folder; on object storage, whether keys begin with it and a slash.
 
-    A web server has files only: what Zarr wrote counts as a folder there, and nothing else does.
+    A web server has only files: there, what holds metadata of Zarr counts as a folder.
     """
     if not is_remote(path):
         return os.path.isdir(path)
@@ -115,7 +115,7 @@ def is_folder(path: str) -> bool:
 
 
 def children(folder: str) -> set[str]:
-    """Names of what lies directly in `folder`; empty if there is no such folder."""
+    """Names of the files and folders in `folder`; empty if there is no such folder."""
     if not is_remote(folder):
         return set(os.listdir(folder)) if os.path.isdir(folder) else set()
     with remote_errors(folder):
@@ -128,8 +128,8 @@ def children(folder: str) -> set[str]:
 
 
 def holding(folder: str, names: Sequence[str], most: int | None = None) -> set[str]:
-    """Those of `names` that lie directly in `folder`, or the first `most` of them; asked for one by one where
-    a folder cannot be listed.
+    """Those of `names` that exist in `folder`, or the first `most` of them. Where a folder cannot be listed
+    (on a web server), each is a request.
     """
     if not _is_web(folder):
         return children(folder) & set(names)
@@ -147,10 +147,10 @@ def holding(folder: str, names: Sequence[str], most: int | None = None) -> set[s
 def walk(
     folder: str, failed: Callable[[str, OSError], None] | None = None
 ) -> Iterator[tuple[str, list[str], list[str]]]:
-    """As `os.walk`, from the top: folders that are taken from the list are not searched.
+    """As `os.walk` from the top: folders that the caller removes from the list are not searched.
 
-    Links to folders are followed, each folder is searched once by its real path, and those that lead to a
-    folder above are left out. `failed` is called with a folder that cannot be listed.
+    Links to folders are followed, except to a folder above; each real folder is searched once. `failed` is
+    called with a folder that cannot be listed.
     """
     if not is_remote(folder):
         yield from _walk_here(folder, failed)
@@ -190,11 +190,11 @@ def _walk_here(
 
 
 def matching(pattern: str) -> list[str]:
-    """Paths that fit a pattern with ``*``, in any order."""
+    """Paths that match a pattern with ``*``, in any order."""
     import glob
 
     if not is_remote(pattern):
-        # What is there under the very name is no pattern: "plate[1]/*.tif" has one star.
+        # A folder of that very name is no pattern: in "plate[1]/*.tif", only the star is one.
         folder, rest = os.path.split(pattern)
         while not os.path.exists(folder) and glob.has_magic(folder):
             folder, name = os.path.split(folder)
@@ -206,7 +206,7 @@ def matching(pattern: str) -> list[str]:
 
 
 def version(path: str) -> tuple[int, int | str]:
-    """Size in bytes, and what changes with the content: time in ns, or the ETag (the time where it has none).
+    """Size in bytes, and what changes with the content: the time in ns, or a hash of the ETag or time.
 
     Raises `OSError` if there is no file.
     """
@@ -221,7 +221,7 @@ def version(path: str) -> tuple[int, int | str]:
 def versions_below(path: str) -> dict[str, tuple[int, int | str]]:
     """`version` of every object whose key begins with `path` and a slash; or of `path` alone, as ``""``."""
     if _is_web(path) and (names := holding(path, ZARR_NAMES)):
-        # Without a listing: replaced metadata are seen, single chunks are not.
+        # There is no listing: replaced metadata are noticed, replaced chunks are not.
         return {name: version(join(path, name)) for name in sorted(names)}
     with remote_errors(path):
         fs, inner = _at(path)
@@ -232,7 +232,7 @@ def versions_below(path: str) -> dict[str, tuple[int, int | str]]:
 
 
 def read_head(path: str, count: int) -> bytes:
-    """The first bytes of a file, fewer where it has fewer; none of a folder."""
+    """The first `count` bytes of a file, or all if it is shorter; none of a folder."""
     if not is_remote(path):
         if os.path.isdir(path):
             return b""
@@ -244,7 +244,7 @@ def read_head(path: str, count: int) -> bytes:
         fs, inner = _at(path)
         status = fs.info(inner)
         if status["type"] == "directory" or not status["size"]:
-            return b""  # of which no range can be asked
+            return b""  # no range of it can be requested
         return bytes(fs.cat_file(inner, start=0, end=count))
 
 
@@ -259,7 +259,7 @@ def read(path: str) -> bytes:
 
 
 def open_file(path: str) -> BinaryIO:
-    """A file to be read here and there; of a remote one only blocks around what is read are fetched."""
+    """A file for random access; of a remote one, only the blocks around what is read are fetched."""
     if not is_remote(path):
         return open(path, "rb")
     with remote_errors(path):
@@ -272,9 +272,8 @@ def open_file(path: str) -> BinaryIO:
 
 
 def read_ranges(path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-    """Bytes of a remote file from ``(offset, count)``, in the order asked, with few requests at a time.
-
-    A range beyond the end of the file comes back shorter.
+    """Bytes of the ranges ``(offset, count)`` of a remote file, in their order, with as few requests as
+    possible. A range that goes beyond the end of the file is cut off there.
     """
     spans = _spans(ranges)
     with remote_errors(path):
@@ -294,7 +293,7 @@ def read_ranges(path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
 
 
 def write(path: str, data: bytes) -> None:
-    """A small remote file, whole: what is there changes at once."""
+    """Write a small remote file in one request, which replaces what was there."""
     with remote_errors(path):
         fs, inner = _at(path)
         fs.pipe_file(inner, data)
@@ -310,9 +309,9 @@ def remove_remote(path: str) -> None:
 
 @contextlib.contextmanager
 def remote_errors(path: str, *, missing: bool = True) -> Iterator[None]:
-    """Turn what goes wrong with a remote path into one sentence; local paths raise what they raise.
+    """Turn errors of a remote file system into `ImageError` with one sentence; nothing for local paths.
 
-    Without `missing`, a file that is not there is the caller's to tell (`FileNotFoundError`).
+    Unless `missing`, a file that does not exist raises `FileNotFoundError`.
     """
     if not is_remote(path):
         yield
@@ -342,14 +341,14 @@ def remote_errors(path: str, *, missing: bool = True) -> Iterator[None]:
 
 
 def is_transport_error(error: BaseException) -> bool:
-    """Whether an error is of the way to a file (network, rights), not of what is in it."""
+    """Whether an error comes from accessing a file (network, permissions) rather than from its content."""
     if isinstance(error, (ConnectionError, TimeoutError, PermissionError, FileNotFoundError)):
         return True
     return type(error).__module__.partition(".")[0] in ("aiohttp", "aiobotocore", "botocore")
 
 
 def _spans(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """What to ask for: neighbours joined, long ranges cut; ``(start, end)``, ascending, without overlap."""
+    """Requests ``(start, end)``, ascending, without overlap: close ranges joined, long ones cut."""
     joined: list[list[int]] = []
     for offset, count in sorted((o, c) for o, c in ranges if c > 0):
         if joined and offset <= joined[-1][1] + GAP_BYTES:
@@ -370,7 +369,7 @@ def _ls(folder: str) -> dict[str, dict[str, Any]]:
     return {
         PurePath(one["name"]).name: one
         for one in fs.ls(inner, detail=True)
-        if one["name"].rstrip("/") != inner.rstrip("/")  # the empty object that stands for a folder
+        if one["name"].rstrip("/") != inner.rstrip("/")  # an empty object that represents the folder
     }
 
 

@@ -1,10 +1,10 @@
-"""Where a new image goes, so that nothing half-written ever has its name and opens.
+"""Writing a new image so that nothing half-written has its name and opens.
 
-on disk          written as .daskcell-<hash>.partial beside, renamed when whole; what had the name is removed
-                 after, and only if all in it is of the kind that daskcell writes
-object storage   cannot rename: written under its name, and a group opens only when its metadata, the last
-                 object, is there. An object .name.partial says meanwhile that what is there is unfinished
-                 and ours, so that only that is ever removed to begin again
+disk             written as .daskcell-<hash>.partial beside, and renamed when it is complete; what had the
+                 name is removed afterwards, and only if daskcell could have written all of it
+object storage   has no rename: written under the final name. A group opens only when its metadata, which are
+                 written last, are there. An object .name.partial marks it as unfinished and as ours, so that
+                 only such an image is removed to begin again
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Protocol
 
 from daskcell.errors import ImageError
 from daskcell.storage import paths
-from daskcell.storage.atomic import refuse_impossible, remove
+from daskcell.storage.atomic import move_over, refuse_impossible, remove
 
 _UNFINISHED = b"An image is being written here, or the process that did was stopped.\n"
 _CUT = re.compile(r".*\.[0-9a-f]{8,32}\.partial")
@@ -31,29 +31,35 @@ _OURS = re.compile(
 """Files of an image, of its labels or of a single array as daskcell writes them, below its folder."""
 
 
-class Target(Protocol):
-    """A new image while it is made."""
+class Staging(Protocol):
+    """A new image while it is being written."""
 
     work: str
     """Where to write it."""
 
-    def finish(self) -> None:
-        """It is whole, its metadata written last."""
+    def commit(self) -> None:
+        """Give the finished image, whose metadata were written last, its name."""
         ...
 
-    def abandon(self) -> None:
-        """It will not be: leave nothing of it."""
+    def rollback(self) -> None:
+        """Remove what was written."""
         ...
 
 
-def new_image(path: str | Path, *, overwrite: bool = False) -> Target:
-    """Begin an image at `path`; raises `ImageError` if there is something that may not be replaced."""
+def begin(path: str | Path, *, overwrite: bool = False) -> Staging:
+    """Begin to write an image at `path`.
+
+    Raises
+    ------
+    ImageError
+        If there is something at `path` that may not be replaced.
+    """
     if overwrite:
         refuse_foreign(path)
     else:
         refuse_existing(path)
     target = paths.absolute(path)  # workers may run elsewhere
-    return RemoteTarget(target) if paths.is_remote(target) else DiskTarget(Path(target))
+    return RemoteStaging(target) if paths.is_remote(target) else LocalStaging(Path(target))
 
 
 def refuse_existing(path: str | Path) -> None:
@@ -66,8 +72,8 @@ def refuse_existing(path: str | Path) -> None:
 
 
 def refuse_foreign(path: str | Path) -> None:
-    """Raise `ImageError` if a folder on disk, which is to be replaced or removed, holds what daskcell did not
-    write."""
+    """Raise `ImageError` if a folder that is to be replaced or removed holds a file of another kind than
+    daskcell writes."""
     for file in _files(Path(path)):
         if not _OURS.fullmatch(file):
             raise ImageError(
@@ -77,14 +83,13 @@ def refuse_foreign(path: str | Path) -> None:
 
 
 def remove_zarr(path: str | Path) -> None:
-    """Remove a Zarr image, label image or array of ours; raises `ImageError` if there is more in its
-    folder."""
+    """Remove a Zarr image, label image or array; raises `ImageError` if its folder holds other files too."""
     refuse_foreign(path)
     remove(Path(path))
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """All that is not a folder below `folder`, relative, with slashes."""
+    """Paths of all files and links below `folder`, relative to it, with slashes."""
     for parent, folders, names in os.walk(folder):
         names += [name for name in folders if os.path.islink(os.path.join(parent, name))]
         below = os.path.relpath(parent, folder).replace(os.sep, "/")
@@ -102,51 +107,49 @@ def _marker(path: str) -> str:
 
 
 def remove_cut_writes(folder: str | Path) -> None:
-    """Remove what workers that were killed left of files of Zarr, which are written as .partial first."""
+    """Remove the .partial files that killed workers left: Zarr writes each file under such a name first."""
     for file in Path(folder).rglob("*.partial"):
         if _CUT.fullmatch(file.name):
             file.unlink(missing_ok=True)
 
 
-class DiskTarget:
+class LocalStaging:
+    """Written beside its final name, under a name that is always the same: a later try removes what a killed
+    one left.
+    """
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.work = str(_beside(path, "partial"))
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.abandon()  # what a killed run left
+        self.rollback()
 
-    def finish(self) -> None:
-        """What had the name before is removed after, so it is never lost."""
+    def commit(self) -> None:
         remove_cut_writes(self.work)
-        if not self.path.exists():
-            os.rename(self.work, self.path)
-            return
-        old = _beside(self.path, "old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(self.path, old)
-        os.rename(self.work, self.path)
-        shutil.rmtree(old, ignore_errors=True)
+        move_over(Path(self.work), self.path, _beside(self.path, "old"))
 
-    def abandon(self) -> None:
+    def rollback(self) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
 
 
 def _beside(path: Path, kind: str) -> Path:
-    """Always the same name for what a killed run may leave, short enough beside the longest one."""
+    """A name that depends on that of `path` alone, and is short enough for any file system."""
     return path.parent / f".daskcell-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.{kind}"
 
 
-class RemoteTarget:
+class RemoteStaging:
+    """Written under its final name, with a marker beside it as long as it is unfinished."""
+
     def __init__(self, path: str) -> None:
         self.work = path
         self.marker = _marker(path)
         paths.write(self.marker, _UNFINISHED)
         self._clear()
 
-    def finish(self) -> None:
+    def commit(self) -> None:
         paths.remove_remote(self.marker)
 
-    def abandon(self) -> None:
+    def rollback(self) -> None:
         self._clear()
         paths.remove_remote(self.marker)
 
