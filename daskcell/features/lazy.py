@@ -25,7 +25,7 @@ from daskcell.features.feature_maps import as_stages
 from daskcell.features.measurements import KINDS, Kind, measure_block, measurement_columns, to_table
 from daskcell.features.textures import Greys, freeze_greys, grey_sample
 from daskcell.geometry import Grid
-from daskcell.images.arrays import Given, as_image, as_labels
+from daskcell.images.arrays import NamedArray, as_image, as_labels
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -264,7 +264,7 @@ def _embed_task(pixels: Pixels, readings: Sequence[Reading], way: Vectors) -> np
 _NONE = merge_records([])
 
 
-def _arrays(labels: Any, image: Any, axes: str | None) -> tuple[Any, Given | None]:
+def _arrays(labels: Any, image: Any, axes: str | None) -> tuple[Any, NamedArray | None]:
     """Both as Dask arrays that fit together, labels in memory."""
     import dask.array as da
 

@@ -20,7 +20,7 @@ from daskcell.images.axes import axes_of_names, choose_axes, dimension_names, no
 
 
 @dataclass(frozen=True)
-class Given:
+class NamedArray:
     """An array that was given, and what it says of itself."""
 
     data: Any
@@ -33,7 +33,7 @@ class Given:
 
 def as_image(
     value: Any, what: str = "The image", axes: str | None = None, *, like: tuple[int, ...] | None = None
-) -> Given:
+) -> NamedArray:
     """An array of a user's as a NumPy or Dask array ``(C, Y, X)``, and the names of its channels.
 
     Parameters
@@ -50,7 +50,7 @@ def as_image(
     InputError
         For an array that is no image, or whose axes nothing tells.
     """
-    given = value if isinstance(value, Given) else plain(value, what)
+    given = value if isinstance(value, NamedArray) else plain(value, what)
     shape = given.data.shape
     said = axes if axes is not None else axes_of_names(given.dims, what)
     if said is None and like is not None and len(shape) == 3:
@@ -60,7 +60,7 @@ def as_image(
     note = note_of(shape, found, what) if said is None else None
     if note is not None:
         warnings.warn(note, InputWarning, stacklevel=3)
-    return Given(to_cyx(given.data, found, what), tuple("CYX"), given.channels)
+    return NamedArray(to_cyx(given.data, found, what), tuple("CYX"), given.channels)
 
 
 def as_labels(value: Any, what: str = "labels") -> Any:
@@ -78,13 +78,13 @@ def as_values(value: Any, what: str) -> Any:
     return plain(value.to_numpy() if hasattr(value, "to_numpy") else value, what).data
 
 
-def plain(value: Any, what: str = "The array") -> Given:
+def plain(value: Any, what: str = "The array") -> NamedArray:
     """An array of a user's as a NumPy or Dask array, with its axes in their order."""
     module = type(value).__module__.partition(".")[0]
     if module == "xarray":
         return _from_xarray(value, what)
     if module == "daskcell" and hasattr(value, "data") and hasattr(value, "channels"):  # `Image`
-        return Given(value.data, tuple("CYX"), tuple(value.channels))
+        return NamedArray(value.data, tuple("CYX"), tuple(value.channels))
     if module == "torch":
         value = _from_torch(value, what)
     _refuse(value, module, what)
@@ -109,10 +109,10 @@ def plain(value: Any, what: str = "The array") -> Given:
             raise InputError(f"{what} ({type(value).__name__}) is no array of numbers: {reason}.") from None
     if value.dtype.kind not in "buif":
         raise InputError(f"{what} holds values of type {value.dtype}. Please give integers or floats.")
-    return Given(value, None if dims is None else tuple(dims))
+    return NamedArray(value, None if dims is None else tuple(dims))
 
 
-def _from_xarray(value: Any, what: str) -> Given:
+def _from_xarray(value: Any, what: str) -> NamedArray:
     if not hasattr(value, "dims") or not hasattr(value, "dtype"):
         raise InputError(f"{what} is an xarray {type(value).__name__}. Please give one of its variables.")
     names = None
@@ -120,7 +120,7 @@ def _from_xarray(value: Any, what: str) -> Given:
         if axes_of_names([dim], what, unknown="") in ("C", "S") and dim in value.coords:
             found = value.coords[dim]
             names = tuple(str(name) for name in found.values) if found.dtype.kind in "UOT" else None
-    return Given(plain(value.data, what).data, tuple(value.dims), names)
+    return NamedArray(plain(value.data, what).data, tuple(value.dims), names)
 
 
 def _from_torch(value: Any, what: str) -> Any:

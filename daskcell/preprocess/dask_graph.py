@@ -17,7 +17,7 @@ import numpy as np
 
 from daskcell.errors import InputError
 from daskcell.geometry import Box, Grid
-from daskcell.images.arrays import Given, as_image, plain
+from daskcell.images.arrays import NamedArray, as_image, plain
 from daskcell.preprocess.background import Background
 from daskcell.preprocess.dtypes import to_dtype, working_dtype
 from daskcell.preprocess.plan import apply_steps
@@ -40,7 +40,7 @@ def as_planes(x: Any, *, allow_2d: bool = False, axes: str | None = None) -> da.
         shapes = {plane.shape for plane in planes}
         if len(shapes) != 1:
             raise InputError(f"The channels differ in size: {sorted(shapes)}.")
-        given, axes = Given(da.stack([da.asarray(plane) for plane in planes])), "CYX"
+        given, axes = NamedArray(da.stack([da.asarray(plane) for plane in planes])), "CYX"
     else:
         given = plain(x, "An image")
     if given.data.ndim < 2 or (given.data.ndim == 2 and not allow_2d):
