@@ -55,9 +55,9 @@ def server() -> Iterator[Server]:
             patch.setenv(name, value)
         patch.setenv("FSSPEC_S3_ENDPOINT_URL", found.endpoint)
         patch.setitem(fsspec.config.conf, "s3", {"endpoint_url": found.endpoint})  # read once, at its import
-        reader_process.sandbox().stop()  # its child was started with another environment
+        reader_process.get_reader_process().stop()  # its child was started with another environment
         yield found
-        reader_process.sandbox().stop()
+        reader_process.get_reader_process().stop()
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ class open:
 
 @pytest.fixture
 def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A reader of files that misbehave as they say, registered as another package's, and a sandbox."""
+    """A reader of files that misbehave as they say, registered as another package's, and a reader process."""
     package = tmp_path / "package"
     (package / "evil-1.dist-info").mkdir(parents=True)
     (package / "evil-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: evil\nVersion: 1\n")
@@ -78,8 +78,8 @@ def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PYTHONPATH", str(package))
     monkeypatch.setattr(reader_process, "OPEN_SECONDS", 0.4)
     monkeypatch.setattr(reader_process, "READ_SECONDS", 0.4)
-    own = reader_process.Sandbox()
-    monkeypatch.setattr(reader_process, "sandbox", lambda: own)
+    own = reader_process.ReaderProcess()
+    monkeypatch.setattr(reader_process, "get_reader_process", lambda: own)
 
     def source(*words: str) -> images.Source:
         path = tmp_path / f"{'_'.join(words)}.evil"
@@ -116,7 +116,7 @@ def test_misbehaving_file_is_one_sentence_and_the_next_file_is_fine(
 
 
 def test_an_interrupted_question_is_not_answered_with_the_next(evil, monkeypatch: pytest.MonkeyPatch) -> None:
-    good, own = reader_process.open_safely(evil("fine", "fine")), reader_process.sandbox()
+    good, own = reader_process.open_safely(evil("fine", "fine")), reader_process.get_reader_process()
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -157,7 +157,7 @@ def test_a_healthy_file_is_opened_once(tmp_path: Path) -> None:
     (source,) = images.find_images(tmp_path / "a.tif")
     reader = reader_process.open_safely(source)
     reader.read(0, Box(0, 0, 4, 4))
-    child = reader_process.sandbox()._child
+    child = reader_process.get_reader_process()._child
     assert child is not None
     opened = {file.path for file in psutil.Process(child.pid).open_files()}
     assert str(tmp_path / "a.tif") in opened
@@ -233,7 +233,7 @@ def test_the_process_that_asks_decodes_no_file(tmp_path: Path, monkeypatch: pyte
 
 
 def test_files_are_opened_in_one_place() -> None:
-    """Nothing but the sandbox joins the files of a source, and nothing but that opens a file."""
+    """Nothing but the reader process joins the files of a source, and nothing but that opens a file."""
     package = Path(images.__file__).parents[1]
     texts = {str(p.relative_to(package)): p.read_text() for p in package.rglob("*.py")}
     named = {
@@ -250,7 +250,7 @@ from daskcell import images
 from daskcell.images import reader_process
 from daskcell.images.readers import Reader
 reader_process.open_safely(images.find_images(sys.argv[1])[0])
-print(reader_process.sandbox()._child.pid, flush=True)
+print(reader_process.get_reader_process()._child.pid, flush=True)
 time.sleep(60)
 """
 
@@ -309,7 +309,7 @@ def test_every_damaged_file_of_the_zoo_is_refused_in_time_and_memory(data_dir: P
         assert "\n" not in str(error.value)
         assert path.name in str(error.value)
         assert time.monotonic() - start < 10
-    child = reader_process.sandbox()._child
+    child = reader_process.get_reader_process()._child
     assert child is not None
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{child.pid}/status").read_text())
     assert peak is not None
@@ -344,7 +344,7 @@ def test_any_damage_ends_in_pixels_or_in_one_sentence(tmp_path: Path) -> None:
         originals.append((tmp_path / f"{k}.tif").read_bytes())
     refused = 0
     reader = reader_process.open_safely(images.Source("good", (str(tmp_path / "0.tif"),)))
-    child = reader_process.sandbox()._child
+    child = reader_process.get_reader_process()._child
     for _ in range(400):
         content = bytearray(originals[rng.integers(len(originals))])
         for _ in range(rng.integers(1, 6)):
@@ -362,4 +362,4 @@ def test_any_damage_ends_in_pixels_or_in_one_sentence(tmp_path: Path) -> None:
             refused += 1
             assert "\n" not in str(error)  # noqa: PT017
     assert 100 < refused < 400
-    assert reader_process.sandbox()._child is child
+    assert reader_process.get_reader_process()._child is child

@@ -1,4 +1,4 @@
-"""Memory shared with the process that opens files is used again, and never while somebody looks at it."""
+"""Memory shared with the process that opens files is reused, but never while an array refers to it."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from daskcell.geometry import Box
 from daskcell.images import shared_buffers
 from daskcell.images.reader_process import open_safely
 
-pytestmark = pytest.mark.skipif(not shared_buffers.possible(), reason="needs memfd_create")
+pytestmark = pytest.mark.skipif(not shared_buffers.is_available(), reason="needs memfd_create")
 
 
-def test_a_sheet_is_lent_again_when_the_last_view_is_gone() -> None:
-    pool = shared_buffers.Sheets()
-    sheet = pool.lend(600)
-    array = pool.array(sheet, (2, 10, 15), np.dtype(np.uint16))
+def test_a_buffer_is_used_again_when_the_last_view_is_gone() -> None:
+    pool = shared_buffers.BufferPool()
+    buffer = pool.acquire(600)
+    array = pool.array(buffer, (2, 10, 15), np.dtype(np.uint16))
     views = [array[1], array[:, 2:].T, array.reshape(-1), array.view(np.uint8)]
     del array
     while views:
-        assert pool.lend(600) is not sheet
+        assert pool.acquire(600) is not buffer
         views.pop()
         gc.collect()
-    assert pool.lend(500) is sheet
-    assert pool.lend(500) is not sheet
+    assert pool.acquire(500) is buffer
+    assert pool.acquire(500) is not buffer
 
 
-def test_larger_ones_are_asked_for_and_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_larger_buffers_are_made_and_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_buffers, "KEPT_BYTES", 5000)
-    pool = shared_buffers.Sheets()
+    pool = shared_buffers.BufferPool()
     for size, memory in ((1000, 1000), (4000, 4000), (3000, 4000), (6000, 6000), (10, 10)):
-        sheet = pool.lend(size)
-        assert len(sheet.memory) == memory
-        pool.array(sheet, (size,), np.dtype(np.uint8))
+        buffer = pool.acquire(size)
+        assert len(buffer.memory) == memory
+        pool.array(buffer, (size,), np.dtype(np.uint8))
         gc.collect()
 
 

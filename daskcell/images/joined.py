@@ -1,4 +1,4 @@
-"""The files of a source, opened and read as one image: for `sandbox` only, whose child may die of it."""
+"""The files of a source, opened and read as one image. Only for `reader_process`, whose child may crash."""
 
 from __future__ import annotations
 

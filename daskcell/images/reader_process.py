@@ -1,12 +1,12 @@
-"""Files are opened in a process beside this one, which may crash, hang or run out of memory without harm.
+"""Files are opened and decoded in a child process, which may crash, hang or run out of memory without harm.
 
-A damaged file can make a decoder divide by zero, loop for ever or ask for terabytes. So one child process
-per worker opens files and sends pixels; it is bounded in memory and in computing time, and a new one takes
-its place when it is gone. Opened sources stay open in the child (`KEPT` of them), so a healthy file is
-opened once.
+A damaged file can make a decoder divide by zero, loop forever or allocate terabytes. So each worker has one
+child that opens files and sends pixels. Its memory and CPU time are limited, and a new one is started when it
+has died. Up to `KEPT` sources stay open in the child, so that each is opened once. This protects against
+damaged files, not against malicious ones: what the child sends is unpickled here.
 
     this process                              child (python -m daskcell.images.reader_process)
-    SandboxReader.read(level, box)  ----->    Reader.read(level, box)
+    ProcessReader.read(level, box)  ----->    Reader.read(level, box)
                                     <-----    pixels, or one sentence
 """
 
@@ -32,16 +32,16 @@ from daskcell.errors import DaskcellError, ImageError
 from daskcell.geometry import Box
 from daskcell.images.joined import SourceReader
 from daskcell.images.readers import Reader, is_zarr_folder, kinds
-from daskcell.images.shared_buffers import Sheets, possible
+from daskcell.images.shared_buffers import BufferPool, is_available
 from daskcell.images.sources import Source
 from daskcell.storage import paths
 
 MEMORY_BYTES = 900 * 2**20
-"""What the child may hold. Pictures in one compressed piece that need more are given it (`_allow`)."""
+"""Memory limit of the child. Raised for images in one compressed piece that need more (`_allow`)."""
 OPEN_SECONDS = 5.0
-"""Computing time in which a file must be open."""
+"""CPU time in which a file must be open."""
 READ_SECONDS = 4.0
-"""Computing time for a block, besides one second for every `SLOWEST` bytes of it."""
+"""CPU time for a block, besides one second for every `SLOWEST` bytes of it."""
 SLOWEST = 2 * 2**20
 WALL_SECONDS = 600.0
 """Longest wait for slow storage."""
@@ -53,8 +53,8 @@ ENVIRONMENT = {
 }
 
 
-class SandboxReader:
-    """A `Source` opened in the child; what its reader says of itself is copied here."""
+class ProcessReader:
+    """A `Source` that is open in the child; the attributes of its reader are copied here."""
 
     channels: tuple[str, ...]
     dtype: np.dtype
@@ -63,23 +63,23 @@ class SandboxReader:
     def __init__(self, source: Source) -> None:
         self.source = source
         self.identity = source.identity()
-        vars(self).update(sandbox().ask(self.source, self.identity, None, OPEN_SECONDS))
+        vars(self).update(get_reader_process().ask(self.source, self.identity, None, OPEN_SECONDS))
 
     def read(self, level: int, box: Box) -> NDArray:
         """Pixels ``(C, h, w)`` of `box`."""
         height, width = box.shape
         size = len(self.channels) * height * width * self.dtype.itemsize
         seconds = OPEN_SECONDS + READ_SECONDS + size / SLOWEST  # it may have to be opened again
-        return sandbox().ask(self.source, self.identity, (level, box), seconds, size)
+        return get_reader_process().ask(self.source, self.identity, (level, box), seconds, size)
 
     def close(self) -> None:
-        """The child closes what it has not read for a while."""
+        """Nothing to do: the child closes the sources that it has not read for longest."""
 
 
 def open_safely(source: Source) -> Reader:
-    """Open `source` in the sandbox; Zarr, and everything where pipes are not POSIX, here.
+    """Open `source` in the child process; Zarr, and everything on systems that are not POSIX, in this one.
 
-    The only way to open one: the process that calls this decodes no file.
+    The only way to open one: the calling process decodes no file.
 
     Raises
     ------
@@ -88,60 +88,60 @@ def open_safely(source: Source) -> Reader:
     """
     if os.name != "posix" or all(is_zarr_folder(file) for file in source.files):
         return SourceReader(source)
-    return cast(Reader, SandboxReader(source))
+    return cast(Reader, ProcessReader(source))
 
 
-class Sandbox:
-    """The child process: started when first asked, and again after it was lost."""
+class ReaderProcess:
+    """The child process: started by the first request, and again after it has died."""
 
     def __init__(self) -> None:
         self._child: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
         self._lock = threading.Lock()
-        self._sheets = Sheets()
+        self._buffers = BufferPool()
         self._owner = os.getpid()
 
     def ask(
         self, source: Source, identity: str, what: tuple[int, Box] | None, seconds: float, size: int = 0
     ) -> Any:
-        """The header of `source`, or `size` bytes of pixels of a box, within `seconds` of computing.
+        """The attributes of `source`, or `size` bytes of pixels of a box, within `seconds` of CPU time.
 
-        Raises `ImageError` for what the reader refuses, and if the child is lost.
+        Raises `ImageError` for what the reader refuses, and if the child dies.
         """
         with self._lock:
             self._start()
             assert self._child is not None
             assert self._pipe is not None
             try:
-                sheet = self._lend(size)
-                self._pipe.send((source, identity, what, sheet and sheet.path))
+                buffer = self._acquire(size)
+                self._pipe.send((source, identity, what, buffer and buffer.path))
                 self._wait(seconds, source)
                 answer = self._pipe.recv()
                 if isinstance(answer, tuple):
                     shape, dtype = answer
-                    if sheet is not None:
-                        return self._sheets.array(sheet, shape, dtype)
+                    if buffer is not None:
+                        return self._buffers.array(buffer, shape, dtype)
                     return np.frombuffer(self._pipe.recv_bytes(), dtype).reshape(shape)
             except (EOFError, OSError):
                 code = self._child.wait()
                 self.stop()
                 raise ImageError(f"Cannot read {_files(source)}: {_cause(code)}.") from None
             except BaseException:
-                self.stop()  # interrupted: an answer on its way must not become that of the next question
+                self.stop()  # interrupted: the pending answer must not become that of the next request
                 raise
         if isinstance(answer, BaseException):
             raise answer
         return answer
 
-    def _lend(self, size: int) -> Any:
-        """Shared memory for the pixels; None where there is none left, and they come through the pipe."""
+    def _acquire(self, size: int) -> Any:
+        """Shared memory for the pixels; None if there is none, and they are sent through the pipe."""
         try:
-            return self._sheets.lend(size) if size and possible() else None
+            return self._buffers.acquire(size) if size and is_available() else None
         except OSError:
             return None
 
     def _wait(self, seconds: float, source: Source) -> None:
-        """Wait for an answer, as long as the child does not compute too long."""
+        """Wait for an answer; end the child if it takes more CPU time than allowed."""
         import psutil
 
         assert self._child is not None
@@ -156,7 +156,7 @@ class Sandbox:
                     self.stop()
                     raise ImageError(f"Cannot read {_files(source)}: decoding it does not come to an end.")
         except psutil.Error:
-            return  # it is gone: reading from it says so
+            return  # the child has died, which the next read reports
 
     def _start(self) -> None:
         if self._child is not None and self._child.poll() is None:
@@ -180,7 +180,7 @@ class Sandbox:
             raise DaskcellError(f"The process that opens files could not start (exit code {code}).") from None
 
     def stop(self) -> None:
-        """End the child; the next question starts a new one."""
+        """End the child; the next request starts a new one."""
         if self._pipe is not None:
             self._pipe.close()
         if self._child is not None and self._owner == os.getpid() and self._child.poll() is None:
@@ -189,16 +189,16 @@ class Sandbox:
         self._child = self._pipe = None
 
 
-_sandbox: Sandbox | None = None
+_process: ReaderProcess | None = None
 
 
-def sandbox() -> Sandbox:
-    """The sandbox of this process; a fork does not share its parent's."""
-    global _sandbox
-    if _sandbox is None or _sandbox._owner != os.getpid():
-        _sandbox = Sandbox()
-        atexit.register(_sandbox.stop)
-    return _sandbox
+def get_reader_process() -> ReaderProcess:
+    """The child of this process; after a fork, a new one."""
+    global _process
+    if _process is None or _process._owner != os.getpid():
+        _process = ReaderProcess()
+        atexit.register(_process.stop)
+    return _process
 
 
 def _files(source: Source) -> str:
@@ -212,11 +212,11 @@ def _cause(code: int) -> str:
 
 
 def _serve(pipe: Connection) -> None:
-    """The child: answer questions until nobody asks any more."""
+    """In the child: answer requests until the pipe is closed."""
     base = _limit_memory(0)
     threading.Thread(target=_follow_parent, args=(os.getppid(),), daemon=True).start()
     kept: OrderedDict[str, Reader] = OrderedDict()
-    kinds()  # their imports are no part of opening a file
+    kinds()  # their imports do not count as opening a file
     pipe.send("ready")
     while True:
         try:
@@ -256,7 +256,7 @@ def _serve(pipe: Connection) -> None:
 
 
 def _allow(source: Source, reader: Any, base: int) -> None:
-    """More memory for a picture that is one large compressed piece and can only be read whole."""
+    """Allow more memory for an image that is one large compressed piece, which can only be decoded whole."""
     height, width = reader.piece
     size = height * width * len(reader.channels) * reader.dtype.itemsize
     on_disk = sum(paths.version(file)[0] for file in source.files)
@@ -265,7 +265,7 @@ def _allow(source: Source, reader: Any, base: int) -> None:
 
 
 def _limit_memory(more: int, base: int = 0) -> int:
-    """Bound the address space to what was mapped at the start (returned), `MEMORY_BYTES` and `more`."""
+    """Limit the address space to what was mapped at the start (returned), `MEMORY_BYTES` and `more`."""
     try:
         import resource
     except ImportError:  # not on this system
@@ -283,7 +283,7 @@ def _limit_memory(more: int, base: int = 0) -> int:
 
 
 def _follow_parent(parent: int) -> None:
-    """End with the process that asked, even in the middle of a decoder that does not."""
+    """End with the parent process, even while a decoder hangs."""
     while os.getppid() == parent:
         time.sleep(2)
     os._exit(1)

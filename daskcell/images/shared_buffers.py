@@ -1,7 +1,7 @@
-"""Memory that two processes see, lent and taken back.
+"""Shared memory for pixels from the reader process, reused.
 
-The system clears every new page, maps it on both sides and unmaps it again, which for pixels takes half as
-long as decoding them. So a sheet whose array nobody looks at any more is lent again.
+The system clears every new page, maps it in both processes and unmaps it again, which takes half as long as
+decoding the pixels. So a buffer is used again as soon as its array is no longer referenced.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 KEPT = 2
-"""Sheets in waiting."""
+"""Free buffers that are kept."""
 KEPT_BYTES = 128 * 2**20
-"""Larger ones are not kept: they are rare, and a worker has other uses for the memory."""
+"""Larger ones are not kept: they are rare, and a worker needs the memory."""
 
 
-class Sheet:
-    """Memory of a file without a name, which nobody has to clean up. Only Linux has that (`possible`)."""
+class SharedBuffer:
+    """Memory of a file without a name, which needs no cleaning up. Only on Linux (`is_available`)."""
 
     def __init__(self, size: int) -> None:
         self._handle = os.memfd_create("daskcell")
@@ -31,34 +31,34 @@ class Sheet:
             os.close(self._handle)
             raise
         self.path = f"/proc/{os.getpid()}/fd/{self._handle}"
-        """Under which the other process opens it."""
+        """Path by which the other process opens it."""
         weakref.finalize(self, os.close, self._handle)
 
 
-def possible() -> bool:
+def is_available() -> bool:
     return hasattr(os, "memfd_create")
 
 
-class Sheets:
-    """Lends sheets. Not locked: its list is changed in single steps, also when garbage is collected."""
+class BufferPool:
+    """Free buffers. Needs no lock: its list is changed in single steps, also by the garbage collector."""
 
     def __init__(self) -> None:
-        self._waiting: list[Sheet] = []
+        self._free: list[SharedBuffer] = []
 
-    def lend(self, size: int) -> Sheet:
-        """A sheet of at least `size` bytes; who does not make an `array` of it drops it."""
-        while self._waiting:
-            sheet = self._waiting.pop()
-            if len(sheet.memory) >= size:
-                return sheet
-        return Sheet(size)
+    def acquire(self, size: int) -> SharedBuffer:
+        """A buffer of at least `size` bytes, which comes back to the pool once it is an `array`."""
+        while self._free:
+            buffer = self._free.pop()
+            if len(buffer.memory) >= size:
+                return buffer
+        return SharedBuffer(size)
 
-    def array(self, sheet: Sheet, shape: tuple[int, ...], dtype: np.dtype) -> NDArray:
-        """What was written into `sheet`, which is lent again when the array and all its views are gone."""
-        flat = np.frombuffer(sheet.memory, dtype, int(np.prod(shape)))
-        weakref.finalize(flat, self._take_back, sheet).atexit = False
-        return flat.reshape(shape)  # and every view of it: their base is `flat`
+    def array(self, buffer: SharedBuffer, shape: tuple[int, ...], dtype: np.dtype) -> NDArray:
+        """The content of `buffer`, which is free again when the array and all its views are gone."""
+        flat = np.frombuffer(buffer.memory, dtype, int(np.prod(shape)))
+        weakref.finalize(flat, self._release, buffer).atexit = False
+        return flat.reshape(shape)  # `flat` is the base of this and of every view of it
 
-    def _take_back(self, sheet: Sheet) -> None:
-        if len(sheet.memory) <= KEPT_BYTES and len(self._waiting) < KEPT:
-            self._waiting.append(sheet)
+    def _release(self, buffer: SharedBuffer) -> None:
+        if len(buffer.memory) <= KEPT_BYTES and len(self._free) < KEPT:
+            self._free.append(buffer)

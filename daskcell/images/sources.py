@@ -1,4 +1,4 @@
-"""One image to be read, as plain data that travels to a worker and is opened beside it (`sandbox`)."""
+"""What one image is read from, as plain data that is sent to a worker and opened there (`reader_process`)."""
 
 from __future__ import annotations
 
