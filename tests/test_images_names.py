@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from daskcell.config import InputSettings
 from daskcell.errors import InputError
 from daskcell.images import find_images, open_image
-from daskcell.images.filename_channels import group_by_guess, matching_channels, name_channels
+from daskcell.images.filename_channels import file_sets_by_name, matching_channels, name_channels
 
 GUIDS = [f"{k:X}F2504E0-4F89-11D3-9A0C-0305E82C330{k:X}" for k in range(10, 16)]
 HEX = [f"{k:x}f8fad5bd9cb469fa16570867728950e" for k in range(10, 16)]
@@ -180,7 +180,7 @@ def test_a_name_that_fits_two_channels_is_refused(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_names_as_instruments_write_them(files: list[str], expected: dict[str, object]) -> None:
-    assert {group.name: group.channels for group in group_by_guess(files)} == expected
+    assert {one.name: one.channels for one in file_sets_by_name(files)} == expected
 
 
 def test_the_word_of_a_channel_takes_its_file(tmp_path: Path) -> None:

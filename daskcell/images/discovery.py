@@ -54,7 +54,7 @@ def find_images(
     settings = settings or InputSettings()
     say = tell or _warn
     tell = lambda sentence: say(paths.printable(sentence))  # noqa: E731
-    groups: list[names.Group] = []
+    file_sets: list[names.FileSet] = []
     if isinstance(inputs, (str, Path)):
         inputs = [inputs]
     singles: dict[str, list[str]] = {}
@@ -62,7 +62,7 @@ def find_images(
     for given in inputs:
         text = paths.absolute(given)  # workers may run elsewhere
         if paths.is_folder(text) and not is_zarr(text):
-            groups += _in_folder(text, settings.pattern, tell)
+            file_sets += _in_folder(text, settings.pattern, tell)
         elif is_manifest(text) and paths.exists(text):
             listed += read_manifest(text, tell)
         elif paths.exists(text):
@@ -78,23 +78,25 @@ def find_images(
         files = list(dict.fromkeys(files))
         if settings.pattern is not None:
             named = {_below(f, folder): f for f in files}
-            groups += names.group_by_pattern(named, settings.pattern)
+            file_sets += names.file_sets_by_pattern(named, settings.pattern)
         else:
-            groups += _grouped(files)
-    if not groups and not listed:
+            file_sets += _file_sets(files)
+    if not file_sets and not listed:
         raise ImageError(
             f"There is no picture in {', '.join(os.fspath(i) for i in inputs)}; these kinds are looked for: "
             f"{' '.join(sorted(suffixes()))}."
         )
     if len(inputs) > 1:  # named twice: read once
-        once: dict[object, names.Group] = {}
-        for group in groups:
-            once.setdefault((tuple(map(paths.realpath, group.files)), group.channels), group)
-        groups = list(once.values())
+        once: dict[object, names.FileSet] = {}
+        for file_set in file_sets:
+            once.setdefault((tuple(map(paths.realpath, file_set.files)), file_set.channels), file_set)
+        file_sets = list(once.values())
     size = settings.pixel_size
     pixel_size = (size, size) if isinstance(size, (int, float)) else size
     take = tuple(settings.channels) if settings.channels is not None else None
-    whole = [Source(group.name, group.files, group.channels, take, pixel_size) for group in groups]
+    whole = [
+        Source(file_set.name, file_set.files, file_set.channels, take, pixel_size) for file_set in file_sets
+    ]
     whole += [replace(s, take=s.take or take, pixel_size=s.pixel_size or pixel_size) for s in listed]
     whole = [replace(source, axes=settings.axes) for source in whole]
     for source in whole:
@@ -205,7 +207,7 @@ def _matched(pattern: str, found: Iterable[str], tell: Tell) -> dict[str, list[s
     return _without_results(by_folder, fixed, tell)
 
 
-def _in_folder(folder: str, pattern: str | None, tell: Tell) -> list[names.Group]:
+def _in_folder(folder: str, pattern: str | None, tell: Tell) -> list[names.FileSet]:
     """Images in a folder and below; channels are looked for in each folder by itself."""
     by_folder = _pictures_below(folder, tell)
     if pattern is not None:
@@ -213,15 +215,17 @@ def _in_folder(folder: str, pattern: str | None, tell: Tell) -> list[names.Group
         chosen = set(names.matching_names(relative, pattern).values())
         by_folder = {parent: [f for f in files if f in chosen] for parent, files in by_folder.items()}
         left = {f for files in _without_results(by_folder, folder, tell).values() for f in files}
-        return names.group_by_pattern({n: f for n, f in relative.items() if f in left or not left}, pattern)
-    groups = []
+        return names.file_sets_by_pattern(
+            {n: f for n, f in relative.items() if f in left or not left}, pattern
+        )
+    file_sets = []
     for parent, files in _without_results(by_folder, folder, tell).items():
         below = _below(parent, folder)
-        for group in _grouped(files):
-            name = group.name or os.path.basename(parent)
+        for file_set in _file_sets(files):
+            name = file_set.name or os.path.basename(parent)
             prefix = "" if below == "." else below.replace("/", "_") + "_"
-            groups.append(replace(group, name=prefix + name))
-    return groups
+            file_sets.append(replace(file_set, name=prefix + name))
+    return file_sets
 
 
 def _pictures_below(folder: str, tell: Tell) -> dict[str, list[str]]:
@@ -302,18 +306,18 @@ def _below(path: str, folder: str) -> str:
     return os.path.relpath(path, folder or ".").replace(os.sep, "/")
 
 
-def _grouped(files: list[str]) -> list[names.Group]:
+def _file_sets(files: list[str]) -> list[names.FileSet]:
     """Images among the files of one folder: what says itself what it holds first, the rest by the names."""
-    groups: list[names.Group] = []
+    file_sets: list[names.FileSet] = []
     rest = files
     taken: set[str] = set()
     for file in rest:
         spans = _spans(file) if len(rest) > 1 and file not in taken else ()
         if len(spans) > 1:
-            groups.append(names.Group(names.stem(file), (file,)))
+            file_sets.append(names.FileSet(names.stem(file), (file,)))
             taken.update(spans)
     rest = [file for file in rest if paths.realpath(file) not in taken]
-    return groups + names.group_by_guess(rest)
+    return file_sets + names.file_sets_by_name(rest)
 
 
 def _spans(file: str) -> tuple[str, ...]:

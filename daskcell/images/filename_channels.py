@@ -63,15 +63,15 @@ _ID = re.compile(
 
 
 @dataclass(frozen=True)
-class Group:
-    """Files that belong to one image. Without channels there is one file, and the file names them."""
+class FileSet:
+    """The files of one image: one for each of `channels`, or a single file that holds them all."""
 
     name: str
     files: tuple[str, ...]
     channels: tuple[str, ...] | None = None
 
 
-def group_by_guess(files: Sequence[str]) -> list[Group]:
+def file_sets_by_name(files: Sequence[str]) -> list[FileSet]:
     """Images among the files of one folder, channels recognised by their names.
 
     Raises
@@ -95,8 +95,8 @@ def group_by_guess(files: Sequence[str]) -> list[Group]:
                 if len(named) < len(images):  # names that differ only in what joins them
                     named = {key.replace("\0", ""): by for key, by in images.items()}
                 grouped = {name: {words[w]: f for w, f in by.items()} for name, by in named.items()}
-                return [*_complete(grouped), *(Group(plain[f], (f,)) for f in files if f not in matches)]
-    return [Group(plain[file], (file,)) for file in files]
+                return [*_complete(grouped), *(FileSet(plain[f], (f,)) for f in files if f not in matches)]
+    return [FileSet(plain[file], (file,)) for file in files]
 
 
 def _table(
@@ -141,10 +141,10 @@ def _without_ids(stems: Mapping[str, str]) -> dict[str, str]:
     return result
 
 
-def group_by_pattern(files: Mapping[str, str], pattern: str) -> list[Group]:
-    """Images among `files` (path by its name relative to the folder) by a pattern with named groups.
+def file_sets_by_pattern(files: Mapping[str, str], pattern: str) -> list[FileSet]:
+    """Images among `files` (path by its name relative to the folder) by a pattern with placeholders.
 
-    ``{channel}`` is the channel; all other groups together name the image; ``*`` stands for anything.
+    ``{channel}`` is the channel; all other placeholders together name the image; ``*`` stands for anything.
     Letter case does not matter. Files that do not match are left out.
     """
     compiled = compile_pattern(pattern)
@@ -155,9 +155,9 @@ def group_by_pattern(files: Mapping[str, str], pattern: str) -> list[Group]:
         match = compiled.fullmatch(relative) or compiled.fullmatch(PurePath(relative).name)
         if match is None:
             continue
-        groups = match.groupdict()
-        channel = groups.pop("channel", None)
-        name = "_".join(groups.values()) or (PurePath(path).parent.name if channel else stem(relative))
+        values = match.groupdict()
+        channel = values.pop("channel", None)
+        name = "_".join(values.values()) or (PurePath(path).parent.name if channel else stem(relative))
         if channel is None:
             singles[name].append(path)
         else:
@@ -171,7 +171,7 @@ def group_by_pattern(files: Mapping[str, str], pattern: str) -> list[Group]:
     for name, paths in singles.items():
         if len(paths) > 1:
             raise ImageError(f"The pattern '{pattern}' gives {' and '.join(paths)} the same name '{name}'.")
-    return [*_complete(images), *(Group(name, (paths[0],)) for name, paths in singles.items())]
+    return [*_complete(images), *(FileSet(name, (paths[0],)) for name, paths in singles.items())]
 
 
 def matching_names(files: Mapping[str, str], pattern: str) -> dict[str, str]:
@@ -190,11 +190,11 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     wrong = [name for name in names if not name.isidentifier()]
     if wrong:
         raise ConfigError(
-            f"The pattern '{pattern}' has the group '{{{wrong[0]}}}'; names are letters, digits and _."
+            f"The pattern '{pattern}' has the placeholder '{{{wrong[0]}}}'; names are letters, digits and _."
         )
     if not names:
         raise ConfigError(
-            f"The pattern '{pattern}' needs at least one group such as {{field}} or {{channel}}."
+            f"The pattern '{pattern}' needs at least one placeholder such as {{field}} or {{channel}}."
         )
     parts: list[str] = []
     seen: set[str] = set()
@@ -277,10 +277,10 @@ def _is_convincing(kind: str, images: Mapping[str, Mapping[str, list[str]]], tot
     )
 
 
-def _complete(images: Mapping[str, Mapping[str, list[str]]]) -> list[Group]:
-    """Groups with all channels in order, or one sentence about what is missing or there twice."""
+def _complete(images: Mapping[str, Mapping[str, list[str]]]) -> list[FileSet]:
+    """File sets with all channels in order; raises `ImageError` if one is missing or there twice."""
     channels = in_order({channel for by in images.values() for channel in by})
-    groups = []
+    file_sets = []
     for name, by in images.items():
         for channel, files in by.items():
             if len(files) > 1:
@@ -294,8 +294,8 @@ def _complete(images: Mapping[str, Mapping[str, list[str]]]) -> list[Group]:
                 f"Image '{name}' lacks channel {', '.join(map(repr, missing))}, which others have; there "
                 f"is only {present}. Please add the file, or say with input.pattern which belong together."
             )
-        groups.append(Group(name, tuple(by[c][0] for c in channels), tuple(channels)))
-    return groups
+        file_sets.append(FileSet(name, tuple(by[c][0] for c in channels), tuple(channels)))
+    return file_sets
 
 
 def in_order(channels: Iterable[str]) -> list[str]:
