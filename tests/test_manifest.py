@@ -35,13 +35,13 @@ def write(folder, text: str):
 
 def test_a_row_is_an_image_and_says_what_the_file_does_not(folder):
     one, two = find_images(write(folder, "path,pixel_size,group,note\na.tif,0.5,007,x\nb.tif,,drug,\n"))
-    assert (one.name, one.files, one.pixel_size, one.group) == (
+    assert (one.name, one.files, one.pixel_size, one.condition) == (
         "a",
         (str(folder / "a.tif"),),
         (0.5, 0.5),
         "007",
     )
-    assert (two.name, two.pixel_size, two.group) == ("b", None, "drug")
+    assert (two.name, two.pixel_size, two.condition) == ("b", None, "drug")
 
 
 def test_rows_of_one_image_are_its_channels(folder):
@@ -55,7 +55,7 @@ def test_parquet_does_as_csv_does(folder):
     table = pd.DataFrame({"path": ["a.tif", "b.tif"], "pixel_size": [0.5, None], "group": ["one", None]})
     table.to_parquet(folder / "list.parquet")
     one, two = find_images(folder / "list.parquet")
-    assert (one.pixel_size, one.group, two.pixel_size, two.group) == ((0.5, 0.5), "one", None, None)
+    assert (one.pixel_size, one.condition, two.pixel_size, two.condition) == ((0.5, 0.5), "one", None, None)
 
 
 @pytest.mark.parametrize(
