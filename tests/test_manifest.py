@@ -102,7 +102,7 @@ def test_columns_that_are_not_used_are_named(folder):
         ("path,channel\na.tif,DNA\n", "row 2 has a channel, but no image"),
         ("path,image\na.tif,x\nb.tif,x\n", "image 'x' has 2 files"),
         ("path,image,channel\na.tif,x,DNA\nb.tif,x,DNA\n", "a channel of their own"),
-        ("path,image,channel,group\na.tif,x,D,1\nb.tif,x,E,2\n", "row 3: image 'x' has another group"),
+        ("path,image,channel,group\na.tif,x,D,1\nb.tif,x,E,2\n", "row 3: image 'x' has another condition"),
         ("path\n\n", "no picture"),
         ("", "is not a table"),
     ],

@@ -23,10 +23,6 @@ from daskcell.images.scenes import split_scenes
 from daskcell.images.sources import Source, find_channel
 from daskcell.storage import paths
 
-REQUESTS_AT_ONCE = 16
-"""Remote files that are looked at together."""
-
-
 Tell = Callable[[str], None]
 
 
@@ -146,7 +142,7 @@ def _marked(sources: list[Source]) -> list[tuple[Source, bool]]:
     first = [source.files[0] for source in sources]
     if not any(paths.is_remote(file) for file in first):
         return [(source, may_be_stack(file)) for source, file in zip(sources, first, strict=True)]
-    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+    with ThreadPoolExecutor(paths.REQUESTS_AT_ONCE) as pool:
         return list(zip(sources, pool.map(may_be_stack, first), strict=True))
 
 

@@ -21,7 +21,8 @@ SHOWN = 8
 
 
 def split_scenes(source: Source, chosen: Chosen = "all") -> list[Source]:
-    """One source for each image that the file of `source` holds, or for those that are chosen.
+    """One source for each image that the file of `source` holds, or for those that are chosen; of each, the
+    `Source.companions` are known.
 
     Where there are several, each is named after the file and the scene: its name where it has one of its own,
     else its number, counted from 0. `source` itself is returned where there is one, or the file cannot be
@@ -35,7 +36,11 @@ def split_scenes(source: Source, chosen: Chosen = "all") -> list[Source]:
     first = source.files[0]
     try:
         folders = images_within(first) if is_zarr_folder(first) else []
-        names = folders or _names(replace(source, files=source.files[:1], file_channels=None, take=None))
+        if folders:
+            names: Sequence[str] = folders
+        else:
+            names, companions = _contents(replace(source, files=(first,), file_channels=None, take=None))
+            source = replace(source, companions=companions)
     except DaskcellError:
         return [source]
     if len(names) < 2 and not folders:
@@ -54,8 +59,8 @@ def split_scenes(source: Source, chosen: Chosen = "all") -> list[Source]:
     return found
 
 
-def _names(source: Source) -> Sequence[str]:
-    """Names of the images in a file, of which the first may be missing."""
+def _contents(source: Source) -> tuple[Sequence[str], tuple[str, ...]]:
+    """Names of the images in a file, of which the first may be missing, and the other files that it names."""
     while True:
         try:
             reader = open_safely(source)
@@ -63,7 +68,8 @@ def _names(source: Source) -> Sequence[str]:
             source = replace(source, scene=source.scene + 1)
         else:
             reader.close()
-            return reader.scenes
+            own = paths.realpath(source.files[0])
+            return reader.scenes, tuple(sorted(file for file in reader.files if file != own))
 
 
 def scene_labels(names: Sequence[str]) -> list[str]:

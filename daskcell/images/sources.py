@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from daskcell.errors import InputError
+from daskcell.errors import ImageError, InputError
 from daskcell.images.filename_channels import matching_channels
 from daskcell.images.readers import ZChoice
 from daskcell.storage import paths
@@ -38,6 +38,8 @@ class Source:
     """What tells it from the other images of its file: the name of a scene, or its number."""
     condition: str | None = None
     """What a manifest says it belongs to, such as a treatment; changes nothing."""
+    companions: tuple[str, ...] = ()
+    """Files that are read besides, since `files` name them: those of a multi-file OME-TIFF, of a slide."""
     said: tuple[str, ...] = ()
     """What else a manifest says of it and the settings do not: part of the content keys."""
 
@@ -47,16 +49,21 @@ class Source:
             return self.files[0]
         return self.files[find_channel(channel, self.file_channels, self)]
 
+    @property
+    def all_files(self) -> tuple[str, ...]:
+        """Every file or Zarr folder that is read."""
+        return self.files + self.companions
+
     def identity(self) -> str:
-        """Hash of what decides the pixels: the files (name, size, time of change) and how they are read."""
+        """Hash of what decides the pixels: all files (name, size, time or ETag) and how they are read."""
         parts: list[str] = [
             repr((self.file_channels, self.take, self.pixel_size, self.t, self.z, self.axes, self.scene))
         ]
-        for file in self.files:
-            names = ("zarr.json", ".zattrs") if paths.is_folder(file) else ()
-            for one in [paths.join(file, name) for name in names] or [file]:
-                with contextlib.suppress(FileNotFoundError):
-                    parts.append(" ".join(map(str, (PurePath(one).name, *paths.version(one)))))
+        for file in self.all_files:
+            with contextlib.suppress(
+                FileNotFoundError, ImageError
+            ):  # what is missing is said when it is read
+                parts.append(repr((PurePath(file).name, sorted(paths.versions_below(file).items()))))
         return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()
 
 

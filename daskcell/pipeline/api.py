@@ -323,10 +323,10 @@ def _is_same(source: Source, known: list[dict[str, Any]]) -> bool:
     """Whether a slide of these `known` files is `source`: a file is the same, or they were moved."""
     if {file["path"] for file in known} & set(source.files):
         return True
-    if [PurePath(file).name for file in source.files] != [file["name"] for file in known]:
+    if [PurePath(file).name for file in source.all_files] != [file["name"] for file in known]:
         return False
     found = identify(
-        source.files, (one | {"path": file} for one, file in zip(known, source.files, strict=True))
+        source.all_files, (one | {"path": file} for one, file in zip(known, source.all_files, strict=True))
     )
     return [file["digest"] for file in found] == [file["digest"] for file in known]
 

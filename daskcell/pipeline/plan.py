@@ -155,7 +155,7 @@ def make_plan(study: Study | None, out: Path, jobs: list[Job], config: Config) -
 def _slide(study: Study | None, job: Job, config: Config) -> SlidePlan:
     name = job.slide
     ledger = study.ledger(name) if study else Ledger(Path("nowhere"), name)
-    known = unchanged(job.source.files, ledger.files, job.source.said)
+    known = unchanged(job.source.all_files, ledger.files, job.source.said)
     keys = slide_keys(config, ledger.files, job.weights, study.grouping if study else None)
     damaged = damage(ledger, study) if study else {}
     reasons: dict[str, str] = {}

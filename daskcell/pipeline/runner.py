@@ -326,7 +326,7 @@ class Run:
 def _weight(source: Source) -> float:
     """Bytes of the input, as far as they are known before it is opened."""
     total = 0.0
-    for file in source.files:
+    for file in source.all_files:
         with contextlib.suppress(OSError, DaskcellError):
             if paths.is_folder(file):  # an OME-Zarr: its own size says nothing
                 info = image_info(file)

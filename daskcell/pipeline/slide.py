@@ -84,7 +84,7 @@ class Outcome:
 def missing_stages(job: Job, study: Study) -> list[str]:
     """Stages of `job` that are still to do, told by small files alone; all of them if the input changed."""
     ledger = study.ledger(job.slide)
-    if job.clusters is None and not unchanged(job.source.files, ledger.files, job.source.said):
+    if job.clusters is None and not unchanged(job.source.all_files, ledger.files, job.source.said):
         return list(job.stages)
     keys = job.keys(ledger)
     found = {stage for stage in job.stages if not ledger.is_done(stage, keys[stage])}
@@ -143,7 +143,7 @@ def process_slide(
         if limit is not None and (pixels := math.prod(header(job, ledger)[0][1:])) > limit:
             return Outcome(job.slide, pixels, too_large=True)
         if job.clusters is None:
-            files = identify(job.source.files, ledger.files, job.source.said)
+            files = identify(job.source.all_files, ledger.files, job.source.said)
             if files != ledger.files:
                 ledger.files = files
                 ledger.save()
@@ -199,7 +199,7 @@ def trace(error: BaseException) -> str:
 def header(job: Job, ledger: Ledger) -> tuple[tuple[int, int, int], int]:
     """``(C, Y, X)`` of a slide and bytes a pixel, from the ledger where it was opened before."""
     converted = ledger.read(Converted)
-    known = job.clusters is not None or unchanged(job.source.files, ledger.files, job.source.said)
+    known = job.clusters is not None or unchanged(job.source.all_files, ledger.files, job.source.said)
     if converted is not None and known:
         return converted.shape, np.dtype(converted.dtype or "u1").itemsize
     reader = open_safely(job.source)

@@ -13,6 +13,8 @@ import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
@@ -25,6 +27,8 @@ GAP_BYTES = 2**17
 """Ranges closer than this are one request, which takes longer than this many bytes."""
 RANGE_BYTES = 2**23
 """Longer ranges are fetched in parts, at the same time."""
+REQUESTS_AT_ONCE = 16
+"""Remote files that are looked at together."""
 
 ZARR_NAMES = ("zarr.json", ".zgroup", ".zattrs", ".zarray")
 """Metadata files, one of which lies in every group and array of Zarr."""
@@ -219,13 +223,26 @@ def version(path: str) -> tuple[int, int | str]:
 
 
 def versions_below(path: str) -> dict[str, tuple[int, int | str]]:
-    """`version` of every object whose key begins with `path` and a slash; or of `path` alone, as ``""``."""
-    if _is_web(path) and (names := holding(path, ZARR_NAMES)):
-        # There is no listing: replaced metadata are noticed, replaced chunks are not.
-        return {name: version(join(path, name)) for name in sorted(names)}
+    """`version` of every file below the folder `path` by its relative name; of a file, its own as ``""``.
+
+    A web server lists no folder: there, a Zarr image consists of the metadata and chunks of its levels.
+    """
+    if not is_remote(path):
+        if not os.path.isdir(path):
+            return {"": version(path)}
+        files = [join(folder, name) for folder, _, names in os.walk(path) for name in names]
+        return {os.path.relpath(file, path): version(file) for file in sorted(files)}
+    if _is_web(path):
+        files = _zarr_files(path) or [""]
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+            versions = pool.map(lambda name: _version_or_none(join(path, name) if name else path), files)
+            found = {name: one for name, one in zip(files, versions, strict=True) if one is not None}
+        if not found:
+            raise ImageError(f"There is no file or folder {path}.")
+        return found
     with remote_errors(path):
         fs, inner = _at(path)
-        found = {inner: fs.info(inner)} if _is_web(path) else fs.find(inner, detail=True)
+        found = fs.find(inner, detail=True)
         if not found:
             raise FileNotFoundError(path)
         return {name.removeprefix(inner).lstrip("/"): _version(one) for name, one in sorted(found.items())}
@@ -362,6 +379,41 @@ def _spans(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 def _is_web(path: str) -> bool:
     return path.startswith(("http://", "https://"))
+
+
+def _zarr_files(path: str) -> list[str]:
+    """Relative names that the files of a Zarr array, or of the levels of an OME-Zarr image, may have; none if
+    `path` is neither."""
+    import zarr
+
+    names = sorted(holding(path, ZARR_NAMES))
+    if not names:
+        return []
+    with remote_errors(path), contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+        node = zarr.open(path, mode="r", use_consolidated=False)
+        arrays: dict[str, Any] = {"": node}
+        if isinstance(node, zarr.Group):
+            attributes: dict[str, Any] = dict(node.attrs)
+            scales = attributes.get("ome", attributes)["multiscales"]
+            levels = [str(level["path"]) for scale in scales for level in scale["datasets"]]
+            arrays = {level: node[level] for level in levels if level in node}
+        for level, array in arrays.items():
+            files = [*(ZARR_NAMES if level else ()), *_chunk_names(array)]
+            names += [join(level, name) if level else name for name in files]
+    return names
+
+
+def _chunk_names(array: Any) -> Iterator[str]:
+    sides = array.shards or array.chunks
+    counts = [-(-length // side) for length, side in zip(array.shape, sides, strict=True)]
+    return (array.metadata.encode_chunk_key(at) for at in product(*map(range, counts)))
+
+
+def _version_or_none(path: str) -> tuple[int, int | str] | None:
+    try:
+        return version(path)
+    except FileNotFoundError:
+        return None
 
 
 def _ls(folder: str) -> dict[str, dict[str, Any]]:

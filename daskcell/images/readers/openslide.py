@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 from daskcell.geometry import Box, check_inside
 from daskcell.images.readers import ZChoice
 from daskcell.storage import paths
+from daskcell.storage.atomic import files_of
 
 PIECE = 512
 """Side in pixels of what is asked for at once, where the slide does not say its tiles."""
@@ -33,7 +36,7 @@ class OpenSlideReader:
         self.is_rgb = True
         self.sizes = {"t": 1, "z": 1}
         self.scenes = ("",)
-        self.files = (paths.realpath(path),)
+        self.files = tuple(files_of_slide(path))
         tile = [properties.get(f"openslide.level[0].tile-{side}", PIECE) for side in ("height", "width")]
         self.piece = (int(tile[0]), int(tile[1]))
 
@@ -49,6 +52,22 @@ class OpenSlideReader:
 
     def close(self) -> None:
         self.slide.close()
+
+
+def files_of_slide(path: str) -> list[str]:
+    """The files of a slide: of MRXS those in the folder of its name, of VMS and VMU those that it lists."""
+    real = paths.realpath(path)
+    stem, suffix = os.path.splitext(real)
+    found = {real}
+    if suffix.lower() == ".mrxs":
+        found.update(map(str, files_of(Path(stem))) if os.path.isdir(stem) else ())
+    elif suffix.lower() in (".vms", ".vmu"):
+        folder = os.path.dirname(real)
+        with builtins.open(real, encoding="utf-8", errors="replace") as lines:
+            values = (line.partition("=")[2].strip() for line in lines)
+            listed = (os.path.join(folder, value) for value in values if value)
+            found.update(paths.realpath(file) for file in listed if os.path.isfile(file))
+    return sorted(found)
 
 
 def open(path: str, *, t: int = 0, z: ZChoice = "max") -> OpenSlideReader:
