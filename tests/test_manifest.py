@@ -8,7 +8,7 @@ import pytest
 import tifffile
 
 from daskcell.errors import ImageError, InputError
-from daskcell.images import find_images
+from daskcell.images import find_images, open_image
 from daskcell.images.manifest import read_manifest
 from daskcell.pipeline import run
 
@@ -181,3 +181,46 @@ def test_inputs_of_other_kinds_are_refused(tmp_path, inputs):
     with pytest.raises(InputError):
         run(inputs, tmp_path / "out", SETTINGS)
     assert not (tmp_path / "out" / "study.json").exists()
+
+
+@pytest.fixture
+def positions(tmp_path):
+    """An OME-TIFF with three images, named A1, A2 and B1, of values 1 to 3."""
+    with tifffile.TiffWriter(tmp_path / "p.ome.tif", ome=True) as file:
+        for value, name in enumerate(("A1", "A2", "B1"), 1):
+            file.write(np.full((40, 50), value, np.uint8), metadata={"axes": "YX", "Name": name})
+    return tmp_path
+
+
+def values(sources) -> dict[str, int]:
+    return {source.name: int(open_image(source).data.compute().max()) for source in sources}
+
+
+def test_a_row_names_a_scene_of_its_file(positions):
+    text = "path,Scene,image,group\np.ome.tif,B1,,x\np.ome.tif,0,first,y\n"
+    sources = find_images(write(positions, text))
+    assert values(sources) == {"p_B1": 3, "first": 1}
+    assert [source.condition for source in sources] == ["x", "y"]
+
+
+def test_rows_may_name_some_scenes_and_leave_others_to_the_settings(positions):
+    tifffile.imwrite(positions / "a.tif", picture())
+    pd.DataFrame({"path": ["p.ome.tif", "a.tif"], "series": [2, None]}).to_parquet(positions / "list.parquet")
+    assert list(values(find_images(positions / "list.parquet"))) == ["p_2", "a"]
+    assert values(find_images(write(positions, "path\np.ome.tif\n"))) == {"p_A1": 1, "p_A2": 2, "p_B1": 3}
+    assert values(find_images(write(positions, "path,scene\np.ome.tif,A*\n"))) == {"p_A1": 1, "p_A2": 2}
+
+
+@pytest.mark.parametrize("file", ["p.ome.tif", "a.tif"])
+def test_a_scene_that_a_file_has_not_is_refused(positions, file):
+    tifffile.imwrite(positions / "a.tif", picture())
+    with pytest.raises(ImageError, match=r"none of them is 'C9'. Please name others in its row"):
+        find_images(write(positions, f"path,scene\n{file},C9\n"))
+    assert len(find_images(write(positions, f"path,scene\n{file},0\n"))) == 1
+
+
+def test_channels_of_one_image_are_of_one_scene(positions):
+    text = "path,image,channel,scene\np.ome.tif,x,D,A1\na.tif,x,E,A2\n"
+    tifffile.imwrite(positions / "a.tif", picture())
+    with pytest.raises(ImageError, match="has another scene than in row 2"):
+        find_images(write(positions, text))

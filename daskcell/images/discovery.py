@@ -101,7 +101,7 @@ def find_images(
                 find_channel(name, source.file_channels, source)
     sources = []
     for source, may_be_several in _marked(whole):
-        for scene in split_scenes(source, settings.scenes) if may_be_several else [source]:
+        for scene in _scenes(source, may_be_several, settings):
             sources += _planes(scene, may_be_several, settings)
     unique = names.unique_names(source.name for source in sources)
     return [replace(source, name=name) for source, name in zip(sources, unique, strict=True)]
@@ -144,6 +144,14 @@ def _marked(sources: list[Source]) -> list[tuple[Source, bool]]:
         return [(source, may_be_stack(file)) for source, file in zip(sources, first, strict=True)]
     with ThreadPoolExecutor(paths.REQUESTS_AT_ONCE) as pool:
         return list(zip(sources, pool.map(may_be_stack, first), strict=True))
+
+
+def _scenes(source: Source, may_be_several: bool, settings: InputSettings) -> list[Source]:
+    """One source for each scene that a manifest says, or else the settings."""
+    if source.part:
+        found = split_scenes(source, [source.part], required="its row of the manifest")
+        return [replace(found[0], name=source.name)] if len(found) == 1 else found
+    return split_scenes(source, settings.scenes) if may_be_several else [source]
 
 
 def _planes(source: Source, is_stack: bool, settings: InputSettings) -> list[Source]:

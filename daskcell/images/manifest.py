@@ -4,6 +4,7 @@
     image           its name; files of one name are one image, with one file a channel
     channel         what the file shows, where there is one file a channel
     channels        the channels to take of a file with several: ``DNA;actin``
+    scene           name, or number counted from 0, of an image in a file that holds several
     pixel_size      micrometres; or ``pixel_size_y`` and ``pixel_size_x``
     condition       anything, such as a treatment: the column `group` of the cells
 
@@ -14,6 +15,7 @@ Only `path` is needed. Letter case, spaces, hyphens and a unit in parentheses do
 from __future__ import annotations
 
 import difflib
+import glob
 import os
 import re
 from collections.abc import Callable
@@ -43,6 +45,7 @@ COLUMNS = {
     "image": ("image", "image_name", "imagename", "image_id", "slide"),
     "channel": ("channel", "channel_name", "channelname"),
     "channels": ("channels", "channel_names"),
+    "scene": ("scene", "scene_name", "scene_index", "series", "series_name", "series_index"),
     "pixel_size": ("pixel_size", "pixelsize", "pixel_size_um", "mpp"),
     "pixel_size_y": ("pixel_size_y", "pixelsize_y", "pixel_size_y_um", "mpp_y"),
     "pixel_size_x": ("pixel_size_x", "pixelsize_x", "pixel_size_x_um", "mpp_x"),
@@ -79,7 +82,10 @@ def read_manifest(path: str, tell: Callable[[str], None] | None = None) -> list[
         values["path"] = values["path"] if paths.is_remote(values["path"]) else os.path.normpath(file)
         if not paths.exists(values["path"]):
             raise ImageError(f"{path}, row {number}: there is no file {values['path']}.")
-        name = values.get("image") or (stem(values["path"]) if "channel" not in values else "")
+        # Numbers beside empty cells are floats in Parquet.
+        scene = values["scene"] = re.sub(r"(?<=\d)\.0$", "", values.get("scene", ""))
+        own_name = stem(values["path"]) + (f"_{scene}" if scene and not glob.has_magic(scene) else "")
+        name = values.get("image") or (own_name if "channel" not in values else "")
         if not name:
             raise ImageError(f"{path}, row {number} has a channel, but no image that it is one of.")
         # Without a name of its own, every row is an image; `find_images` keeps equal names apart.
@@ -155,7 +161,7 @@ def _source(path: str, name: str, rows: list[tuple[int, dict[str, str]]]) -> Sou
     number, first = rows[0]
     where = f"{path}, row {number}"
     for other, values in rows:
-        for column in ("channels", "pixel_size", "pixel_size_y", "pixel_size_x", "condition"):
+        for column in ("channels", "scene", "pixel_size", "pixel_size_y", "pixel_size_x", "condition"):
             if values.get(column) != first.get(column):
                 raise ImageError(
                     f"{path}, row {other}: image '{name}' has another {column} than in row {number}."
@@ -176,6 +182,9 @@ def _source(path: str, name: str, rows: list[tuple[int, dict[str, str]]]) -> Sou
         file_channels,
         take,
         size,
+        part=re.sub(
+            r"(?<=\d)\.0$", "", first.get("scene", "")
+        ),  # a number, in a table where others have none
         condition=first.get("condition"),
         said=said,
     )

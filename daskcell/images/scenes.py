@@ -20,13 +20,22 @@ SHOWN = 8
 """Names that a sentence lists."""
 
 
-def split_scenes(source: Source, chosen: Chosen = "all") -> list[Source]:
+def split_scenes(source: Source, chosen: Chosen = "all", *, required: str | None = None) -> list[Source]:
     """One source for each image that the file of `source` holds, or for those that are chosen; of each, the
     `Source.companions` are known.
 
     Where there are several, each is named after the file and the scene: its name where it has one of its own,
     else its number, counted from 0. `source` itself is returned where there is one, or the file cannot be
     read, which is said when it is converted.
+
+    Parameters
+    ----------
+    source
+        Whose first file is opened.
+    chosen
+        Names (patterns with ``*``) or numbers of scenes.
+    required
+        Where the choice was made for this file alone, as errors say it: it must fit a file of one scene too.
 
     Raises
     ------
@@ -43,11 +52,13 @@ def split_scenes(source: Source, chosen: Chosen = "all") -> list[Source]:
             source = replace(source, companions=companions)
     except DaskcellError:
         return [source]
-    if len(names) < 2 and not folders:
-        return [source]
     labels = scene_labels(names)
+    if len(names) < 2 and not folders:
+        if required:
+            _positions(first, names, labels, chosen, required)
+        return [replace(source, part="")]
     found = []
-    for number in _positions(first, names, labels, chosen):
+    for number in _positions(first, names, labels, chosen, required or "input.scenes"):
         part = names[number] if folders else labels[number]
         scene = replace(source, name=f"{source.name}_{labels[number]}", part=part)
         if folders:
@@ -87,7 +98,9 @@ def list_scenes(names: Sequence[str]) -> str:
     return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN} more"
 
 
-def _positions(file: str, names: Sequence[str], labels: Sequence[str], chosen: Chosen) -> list[int]:
+def _positions(
+    file: str, names: Sequence[str], labels: Sequence[str], chosen: Chosen, place: str
+) -> list[int]:
     if chosen == "all":
         return list(range(len(names)))
     found = [
@@ -98,7 +111,7 @@ def _positions(file: str, names: Sequence[str], labels: Sequence[str], chosen: C
     if not found:
         raise ImageError(
             f"{file} holds {len(names)} images ({list_scenes(labels)}); none of them is "
-            f"{' or '.join(map(repr, chosen))}. Please name others in input.scenes."
+            f"{' or '.join(map(repr, chosen))}. Please name others in {place}."
         )
     return found
 
