@@ -15,6 +15,9 @@ A `DaskcellError` is for what a user did; `assert` is for our own invariants.
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 
 class DaskcellError(Exception):
     """Base of all errors a user can mend."""
@@ -54,3 +57,11 @@ class MemoryWarning(UserWarning):
 
 class DriftWarning(UserWarning):
     """New cells lie far from those a model was fitted on: what their groups mean is in doubt."""
+
+
+def warn(sentence: str, category: type[Warning] = InputWarning) -> None:
+    """Warn at the line outside this package that called it, however deep the call is."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "daskcell":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(sentence, category, stacklevel=level)

@@ -226,7 +226,7 @@ def test_the_command_writes_a_flat_field_that_a_run_can_use(tmp_path):
 @pytest.mark.parametrize(
     ("pictures", "named"),
     [
-        ([np.ones((1, 40, 40))] * 2, "2 picture"),
+        ([np.ones((1, 40, 40))] * 2, "2 image"),
         ([np.ones((1, 40, 40))] * 2 + [np.ones((1, 40, 41))], "40, 41"),
         ([np.zeros((1, 40, 40))] * 3, "no light"),
     ],

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,12 +45,12 @@ def export_crops(
     workers: Workers | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Write every cell of a study as a small picture of its own.
+    """Write every cell of a study as a small image of its own.
 
     Parameters
     ----------
     study : Study or path
-        Cells must have been described; clusters are told where there are any.
+        Cells must have been described; where they were clustered, their clusters are written too.
     out : path
         New or empty folder, or one with the same export that was cut off, which is continued.
     format : {"parquet", "png"}
@@ -57,33 +58,41 @@ def export_crops(
         and ``centroid-1`` in pixels, ``cluster`` (-1: none) and ``image``, a PNG. ``png``, for small studies:
         files ``cluster-<c>/<slide>-<label>.png``, and `cells.csv` with the same columns and the file.
     size : int
-        Side of the pictures; None: the encoder's, so that the pictures are those the features were made from
-        (rounded to 8 bits).
+        Side of the images in pixels; None: the encoder's, so that the images are those the features were made
+        from (rounded to 8 bits).
     slides : list of str
-        Only these.
+        Names of the slides to export; None: all.
     workers : Workers
         None: this process.
     progress : callable
-        Told how many cells of how many are done, of the slide at hand.
+        Called with the number of cells that are done and that of all, of the present slide.
 
     Returns
     -------
     int
-        Cells written.
+        Number of cells written.
 
     Raises
     ------
     StudyError
         A slide has not been described yet.
     InputError
-        `out` holds something else, or there is no such slide or format.
+        `study` is no study, `out` holds something else, or there is no such slide, format or size.
     """
     from daskcell.study import Study
 
-    study = study if isinstance(study, Study) else Study(Path(study))
-    out = Path(out)
+    for name, value in (("study", study), ("out", out)):
+        if not isinstance(value, Study | str | os.PathLike):
+            kind = type(value).__name__
+            raise InputError(f"{name} must be a folder{' or a Study' * (name == 'study')}, not a {kind}.")
     if format not in ("parquet", "png"):
         raise InputError(f"format must be 'parquet' or 'png', not {format!r}.")
+    if size is not None and (isinstance(size, bool) or not isinstance(size, Integral) or size < 1):
+        raise InputError(f"size must be a number of pixels from 1 on, not {size!r}.")
+    if isinstance(slides, str):
+        slides = [slides]
+    study = study if isinstance(study, Study) else Study(Path(study))
+    out = Path(out)
     chosen = study.slides if slides is None else list(slides)
     for name in chosen:
         if name not in study.slides:

@@ -9,13 +9,12 @@ mean something else.
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from daskcell.errors import InputError, InputWarning
+from daskcell.errors import InputError, warn
 from daskcell.images.axes import axes_of_names, choose_axes, dimension_names, note_of, to_cyx
 
 
@@ -59,7 +58,7 @@ def as_image(
     found = choose_axes(shape, what, said)
     note = note_of(shape, found, what) if said is None else None
     if note is not None:
-        warnings.warn(note, InputWarning, stacklevel=3)
+        warn(note)
     return NamedArray(to_cyx(given.data, found, what), tuple("CYX"), given.channels)
 
 

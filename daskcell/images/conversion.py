@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import lru_cache, partial
@@ -21,7 +20,7 @@ import numpy as np
 import zarr
 
 from daskcell.config import InputSettings
-from daskcell.errors import DaskcellError, MemoryWarning
+from daskcell.errors import DaskcellError, MemoryWarning, warn
 from daskcell.geometry import Box, Grid
 from daskcell.images import metadata, store
 from daskcell.images.levels import Level, downscale_block, halved_box, plan_levels
@@ -127,11 +126,10 @@ def _announce(source: Source, reader: Reader) -> None:
     size = height * width * len(reader.channels) * reader.dtype.itemsize
     whole = height >= reader.levels[0][0] and width >= reader.levels[0][1]
     if whole and size > MEMORY_BYTES // 8 and size > sum(paths.version(f)[0] for f in source.files):
-        warnings.warn(
+        warn(
             f"{', '.join(source.files)} is one compressed piece, which every task must read as a whole: that "
             f"takes {2 * size / 1e9:.1f} GB and time, and would not if it were saved in tiles or strips.",
             MemoryWarning,
-            stacklevel=3,
         )
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import glob
 import os
 import posixpath
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 from daskcell.config import InputSettings
-from daskcell.errors import DaskcellError, ImageError, InputWarning
+from daskcell.errors import DaskcellError, ImageError, warn
 from daskcell.images import derived
 from daskcell.images import filename_channels as names
 from daskcell.images.manifest import is_manifest, read_manifest
@@ -48,7 +47,7 @@ def find_images(
         If there is none, a name does not exist, or a channel is missing or there twice.
     """
     settings = settings or InputSettings()
-    say = tell or _warn
+    say = tell or warn
     tell = lambda sentence: say(paths.printable(sentence))  # noqa: E731
     file_sets: list[names.FileSet] = []
     if isinstance(inputs, (str, Path)):
@@ -181,10 +180,6 @@ def _planes(source: Source, is_stack: bool, settings: InputSettings) -> list[Sou
 def _may_be_folder(file: str) -> bool:
     """False only where asking would be a request for each of many files."""
     return not (paths.is_remote(file) and file.lower().endswith(suffixes()))
-
-
-def _warn(sentence: str) -> None:
-    warnings.warn(sentence, InputWarning, stacklevel=3)
 
 
 def _matched(pattern: str, found: Iterable[str], tell: Tell) -> dict[str, list[str]]:

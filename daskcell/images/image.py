@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from daskcell.config import InputSettings
-from daskcell.errors import ImageError, InputError, InputWarning
+from daskcell.errors import ImageError, InputError, warn
 from daskcell.geometry import Box
 from daskcell.images.discovery import find_images
 from daskcell.images.reader_process import open_safely
@@ -78,7 +77,7 @@ def open_image(
     source = find_image(path, settings, scene)
     reader = open_safely(source)
     for note in getattr(reader, "notes", ()):
-        warnings.warn(note, InputWarning, stacklevel=2)
+        warn(note)
     try:
         image = _lazy(source, reader)
     finally:
@@ -125,7 +124,7 @@ def convert(
         with start_workers(client=client) as workers:
             report = convert_slide(source, dst, workers, settings)
     for note in report.get("notes", ()):
-        warnings.warn(note, InputWarning, stacklevel=2)
+        warn(note)
     return open_image(dst)
 
 

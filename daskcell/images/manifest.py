@@ -182,9 +182,7 @@ def _source(path: str, name: str, rows: list[tuple[int, dict[str, str]]]) -> Sou
         file_channels,
         take,
         size,
-        part=re.sub(
-            r"(?<=\d)\.0$", "", first.get("scene", "")
-        ),  # a number, in a table where others have none
+        part=first["scene"],
         condition=first.get("condition"),
         said=said,
     )

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import os
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -20,8 +19,8 @@ from daskcell.errors import (
     DriftWarning,
     ImageError,
     InputError,
-    InputWarning,
     StudyError,
+    warn,
 )
 from daskcell.evaluation.truth import FILE as SCORES
 from daskcell.evaluation.truth import read_truth, score_study
@@ -147,7 +146,7 @@ def assign(
     study = _go(inputs, out, settings, client, given, progress, retry_failed, truth)
     for sentence in (given.outdated(), *drift_sentences(study)):
         if sentence:
-            warnings.warn(sentence, DriftWarning, stacklevel=2)
+            warn(sentence, DriftWarning)
     return study
 
 
@@ -169,7 +168,7 @@ def _go(
     known = check_folder(out)
     _check_kind(out, known, model)
     weights = fingerprints(settings)
-    tell = progress.say if progress is not None else _warn
+    tell = progress.say if progress is not None else warn
     progress = progress or Progress()
     with _nothing_left_behind(out, new=known is None), contextlib.ExitStack() as stack:
         lock = Lock(out)
@@ -202,10 +201,6 @@ def _go(
         sweep(out)
         bring_report_up_to_date(study)
     return Study(out)
-
-
-def _warn(sentence: str) -> None:
-    warnings.warn(sentence, InputWarning, stacklevel=4)
 
 
 def _check_kind(out: Path, known: Mapping[str, Any] | None, model: Given | None) -> None:

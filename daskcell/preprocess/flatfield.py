@@ -1,4 +1,4 @@
-"""The flat field of a camera, from many pictures it took."""
+"""The flat field of a microscope, from many of its images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from daskcell.errors import InputError
 from daskcell.geometry import Box
-from daskcell.images.arrays import plain
+from daskcell.images.arrays import NamedArray, as_image, plain
 from daskcell.preprocess.coarse_grid import Lattice
 from daskcell.preprocess.dtypes import check_finite, working_dtype
 from daskcell.preprocess.steps import smooth
@@ -22,40 +22,45 @@ _SIGMA = 1.0
 _LEAST = 3
 
 
-def estimate_flat(pictures: Any, dark: float = 0.0) -> np.ndarray:
-    """How the light of one microscope falls off towards the corners, from pictures of different places.
+def estimate_flat(pictures: Any, dark: float = 0.0, *, axes: str | None = None) -> np.ndarray:
+    """Estimate the flat field of a microscope, its fall-off of light, from images of different places.
 
-    Each picture is averaged over small cells and divided by its own mean light; of every cell the median over
-    all pictures is taken, so that what lies there in a few of them does not count, and smoothed. More
-    pictures give a better field: dozens where cells are sparse, hundreds where they are dense.
+    Each image is averaged over small tiles and divided by its mean intensity. The median over all images of
+    each tile, which ignores what lies there in a few of them, is smoothed. More images give a better field:
+    dozens where cells are sparse, hundreds where they are dense.
 
     Parameters
     ----------
-    pictures : path of a folder or a pattern, or an iterable of arrays ``(C, Y, X)`` or paths
-        Of one size and as many channels; read one at a time, in any order.
+    pictures : path, or iterable of arrays or paths
+        A folder or pattern; or images ``(C, Y, X)`` or ``(Y, X)``, or an array that stacks them along its
+        first axis. All have one size and number of channels. Read one at a time, in any order.
     dark : float
-        What the camera gives without light.
+        Intensity that the camera gives without light.
+    axes : str, optional
+        Order of the axes of each array, such as ``"YXC"``.
 
     Returns
     -------
-    array ``(C, Y, X)`` float32
-        An empty field as the camera would see it, `dark` included: the ``flat`` of `correct_background`.
+    numpy.ndarray
+        ``(C, Y, X)`` float32: an empty field as the camera would see it, `dark` included. It is the ``flat``
+        of `correct_background`.
 
     Raises
     ------
     InputError
-        For fewer than three pictures, pictures of different sizes, or without light.
+        For fewer than three images, images of different sizes or without light, arrays that are no images,
+        and where nothing tells which of their axes is which.
     """
     means: list[np.ndarray] = []
     levels: list[np.ndarray] = []
     shape: tuple[int, ...] | None = None
-    for number, picture in enumerate(_each(pictures), start=1):
+    for number, picture in enumerate(_each(pictures, axes), start=1):
         if shape is None:
             shape = picture.shape
         if picture.shape != shape:
             raise InputError(
-                f"Picture {number} has shape {picture.shape}, but the first {shape}: a flat field comes from "
-                "pictures of one size."
+                f"Image {number} has shape {picture.shape}, but the first {shape}: a flat field comes from "
+                "images of one size."
             )
         check_finite(picture)
         lattice = Lattice((shape[1], shape[2]), max(1, max(shape[1:]) // _CELLS))
@@ -63,11 +68,11 @@ def estimate_flat(pictures: Any, dark: float = 0.0) -> np.ndarray:
         light = np.stack([lattice.means(plane, whole) for plane in picture]) - dark
         level = light.mean(axis=(1, 2), keepdims=True)
         if not (level > 0).all():
-            raise InputError(f"Picture {number} has no light above dark = {dark:g}: leave it out.")
+            raise InputError(f"Image {number} has no light above dark = {dark:g}: please leave it out.")
         means.append((light / level).astype(np.float32))
         levels.append(level)
     if len(means) < _LEAST or shape is None:
-        raise InputError(f"A flat field needs {_LEAST} pictures or more, not {len(means)} picture(s).")
+        raise InputError(f"A flat field needs {_LEAST} images or more, not {len(means)} image(s).")
     field = smooth(np.median(np.stack(means), axis=0), _SIGMA)
     cells = Box(0, 0, *field.shape[1:])
     spread = np.stack([lattice.spread(plane.astype(np.float64), cells, whole) for plane in field])
@@ -75,23 +80,23 @@ def estimate_flat(pictures: Any, dark: float = 0.0) -> np.ndarray:
     return (spread + dark).astype(np.float32)
 
 
-def _each(pictures: Any) -> Iterator[np.ndarray]:
+def _each(pictures: Any, axes: str | None) -> Iterator[np.ndarray]:
+    """The images ``(C, Y, X)``, one after the other."""
     from daskcell import images
 
     if isinstance(pictures, str | os.PathLike):
         pictures = images.find_images(os.fspath(pictures))
-    if hasattr(pictures, "chunks"):
-        pictures = plain(pictures, "pictures").data
+    elif hasattr(pictures, "shape") and not type(pictures).__module__.startswith("pandas"):
+        stack = plain(pictures, "The stack of images")
+        if stack.data.ndim not in (3, 4):
+            raise InputError(f"A stack of shape {stack.data.shape} holds no images (C, Y, X) or (Y, X).")
+        pictures = [NamedArray(data, stack.dims and stack.dims[1:]) for data in stack.data]
     if not isinstance(pictures, Iterable):
-        raise InputError(f"A flat field comes from pictures or a folder of them, not from {pictures!r}.")
-    for one in pictures:
-        pixels = one
-        if isinstance(one, str | os.PathLike):
-            pixels = images.open_image(os.fspath(one)).data
-        elif isinstance(one, images.Source):
-            pixels = images.open_image(one).data
-        pixels = np.asarray(plain(pixels, "An image").data)
-        pixels = pixels[None] if pixels.ndim == 2 else pixels
-        if pixels.ndim != 3 or 0 in pixels.shape:
-            raise InputError(f"A picture has shape {pixels.shape}, but must be (C, Y, X).")
+        raise InputError(f"A flat field comes from images or a folder of them, not from {pictures!r}.")
+    for number, one in enumerate(pictures, start=1):
+        if isinstance(one, str | os.PathLike | images.Source):
+            one = images.open_image(one)
+        pixels = np.asarray(as_image(one, f"Image {number}", axes).data)
+        if 0 in pixels.shape:
+            raise InputError(f"Image {number} has no pixels: its shape is {pixels.shape}.")
         yield np.ascontiguousarray(pixels.astype(working_dtype(pixels.dtype), copy=False))

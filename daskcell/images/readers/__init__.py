@@ -8,7 +8,6 @@ file's content, in this order: readers registered by other packages under the en
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from importlib.metadata import entry_points
@@ -18,7 +17,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from daskcell.errors import DaskcellError, ImageError
+from daskcell.errors import DaskcellError, ImageError, warn
 from daskcell.geometry import Box
 from daskcell.storage import paths
 
@@ -88,7 +87,7 @@ def kinds() -> tuple[Any, ...]:
             registered.append(point.load())
         except Exception as error:  # of another package: what it would read is not read, all else is
             message = f"The reader '{point.name}' ({point.value}) cannot be used: {error}."
-            warnings.warn(message, stacklevel=2)
+            warn(message, UserWarning)
     return (*registered, omezarr, array, tiff, *extras.KINDS, picture)
 
 
