@@ -60,6 +60,7 @@ def flat(
     """Find how a microscope's light falls off, from many pictures; for preprocess.background.flat."""
     import tifffile
 
+    from daskcell.images.derived import mark
     from daskcell.preprocess import estimate_flat
     from daskcell.storage.atomic import atomic_path
     from daskcell.storage.staging import refuse_existing
@@ -67,7 +68,9 @@ def flat(
     refuse_existing(out)
     field = estimate_flat(pictures, dark)
     with atomic_path(out) as part:
-        tifffile.imwrite(part, field, photometric="minisblack", metadata={"axes": "CYX"}, ome=True)
+        software = mark("flat field")
+        options = {"photometric": "minisblack", "metadata": {"axes": "CYX"}, "ome": True}
+        tifffile.imwrite(part, field, software=software, **options)
     print(f"{out}: use it with -s preprocess.background.flat={out} -s preprocess.background.dark={dark:g}")
 
 

@@ -1,17 +1,25 @@
 """Files beside images that are results, of daskcell or of other programs, and no images themselves.
 
-Told by names alone: a file is a result if its name is that of an image beside it (or of a set of files with
-one channel each) and a word of `RESULTS`, such as ``a_cp_masks.png`` beside ``a.tif``. Without such an image
-it counts as an image.
+Results of other programs are recognised by their names: that of an image beside them (or of a set of files
+with one channel each) and a word of `RESULTS`, such as ``a_cp_masks.png`` beside ``a.tif``. Without such an
+image, a file counts as an image.
+
+daskcell marks the image files that it writes (`mark`, in the tag Software of TIFF and PNG). Flat fields and
+overlays are never images; single channels and prepared images are, unless the image that they were made from
+is among the images too. So it is with OME-Zarr that daskcell wrote.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
+from daskcell.errors import ImageError
 from daskcell.images.filename_channels import stem, without_channel, without_ids
+from daskcell.images.readers import tiffpeek
 from daskcell.storage import paths
 
 RESULTS = (
@@ -34,12 +42,13 @@ FOLDERS = frozenset(
     ("masks", "mask", "labels", "label", "segmentation", "segmentations", "outlines", "annotations", "gt",
      "ground_truth", "groundtruth", "predictions", "cp_masks", "thumbs", "thumbnails")
 )  # fmt: skip
-"""Folders whose pictures are results if they have the names of images beside the folder."""
+"""Folders whose images are results if they have the names of images beside the folder."""
 _IMAGES = frozenset(("images", "image", "imgs", "img", "raw"))
 
 _WORDS = "|".join(re.sub("[ _-]", "[ _-]?", word) for word in RESULTS)
 _WHAT = r"(?:(?:cells?|nuc|nuclei|nucleus|nuclear|cyto|cytoplasm|membrane)[ _-]?)?"
 _RESULT = re.compile(rf"(?:(?P<image>.*?)[ _.-]+)?{_WHAT}(?:{_WORDS})", re.IGNORECASE)
+_OWN = "daskcell: "
 _CROPS = re.compile(r"[0-9a-f]{32}\.npy")
 
 
@@ -78,6 +87,50 @@ def results_in_folders(by_folder: Mapping[str, Sequence[str]], root: str) -> set
     return results
 
 
+def mark(kind: str, image: str = "") -> str:
+    """What daskcell writes as the software of an image file, in ASCII.
+
+    Parameters
+    ----------
+    kind
+        ``"flat field"`` or ``"overlay"``; or, of an `image`, ``"channel"`` or ``"prepared image"``.
+    image
+        Name of the image that it was made from.
+    """
+    text = f"{_OWN}{kind}" + (f" of {image}" if image else "")
+    return text.encode("ascii", "backslashreplace").decode()
+
+
+def marked_results(files: Iterable[str]) -> set[str]:
+    """Files that daskcell marked as results, of an image among the files or of any."""
+    files = list(files)
+    with ThreadPoolExecutor(paths.REQUESTS_AT_ONCE) as pool:
+        marks = dict(zip(files, pool.map(_mark_of, files), strict=True))
+    marks = {file: text for file, text in marks.items() if text}
+    made_from = {file: text.partition(" of ")[2] for file, text in marks.items()}
+    images = _images(file for file in files if file not in marks) if any(made_from.values()) else set()
+    images = {name.encode("ascii", "backslashreplace").decode() for name in images}
+    return {file for file, image in made_from.items() if not image or _same(image) in images}
+
+
+def own_zarrs(files: Iterable[str]) -> set[str]:
+    """OME-Zarr images that daskcell made from an image that lies beside them, or in a folder above."""
+    files = list(files)
+    folders: dict[str, list[str]] = {}
+    for file in files:
+        if not file.endswith(".zarr"):
+            folders.setdefault(paths.split(file)[0].rstrip("/"), []).append(file)
+    images = {folder: _images(inside) for folder, inside in folders.items()}
+    results = set()
+    for file in files if images else ():
+        if file.endswith(".zarr"):
+            above = [names for folder, names in images.items() if file.startswith(f"{folder}/")]
+            if above and (own := _own_name(file)) is not None:
+                own_names = {_same(own), _same(stem(file))}
+                results.update([file] if any(own_names & names for names in above) else ())
+    return results
+
+
 def own_result(folder: str, folders: Sequence[str], files: Sequence[str]) -> str | None:
     """What of daskcell a folder is, given what lies in it: None for a folder that may hold images."""
     if "study.json" in files and ("ledger" in folders or _is_record(paths.join(folder, "study.json"))):
@@ -90,15 +143,32 @@ def own_result(folder: str, folders: Sequence[str], files: Sequence[str]) -> str
     return None
 
 
-def is_own_zarr(path: str) -> bool:
-    """Whether daskcell wrote an OME-Zarr image, such as the result of `convert` or `segment`."""
+def _own_name(path: str) -> str | None:
+    """Name of an OME-Zarr image that daskcell wrote (by `convert` or `segment`); None for any other."""
     for name in ("zarr.json", ".zattrs"):
         try:
             found = json.loads(paths.read(paths.join(path, name)))
-            return "fingerprint" in found.get("attributes", found).get("daskcell", {})
-        except (OSError, ValueError, AttributeError, TypeError):
+            attributes = found.get("attributes", found)
+            if "fingerprint" in attributes.get("daskcell", {}):
+                return str(attributes.get("ome", attributes)["multiscales"][0].get("name", ""))
+            return None
+        except (OSError, ValueError, LookupError, AttributeError, TypeError, ImageError):
             continue
-    return False
+    return None
+
+
+def _mark_of(file: str) -> str:
+    """How daskcell marked a file; empty for any other file."""
+    text = ""
+    if file.lower().endswith((".tif", ".tiff")):
+        text = tiffpeek.peek(file).software
+    elif file.lower().endswith(".png"):
+        with contextlib.suppress(OSError, ImageError):
+            head = paths.read_head(file, 512)
+            start = head.find(b"tEXtSoftware\0") + 4
+            end = start + int.from_bytes(head[start - 8 : start - 4])
+            text = head[start + 9 : end].decode("latin-1") if start >= 12 else ""
+    return text if text.startswith(_OWN) else ""
 
 
 def _is_record(path: str) -> bool:

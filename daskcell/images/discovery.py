@@ -16,7 +16,7 @@ from daskcell.images import derived
 from daskcell.images import filename_channels as names
 from daskcell.images.manifest import is_manifest, read_manifest
 from daskcell.images.reader_process import open_safely
-from daskcell.images.readers import ZChoice, may_be_stack, suffixes
+from daskcell.images.readers import ZChoice, may_be_stack, suffixes, tiffpeek
 from daskcell.images.readers.omezarr import is_zarr
 from daskcell.images.scenes import split_scenes
 from daskcell.images.sources import Source, find_channel
@@ -47,6 +47,7 @@ def find_images(
         If there is none, a name does not exist, or a channel is missing or there twice.
     """
     settings = settings or InputSettings()
+    tiffpeek.peek.cache_clear()
     say = tell or warn
     tell = lambda sentence: say(paths.printable(sentence))  # noqa: E731
     file_sets: list[names.FileSet] = []
@@ -276,16 +277,16 @@ def _each_once(by_folder: dict[str, list[str]], tell: Tell) -> dict[str, list[st
 
 def _without_results(by_folder: dict[str, list[str]], root: str, tell: Tell) -> dict[str, list[str]]:
     """Without segmentations and other results of the images beside them."""
-    results = derived.results_in_folders(by_folder, root)
-    for files in by_folder.values():
+    results = derived.marked_results(file for files in by_folder.values() for file in files)
+    left = {parent: [file for file in files if file not in results] for parent, files in by_folder.items()}
+    results |= derived.results_in_folders(left, root)
+    for files in left.values():
         results |= derived.results_beside([file for file in files if file not in results])
-        stems = {names.stem(file).casefold() for file in files if not file.endswith(".zarr")}
-        zarrs = [file for file in files if file.endswith(".zarr") and names.stem(file).casefold() in stems]
-        results.update(file for file in zarrs if derived.is_own_zarr(file))
+    results |= derived.own_zarrs(file for files in left.values() for file in files if file not in results)
     if not results:
         return by_folder
     shown = _several([file for files in by_folder.values() for file in files if file in results])
-    tell(f"{shown}: left out, as results made from images beside them. To use them as images, name them.")
+    tell(f"{shown}: left out, as results made from images. To use them as images, name them.")
     return {parent: [file for file in files if file not in results] for parent, files in by_folder.items()}
 
 

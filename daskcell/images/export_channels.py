@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from daskcell.geometry import Box
-from daskcell.images.filename_channels import safe_name, unique_names
+from daskcell.images.derived import mark
+from daskcell.images.filename_channels import safe_name, stem, unique_names
 from daskcell.images.image import find_image
 from daskcell.images.reader_process import open_safely
 from daskcell.images.readers import Reader
@@ -56,6 +57,7 @@ def split_channels(image: str | Path | Source, folder: str | Path, *, overwrite:
                 resolutionunit="CENTIMETER" if resolution else None,
                 description=reader.channels[channel].encode("ascii", "replace").decode(),
                 metadata=None,
+                software=mark("channel", stem(source.files[0])),
                 bigtiff=height * width * reader.dtype.itemsize > 2**32 - 2**25,
             )
     reader.close()

@@ -26,6 +26,7 @@ def write_prepared_tiff(image: PreparedImage, path: str | Path) -> None:
     import tifffile
 
     from daskcell import images
+    from daskcell.images.derived import mark
 
     plan, (height, width) = image.plan, image.shape
     colour = plan.out_channels == 3
@@ -46,6 +47,7 @@ def write_prepared_tiff(image: PreparedImage, path: str | Path) -> None:
                 dtype=plan.out_dtype,
                 photometric="rgb" if colour else "minisblack",
                 metadata=None,
+                software=mark("prepared image", Path(image.path).stem),
                 **options,
             )
 

@@ -194,6 +194,8 @@ def _typical_diameter(table_path: str) -> float:
 def _write_tif(path: Path, picture: np.ndarray, pixel_size: Any) -> None:
     import tifffile
 
+    from daskcell.images.derived import mark
+
     # Pixels per centimetre, (x, y): what a TIFF can say that every program reads.
     known = pixel_size is not None
     tifffile.imwrite(
@@ -205,12 +207,18 @@ def _write_tif(path: Path, picture: np.ndarray, pixel_size: Any) -> None:
         predictor=True,
         resolution=(1e4 / pixel_size[1], 1e4 / pixel_size[0]) if known else None,
         resolutionunit="CENTIMETER" if known else None,
+        software=mark("overlay"),
     )
 
 
 def _write_png(path: Path, picture: np.ndarray) -> None:
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    from daskcell.images.derived import mark
 
     Image.MAX_IMAGE_PIXELS = None
+    info = PngInfo()
+    info.add_text("Software", mark("overlay"))
     with open(path, "wb") as file:
-        Image.fromarray(picture).save(file, format="png")
+        Image.fromarray(picture).save(file, format="png", pnginfo=info)
