@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PLUGINS = {
-    "openslide-bin", "bioio-czi", "bioio-lif", "bioio-nd2", "s3fs", "napari", "napari-ome-zarr",
+    "aiohttp", "openslide-bin", "bioio-czi", "bioio-lif", "bioio-nd2", "s3fs", "napari", "napari-ome-zarr",
 }  # fmt: skip
 """Of extras: found by the package they extend, or started by people."""
 

@@ -241,7 +241,7 @@ def test_inputs_may_be_files_globs_and_folders(tmp_path: Path) -> None:
         find_images(tmp_path / "absent")
     (tmp_path / "void").mkdir()
     (tmp_path / "void" / "a.xyz").write_bytes(b"some other kind")
-    with pytest.raises(ImageError, match=r"There is no picture in .*void; .* \.tif"):
+    with pytest.raises(ImageError, match=r"There is no image in .*void; .* \.tif"):
         find_images(tmp_path / "void")
     assert len(find_images([tmp_path, tmp_path / "a.tif", tmp_path / "c"])) == 3
     with pytest.raises(ImageError, match="holds 3 images"):
@@ -383,7 +383,7 @@ def test_plain_arrays_are_pictures(tmp_path: Path) -> None:
     flat = open_image(tmp_path / "flat.npy")
     assert flat.dtype == np.float32
     np.testing.assert_array_equal(flat.data.compute(), pixels[:1])
-    for name, reason in (("objects", "objects.npy"), ("line", r"\(5,\) is no picture"), ("long", "int64")):
+    for name, reason in (("objects", "objects.npy"), ("line", r"\(5,\) is no image"), ("long", "int64")):
         with pytest.raises(ImageError, match=reason):
             open_image(tmp_path / f"{name}.npy")
 

@@ -16,7 +16,7 @@ from PIL import Image
 import daskcell as dc
 from daskcell.errors import ImageError
 from daskcell.images import open_image
-from daskcell.images.readers.picture import orient
+from daskcell.images.readers.raster import orient
 
 RNG = np.random.default_rng(0)
 SHAPE = (40, 60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -362,6 +363,21 @@ def test_images_on_a_web_server(tmp_path: Path, web: str, zarr_format: int) -> N
     assert len(study.cells("a")) == 2
     with pytest.raises(ImageError, match="no file or folder"):
         open_image(f"{web}/none.zarr")
+
+
+@pytest.mark.parametrize("name", ["a.zarr", "a.tif"])
+def test_without_aiohttp_one_sentence_says_which_extra_to_install(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    from fsspec import registry
+
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    monkeypatch.delitem(sys.modules, "fsspec.implementations.http", raising=False)
+    for scheme in ("http", "https"):
+        monkeypatch.delitem(registry._registry, scheme, raising=False)
+        with pytest.raises(ImageError, match=r"needs a package .*pip install 'daskcell\[http\]'") as error:
+            open_image(f"{scheme}://127.0.0.1:9/{name}")
+        assert "\n" not in str(error.value)
 
 
 def collection(path: Path, kind: str, zarr_format: int = 2) -> list[str]:

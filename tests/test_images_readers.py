@@ -424,7 +424,7 @@ def test_grey_png_saved_in_colour_is_one_channel_and_16_bits_are_kept(tmp_path: 
 
 
 def broken_files(folder: Path) -> dict[str, str]:
-    """Files that are no pictures, and a word that the sentence about each must hold."""
+    """Files that are no images, and a word that the sentence about each must hold."""
     tifffile.imwrite(folder / "good.tif", RNG.integers(0, 255, (64, 64), np.uint8), rowsperstrip=8)
     good = (folder / "good.tif").read_bytes()
     tifffile.imwrite(
@@ -441,7 +441,7 @@ def broken_files(folder: Path) -> dict[str, str]:
         "cut.tif": (good[: len(good) // 2], "truncated"),
         "cut_packed.tif": (packed[: len(packed) // 2], "truncated"),
         "header.tif": (good[:8], "Cannot read"),
-        "noise.tif": (np.random.default_rng(5).bytes(5000), "no kind of picture"),
+        "noise.tif": (np.random.default_rng(5).bytes(5000), "no kind of image"),
     }
     for name, (content, _) in contents.items():
         (folder / name).write_bytes(content)

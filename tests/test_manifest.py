@@ -103,7 +103,7 @@ def test_columns_that_are_not_used_are_named(folder):
         ("path,image\na.tif,x\nb.tif,x\n", "image 'x' has 2 files"),
         ("path,image,channel\na.tif,x,DNA\nb.tif,x,DNA\n", "a channel of their own"),
         ("path,image,channel,group\na.tif,x,D,1\nb.tif,x,E,2\n", "row 3: image 'x' has another condition"),
-        ("path\n\n", "no picture"),
+        ("path\n\n", "no image"),
         ("", "is not a table"),
     ],
 )

@@ -25,7 +25,7 @@ from daskcell.cli.app import (
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="A picture, or a folder with one file per channel.")],
+    source: Annotated[str, typer.Argument(help="An image, or a folder with one file per channel.")],
     target: Annotated[
         str, typer.Argument(help="OME-Zarr to write, such as slide.zarr or s3://bucket/slide.zarr.")
     ],
@@ -35,7 +35,7 @@ def convert(
         str | None, typer.Option(help="Version to write: 0.5, or 0.4 for old viewers.")
     ] = None,
 ) -> None:
-    """Write a picture as OME-Zarr with pyramid, channel names and pixel size."""
+    """Write an image as OME-Zarr with pyramid, channel names and pixel size."""
     from daskcell.compute import start_workers
     from daskcell.images import convert_slide, image_info
     from daskcell.images.reader_process import open_safely
@@ -53,11 +53,11 @@ def convert(
 
 @app.command()
 def flat(
-    pictures: Annotated[str, typer.Argument(help="Folder or pattern of pictures one camera took.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Picture to write.")] = Path("flat.tif"),
+    images: Annotated[str, typer.Argument(help="Folder or pattern of images one camera took.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Image to write.")] = Path("flat.tif"),
     dark: Annotated[float, typer.Option(min=0.0, help="What the camera gives without light.")] = 0.0,
 ) -> None:
-    """Find how a microscope's light falls off, from many pictures; for preprocess.background.flat."""
+    """Find how a microscope's light falls off, from many images; for preprocess.background.flat."""
     import tifffile
 
     from daskcell.images.derived import mark
@@ -66,17 +66,22 @@ def flat(
     from daskcell.storage.staging import refuse_existing
 
     refuse_existing(out)
-    field = estimate_flat(pictures, dark)
+    field = estimate_flat(images, dark)
     with atomic_path(out) as part:
-        software = mark("flat field")
-        options = {"photometric": "minisblack", "metadata": {"axes": "CYX"}, "ome": True}
-        tifffile.imwrite(part, field, software=software, **options)
+        tifffile.imwrite(
+            part,
+            field,
+            photometric="minisblack",
+            metadata={"axes": "CYX"},
+            ome=True,
+            software=mark("flat field"),
+        )
     print(f"{out}: use it with -s preprocess.background.flat={out} -s preprocess.background.dark={dark:g}")
 
 
 @app.command()
 def segment(
-    source: Annotated[str, typer.Argument(help="A picture, or a folder with one file per channel.")],
+    source: Annotated[str, typer.Argument(help="An image, or a folder with one file per channel.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="OME-Zarr to write; the cells are labels/cells.")],
     config: ConfigFile = None,
     changes: Changes = None,
@@ -84,7 +89,7 @@ def segment(
     model: Model = None,
     diameter: Diameter = None,
 ) -> None:
-    """Find the cells of one picture."""
+    """Find the cells of one image."""
     import tempfile
 
     from daskcell.compute import start_workers
@@ -127,7 +132,7 @@ def channels(
     inputs: Annotated[list[str], typer.Argument(help="Files, folders or patterns with *.")],
     pattern: Pattern = None,
     split: Annotated[
-        Path | None, typer.Option(help="Write every channel as a picture of its own into this folder.")
+        Path | None, typer.Option(help="Write every channel as a file of its own into this folder.")
     ] = None,
 ) -> None:
     """Show which files become which channel of which image."""
@@ -155,7 +160,7 @@ def channels(
 
 @app.command()
 def score(
-    found: Annotated[Path, typer.Argument(help="A study, a folder of label images, or one of pictures.")],
+    found: Annotated[Path, typer.Argument(help="A study, a folder of label images, or one of images.")],
     truth: Annotated[
         Path,
         typer.Argument(
@@ -164,7 +169,7 @@ def score(
         ),
     ],
     segment: Annotated[
-        bool, typer.Option("--segment", help="The first folder holds pictures: find their cells first.")
+        bool, typer.Option("--segment", help="The first folder holds images: find their cells first.")
     ] = False,
     index: Annotated[
         Path | None, typer.Option(help="CSV with columns name and category; rows are pooled by category.")
@@ -209,7 +214,7 @@ def score(
 
 
 def _method(settings: Any) -> Any:
-    """From a picture ``(C, Y, X)`` to its cells, as a run with these settings finds them."""
+    """From an image ``(C, Y, X)`` to its cells, as a run with these settings finds them."""
     import numpy as np
 
     from daskcell.preprocess import apply_block, freeze
@@ -222,9 +227,9 @@ def _method(settings: Any) -> Any:
     else:
         chosen["device"] = settings.compute.network_device
 
-    def find(picture: Any) -> Any:
-        plan = freeze(picture, settings.preprocess, is_rgb=len(picture) == 3)
-        return np.asarray(segment(apply_block(picture, plan), **chosen))
+    def find(image: Any) -> Any:
+        plan = freeze(image, settings.preprocess, is_rgb=len(image) == 3)
+        return np.asarray(segment(apply_block(image, plan), **chosen))
 
     return find
 

@@ -1,4 +1,4 @@
-"""Inner loops over all pixels of a picture, compiled: one look at each pixel, and no copies on the way."""
+"""Inner loops over all pixels of an image, compiled: one look at each pixel, and no copies on the way."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def choose_axes(shape: Sequence[int], what: str, axes: str | None = None) -> str
         return "YX"
     if len(shape) != 3:
         if len(shape) < 2:
-            raise InputError(f"{what} of shape {shape} is no picture: one is (Y, X) or (C, Y, X).")
+            raise InputError(f"{what} of shape {shape} is no image: one is (Y, X) or (C, Y, X).")
         raise InputError(f"{what} has shape {shape}, and nothing says which axis is what: {_REMEDY}.")
     first, middle, last = shape
     if 0 in shape:

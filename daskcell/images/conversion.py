@@ -219,7 +219,7 @@ def _opened(path: str, level: int, stamp: tuple[int | str, ...]) -> zarr.Array:
 
 
 def _runs(grid: Grid, pixel_bytes: int) -> list[tuple[Box, ...]]:
-    """Blocks that one task reads together, so that a strip as wide as the picture is decoded once."""
+    """Blocks that one task reads together, so that a strip as wide as the image is decoded once."""
     down, across = grid.counts
     height, width = grid.core((0, 0)).shape
     most = max(1, store.SHARD_BYTES // (height * width * pixel_bytes))

@@ -121,7 +121,7 @@ def own_zarrs(files: Iterable[str]) -> set[str]:
         if not file.endswith(".zarr"):
             folders.setdefault(paths.split(file)[0].rstrip("/"), []).append(file)
     images = {folder: _images(inside) for folder, inside in folders.items()}
-    results = set()
+    results: set[str] = set()
     for file in files if images else ():
         if file.endswith(".zarr"):
             above = [names for folder, names in images.items() if file.startswith(f"{folder}/")]
@@ -137,8 +137,8 @@ def own_result(folder: str, folders: Sequence[str], files: Sequence[str]) -> str
         return "a study of daskcell"
     if "cells.csv" in files and any(name.startswith("cluster-") for name in folders):
         return "an export of crops"
-    pictures = [name for name in files if not name.startswith(".")]
-    if paths.split(folder)[1] == "crops" and pictures and all(map(_CROPS.fullmatch, pictures)):
+    visible = [name for name in files if not name.startswith(".")]
+    if paths.split(folder)[1] == "crops" and visible and all(map(_CROPS.fullmatch, visible)):
         return "a folder of crops"
     return None
 

@@ -79,7 +79,7 @@ def find_images(
             file_sets += _file_sets(files)
     if not file_sets and not listed:
         raise ImageError(
-            f"There is no picture in {', '.join(os.fspath(i) for i in inputs)}; these kinds are looked for: "
+            f"There is no image in {', '.join(os.fspath(i) for i in inputs)}; these kinds are looked for: "
             f"{' '.join(sorted(suffixes()))}."
         )
     if len(inputs) > 1:  # named twice: read once
@@ -209,7 +209,7 @@ def _matched(pattern: str, found: Iterable[str], tell: Tell) -> dict[str, list[s
 
 def _in_folder(folder: str, pattern: str | None, tell: Tell) -> list[names.FileSet]:
     """Images in a folder and below; channels are looked for in each folder by itself."""
-    by_folder = _pictures_below(folder, tell)
+    by_folder = _images_below(folder, tell)
     if pattern is not None:
         relative = {_below(f, folder): f for files in by_folder.values() for f in files}
         chosen = set(names.matching_names(relative, pattern).values())
@@ -228,7 +228,7 @@ def _in_folder(folder: str, pattern: str | None, tell: Tell) -> list[names.FileS
     return file_sets
 
 
-def _pictures_below(folder: str, tell: Tell) -> dict[str, list[str]]:
+def _images_below(folder: str, tell: Tell) -> dict[str, list[str]]:
     """All files and OME-Zarr folders below `folder` that may be images, by folder; each once."""
 
     def failed(path: str, error: OSError) -> None:
@@ -250,8 +250,8 @@ def _pictures_below(folder: str, tell: Tell) -> dict[str, list[str]]:
         shown = [f for f in folders if not f.startswith(".")]
         zarrs = [f for f in shown if is_zarr(paths.join(parent, f))]
         folders[:] = [f for f in shown if f not in zarrs]
-        pictures = [f for f in files if not f.startswith(".") and f.lower().endswith(suffixes())]
-        found = sorted([*pictures, *zarrs], key=names.natural_key)
+        visible = [f for f in files if not f.startswith(".") and f.lower().endswith(suffixes())]
+        found = sorted([*visible, *zarrs], key=names.natural_key)
         if found:
             by_folder[parent] = [paths.join(parent, f) for f in found]
     return by_folder if paths.is_remote(folder) else _each_once(by_folder, tell)

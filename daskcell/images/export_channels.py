@@ -1,4 +1,4 @@
-"""Every channel of an image as a picture of its own."""
+"""Every channel of an image as a file of its own."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from pathlib import PurePath
 from daskcell.errors import ConfigError, ImageError
 
 COLOURS = ("red", "green", "blue", "cyan", "magenta", "yellow", "farred", "ir", "grey", "gray")
-"""Channel names with an order of their own; it is the order in which colour pictures are rebuilt."""
+"""Channel names with an order of their own; it is the order in which colour images are rebuilt."""
 _STAINS = """
 dapi hoechst draq5 pi sytox syto syto14 fitc tritc rhodamine rhod txred texasred gfp egfp yfp
 cfp rfp mcherry cherry tomato tdtomato mkate cy2 cy3 cy5 cy7 alexa488 alexa568 alexa594 alexa647

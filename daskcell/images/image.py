@@ -1,4 +1,4 @@
-"""`open_image` and `convert`: the public way to pictures."""
+"""`open_image` and `convert`: the public way to images."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BLOCK_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class Image:
-    """A picture whose pixels are read when they are needed."""
+    """An image whose pixels are read when they are needed."""
 
     data: da.Array
     """``(C, Y, X)``."""
@@ -39,7 +39,7 @@ class Image:
     name: str
     path: str
     is_rgb: bool
-    """A colour picture of three channels, such as a stained slide; not three stains in three channels."""
+    """A colour image of three channels, such as a stained slide; not three stains in three channels."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -164,7 +164,7 @@ def _lazy(source: Source, reader: Any) -> Image:
     count, size = len(reader.channels), reader.dtype.itemsize
     rows, columns = (max(BLOCK // piece, 1) * piece if piece <= BLOCK else BLOCK for piece in reader.piece)
     if reader.piece[1] >= width and reader.piece[0] < height:
-        # Strips: a block as wide as the picture decodes each of them once, and is lower for that.
+        # Strips: a block as wide as the image decodes each of them once, and is lower for that.
         columns = width
         rows = max(min(rows, BLOCK_BYTES // (count * width * size)), 1)
     chunks = da.core.normalize_chunks(

@@ -1,4 +1,4 @@
-"""Smaller and smaller copies of a picture: their shapes, and the two ways of halving.
+"""Smaller and smaller copies of an image: their shapes, and the two ways of halving.
 
 Pure arrays and integers. Every level has half the side of the one before, rounded up, so that no pixel of an
 odd side is lost; pixel ``(i, j)`` of a level covers pixels ``2i..2i+1, 2j..2j+1`` of the one before.
@@ -19,7 +19,7 @@ SMALLEST = 1024
 
 
 def level_shapes(shape: tuple[int, int], stored: Sequence[tuple[int, int]] = ()) -> list[tuple[int, int]]:
-    """Height and width of every level: the picture's own, then the `stored` ones, then halves."""
+    """Height and width of every level: the image's own, then the `stored` ones, then halves."""
     shapes = [shape]
     while max(shapes[-1]) >= SMALLEST:
         y, x = shapes[-1]

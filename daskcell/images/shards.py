@@ -32,7 +32,7 @@ def write_box(array: zarr.Array, box: Box, pixels: NDArray, look: Look | None = 
     ----------
     look
         Called with the position (in chunks of the array) and the pixels of every chunk, filled up with
-        zeros at the picture's border; only to look at, they change after.
+        zeros at the image's border; only to look at, they change after.
 
     Returns
     -------
@@ -91,7 +91,7 @@ def encoder(array: zarr.Array) -> Callable[[NDArray], bytes | bytearray]:
 def _chunks(
     part: NDArray, file: Position, shape: Position, start: Position, look: Look | None
 ) -> Iterator[NDArray | None]:
-    """Chunks of one file in the order of its index: at the picture's border filled up, None beyond it.
+    """Chunks of one file in the order of its index: at the image's border filled up, None beyond it.
 
     All in the same memory: fresh memory for each, cleared by the system, takes longer than the copy.
     """

@@ -48,7 +48,7 @@ class ImageInfo:
     pixel_size: tuple[float, float] | None
     """``(y, x)`` in micrometres."""
     is_rgb: bool
-    """A colour picture of three channels, such as a stained slide; not three stains in three channels."""
+    """A colour image of three channels, such as a stained slide; not three stains in three channels."""
     levels: tuple[tuple[int, int], ...]
     """Height and width of every level, the largest first."""
     labels: tuple[str, ...] = ()
@@ -64,7 +64,7 @@ def shard_shape(
 ) -> tuple[int, int, int]:
     """Sides of one file ``(C, Y, X)``: as large as the image and `SHARD_BYTES` allow, in whole chunks.
 
-    For a picture stored in `strips` as wide as itself, a row of files is bounded: it is read at once.
+    For an image stored in `strips` as wide as itself, a row of files is bounded: it is read at once.
     """
     pixel = channels * np.dtype(dtype).itemsize
     y, x = (min(SHARD, -(-length // CHUNK) * CHUNK) for length in shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -94,7 +95,9 @@ def _each(pictures: Any, axes: str | None) -> Iterator[np.ndarray]:
     if not isinstance(pictures, Iterable):
         raise InputError(f"A flat field comes from images or a folder of them, not from {pictures!r}.")
     for number, one in enumerate(pictures, start=1):
-        if isinstance(one, str | os.PathLike | images.Source):
+        if isinstance(one, str | os.PathLike):
+            one = Path(one)
+        if isinstance(one, Path | images.Source):
             one = images.open_image(one)
         pixels = np.asarray(as_image(one, f"Image {number}", axes).data)
         if 0 in pixels.shape:

@@ -39,7 +39,7 @@ _PACKAGES = {
     "gs": "gcsfs",
     "gcs": "gcsfs",
     "az": "adlfs",
-} | dict.fromkeys(("http", "https"), "aiohttp")
+} | dict.fromkeys(("http", "https"), "'daskcell[http]'")
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:

@@ -30,11 +30,11 @@ class MissingScene(ImageError):
 
 @runtime_checkable
 class Reader(Protocol):
-    """One picture, opened: ``(C, Y, X)`` at one time point and one plane (or the maximum over planes)."""
+    """One image, opened: ``(C, Y, X)`` at one time point and one plane (or the maximum over planes)."""
 
     name: str
     axes: str
-    """Axes of the file, such as ``TCZYX``; S are the samples of a colour picture."""
+    """Axes of the file, such as ``TCZYX``; S are the samples of a colour image."""
     levels: tuple[tuple[int, int], ...]
     """Height and width of every level in the file, the largest first."""
     channels: tuple[str, ...]
@@ -79,7 +79,7 @@ class Kind(Protocol):
 @cache
 def kinds() -> tuple[Any, ...]:
     """All kinds of files that can be read; those of other packages come first."""
-    from daskcell.images.readers import array, extras, omezarr, picture, tiff
+    from daskcell.images.readers import array, extras, omezarr, raster, tiff
 
     registered = []
     for point in entry_points(group="daskcell.readers"):
@@ -88,7 +88,7 @@ def kinds() -> tuple[Any, ...]:
         except Exception as error:  # of another package: what it would read is not read, all else is
             message = f"The reader '{point.name}' ({point.value}) cannot be used: {error}."
             warn(message, UserWarning)
-    return (*registered, omezarr, array, tiff, *extras.KINDS, picture)
+    return (*registered, omezarr, array, tiff, *extras.KINDS, raster)
 
 
 @cache
@@ -178,16 +178,16 @@ def _what(path: str, head: bytes) -> str:
     if not head:
         return "the file is empty"
     if head.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer, not the picture itself (run 'git lfs pull')"
+        return "it is a Git LFS pointer, not the image itself (run 'git lfs pull')"
     if not any(head):
-        return "it begins with nothing but zeros and is no picture"
+        return "it begins with nothing but zeros and is no image"
     if head.startswith(b"\x1f\x8b"):
         return "it is compressed with gzip; please unpack it"
     if head.startswith(b"PK"):
         return "it is a zip archive; please unpack it"
     text = head.lstrip().lower()
     if text.startswith((b"<!doctype html", b"<html")):
-        return "it is a web page (perhaps an error page of a download), not a picture"
+        return "it is a web page (perhaps an error page of a download), not an image"
     if all(byte in b"\t\n\r\f" or 32 <= byte < 127 for byte in head):
-        return "it is a text file, not a picture"
-    return "it is no kind of picture daskcell knows (TIFF, PNG, JPEG, OME-Zarr)"
+        return "it is a text file, not an image"
+    return "it is no kind of image daskcell knows (TIFF, PNG, JPEG, OME-Zarr)"

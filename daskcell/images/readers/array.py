@@ -47,7 +47,7 @@ class ArrayReader:
         except InputError as error:
             raise ImageError(f"Cannot read {path}: {error}") from None
         if 0 in shape:
-            raise ImageError(f"Cannot read {path}: an array of shape {shape} is no picture.")
+            raise ImageError(f"Cannot read {path}: an array of shape {shape} is no image.")
         note = note_of(shape, self.axes, path) if axes is None else None
         self.notes = (note,) if note else ()
         self.array = array

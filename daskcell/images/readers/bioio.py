@@ -16,7 +16,7 @@ from daskcell.storage import paths
 
 
 class BioioReader:
-    """A picture of axes T, C, Z, Y, X, and S for the samples of a colour picture."""
+    """An image of axes T, C, Z, Y, X, and S for the samples of a colour image."""
 
     def __init__(self, path: str, t: int = 0, z: ZChoice = "max", scene: int = 0) -> None:
         from bioio import BioImage

@@ -1,4 +1,4 @@
-"""Slides that OpenSlide reads (extra ``openslide``): colour pictures with levels of any ratio."""
+"""Slides that OpenSlide reads (extra ``openslide``): colour images with levels of any ratio."""
 
 from __future__ import annotations
 

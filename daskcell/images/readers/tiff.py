@@ -3,7 +3,7 @@
 Reads only the tiles or strips that a box touches. What the file stores is turned into intensities:
 
 - orientation tags are honoured, alpha is left out, one bit becomes 0 and 1, float16 becomes float32;
-- pictures where 0 is white are inverted, so that larger is brighter;
+- images where 0 is white are inverted, so that larger is brighter;
 - a palette that is a ramp (grey, green, "fire") is a way of showing: its indices are the intensities and are
   kept; any other palette is expanded to red, green and blue (`is_ramp`).
 
@@ -60,7 +60,7 @@ _POSITIONS = "R"
 """Axis of positions of the stage, in stacks of Micro-Manager and in what tifffile writes."""
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR, _LAB = 0, 1, 2, 3, 5, 6, 8
 _BESIDE = {"label", "macro", "map", "overview", "probability", "thumbnail"}
-"""Names tifffile, and with "image" behind them Bio-Formats, give to the other pictures of a slide."""
+"""Names tifffile, and with "image" behind them Bio-Formats, give to the other images of a slide."""
 
 
 def matches(path: str, head: bytes) -> bool:
@@ -82,7 +82,7 @@ def is_ramp(colormap: NDArray) -> bool:
     """Whether a palette ``(3, n)`` only shows intensities: luminance never falls and steps are small.
 
     True for grey ramps, single colours and the common look-up tables of fluorescence; False for the palettes
-    of pictures reduced to few colours, whose neighbouring entries have nothing to do with each other.
+    of images reduced to few colours, whose neighbouring entries have nothing to do with each other.
     """
     palette = colormap.astype(np.float64)
     n = palette.shape[1]
@@ -139,7 +139,7 @@ class TiffReader:
     def _open(self, t: int, z: ZChoice, number: int, forms: Forms, axes: str | None) -> None:
         tiffmeta.check_description(self.file, self.path)
         if not self.file.series:
-            raise ImageError(f"Cannot read {self.path}: the TIFF file holds no picture.")
+            raise ImageError(f"Cannot read {self.path}: the TIFF file holds no image.")
         scenes = self._find_scenes()
         self.scenes = tuple(scene.name for scene in scenes)
         if not 0 <= number < len(scenes):
@@ -218,7 +218,7 @@ class TiffReader:
         self.close()
 
     def _is_smaller_copy(self, level: Any) -> bool:
-        """Whether tifffile's `level` has the axes, pages and kind of pixels of the picture."""
+        """Whether tifffile's `level` has the axes, pages and kind of pixels of the image."""
         key, own, lead = level.keyframe, self.keyframe, self.leading
         kinds = {int(key.photometric), int(own.photometric)}
         return bool(

@@ -1,6 +1,6 @@
 """What is wrong with a TIFF file, found before anything is decoded.
 
-tifffile opens many damaged files, and gives zeros for what is not there: that must not pass for a picture.
+tifffile opens many damaged files, and gives zeros for what is not there: that must not pass for an image.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def check_page(page: Any, path: str) -> None:
             f"Cannot read {path}: it gives the bits of {bits.count} samples, but has {page.samplesperpixel}."
         )
     if min(page.imagelength, page.imagewidth) < 1 or 0 in page.shaped:
-        raise ImageError(f"Cannot read {path}: its picture has no pixels ({page.shape}).")
+        raise ImageError(f"Cannot read {path}: its image has no pixels ({page.shape}).")
     if 262 not in page.tags or any(getattr(page, name) not in known for name, known in _KNOWN.items()):
         said = ", ".join(f"{name} {getattr(page, name)!s}" for name in _KNOWN)
         raise ImageError(f"Cannot read {path}: its tags do not tell what its numbers mean ({said}).")
@@ -162,7 +162,7 @@ def check_data(series: Any, leading: int, path: str, forms: Forms) -> None:
     total = math.prod(series.shape) * key.dtype.itemsize
     if total > 2**31 and total > 20_000 * file.size:
         raise ImageError(
-            f"Cannot read {path}: it claims a picture of {total / 2**30:.0f} GiB in a file of "
+            f"Cannot read {path}: it claims an image of {total / 2**30:.0f} GiB in a file of "
             f"{file.size} bytes."
         )
     missing = sum(page is None for page in series.pages)
@@ -225,6 +225,6 @@ def _check_segments(page: Any, path: str) -> None:
         if offset == 0 and count == 0:
             continue  # a legal empty tile: zeros
         if count == 0 or offset < 8:
-            raise ImageError(f"Cannot read {path}: a piece of the picture is empty (0 bytes).")
+            raise ImageError(f"Cannot read {path}: a piece of the image is empty (0 bytes).")
         if offset + count > end:
             raise ImageError(f"Cannot read {path}: the file is truncated.")

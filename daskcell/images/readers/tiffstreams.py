@@ -1,7 +1,7 @@
 """Whether the compressed bytes of one tile or strip are all there.
 
 Decoders of JPEG, JPEG 2000, WebP and fax do not mind data that end early or have holes (of a file copied in
-blocks, some of which never came): they fill up with grey or white, which would pass for a picture. What has a
+blocks, some of which never came): they fill up with grey or white, which would pass for an image. What has a
 checksum (deflate, PNG, LZMA) or a length that tells (LZW, PackBits, Zstandard) is told by decoding.
 """
 
@@ -92,9 +92,9 @@ def _segments(data: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _scan(data: bytes, tables: bytes) -> int:
-    """Where zeros in a JPEG stream mean that data are missing; its end where they may be a blank picture.
+    """Where zeros in a JPEG stream mean that data are missing; its end where they may be a blank image.
 
-    A zero bit continues no block of a blank picture unless the code for "nothing more in this block" is
+    A zero bit continues no block of a blank image unless the code for "nothing more in this block" is
     zeros, in every table.
     """
     baseline, blank, first = False, True, len(data)

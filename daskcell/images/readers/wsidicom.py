@@ -15,7 +15,7 @@ from daskcell.storage import paths
 
 
 class WsiDicomReader:
-    """The picture of a slide; label and overview are left out."""
+    """The image of a slide; label and overview are left out."""
 
     def __init__(self, path: str) -> None:
         from wsidicom import WsiDicom

@@ -1,6 +1,6 @@
-"""PNG, JPEG and the like: small pictures, decoded whole.
+"""PNG, JPEG and the like: small images, decoded whole.
 
-A colour picture whose channels are all the same (fluorescence saved as RGB) is read as one channel; alpha is
+A colour image whose channels are all the same (fluorescence saved as RGB) is read as one channel; alpha is
 left out; the orientation of EXIF is honoured; gamma and colour profiles are not. All bits are kept: of what
 Pillow would narrow, and of JPEG that it does not know (12 bits, lossless), imagecodecs decodes. Grey of 2 and
 4 bits is spread over 0 to 255, as everywhere; of one bit it is 0 and 1.
@@ -22,7 +22,7 @@ from daskcell.storage import paths
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".bmp")
 LARGEST_BYTES = 2 * 2**30
-"""Decoded pictures beyond this are refused: these formats can only be read whole."""
+"""Decoded images beyond this are refused: these formats can only be read whole."""
 
 _PNG, _JPEG, _BMP = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM"
 
@@ -35,8 +35,8 @@ def may_be_stack(path: str) -> bool:
     return False
 
 
-class PictureReader:
-    """A picture held in memory."""
+class RasterReader:
+    """An image held in memory."""
 
     def __init__(
         self, pixels: NDArray, name: str, is_rgb: bool, pixel_size: tuple[float, float] | None
@@ -62,7 +62,7 @@ class PictureReader:
         self.pixels = self.pixels[:, :0, :0]
 
 
-def open(path: str, *, t: int = 0, z: ZChoice = "max") -> PictureReader:
+def open(path: str, *, t: int = 0, z: ZChoice = "max") -> RasterReader:
     from PIL import Image as Pillow
     from PIL import ImageFile, ImageOps
 
@@ -94,7 +94,7 @@ def open(path: str, *, t: int = 0, z: ZChoice = "max") -> PictureReader:
             pixels = pixels[:1]
     else:
         pixels = pixels[None]
-    reader = PictureReader(np.ascontiguousarray(pixels), Path(path).stem, pixels.shape[0] == 3, None)
+    reader = RasterReader(np.ascontiguousarray(pixels), Path(path).stem, pixels.shape[0] == 3, None)
     reader.files = (paths.realpath(path),)
     return reader
 
