@@ -12,7 +12,7 @@ from daskcell.pipeline.progress import Progress
 from daskcell.pipeline.reuse_model import Given
 from daskcell.pipeline.slide import counts, damage
 from daskcell.pipeline.stages import STAGES, Context, do
-from daskcell.pipeline.worker_pool import LazyWorkers
+from daskcell.pipeline.worker_pool import WorkerPool
 from daskcell.study import CLUSTERS, Study
 
 _NAME = "cluster"
@@ -45,7 +45,7 @@ class Groups:
             ledger.invalidate(_NAME)
         return ledger.is_done(_NAME, self.key(slides))
 
-    def make(self, described: list[str], workers: LazyWorkers) -> bool:
+    def make(self, described: list[str], workers: WorkerPool) -> bool:
         """Fit the clusters of all described slides, unless they are; whether there are any."""
         if not described:
             return False

@@ -17,7 +17,7 @@ from daskcell.pipeline.reuse_model import find_model
 from daskcell.pipeline.runner import Run
 from daskcell.pipeline.slide import missing_stages
 from daskcell.pipeline.upgrade import upgrade
-from daskcell.pipeline.worker_pool import LazyWorkers
+from daskcell.pipeline.worker_pool import WorkerPool
 from daskcell.storage.lock import Lock
 from daskcell.study import Study, read_record
 from daskcell.study.folder import FORMAT
@@ -71,7 +71,7 @@ def regroup(study: Study, lock: Lock, progress: Progress) -> None:
     jobs = [job for job in jobs if missing_stages(job, study)]
     progress.begin(dict.fromkeys(run.sources, 1.0), {job.slide: list(job.stages) for job in jobs})
     with contextlib.ExitStack() as stack:
-        run.work(jobs, LazyWorkers(study.out, None, study.config, stack, run.tick))
+        run.work(jobs, WorkerPool(study.out, None, study.config, stack, run.tick))
     run.write_failures()
     run.sweep_scratch()
 

@@ -39,7 +39,7 @@ from daskcell.pipeline.slide import (
     trace,
 )
 from daskcell.pipeline.stages import CONVERT, EXPORT, FIT, LATE, SLIDE_STAGES
-from daskcell.pipeline.worker_pool import LazyWorkers, slides_at_once
+from daskcell.pipeline.worker_pool import WorkerPool, slides_at_once
 from daskcell.storage import paths
 from daskcell.storage.atomic import remove
 from daskcell.storage.lock import Lock
@@ -114,7 +114,7 @@ class Run:
         for name in slides:
             self.progress.counts(name, *counts(self.study.ledger(name)))
         with contextlib.ExitStack() as stack:
-            workers = LazyWorkers(self.study.out, client, self.config, stack, self.tick, self.progress.say)
+            workers = WorkerPool(self.study.out, client, self.config, stack, self.tick, self.progress.say)
             try:
                 self.work([self.job(name) for name in slides if missing[name] or self.verify], workers)
                 if not self.groups.are_there(slides):  # the fit would take damaged features for good ones
@@ -164,7 +164,7 @@ class Run:
 
     # ------------------------------------------------------------------ slides
 
-    def work(self, jobs: list[Job], workers: LazyWorkers) -> None:
+    def work(self, jobs: list[Job], workers: WorkerPool) -> None:
         """Process `jobs`, small ones as tasks, large ones from here.
 
         When a worker dies, Dask counts that against every task it held. So a slide that was lost with its

@@ -20,7 +20,7 @@ _AT_ONCE = (2, 16)
 can keep no more going."""
 
 
-class LazyWorkers:
+class WorkerPool:
     """Workers that are started when they are first needed: continuing a finished study needs none."""
 
     def __init__(
