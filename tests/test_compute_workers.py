@@ -14,7 +14,7 @@ import pytest
 import tifffile
 from distributed import Client, Nanny, Scheduler, SpecCluster, Worker
 
-from daskcell.compute import Permit, Postponed, Workers, start_workers
+from daskcell.compute import Postponed, Workers, WorkersRef, start_workers
 from daskcell.compute._worker import Care, JobWorker
 from daskcell.compute.local import dashboard_options
 from daskcell.compute.threads import NEEDS_GPU
@@ -67,8 +67,8 @@ def test_a_worker_whose_lifetime_is_over_finishes_the_task_it_is_at(kind, tmp_pa
         assert begun > 4
 
 
-def need_gpu(permit: Permit) -> None:
-    window = Workers.of_task(permit).window()
+def need_gpu(ref: WorkersRef) -> None:
+    window = Workers.of_task(ref).window()
     window.submit("key", os.getpid, kind="network")
     list(window)
 
@@ -81,8 +81,8 @@ def test_a_task_that_waits_for_a_gpu_lets_its_worker_leave_in_time():
         client.wait_for_workers(2)
         workers = client.scheduler_info(n_workers=-1)["workers"]
         (first,) = [address for address, worker in workers.items() if worker["name"] == "leaving"]
-        permit = Permit(labels=frozenset({"CPU", "GPU"}))
-        future = client.submit(need_gpu, permit, workers=[first], allow_other_workers=True)
+        ref = WorkersRef(labels=frozenset({"CPU", "GPU"}))
+        future = client.submit(need_gpu, ref, workers=[first], allow_other_workers=True)
         with pytest.raises(Postponed):
             future.result(timeout=30)
         deadline = time.monotonic() + 20

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from daskcell.compute import Permit, Postponed
+from daskcell.compute import Postponed, WorkersRef
 from daskcell.errors import ConfigError, DaskcellError, ImageError, InputError, StudyError, WeightsError
 from daskcell.images import Source, find_images
 from daskcell.images.reader_process import open_safely
@@ -165,7 +165,7 @@ def test_a_batch_that_is_cut_off_says_what_is_left(fakes, folder, tmp_path, monk
         return process(job, *args, **options)
 
     monkeypatch.setattr(slide, "process_slide", until)
-    outcomes, _ = slide.process_batch(jobs, 10**9, Permit())
+    outcomes, _ = slide.process_batch(jobs, 10**9, WorkersRef())
     assert [(o.slide, o.postponed) for o in outcomes] == [("one", False), ("three", True), ("two", True)]
 
 

@@ -39,8 +39,8 @@ class Failed:
 
 
 @dataclass(frozen=True)
-class Permit:
-    """See `Workers.permit`."""
+class WorkersRef:
+    """See `Workers.ref`."""
 
     labels: frozenset[str] = frozenset()
     owner: str = ""
@@ -168,22 +168,22 @@ class Workers:
         return workers
 
     @property
-    def permit(self) -> Permit:
+    def ref(self) -> WorkersRef:
         """What a task must know to give work to these workers: it is sent along."""
-        return Permit(self.labels, self.owner, self.task_seconds)
+        return WorkersRef(self.labels, self.owner, self.task_seconds)
 
     @classmethod
-    def of_task(cls, given: Permit) -> Workers:
+    def of_task(cls, ref: WorkersRef) -> Workers:
         """The workers of a task, within it: its own process, but those with a GPU for networks.
 
         A worker that has a GPU itself does all of it: it never waits for another one, which may wait too.
         """
         from distributed import get_client, get_worker
 
-        if "GPU" not in given.labels or "GPU" in get_worker().state.total_resources:
+        if "GPU" not in ref.labels or "GPU" in get_worker().state.total_resources:
             return cls()
-        workers = cls(get_client(), labels=given.labels, task_seconds=given.task_seconds)
-        workers.owner, workers.inline = given.owner, frozenset({"cpu"})
+        workers = cls(get_client(), labels=ref.labels, task_seconds=ref.task_seconds)
+        workers.owner, workers.inline = ref.owner, frozenset({"cpu"})
         return workers
 
     def _look(self) -> tuple[int, frozenset[str]]:

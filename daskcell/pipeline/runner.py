@@ -236,7 +236,7 @@ class Run:
                 length = max(1, min(int(_SECONDS / pace), together, fair))
                 batch = [waiting.popleft() for _ in range(length)]
                 flying[len(waiting)] = batch
-                window.submit(len(waiting), process_batch, batch, limit, team.permit)
+                window.submit(len(waiting), process_batch, batch, limit, team.ref)
 
         refill()
         for number, result in window:

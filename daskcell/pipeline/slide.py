@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from daskcell.compute import Permit, Postponed, Workers
+from daskcell.compute import Postponed, Workers, WorkersRef
 from daskcell.compute.timeouts import Overtime, renew
 from daskcell.config import Config
 from daskcell.errors import ComputeError, ConfigError, DaskcellError, StudyError, WeightsError
@@ -231,14 +231,14 @@ def _take_out_damaged(job: Job, ledger: Ledger, study: Study, workers: Workers) 
     return notes
 
 
-def process_batch(jobs: Sequence[Job], limit: int, permit: Permit) -> tuple[list[Outcome], float]:
+def process_batch(jobs: Sequence[Job], limit: int, ref: WorkersRef) -> tuple[list[Outcome], float]:
     """`process_slide` of several as one task: their blocks are worked on in this process, one after another,
     but for their network work where only some workers have a GPU.
 
     Returns what came of each, and the seconds it took.
     """
     start = time.perf_counter()
-    workers = Workers.of_task(permit)
+    workers = Workers.of_task(ref)
     outcomes = []
     for job in jobs:
         renew(job.slide)
