@@ -15,7 +15,7 @@ import tifffile
 from distributed import Client, Nanny, Scheduler, SpecCluster, Worker
 
 from daskcell.compute import Postponed, Workers, WorkersRef, start_workers
-from daskcell.compute._worker import Care, JobWorker
+from daskcell.compute._worker import JobWorker, WorkerSetup
 from daskcell.compute.local import dashboard_options
 from daskcell.compute.threads import NEEDS_GPU
 from daskcell.config import ComputeSettings
@@ -92,13 +92,13 @@ def test_a_task_that_waits_for_a_gpu_lets_its_worker_leave_in_time():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cared_for", [True, False])
-def test_a_worker_that_is_closed_does_not_go_on_with_a_task_that_others_have(cared_for, tmp_path):
+@pytest.mark.parametrize("workers_set_up", [True, False])
+def test_a_worker_that_is_closed_does_not_go_on_with_a_task_that_others_have(workers_set_up, tmp_path):
     """Without the plugin (control), the task goes on for seconds while it runs elsewhere too."""
     with cluster(one={}, two={}) as here, Client(here) as client:
         client.wait_for_workers(2)
-        if cared_for:
-            client.register_plugin(Care(1))
+        if workers_set_up:
+            client.register_plugin(WorkerSetup(1))
         addresses = list(client.scheduler_info()["workers"])
         future = client.submit(
             begun_and_ended, str(tmp_path), 0, 4.0, workers=addresses, allow_other_workers=True, pure=False
@@ -112,7 +112,7 @@ def test_a_worker_that_is_closed_does_not_go_on_with_a_task_that_others_have(car
         time.sleep(1)
     begun, ended = marks(tmp_path)
     assert begun == 2
-    assert ended == (1 if cared_for else 2)
+    assert ended == (1 if workers_set_up else 2)
 
 
 def test_a_worker_that_promises_a_gpu_it_has_not_is_refused(monkeypatch):

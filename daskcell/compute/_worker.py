@@ -18,7 +18,7 @@ from daskcell.compute.threads import NEEDS_GPU, hold_threads, release_threads
 from daskcell.errors import ComputeError
 
 
-class Care(WorkerPlugin):
+class WorkerSetup(WorkerPlugin):
     """For every worker there is and every one that comes: threads, memory, quiet logs, and a clean end.
 
     Parameters

@@ -33,7 +33,7 @@ def given_workers(
 ) -> Iterator[Workers]:
     """The workers of a `distributed.Client`, of a cluster object, or of the scheduler at an address.
 
-    `name` is of the set-up, which another one of that name replaces (see `Care`).
+    `name` is of the set-up, which another one of that name replaces (see `WorkerSetup`).
     """
     with quiet_logs(), contextlib.ExitStack() as stack:
         client = _client_of(given, stack)
@@ -48,19 +48,21 @@ def given_workers(
                 f"The scheduler of {where} does not answer ({first_line(error)}). Please look "
                 "whether it runs."
             ) from None
-        with cared_for(client, settings, labels, name):
+        with workers_set_up(client, settings, labels, name):
             yield Workers(client, labels=labels)
 
 
 @contextlib.contextmanager
-def cared_for(
+def workers_set_up(
     client: Client, settings: ComputeSettings, labels: frozenset[str], name: str = "daskcell"
 ) -> Iterator[None]:
-    """Present and coming workers of `client` set up (see `Care`), and as they were on leaving."""
-    from daskcell.compute._worker import Care
+    """Present and coming workers of `client` set up (see `WorkerSetup`), and as they were on leaving."""
+    from daskcell.compute._worker import WorkerSetup
 
     needs_gpu = settings.network_device == "cuda"
-    client.register_plugin(Care(settings.threads, needs_gpu=needs_gpu, labelled="GPU" in labels, name=name))
+    client.register_plugin(
+        WorkerSetup(settings.threads, needs_gpu=needs_gpu, labelled="GPU" in labels, name=name)
+    )
     try:
         yield
     finally:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from daskcell.compute.autoscaler import JobKeeper, Keeper
 from daskcell.compute.given import (
     WAIT_SECONDS,
-    cared_for,
     close,
     first_line,
     given_workers,
     refuse_missing_gpus,
+    workers_set_up,
 )
 from daskcell.compute.jobqueue import SUBMIT, job_cluster, job_specs, reason
 from daskcell.compute.local import SCRIPT_MARK, changed_settings, local_cluster, local_settings, visible_gpus
@@ -115,7 +115,7 @@ def _local_workers(settings: ComputeSettings, memory: int) -> Iterator[Workers]:
         stack.enter_context(Keeper(cluster))
         labels = frozenset({"GPU", "CPU"}) if gpus else frozenset()
         refuse_missing_gpus(client, "this machine", settings.network_device)
-        stack.enter_context(cared_for(client, settings, labels))
+        stack.enter_context(workers_set_up(client, settings, labels))
         yield Workers(client, labels=labels)
 
 
@@ -143,7 +143,7 @@ def _job_workers(settings: ComputeSettings, tell: Callable[[str], None]) -> Iter
         _wait_for_jobs(client, keeper, settings, labels, tell)
         keeper.give_up = lambda: close(client, timeout=5)  # ends the wait for tasks that cannot run any more
         refuse_missing_gpus(client, settings.kind, settings.network_device)
-        stack.enter_context(cared_for(client, settings, labels))
+        stack.enter_context(workers_set_up(client, settings, labels))
         yield Workers(client, labels=labels, trouble=lambda: keeper.trouble)
 
 
