@@ -14,7 +14,7 @@ import pytest
 import tifffile
 from distributed import Client, Nanny, Scheduler, SpecCluster, Worker
 
-from daskcell.compute import Postponed, Workers, WorkersRef, start_workers
+from daskcell.compute import Reschedule, Workers, WorkersRef, start_workers
 from daskcell.compute._worker import JobWorker, WorkerSetup
 from daskcell.compute.local import dashboard_options
 from daskcell.compute.threads import NEEDS_GPU
@@ -83,7 +83,7 @@ def test_a_task_that_waits_for_a_gpu_lets_its_worker_leave_in_time():
         (first,) = [address for address, worker in workers.items() if worker["name"] == "leaving"]
         ref = WorkersRef(labels=frozenset({"CPU", "GPU"}))
         future = client.submit(need_gpu, ref, workers=[first], allow_other_workers=True)
-        with pytest.raises(Postponed):
+        with pytest.raises(Reschedule):
             future.result(timeout=30)
         deadline = time.monotonic() + 20
         while len(client.scheduler_info()["workers"]) > 1 and time.monotonic() < deadline:

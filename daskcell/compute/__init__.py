@@ -13,7 +13,7 @@ workers (`Workers.of_task`): its own process, and those labelled GPU for its net
 
 from daskcell.compute.local import visible_gpus
 from daskcell.compute.start import start_workers
-from daskcell.compute.task_queue import LABELS, Failed, Kind, Postponed, Window, Workers, WorkersRef
+from daskcell.compute.task_queue import LABELS, Failed, Kind, Reschedule, Window, Workers, WorkersRef
 from daskcell.compute.threads import THREAD_VARIABLES, limit_threads, threads_limited
 
 __all__ = [
@@ -22,7 +22,7 @@ __all__ = [
     "Failed",
     "Kind",
     "WorkersRef",
-    "Postponed",
+    "Reschedule",
     "Window",
     "Workers",
     "limit_threads",

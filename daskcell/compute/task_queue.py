@@ -47,7 +47,7 @@ class WorkersRef:
     task_seconds: float | None = None
 
 
-class Postponed(ComputeError):
+class Reschedule(ComputeError):
     """A task that waits for others has to stop, through no fault of its own, and should be done again."""
 
 
@@ -314,7 +314,7 @@ def _wait_as_a_task(done: Completed) -> None:
     worker = get_worker()
     while not done.wait(0.1):
         if worker.status == Status.closing_gracefully:
-            raise Postponed("The worker leaves while its task waits for others.")
+            raise Reschedule("The worker leaves while its task waits for others.")
 
 
 def _outcome(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:

@@ -196,7 +196,7 @@ class Run:
         worker, why, and whether others were in the same task."""
         lost: list[tuple[Job, BaseException, bool]] = []
         large: list[Job] = []
-        postponed: list[Job] = []
+        rescheduled: list[Job] = []
         pixels = 0
         limit = blocks * self.config.compute.block**2
         for batch, result in self.batches(jobs, team, limit, together):
@@ -208,8 +208,8 @@ class Run:
                 if outcome.too_large:
                     large.append(job)
                     pixels += outcome.pixels
-                elif outcome.postponed:
-                    postponed.append(job)
+                elif outcome.rescheduled:
+                    rescheduled.append(job)
                 else:
                     self.account(job, outcome)
         each = max(1, pixels // self.config.compute.block**2 // max(1, len(large)))
@@ -218,7 +218,7 @@ class Run:
                 lost.append((job, self.worker_death(found, team), False))
             else:
                 self.account(job, found)
-        return lost + (self.round(postponed, team, blocks, together) if postponed else [])
+        return lost + (self.round(rescheduled, team, blocks, together) if rescheduled else [])
 
     def batches(
         self, jobs: list[Job], team: Workers, limit: int, together: int

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from daskcell.compute import Postponed, Workers, WorkersRef
+from daskcell.compute import Reschedule, Workers, WorkersRef
 from daskcell.compute.timeouts import Overtime, renew
 from daskcell.config import Config
 from daskcell.errors import ComputeError, ConfigError, DaskcellError, StudyError, WeightsError
@@ -77,7 +77,7 @@ class Outcome:
     """What was found damaged, in sentences."""
     too_large: bool = False
     """Not begun: the slide has more `pixels` than the limit."""
-    postponed: bool = False
+    rescheduled: bool = False
     """Not done, for no fault of the slide's."""
 
 
@@ -246,7 +246,7 @@ def process_batch(jobs: Sequence[Job], limit: int, ref: WorkersRef) -> tuple[lis
             outcomes.append(process_slide(job, workers, limit=limit))
         except Overtime as error:
             raise Overtime(str(error), job.slide) from None
-        except Postponed:
-            outcomes += [Outcome(left.slide, postponed=True) for left in jobs[len(outcomes) :]]
+        except Reschedule:
+            outcomes += [Outcome(left.slide, rescheduled=True) for left in jobs[len(outcomes) :]]
             break
     return outcomes, time.perf_counter() - start
