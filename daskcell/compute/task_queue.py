@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from daskcell.compute.orphans import owner_of, wait_for_former
 from daskcell.compute.threads import thread_limited
-from daskcell.compute.timeouts import WorkerLost, limited, overtime, paused
+from daskcell.compute.timeouts import WorkerLost, paused, timeout_error, with_timeout
 from daskcell.errors import ComputeError
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Workers:
     trouble
         Says why the workers are lost, if they are and somebody knows.
     task_seconds
-        Longest time for a task (see `compute.overtime`); None: any. In this process there is no limit.
+        Longest time for a task (see `compute.timeouts`); None: any. In this process there is no limit.
 
     Attributes
     ----------
@@ -304,7 +304,7 @@ class Window:
 def _run_as_task(seconds: float | None, function: Callable[..., Any], *args: Any) -> Any:
     """``function(*args)`` on a worker, with the threads and the time it may take."""
     with thread_limited():
-        return function(*args) if seconds is None else limited(seconds, function, *args)
+        return function(*args) if seconds is None else with_timeout(seconds, function, *args)
 
 
 def _wait_as_a_task(done: Completed) -> None:
@@ -332,7 +332,7 @@ def _explain(future: Any, outcome: Any, workers: Workers) -> BaseException:
         error = outcome[1] if isinstance(outcome, tuple) else outcome
         if isinstance(error, KilledWorker):
             assert workers.client is not None
-            late = overtime(workers.client, future.key)
+            late = timeout_error(workers.client, future.key)
             if late is not None:
                 return late
             limit = f"compute.memory or compute.block (the last one was {error.last_worker.address})"

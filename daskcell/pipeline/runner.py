@@ -19,7 +19,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
 from daskcell.compute import Failed, Workers
-from daskcell.compute.timeouts import Overtime, WorkerLost
+from daskcell.compute.timeouts import TaskTimeout, WorkerLost
 from daskcell.config import Config
 from daskcell.errors import ComputeError, DaskcellError, InputError
 from daskcell.images import image_info
@@ -179,7 +179,7 @@ class Run:
         together: list[Job] = []
         suspects: list[Job] = []
         for job, error, others in self.round(jobs, team, blocks):
-            if isinstance(error, Overtime) and error.item in (job.slide, None):
+            if isinstance(error, TaskTimeout) and error.item in (job.slide, None):
                 self.set_aside(job, error)
             else:
                 (together if others else suspects).append(job)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from daskcell.compute import Reschedule, Workers, WorkersRef
-from daskcell.compute.timeouts import Overtime, renew
+from daskcell.compute.timeouts import TaskTimeout, reset
 from daskcell.config import Config
 from daskcell.errors import ComputeError, ConfigError, DaskcellError, StudyError, WeightsError
 from daskcell.images.reader_process import open_safely
@@ -241,11 +241,11 @@ def process_batch(jobs: Sequence[Job], limit: int, ref: WorkersRef) -> tuple[lis
     workers = Workers.of_task(ref)
     outcomes = []
     for job in jobs:
-        renew(job.slide)
+        reset(job.slide)
         try:
             outcomes.append(process_slide(job, workers, limit=limit))
-        except Overtime as error:
-            raise Overtime(str(error), job.slide) from None
+        except TaskTimeout as error:
+            raise TaskTimeout(str(error), job.slide) from None
         except Reschedule:
             outcomes += [Outcome(left.slide, rescheduled=True) for left in jobs[len(outcomes) :]]
             break
