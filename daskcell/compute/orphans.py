@@ -25,11 +25,11 @@ def owner_of(folder: str | os.PathLike[str]) -> str:
     return hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:8]
 
 
-def wait_for_former(client: Client, owner: str, tell: Callable[[str], None] | None = None) -> None:
+def wait_for_orphans(client: Client, owner: str, tell: Callable[[str], None] | None = None) -> None:
     """Return once no worker is at a task of `owner`; none of them may have been submitted by `client`."""
     start = told = time.monotonic()
     while True:
-        found = client.run(at_work, owner, on_error="ignore")
+        found = client.run(running_tasks, owner, on_error="ignore")
         count = sum(map(len, found.values()))
         if not count:
             return
@@ -40,7 +40,7 @@ def wait_for_former(client: Client, owner: str, tell: Callable[[str], None] | No
         time.sleep(_LOOK_SECONDS)
 
 
-def at_work(owner: str, dask_worker: Any = None) -> list[str]:
+def running_tasks(owner: str, dask_worker: Any = None) -> list[str]:
     """Keys of the tasks of `owner` that a worker is at, whether anybody still wants them or not."""
     with dask_worker.active_threads_lock:
         keys = [str(key) for key in dask_worker.active_threads.values()]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Hashable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from daskcell.compute.orphans import owner_of, wait_for_former
+from daskcell.compute.orphans import owner_of, wait_for_orphans
 from daskcell.compute.threads import thread_limited
 from daskcell.compute.timeouts import WorkerLost, paused, timeout_error, with_timeout
 from daskcell.errors import ComputeError
@@ -164,7 +164,7 @@ class Workers:
         workers = copy.copy(self)
         workers.owner = owner_of(folder)
         if self.client is not None:
-            wait_for_former(self.client, workers.owner, tell)
+            wait_for_orphans(self.client, workers.owner, tell)
         return workers
 
     @property
