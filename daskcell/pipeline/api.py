@@ -197,7 +197,7 @@ def _go(
         if model is not None:
             study.update(model=os.path.abspath(model.folder))
         Run(study, sources, settings, weights, lock, progress, retry_failed, model, verify).go(client)
-        if truth is not None and study.grouping is not None:
+        if truth is not None and study.clusters_key is not None:
             score_study(study, truth)
         sweep(out)
         bring_report_up_to_date(study)

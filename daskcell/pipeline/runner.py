@@ -128,7 +128,7 @@ class Run:
                         self.set_aside(self.job(name), InputError(_CHANGED))
                 described = [name for name in slides if name not in lost]
                 if self.groups.make(described, workers):
-                    key = self.study.grouping
+                    key = self.study.clusters_key
                     jobs = [self.job(name, key) for name in (*described, *self.left())]
                     self.work([job for job in jobs if missing_stages(job, self.study)], workers)
             except DaskcellError as error:
