@@ -26,7 +26,7 @@ from daskcell.images import image_info
 from daskcell.images.sources import Source
 from daskcell.pipeline.cluster_stage import Groups
 from daskcell.pipeline.progress import Progress
-from daskcell.pipeline.reuse_model import Given
+from daskcell.pipeline.reuse_model import PretrainedModel
 from daskcell.pipeline.slide import (
     Job,
     Outcome,
@@ -78,7 +78,7 @@ class Run:
         lock: Lock,
         progress: Progress,
         retry_failed: bool,
-        given: Given | None = None,
+        given: PretrainedModel | None = None,
         verify: bool = False,
     ):
         self.study, self.config, self.lock, self.progress = study, config, lock, progress
