@@ -97,7 +97,7 @@ def score_study(study: Study, truth: str | os.PathLike[str]) -> dict[str, Any]:
     dict
         ``ari``, ``nmi``, ``matched`` and ``cells`` (of the truth), over all slides; ``slides``: the same for
         each; ``types``, ``groups`` and ``contingency`` (a row a type, a column a group; numbers of cells);
-        ``grouping`` and ``assigned``: the clusters and cells that were compared (`Study.grouping`,
+        ``grouping`` and ``assigned``: the clusters and cells that were compared (`Study.clusters_key`,
         `Study.assigned_key`).
 
     Raises
@@ -106,7 +106,7 @@ def score_study(study: Study, truth: str | os.PathLike[str]) -> dict[str, Any]:
         As `read_truth`; or the study has no groups yet.
     """
     table = read_truth(truth, study.slides)
-    if study.grouping is None:
+    if study.clusters_key is None:
         raise InputError(f"{study.out} has no groups yet. Please run it first.")
     types, groups, slides = [], [], {}
     for slide, known in table.groupby("slide", sort=True):
@@ -129,7 +129,7 @@ def score_study(study: Study, truth: str | os.PathLike[str]) -> dict[str, Any]:
         "groups": [titles[i] for i in columns],
         "contingency": counts.tolist(),
         "truth": str(truth),
-        "grouping": study.grouping,
+        "grouping": study.clusters_key,
         "assigned": study.assigned_key,
     }
     write_json(study.own(FILE), result)

@@ -9,7 +9,7 @@ from daskcell.compute import Workers
 from daskcell.config import Config
 from daskcell.errors import InputError
 from daskcell.pipeline.progress import Progress
-from daskcell.pipeline.reuse_model import Given
+from daskcell.pipeline.reuse_model import PretrainedModel
 from daskcell.pipeline.slide import counts, damage
 from daskcell.pipeline.stages import STAGES, Context, do
 from daskcell.pipeline.worker_pool import WorkerPool
@@ -21,7 +21,7 @@ _NAME = "cluster"
 class Groups:
     """The stage that is done once for all slides of a study."""
 
-    def __init__(self, study: Study, config: Config, progress: Progress, given: Given | None, verify: bool):
+    def __init__(self, study: Study, config: Config, progress: Progress, given: PretrainedModel | None, verify: bool):
         self.study, self.config, self.progress = study, config, progress
         self.given, self.verify = given, verify
         self.failures: list[dict[str, Any]] = []

@@ -67,7 +67,7 @@ def regroup(study: Study, lock: Lock, progress: Progress) -> None:
         if ledger.entry("describe")
     ]
     run = Run(study, sources, study.config, weights, lock, progress, False)
-    jobs = [run.job(source.name, study.grouping) for source in sources]
+    jobs = [run.job(source.name, study.clusters_key) for source in sources]
     jobs = [job for job in jobs if missing_stages(job, study)]
     progress.begin(dict.fromkeys(run.sources, 1.0), {job.slide: list(job.stages) for job in jobs})
     with contextlib.ExitStack() as stack:

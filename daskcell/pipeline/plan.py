@@ -156,7 +156,7 @@ def _slide(study: Study | None, job: Job, config: Config) -> SlidePlan:
     name = job.slide
     ledger = study.ledger(name) if study else Ledger(Path("nowhere"), name)
     known = unchanged(job.source.files, ledger.files, job.source.said)
-    keys = slide_keys(config, ledger.files, job.weights, study.grouping if study else None)
+    keys = slide_keys(config, ledger.files, job.weights, study.clusters_key if study else None)
     damaged = damage(ledger, study) if study else {}
     reasons: dict[str, str] = {}
     for stage in (STAGES[stage] for stage in SLIDE_STAGES):

@@ -26,7 +26,7 @@ from daskcell.images import image_info
 from daskcell.images.sources import Source
 from daskcell.pipeline.cluster_stage import Groups
 from daskcell.pipeline.progress import Progress
-from daskcell.pipeline.reuse_model import Given
+from daskcell.pipeline.reuse_model import PretrainedModel
 from daskcell.pipeline.slide import (
     Job,
     Outcome,
@@ -78,7 +78,7 @@ class Run:
         lock: Lock,
         progress: Progress,
         retry_failed: bool,
-        given: Given | None = None,
+        given: PretrainedModel | None = None,
         verify: bool = False,
     ):
         self.study, self.config, self.lock, self.progress = study, config, lock, progress
@@ -128,7 +128,7 @@ class Run:
                         self.set_aside(self.job(name), InputError(_CHANGED))
                 described = [name for name in slides if name not in lost]
                 if self.groups.make(described, workers):
-                    key = self.study.grouping
+                    key = self.study.clusters_key
                     jobs = [self.job(name, key) for name in (*described, *self.left())]
                     self.work([job for job in jobs if missing_stages(job, self.study)], workers)
             except DaskcellError as error:

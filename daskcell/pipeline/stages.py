@@ -39,7 +39,7 @@ from daskcell.study.results import (
 
 if TYPE_CHECKING:
     from daskcell.images.sources import Source
-    from daskcell.pipeline.reuse_model import Given
+    from daskcell.pipeline.reuse_model import PretrainedModel
     from daskcell.preprocess import Plan
 
 LABELS = "cells"
@@ -76,7 +76,7 @@ class Context:
     """The slide's input."""
     slides: tuple[str, ...] = ()
     """Of a stage of the whole study: slides with cells."""
-    model: Given | None = None
+    model: PretrainedModel | None = None
     """A model in the place of a fit."""
     say: Callable[[str], None] = lambda text: None
 
@@ -609,7 +609,7 @@ def slide_keys(
     weights
         Digests of the files of stages, as `fingerprints` gives them.
     clusters
-        Key of the clusters (`Study.grouping`); None: there are none, so stages that need them have no key.
+        Key of the clusters (`Study.clusters_key`); None: there are none, so stages that need them have no key.
     """
     known = {} if clusters is None else {CLUSTER.name: clusters}
     keys: dict[str, str] = {}

@@ -35,7 +35,7 @@ def report(study: Study) -> dict[str, Any]:
     if told is not None:
         told["seconds_left"] = seconds_left(told, time.time())
     clustered = study.ledger(CLUSTERS).read(Clustered)
-    cluster = study.grouping
+    cluster = study.clusters_key
     rows, left = [], set(study.left)
     for slide in study.slides:
         ledger = study.ledger(slide)

@@ -97,7 +97,7 @@ def page_inputs(study: Study, warnings: Sequence[str] = ()) -> list[Any]:
     aside = ("config", "inputs", "owned", "arrays")
     said = {name: value for name, value in study.record.items() if name not in aside}
     config = {name: value for name, value in study.record["config"].items() if name != "compute"}
-    parts = [_title(study), keys, study.grouping, said, config]
+    parts = [_title(study), keys, study.clusters_key, said, config]
     return [*parts, study.scores, _failures(study), list(warnings)]
 
 

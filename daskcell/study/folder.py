@@ -211,13 +211,13 @@ class Study:
             path.unlink(missing_ok=True)
 
     @property
-    def grouping(self) -> str | None:
-        """Content key of the groups as they are shown, with names and joins; None before the fit."""
+    def clusters_key(self) -> str | None:
+        """Content key of the clusters with their present names and merges; None before the fit."""
         entry = self.ledger(CLUSTERS).entry("cluster")
         return None if entry is None else self.named_key(entry["key"])
 
     def named_key(self, key: str) -> str:
-        """Content key of clusters of the content key `key` with the names and joins they have now."""
+        """Content key `key` of the clusters, combined with their present names and merges."""
         names = self.clusters / "names.json"
         said = names.read_bytes() if names.exists() else b""
         return hashlib.sha256(key.encode() + said).hexdigest() if said else key
@@ -231,12 +231,12 @@ class Study:
 
     @property
     def scores(self) -> dict[str, Any] | None:
-        """How the present groups agree with known types (`evaluation.score_study`); None if not compared."""
+        """How the present clusters agree with known types (`evaluation.score_study`); None if not compared."""
         try:
             found = json.loads((self.out / "scores.json").read_bytes())
         except (FileNotFoundError, ValueError):
             return None
-        if found.get("grouping") != self.grouping:
+        if found.get("grouping") != self.clusters_key:
             return None
         return found if found.get("assigned") in (None, self.assigned_key) else None
 
