@@ -53,42 +53,42 @@ class Simulation:
 
     def run(self) -> list[tuple[float, float, float | None]]:
         """Seconds since the start, fraction and seconds left after everything that happens."""
-        told = Progress()
+        progress = Progress()
         seen: list[tuple[float, float, float | None]] = []
 
         def pass_(seconds: float) -> None:
             self.now += seconds
 
         def look() -> None:
-            seen.append((self.now, told.fraction, told.seconds_left))
+            seen.append((self.now, progress.fraction, progress.seconds_left))
 
         def work(slide: str, stages: list[str]) -> None:
             for stage in stages:
                 if not self.blocks:
                     pass_(self.seconds[stage])
                     continue
-                told.step(slide, stage, 0.0)
+                progress.step(slide, stage, 0.0)
                 for share, part in self.blocks.get(stage, even(1)):
                     pass_(self.seconds[stage] * share)
-                    told.step(slide, stage, part)
+                    progress.step(slide, stage, part)
                     look()
-                told.finished(slide, stage, self.seconds[stage])
+                progress.finished(slide, stage, self.seconds[stage])
             if not self.blocks:
                 for stage in stages:
-                    told.finished(slide, stage, self.seconds[stage])
+                    progress.finished(slide, stage, self.seconds[stage])
             look()
 
         names = [f"slide {i}" for i in range(self.slides)]
-        told.begin(dict.fromkeys(names, 1e6), {name: list(STAGE_SHARES) for name in names})
+        progress.begin(dict.fromkeys(names, 1e6), {name: list(STAGE_SHARES) for name in names})
         pass_(self.starts)
         for name in names:
             work(name, [stage for stage in STAGE_SHARES if stage not in LATE])
-        told.working("cluster")
+        progress.working("cluster")
         for _ in range(10):
             pass_(self.fit / 10)
-            told.step("", "cluster", None)
+            progress.step("", "cluster", None)
             look()
-        told.finished("", "cluster")
+        progress.finished("", "cluster")
         for name in names:
             work(name, [stage for stage in STAGE_SHARES if stage in LATE])
         return seen
@@ -128,9 +128,9 @@ def test_stages_that_were_not_measured_follow_the_others_and_not_the_odd_one():
 
 
 def test_what_was_told_runs_down_while_nothing_is_heard():
-    told = {"at": 100.0, "fraction": 0.5, "seconds_left": 60.0}
-    assert [seconds_left(told, now) for now in (100, 110, 500)] == [60, 50, 30]
-    assert seconds_left(told | {"seconds_left": None}, 100) is None
+    progress = {"at": 100.0, "fraction": 0.5, "seconds_left": 60.0}
+    assert [seconds_left(progress, now) for now in (100, 110, 500)] == [60, 50, 30]
+    assert seconds_left(progress | {"seconds_left": None}, 100) is None
 
 
 def test_parts_of_work_are_told_after_every_task():
@@ -163,7 +163,7 @@ class Watcher(Progress):
         self.steps.append((stage, part))
         super().step(slide, stage, part)
         if part:
-            self.records.append((self.told, report(dc.open_study(self.out))["running"]["progress"]))
+            self.records.append((self.estimate, report(dc.open_study(self.out))["running"]["progress"]))
 
     def changed(self):
         self.fractions.append(self.fraction)
@@ -175,7 +175,7 @@ def test_long_stages_of_a_slide_tell_of_every_block_and_status_says_the_same(sli
     monkeypatch.setattr("daskcell.segmentation.diameter.WHOLE_UP_TO", 0)
     monkeypatch.setattr("daskcell.segmentation.diameter.WINDOW", 128)
     out = tmp_path / "out"
-    told = Watcher(out)
+    progress = Watcher(out)
     config = {
         "segment": {"model": "tiny", "diameter": "auto"},
         "features": {"encoder": "tiny"},
@@ -184,7 +184,7 @@ def test_long_stages_of_a_slide_tell_of_every_block_and_status_says_the_same(sli
         "output": {"report": False, "overlays": ["png"]},
         "compute": {"kind": "inline", "block": 256},
     }
-    study = dc.run(slide, out, config, progress=told)
+    study = dc.run(slide, out, config, progress=progress)
     assert not study.failures
     blocks = 2 * 3
     for stage, least in {
@@ -193,19 +193,19 @@ def test_long_stages_of_a_slide_tell_of_every_block_and_status_says_the_same(sli
         "describe": 1,  # of so few cells, one task
         "paint": blocks,
     }.items():
-        parts = [part for name, part in told.steps if name == stage and part]
+        parts = [part for name, part in progress.steps if name == stage and part]
         assert len(parts) >= least, stage
         assert 0.8 <= sum(parts) <= 1.001, stage
         assert max(parts) <= 0.5 or stage in ("convert", "describe")
-    assert [part for name, part in told.steps if name == "cluster"]
-    assert told.fractions == sorted(told.fractions)
-    assert told.fraction == pytest.approx(1)
-    assert len({round(fraction, 3) for fraction in told.fractions}) > 25
+    assert [part for name, part in progress.steps if name == "cluster"]
+    assert progress.fractions == sorted(progress.fractions)
+    assert progress.fraction == pytest.approx(1)
+    assert len({round(fraction, 3) for fraction in progress.fractions}) > 25
     # What another process reads is the record of the task before.
-    for (before, _), (_, status) in zip(told.records, told.records[1:], strict=False):
+    for (before, _), (_, status) in zip(progress.records, progress.records[1:], strict=False):
         if status is not None and status["at"] == before["at"]:
             assert status["fraction"] == before["fraction"]
-    assert sum(status is not None for _, status in told.records) > 25
+    assert sum(status is not None for _, status in progress.records) > 25
 
 
 def test_an_ome_zarr_weighs_what_its_pixels_do(slide, tmp_path):
@@ -219,10 +219,10 @@ def test_an_ome_zarr_weighs_what_its_pixels_do(slide, tmp_path):
 
 def test_lines_tell_the_same_as_the_record_and_quiet_says_nothing(capsys):
     stream = io.StringIO()
-    told = Lines(1000, stream)
-    told.begin({"a": 1e6}, {"a": list(STAGE_SHARES)})
-    told.step("a", "convert", 0.0)
-    told.step("a", "convert", 0.5)
-    assert f"{told.told['fraction']:4.0%}" in told.line
+    progress = Lines(1000, stream)
+    progress.begin({"a": 1e6}, {"a": list(STAGE_SHARES)})
+    progress.step("a", "convert", 0.0)
+    progress.step("a", "convert", 0.5)
+    assert f"{progress.estimate['fraction']:4.0%}" in progress.line
     Progress().begin({"a": 1e6}, {"a": ["segment"]})
     assert capsys.readouterr() == ("", "")

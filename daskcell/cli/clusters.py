@@ -60,7 +60,7 @@ def assign(
     import warnings
 
     from daskcell import pipeline
-    from daskcell.cli.studies import ending, told
+    from daskcell.cli.studies import ending, show_progress
     from daskcell.errors import DriftWarning
 
     settings = read_settings(
@@ -73,7 +73,7 @@ def assign(
             "compute.device": device,
         },
     )
-    with warnings.catch_warnings(record=True) as caught, told(quiet, interval) as progress:
+    with warnings.catch_warnings(record=True) as caught, show_progress(quiet, interval) as progress:
         warnings.simplefilter("always", DriftWarning)
         study = pipeline.assign(
             inputs,
@@ -139,10 +139,10 @@ def split(
 
 
 def _change(where: Path, change: Callable[[Naming, int], Naming], quiet: bool) -> None:
-    from daskcell.cli.studies import told
+    from daskcell.cli.studies import show_progress
     from daskcell.pipeline.edit_clusters import change_groups
 
-    with told(quiet, 30.0) as progress:
+    with show_progress(quiet, 30.0) as progress:
         change_groups(where, change, progress)
     if not quiet:
         show(where)

@@ -66,13 +66,13 @@ def work_done(tallies: Mapping[str, Tally], shares: Mapping[str, float]) -> tupl
     return before, done, total
 
 
-def seconds_left(told: Mapping[str, Any], now: float) -> float | None:
+def seconds_left(estimate: Mapping[str, Any], now: float) -> float | None:
     """What is left of an estimate (``seconds_left``, made ``at`` a time); None: there was none.
 
     While nothing is heard it runs down, but not to the end.
     """
-    left = told["seconds_left"]
-    return None if left is None else max(left - max(0.0, now - told["at"]), left / 2)
+    left = estimate["seconds_left"]
+    return None if left is None else max(left - max(0.0, now - estimate["at"]), left / 2)
 
 
 @dataclass
@@ -98,7 +98,7 @@ class Progress:
         self._left: dict[str, set[str]] = {}
         self._counted: dict[str, tuple[int, int]] = {}
         self._first: tuple[float, float] | None = None
-        self._told: dict[str, Any] = {"at": time.time(), "fraction": 0.0, "seconds_left": None}
+        self._estimate: dict[str, Any] = {"at": time.time(), "fraction": 0.0, "seconds_left": None}
         self._lock = threading.RLock()
 
     def begin(self, slides: dict[str, float], missing: dict[str, list[str]]) -> None:
@@ -116,7 +116,7 @@ class Progress:
                 self._tallies["cluster"].before = total
             self.slides_done = sum(not left.difference(LATE) for left in self._left.values())
             self._first = None
-        self._estimate()
+        self._update()
 
     def counts(self, slide: str, pixels: int, cells: int) -> None:
         """Megapixels and cells of a slide, as far as they are known."""
@@ -135,7 +135,7 @@ class Progress:
                 part = 0.02 * (1 - now.part) if part is None else part
                 self._advance(slide, stage, min(now.part + part, 0.99), time.monotonic() - now.begun)
             self.stage = stage
-        self._estimate()
+        self._update()
 
     def finished(self, slide: str, stage: str, seconds: float | None = None) -> None:
         """A stage of a slide is done, within so many seconds where that is known."""
@@ -148,7 +148,7 @@ class Progress:
                 left.discard(stage)
                 self.slides_done += bool(slide) and early and not left.difference(LATE)
             self.stage = stage
-        self._estimate()
+        self._update()
 
     def _advance(self, slide: str, stage: str, part: float, seconds: float | None) -> None:
         """Count a stage of a slide up to `part`, which took so many seconds since it began."""
@@ -170,14 +170,14 @@ class Progress:
                 now = self._under_way.pop((slide, stage), _UnderWay(0.0))
                 self._tallies[stage].before += self._weights[slide] * (1 - now.part)
             left.clear()
-        self._estimate()
+        self._update()
         self.say(f"Set aside: {slide}: {sentence}")
 
     def working(self, stage: str) -> None:
         """What is being done for all slides together."""
         self.step("", stage, 0.0)
 
-    def _estimate(self) -> None:
+    def _update(self) -> None:
         """Fraction and time left, as of now: what is shown here and told to `status`."""
         with self._lock:
             before, done, total = work_done(self._tallies, SHARES)
@@ -190,24 +190,24 @@ class Progress:
                 elapsed, since = now - self._first[0], done / total - self._first[1]
                 if since > 0:
                     left = elapsed * (1 - fraction) / since
-            fraction = max(fraction, self._told["fraction"])
-            self._told = {"at": time.time(), "fraction": fraction, "seconds_left": left}
+            fraction = max(fraction, self._estimate["fraction"])
+            self._estimate = {"at": time.time(), "fraction": fraction, "seconds_left": left}
         self.changed()
 
     @property
-    def told(self) -> dict[str, Any]:
+    def estimate(self) -> dict[str, Any]:
         """The last estimate: ``fraction`` 0 to 1, ``seconds_left`` and ``at`` (seconds since 1970)."""
-        return dict(self._told)
+        return dict(self._estimate)
 
     @property
     def fraction(self) -> float:
         """Part of the work that is done, 0 to 1; never less than before."""
-        return float(self._told["fraction"])
+        return float(self._estimate["fraction"])
 
     @property
     def seconds_left(self) -> float | None:
         """Estimate, None while nothing was done yet in this run."""
-        return seconds_left(self._told, time.time())
+        return seconds_left(self._estimate, time.time())
 
     @property
     def line(self) -> str:

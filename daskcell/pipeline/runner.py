@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 _READ_LATE = frozenset(SLIDE_STAGES) - {CONVERT.name, FIT.name, EXPORT.name}
 """Stages whose output the fit and the stages after it read whole; the image is much larger, and read in
 part."""
-_TELL_SECONDS = 5.0
+_WRITE_SECONDS = 5.0
 _BLOCKS_AT_ONCE = 2
 """A slide of so many blocks or fewer is one task."""
 _TOGETHER = 64
@@ -87,7 +87,7 @@ class Run:
         self.retry_failed = retry_failed
         self.verify = verify
         self.groups = Groups(study, config, progress, given, verify)
-        self.told = time.monotonic()
+        self.written = time.monotonic()
         self.looked: set[str] = set()
         """Slides whose checksums were compared in this run."""
         self.stop = threading.Event()
@@ -136,7 +136,7 @@ class Run:
                 raise
             finally:
                 self.stop.set()
-                self.study.tell(None)
+                self.study.write_progress(None)
                 if workers.started:
                     self.write_failures()
         self.write_failures()
@@ -156,9 +156,9 @@ class Run:
     def tick(self) -> None:
         """After every task: stop if we must; leave word for `status` now and then."""
         self.lock.check()
-        if time.monotonic() - self.told > _TELL_SECONDS:
-            self.told = time.monotonic()
-            self.study.tell(**self.progress.told)
+        if time.monotonic() - self.written > _WRITE_SECONDS:
+            self.written = time.monotonic()
+            self.study.write_progress(**self.progress.estimate)
         if self.stop.is_set():
             raise ComputeError("The run was stopped; the same command continues it.")
 

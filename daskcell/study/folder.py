@@ -176,22 +176,23 @@ class Study:
             (self.out / name).unlink(missing_ok=True)
             self.update(owned=[one for one in owned if one != name])
 
-    def tell(self, fraction: float | None, seconds_left: float | None = None, at: float = 0.0) -> None:
-        """Leave word of how far a run is `at` a time (since 1970), for `status`; None: it has ended."""
+    def write_progress(
+        self, fraction: float | None, seconds_left: float | None = None, at: float = 0.0
+    ) -> None:
+        """Write how far a run was `at` a time (seconds since 1970), for `status`; None: it has ended."""
         path = self.out / ".progress.json"
         if fraction is None:
             path.unlink(missing_ok=True)
         else:
             write_json(path, {"at": at, "fraction": fraction, "seconds_left": seconds_left})
 
-    @property
-    def told(self) -> dict[str, Any] | None:
-        """What a run has told of itself."""
+    def read_progress(self) -> dict[str, Any] | None:
+        """What a run last wrote of its progress; None: no run is at work."""
         try:
-            word: dict[str, Any] = json.loads((self.out / ".progress.json").read_bytes())
+            progress: dict[str, Any] = json.loads((self.out / ".progress.json").read_bytes())
         except (FileNotFoundError, ValueError):
             return None
-        return word
+        return progress
 
     @property
     def failures(self) -> list[dict[str, Any]]:
