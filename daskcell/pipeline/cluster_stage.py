@@ -11,7 +11,8 @@ from daskcell.errors import InputError
 from daskcell.pipeline.progress import Progress
 from daskcell.pipeline.reuse_model import PretrainedModel
 from daskcell.pipeline.slide import counts, damage
-from daskcell.pipeline.stages import STAGES, Context, do
+from daskcell.pipeline.stage import Context, run_stage
+from daskcell.pipeline.stages import STAGES
 from daskcell.pipeline.worker_pool import WorkerPool
 from daskcell.study import CLUSTERS, Study
 
@@ -69,7 +70,7 @@ class Groups:
             say=self.progress.say,
         )
         try:
-            do(STAGES[_NAME], context, key)
+            run_stage(STAGES[_NAME], context, key)
             self.progress.finished("", _NAME)
         except InputError as error:
             self._fail(str(error))

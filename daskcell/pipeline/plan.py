@@ -18,6 +18,7 @@ from daskcell.errors import DaskcellError
 from daskcell.geometry import Grid
 from daskcell.pipeline.progress import clock
 from daskcell.pipeline.slide import Job, damage, header
+from daskcell.pipeline.stage import Context, Stage
 from daskcell.pipeline.stages import (
     CLUSTER,
     CONVERT,
@@ -26,8 +27,6 @@ from daskcell.pipeline.stages import (
     SEGMENT,
     SLIDE_STAGES,
     STAGES,
-    Context,
-    Stage,
     flows_folder,
     slide_keys,
 )

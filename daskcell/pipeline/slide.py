@@ -22,7 +22,8 @@ from daskcell.compute.timeouts import TaskTimeout, reset
 from daskcell.config import Config
 from daskcell.errors import ComputeError, ConfigError, DaskcellError, StudyError, WeightsError
 from daskcell.images.reader_process import open_safely
-from daskcell.pipeline.stages import EARLY, LATE, STAGES, Context, do, slide_keys
+from daskcell.pipeline.stage import Context, run_stage
+from daskcell.pipeline.stages import EARLY, LATE, STAGES, slide_keys
 from daskcell.storage.atomic import is_full, remove
 from daskcell.storage.paths import printable
 from daskcell.study import Ledger, Study
@@ -45,8 +46,8 @@ class Job:
     config: Config
     weights: Mapping[str, str]
     clusters: str | None = None
-    """Content key of the clusters (`Study.clusters_key`), for the stages that follow them. These read nothing of
-    the input, which may have gone since."""
+    """Content key of the clusters (`Study.clusters_key`), for the stages that follow them. These read nothing
+    of the input, which may have gone since."""
     verify: frozenset[str] = frozenset()
     """Stages whose checksums are compared where they are done; of the others, names and sizes."""
 
@@ -162,7 +163,7 @@ def process_slide(
         for number, stage in enumerate(job.stages):
             later = (s for s in job.stages[number + 1 :] if not ledger.is_done(s, keys[s]))
             step = None if on_step is None else partial(on_step, job.slide, stage)
-            took = do(STAGES[stage], context, keys[stage], next(later, None), step)
+            took = run_stage(STAGES[stage], context, keys[stage], next(later, None), step)
             if took is not None:
                 seconds[stage] = took
                 notes += ledger.result(stage).get("notes", ())
