@@ -15,9 +15,9 @@ import tifffile
 from distributed import Client, Nanny, Scheduler, SpecCluster, Worker
 
 from daskcell.compute import Reschedule, Workers, WorkersRef, start_workers
-from daskcell.compute._worker import JobWorker, WorkerSetup
+from daskcell.compute._distributed import JobWorker, WorkerSetup
 from daskcell.compute.local import dashboard_options
-from daskcell.compute.threads import NEEDS_GPU
+from daskcell.compute.process import NEEDS_GPU
 from daskcell.config import ComputeSettings
 from daskcell.errors import ComputeError, ConfigError
 

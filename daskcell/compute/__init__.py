@@ -12,9 +12,9 @@ workers (`Workers.of_task`): its own process, and those labelled GPU for its net
 """
 
 from daskcell.compute.local import visible_gpus
+from daskcell.compute.process import THREAD_VARIABLES, limit_threads, threads_limited
 from daskcell.compute.start import start_workers
 from daskcell.compute.task_queue import LABELS, Failed, Kind, Reschedule, Window, Workers, WorkersRef
-from daskcell.compute.threads import THREAD_VARIABLES, limit_threads, threads_limited
 
 __all__ = [
     "LABELS",

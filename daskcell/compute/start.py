@@ -21,9 +21,8 @@ from daskcell.compute.given import (
 )
 from daskcell.compute.jobqueue import SUBMIT, job_cluster, job_specs, reason
 from daskcell.compute.local import SCRIPT_MARK, changed_settings, local_cluster, local_settings, visible_gpus
-from daskcell.compute.logs import quiet_logs
+from daskcell.compute.process import quiet_logs, threads_limited
 from daskcell.compute.task_queue import Workers
-from daskcell.compute.threads import threads_limited
 from daskcell.config import QUEUES, ComputeSettings
 from daskcell.errors import ComputeError, ConfigError, DaskcellError
 

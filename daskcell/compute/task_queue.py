@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import itertools
 import os
 import time
@@ -13,15 +14,14 @@ from collections.abc import Callable, Generator, Hashable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from daskcell.compute.orphans import owner_of, wait_for_orphans
-from daskcell.compute.threads import thread_limited
+from daskcell.compute.process import thread_limited
 from daskcell.compute.timeouts import WorkerLost, paused, timeout_error, with_timeout
 from daskcell.errors import ComputeError
 
 if TYPE_CHECKING:
     from distributed import Client
 
-    from daskcell.compute._completed import Completed
+    from daskcell.compute._distributed import Completed
 
 Kind = Literal["cpu", "network"]
 LABELS: dict[str, str] = {"network": "GPU", "cpu": "CPU"}
@@ -29,6 +29,8 @@ _IN_FLIGHT_PER_WORKER = 4
 _MOST_IN_FLIGHT = 1250
 """Tasks of one window; sixteen slides may have one each."""
 _RECOUNT_SECONDS = 5.0
+_POLL_SECONDS = 0.25
+_NOTICE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -246,7 +248,7 @@ class Window:
             yield key, _outcome(function, args)
 
     def _run_on(self, client: Client) -> Generator[tuple[Any, Any], None, None]:
-        from daskcell.compute._completed import Completed
+        from daskcell.compute._distributed import Completed
 
         done = Completed(loop=client.loop, with_results=True, raise_errors=False)
         running: dict[Any, Hashable] = {}
@@ -345,3 +347,35 @@ def _explain(future: Any, outcome: Any, workers: Workers) -> BaseException:
     state = str(outcome) if workers.alive else "its connection to the scheduler is lost"
     trouble = workers.trouble() if workers.trouble is not None else None
     return WorkerLost(f"{trouble or f'A task was cancelled: {state}.'} The same command continues the study.")
+
+
+def owner_of(folder: str | os.PathLike[str]) -> str:
+    """Eight letters for the keys of all tasks that write into `folder`."""
+    return hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:8]
+
+
+def wait_for_orphans(client: Client, owner: str, tell: Callable[[str], None] | None = None) -> None:
+    """Wait until no worker runs a task of `owner` that `client` did not submit.
+
+    A scheduler that outlives its client forgets the client's tasks, but no worker can stop a thread: the task
+    that is running continues until it finishes, and writes files. If the run were continued at once, two
+    tasks would write the same files. So the keys of tasks name their owner, and the next run waits here.
+    """
+    start = told = time.monotonic()
+    while True:
+        found = client.run(running_tasks, owner, on_error="ignore")
+        count = sum(map(len, found.values()))
+        if not count:
+            return
+        now = time.monotonic()
+        if tell is not None and now - told > _NOTICE_SECONDS:
+            told = now
+            tell(f"Waiting for {count} tasks that an earlier run left running, for {now - start:.0f} s.")
+        time.sleep(_POLL_SECONDS)
+
+
+def running_tasks(owner: str, dask_worker: Any = None) -> list[str]:
+    """Keys of the tasks of `owner` that run on a worker, whether or not the scheduler still knows them."""
+    with dask_worker.active_threads_lock:
+        keys = [str(key) for key in dask_worker.active_threads.values()]
+    return [key for key in keys if f"-{owner}" in key]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from daskcell.compute import Workers, start_workers
-from daskcell.compute.orphans import owner_of
+from daskcell.compute.task_queue import owner_of
 from daskcell.config import QUEUES, Config
 from daskcell.segmentation.memory import needed_memory, refuse_too_little_memory, settings_halo
 from daskcell.study import sweep
