@@ -18,10 +18,12 @@ from daskcell.study import CLUSTERS, Study
 _NAME = "cluster"
 
 
-class Groups:
+class ClusterStage:
     """The stage that is done once for all slides of a study."""
 
-    def __init__(self, study: Study, config: Config, progress: Progress, given: PretrainedModel | None, verify: bool):
+    def __init__(
+        self, study: Study, config: Config, progress: Progress, given: PretrainedModel | None, verify: bool
+    ):
         self.study, self.config, self.progress = study, config, progress
         self.given, self.verify = given, verify
         self.failures: list[dict[str, Any]] = []

@@ -45,8 +45,8 @@ class Job:
     config: Config
     weights: Mapping[str, str]
     clusters: str | None = None
-    """Content key of the clusters (`Study.clusters_key`), for the stages that follow them. These read nothing of
-    the input, which may have gone since."""
+    """Content key of the clusters (`Study.clusters_key`), for the stages that follow them. These read nothing
+    of the input, which may have gone since."""
     verify: frozenset[str] = frozenset()
     """Stages whose checksums are compared where they are done; of the others, names and sizes."""
 

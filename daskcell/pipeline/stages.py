@@ -609,7 +609,7 @@ def slide_keys(
     weights
         Digests of the files of stages, as `fingerprints` gives them.
     clusters
-        Key of the clusters (`Study.clusters_key`); None: there are none, so stages that need them have no key.
+        `Study.clusters_key`; None: there are no clusters, so stages that need them have no key.
     """
     known = {} if clusters is None else {CLUSTER.name: clusters}
     keys: dict[str, str] = {}

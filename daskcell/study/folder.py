@@ -231,7 +231,7 @@ class Study:
 
     @property
     def scores(self) -> dict[str, Any] | None:
-        """How the present clusters agree with known types (`evaluation.score_study`); None if not compared."""
+        """Agreement of the present clusters with known types (`evaluation.score_study`), or None."""
         try:
             found = json.loads((self.out / "scores.json").read_bytes())
         except (FileNotFoundError, ValueError):
