@@ -278,18 +278,18 @@ def test_a_study_without_groups_has_a_page_too(tmp_path):
     assert "groups" not in page.text
 
 
-def test_slides_of_one_set_are_added_up(tmp_path):
+def test_slides_of_one_condition_are_added_up(tmp_path):
     rows = []
     for number, name in enumerate(("one", "two", "three")):
         tifffile.imwrite(tmp_path / f"{name}.tif", discs(number, 128))
-        rows.append({"path": f"{name}.tif", "group": "treated" if number else "control"})
+        rows.append({"path": f"{name}.tif", "condition": "treated" if number else "control"})
     pd.DataFrame(rows).to_csv(tmp_path / "table.csv", index=False)
     study = run(tmp_path / "table.csv", tmp_path / "out", SETTINGS)
     found = gather(study)
-    assert [(row.name, row.slides) for row in found.sets] == [("control", 1), ("treated", 2)]
+    assert [(row.name, row.slides) for row in found.conditions] == [("control", 1), ("treated", 2)]
     cells = study.cells()
-    for row in found.sets:
-        mine = cells[cells["group"] == row.name]
+    for row in found.conditions:
+        mine = cells[cells["condition"] == row.name]
         assert row.cells == len(mine)
         assert row.counts == [int((mine["cluster"] == group.number).sum()) for group in found.groups]
     assert found.unit == "px"
