@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from daskcell.clustering.names import Naming
+from daskcell.clustering.names import ClusterNames
 from daskcell.clustering.tables import shared_columns
 from daskcell.errors import InputError
 from daskcell.render.paint import colors, titled
@@ -110,7 +110,7 @@ def gather(study: Study) -> Facts:
     """Read what a study holds; slides that were set aside and groups that are not there are left out."""
     clustered = study.ledger(CLUSTERS).read(Clustered)
     k = clustered.k if clustered else 0
-    titles = titled(Naming.load(study.clusters).titles(k), k) if k else []
+    titles = titled(ClusterNames.load(study.clusters).titles(k), k) if k else []
     palette = colors(k)
     groups = [Group(i, title, "#" + bytes(palette[i]).hex()) for i, title in titles]
     rows, reports, grouped, sizes, ungrouped = [], [], [], [], 0
