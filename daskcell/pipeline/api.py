@@ -187,10 +187,9 @@ def _go(
             stack.enter_context(lock)
         upgrade(out)
         study = Study.create(out, given, settings, [source.name for source in sources])
-        groups = {source.name: source.group for source in sources if source.group is not None}
-        groups = {name: study.record.get("groups", {}).get(name) for name in study.left} | groups
-        groups = {name: group for name, group in groups.items() if group is not None}
-        study.update(weights=weights, groups=groups)
+        conditions = {name: study.conditions[name] for name in study.left if name in study.conditions}
+        conditions |= {source.name: source.condition for source in sources if source.condition is not None}
+        study.update(weights=weights, groups=conditions)
         if truth is not None:
             study.own(SCORES)
         _tell_what_left(study, progress)

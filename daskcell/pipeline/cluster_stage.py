@@ -19,7 +19,7 @@ from daskcell.study import CLUSTERS, Study
 _NAME = "cluster"
 
 
-class Groups:
+class ClusterStage:
     """The stage that is done once for all slides of a study."""
 
     def __init__(

@@ -24,7 +24,7 @@ from daskcell.config import Config
 from daskcell.errors import ComputeError, DaskcellError, InputError
 from daskcell.images import image_info
 from daskcell.images.sources import Source
-from daskcell.pipeline.cluster_stage import Groups
+from daskcell.pipeline.cluster_stage import ClusterStage
 from daskcell.pipeline.progress import Progress
 from daskcell.pipeline.reuse_model import PretrainedModel
 from daskcell.pipeline.slide import (
@@ -86,7 +86,7 @@ class Run:
         self.weights = dict(weights)
         self.retry_failed = retry_failed
         self.verify = verify
-        self.groups = Groups(study, config, progress, given, verify)
+        self.clusters = ClusterStage(study, config, progress, given, verify)
         self.written = time.monotonic()
         self.looked: set[str] = set()
         """Slides whose checksums were compared in this run."""
@@ -117,7 +117,7 @@ class Run:
             workers = WorkerPool(self.study.out, client, self.config, stack, self.tick, self.progress.say)
             try:
                 self.work([self.job(name) for name in slides if missing[name] or self.verify], workers)
-                if not self.groups.are_there(slides):  # the fit would take damaged features for good ones
+                if not self.clusters.are_there(slides):  # the fit would take damaged features for good ones
                     rest = [name for name in slides if name not in self.looked]
                     self.work([self.job(name, stages=_READ_LATE) for name in rest], workers)
                 # Slides with nothing missing at the start need no second look.
@@ -127,7 +127,7 @@ class Run:
                     if self.study.ledger(name).failure is None:
                         self.set_aside(self.job(name), InputError(_CHANGED))
                 described = [name for name in slides if name not in lost]
-                if self.groups.make(described, workers):
+                if self.clusters.make(described, workers):
                     key = self.study.clusters_key
                     jobs = [self.job(name, key) for name in (*described, *self.left())]
                     self.work([job for job in jobs if missing_stages(job, self.study)], workers)
@@ -320,7 +320,7 @@ class Run:
 
     def write_failures(self) -> None:
         failures = [self.study.ledger(name).failure for name in sorted(self.sources)]
-        self.study.write_failures([failure for failure in failures if failure] + self.groups.failures)
+        self.study.write_failures([failure for failure in failures if failure] + self.clusters.failures)
 
 
 def _weight(source: Source) -> float:

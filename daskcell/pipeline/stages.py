@@ -372,14 +372,14 @@ ASSIGN = Stage(
 
 # -- paint ---------------------------------------------------------------------------------------------
 def _paint(context: Context) -> Painted:
-    from daskcell.clustering.names import Naming
+    from daskcell.clustering.names import ClusterNames
     from daskcell.images.labels import list_labels
     from daskcell.render import write_cluster_labels, write_overlay
 
     study, slide, config = context.study, context.slide, context.config
     clustered = study.ledger(CLUSTERS).read(Clustered)
     assert clustered is not None
-    names = Naming.load(study.clusters).titles(clustered.k)
+    names = ClusterNames.load(study.clusters).titles(clustered.k)
     table, clusters = study.table(slide), study.clusters_table(slide)
     list_labels(context.image, LABELS)
     counts = write_cluster_labels(
@@ -468,7 +468,7 @@ def slide_keys(
     weights
         Digests of the files of stages, as `fingerprints` gives them.
     clusters
-        Key of the clusters (`Study.clusters_key`); None: there are none, so stages that need them have no key.
+        `Study.clusters_key`; None: there are no clusters, so stages that need them have no key.
     """
     known = {} if clusters is None else {CLUSTER.name: clusters}
     keys: dict[str, str] = {}

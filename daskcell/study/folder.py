@@ -142,6 +142,11 @@ class Study:
         return list(self.record.get("left", ()))
 
     @property
+    def conditions(self) -> dict[str, str]:
+        """Condition of each slide for which the manifest names one (on disk: ``groups``)."""
+        return dict(self.record.get("groups") or {})
+
+    @property
     def config(self) -> Config:
         """Settings of the latest run."""
         try:
@@ -232,7 +237,7 @@ class Study:
 
     @property
     def scores(self) -> dict[str, Any] | None:
-        """How the present clusters agree with known types (`evaluation.score_study`); None if not compared."""
+        """Agreement of the present clusters with known types (`evaluation.score_study`), or None."""
         try:
             found = json.loads((self.out / "scores.json").read_bytes())
         except (FileNotFoundError, ValueError):
@@ -320,11 +325,11 @@ class Study:
         if slide is not None:
             if slide not in self.slides or not self.table(slide).exists():
                 raise StudyError(f"{self.out} has no cells table of {slide!r}.")
-            table, group = pd.read_parquet(self.table(slide)), self.record.get("groups", {}).get(slide)
+            table, condition = pd.read_parquet(self.table(slide)), self.conditions.get(slide)
             assigned = self.assigned_table(slide)
             if assigned is not None and assigned != self.table(slide):
                 table = table.assign(**pd.read_parquet(assigned))
-            return table if group is None else table.assign(group=group)
+            return table if condition is None else table.assign(condition=condition)
         tables = [self.cells(name).assign(slide=name) for name in self.slides if self.table(name).exists()]
         return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
