@@ -570,7 +570,7 @@ def test_lines_come_at_intervals_even_when_nothing_was_finished():
 def test_the_status_tells_how_far_a_run_is_while_it_lasts(fakes, folder, tmp_path, monkeypatch):
     from daskcell.pipeline.status import report, table
 
-    monkeypatch.setattr(runner, "_TELL_SECONDS", -1)
+    monkeypatch.setattr(runner, "_WRITE_SECONDS", -1)
     seen = []
     describe = STAGES["describe"]
 

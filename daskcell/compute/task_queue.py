@@ -31,6 +31,8 @@ _MOST_IN_FLIGHT = 1250
 _RECOUNT_SECONDS = 5.0
 _POLL_SECONDS = 0.25
 _NOTICE_SECONDS = 5.0
+_END = object()
+"""In place of a result: there are no more."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,26 @@ class Failed:
 
 @dataclass(frozen=True)
 class WorkersRef:
-    """See `Workers.ref`."""
+    """What a task is given to use the workers of its run: `Workers.of_task`, and `send`."""
 
     labels: frozenset[str] = frozenset()
     owner: str = ""
     task_seconds: float | None = None
+
+    @property
+    def topic(self) -> str:
+        """Of the messages to the process that drives the run."""
+        return f"daskcell-messages-{self.owner}"
+
+    def send(self, message: Any) -> None:
+        """Send a small message (msgpack) from within a task; see `Workers.listening`.
+
+        It comes before the task's result, or not at all where the worker dies.
+        """
+        from distributed import get_worker
+
+        worker = get_worker()
+        worker.loop.add_callback(worker.log_event, self.topic, message)
 
 
 class Reschedule(ComputeError):
@@ -174,6 +191,20 @@ class Workers:
         """What a task must know to give work to these workers: it is sent along."""
         return WorkersRef(self.labels, self.owner, self.task_seconds)
 
+    @contextlib.contextmanager
+    def listening(self, handler: Callable[[Any], None]) -> Iterator[None]:
+        """Call ``handler(message)``, from another thread, for each message that tasks `WorkersRef.send`."""
+        client = self.client
+        if client is None:
+            yield
+            return
+        client.subscribe_topic(self.ref.topic, lambda event: handler(event[1]))
+        try:
+            yield
+        finally:
+            with contextlib.suppress(Exception):  # closed since, or its scheduler gone
+                client.unsubscribe_topic(self.ref.topic)
+
     @classmethod
     def of_task(cls, ref: WorkersRef) -> Workers:
         """The workers of a task, within it: its own process, but those with a GPU for networks.
@@ -230,22 +261,32 @@ class Window:
         return len(self._queue)
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        run = self._run_here() if self._workers.client is None else self._run_on(self._workers.client)
+        client = self._workers.client
+        run = None if client is None else self._run_on(client)
         try:
-            for key, result in run:
+            while True:
+                if run is not None:
+                    key, result = next(run, (None, _END))
+                    if result is _END:
+                        return
+                elif self._queue:
+                    # Called from here, and not from a method: tracebacks of a run in this process stay short.
+                    key, function, args, _ = self._queue.popleft()
+                    try:
+                        result = function(*args)
+                    except Exception as error:
+                        result = Failed(error)
+                else:
+                    return
                 self._workers.finished_task()
                 if isinstance(result, Failed) and not self._keep_going:
                     result.error.add_note(f"(in task {key!r})")
                     raise result.error
                 yield key, result
         finally:
-            run.close()
+            if run is not None:
+                run.close()
             self._queue.clear()
-
-    def _run_here(self) -> Generator[tuple[Any, Any], None, None]:
-        while self._queue:
-            key, function, args, _ = self._queue.popleft()
-            yield key, _outcome(function, args)
 
     def _run_on(self, client: Client) -> Generator[tuple[Any, Any], None, None]:
         from daskcell.compute._distributed import Completed

@@ -195,7 +195,7 @@ def _go(
         _tell_what_left(study, progress)
         if model is not None:
             study.update(model=os.path.abspath(model.folder))
-        Run(study, sources, settings, weights, lock, progress, retry_failed, model, verify).go(client)
+        Run(study, sources, settings, weights, lock, progress, retry_failed, model, verify).execute(client)
         if truth is not None and study.clusters_key is not None:
             score_study(study, truth)
         sweep(out)

@@ -71,7 +71,7 @@ def update_slides(study: Study, lock: Lock, progress: Progress) -> None:
     jobs = [job for job in jobs if missing_stages(job, study)]
     progress.begin(dict.fromkeys(run.sources, 1.0), {job.slide: list(job.stages) for job in jobs})
     with contextlib.ExitStack() as stack:
-        run.work(jobs, WorkerPool(study.out, None, study.config, stack, run.tick))
+        run.process(jobs, WorkerPool(study.out, None, study.config, stack, run.on_task))
     run.write_failures()
     run.sweep_scratch()
 

@@ -270,10 +270,10 @@ def _seconds(study: Study | None, todo: list[SlidePlan], config: Config) -> floa
     if not pixels:
         return None
     # A stage that was never done takes as much longer than the others as its share of the work says.
-    known = sum(STAGES[stage].weight for stage in pixels)
+    known = sum(STAGES[stage].share(config) for stage in pixels)
     pace = sum(seconds[stage] / pixels[stage] for stage in pixels) / max(known, 1e-9)
     rates = {
-        name: seconds[name] / pixels[name] if name in pixels else pace * STAGES[name].weight
+        name: seconds[name] / pixels[name] if name in pixels else pace * STAGES[name].share(config)
         for name in SLIDE_STAGES
     }
     workers = config.compute.workers or 1 if config.compute.kind != "inline" else 1

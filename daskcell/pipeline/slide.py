@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 import traceback
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from daskcell.errors import ComputeError, ConfigError, DaskcellError, StudyError
 from daskcell.images.reader_process import open_safely
 from daskcell.pipeline.stage import Context, run_stage
 from daskcell.pipeline.stages import EARLY, LATE, STAGES, slide_keys
+from daskcell.pipeline.steps import SentSteps, Steps
 from daskcell.storage.atomic import is_full, remove
 from daskcell.storage.paths import printable
 from daskcell.study import Ledger, Study
@@ -112,8 +113,7 @@ def process_slide(
     workers: Workers | None = None,
     *,
     limit: int | None = None,
-    on_stage: Callable[[str, str, Outcome], None] | None = None,
-    on_step: Callable[[str, str, float | None], None] | None = None,
+    progress: Steps | None = None,
 ) -> Outcome:
     """Do what is missing of `job`.
 
@@ -123,11 +123,8 @@ def process_slide(
         Who works on the blocks; None: this process.
     limit
         Largest number of pixels to begin with; a larger slide comes back as `too_large`.
-    on_stage
-        Called with slide, stage and counts after each stage.
-    on_step
-        Called with slide, stage and what part of it is done besides, when it begins (0) and after every task;
-        None: an unknown part.
+    progress
+        Is told of every task and stage.
 
     Raises
     ------
@@ -162,13 +159,14 @@ def process_slide(
         )
         for number, stage in enumerate(job.stages):
             later = (s for s in job.stages[number + 1 :] if not ledger.is_done(s, keys[s]))
-            step = None if on_step is None else partial(on_step, job.slide, stage)
+            step = None if progress is None else partial(progress.step, job.slide, stage)
             took = run_stage(STAGES[stage], context, keys[stage], next(later, None), step)
             if took is not None:
                 seconds[stage] = took
                 notes += ledger.result(stage).get("notes", ())
-                if on_stage is not None:
-                    on_stage(job.slide, stage, _outcome(job, ledger, seconds))
+                if progress is not None:
+                    progress.counts(job.slide, *counts(ledger))
+                    progress.finished(job.slide, stage, took)
     except _NOT_THE_SLIDES_FAULT:
         raise
     except Exception as error:
@@ -239,12 +237,12 @@ def process_batch(jobs: Sequence[Job], limit: int, ref: WorkersRef) -> tuple[lis
     Returns what came of each, and the seconds it took.
     """
     start = time.perf_counter()
-    workers = Workers.of_task(ref)
+    workers, progress = Workers.of_task(ref), SentSteps(ref.send)
     outcomes = []
     for job in jobs:
         reset(job.slide)
         try:
-            outcomes.append(process_slide(job, workers, limit=limit))
+            outcomes.append(process_slide(job, workers, limit=limit, progress=progress))
         except TaskTimeout as error:
             raise TaskTimeout(str(error), job.slide) from None
         except Reschedule:

@@ -80,6 +80,10 @@ def _no_files(config: Config) -> Files | None:
     return None
 
 
+def _usual_effort(config: Config) -> float:
+    return 1.0
+
+
 def _no_precision(config: Config) -> str | None:
     return None
 
@@ -104,7 +108,9 @@ class Stage:
     scope
         Whether it is done for each slide, or once for all.
     weight
-        Share of the work, roughly; only the estimate of the time left hangs on it.
+        Share of the work with the default settings, roughly; only the time left depends on it.
+    effort
+        How much more or less work it is with other settings.
     section
         Of the configuration, where its settings are.
     settings
@@ -124,6 +130,7 @@ class Stage:
     version: int = 1
     scope: Literal["slide", "study"] = "slide"
     weight: float = 0.0
+    effort: Callable[[Config], float] = _usual_effort
     section: str = ""
     settings: Callable[[Config], Any] = _no_settings
     files: Callable[[Config], Files | None] = _no_files
@@ -143,6 +150,10 @@ class Stage:
         """
         settings = self.settings(config) if settings is None else settings
         return content_key(self.name, self.version, needs, settings, digest)
+
+    def share(self, config: Config) -> float:
+        """Share of the work, roughly."""
+        return self.weight * self.effort(config)
 
     @property
     def late(self) -> bool:

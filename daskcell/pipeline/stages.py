@@ -239,6 +239,7 @@ SEGMENT = Stage(
     needs=(FIT,),
     version=3,
     weight=0.6,
+    effort=lambda config: 0.1 if config.segment.method == "watershed" else 1.0,
     section="segment",
     settings=_segment_settings,
     files=_network,
