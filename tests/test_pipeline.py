@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from distributed import Client
 
 from daskcell.compute import Reschedule, WorkersRef
 from daskcell.errors import ConfigError, DaskcellError, ImageError, InputError, StudyError, WeightsError
@@ -146,7 +147,8 @@ def test_slides_whose_worker_has_to_leave_are_done_by_another(fakes, folder, tmp
         return segment.run(context)
 
     monkeypatch.setitem(STAGES, "segment", replace(segment, run=leaving))
-    study = run(folder, tmp_path / "out", INLINE)
+    with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as client:
+        study = run(folder, tmp_path / "out", INLINE, client)
     assert study.failures == []
     assert not left
     done = fakes.take()
@@ -564,7 +566,7 @@ def test_lines_come_at_intervals_even_when_nothing_was_finished():
         time.sleep(0.3)
     lines = stream.getvalue().splitlines()
     assert len(lines) >= 3
-    assert "39%, 1/2 slides, 2.0 Mpx, 1,234 cells" in lines[-1]
+    assert "41%, 1/2 slides, 2.0 Mpx, 1,234 cells" in lines[-1]
 
 
 def test_the_status_tells_how_far_a_run_is_while_it_lasts(fakes, folder, tmp_path, monkeypatch):
@@ -580,9 +582,8 @@ def test_the_status_tells_how_far_a_run_is_while_it_lasts(fakes, folder, tmp_pat
 
     monkeypatch.setitem(STAGES, "describe", replace(describe, run=look))
     study = run(folder, tmp_path / "out", INLINE)
-    assert seen[0]["running"]["progress"] is None
     last = seen[-1]["running"]["progress"]
-    assert 0 < last["fraction"] < 1
+    assert 0 < seen[0]["running"]["progress"]["fraction"] < last["fraction"] < 1
     assert last["seconds_left"] >= 0
     assert "% done, about" in table(seen[-1])
     assert seen[-1]["slides"][-1]["stages"]["describe"] == "running"
