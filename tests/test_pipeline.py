@@ -17,7 +17,15 @@ import tifffile
 from distributed import Client
 
 from daskcell.compute import Reschedule, WorkersRef
-from daskcell.errors import ConfigError, DaskcellError, ImageError, InputError, StudyError, WeightsError
+from daskcell.errors import (
+    ConfigError,
+    DaskcellError,
+    ImageError,
+    InputError,
+    InputWarning,
+    StudyError,
+    WeightsError,
+)
 from daskcell.images import Source, find_images
 from daskcell.images.reader_process import open_safely
 from daskcell.pipeline import api, open_study, run, runner, slide, worker_pool
@@ -556,6 +564,13 @@ def test_progress_counts_cells_and_pixels_and_reaches_the_end(fakes, folder, tmp
     again = Recorder()
     run(folder, tmp_path / "out", INLINE, progress=again)
     assert again.slides_done == 2
+
+
+def test_warnings_of_a_run_name_the_line_that_called_it(fakes, folder, tmp_path):
+    shutil.copy(folder / "one.tif", folder / "one_masks.tif")
+    with pytest.warns(InputWarning) as caught:
+        run(folder, tmp_path / "out", INLINE)
+    assert {warning.filename for warning in caught} == {__file__}
 
 
 def test_lines_come_at_intervals_even_when_nothing_was_finished():

@@ -65,7 +65,7 @@ Pattern = Annotated[
 ]
 WorkerCount = Annotated[int | None, typer.Option(help="Worker processes; one per core unless told.")]
 Compute = Annotated[
-    str | None, typer.Option(help="local, gpu, inline, slurm, pbs, lsf, sge, or a scheduler's address.")
+    str | None, typer.Option(help="auto, local, gpu, inline, slurm, pbs, lsf, sge, or a scheduler's address.")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda.")]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Work only on slides that were set aside.")]

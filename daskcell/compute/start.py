@@ -23,7 +23,7 @@ from daskcell.compute.jobqueue import SUBMIT, job_cluster, job_specs, reason
 from daskcell.compute.local import SCRIPT_MARK, changed_settings, local_cluster, local_settings, visible_gpus
 from daskcell.compute.process import quiet_logs, threads_limited
 from daskcell.compute.task_queue import Workers
-from daskcell.config import QUEUES, ComputeSettings
+from daskcell.config import HERE, QUEUES, ComputeSettings
 from daskcell.errors import ComputeError, ConfigError, DaskcellError
 
 if TYPE_CHECKING:
@@ -43,9 +43,9 @@ def start_workers(
 ) -> Iterator[Workers]:
     """Workers as the settings ask, stopped on leaving; or those of a given client, which stay.
 
-    ``local`` starts one single-task process per core, ``gpu`` one per visible GPU besides, ``inline`` uses
-    this process, ``slurm``, ``pbs``, ``lsf`` and ``sge`` submit jobs, and an address connects to a running
-    scheduler, whose workers stay.
+    ``local`` and ``auto`` start one single-task process per core, ``gpu`` one per visible GPU besides,
+    ``inline`` uses this process, ``slurm``, ``pbs``, ``lsf`` and ``sge`` submit jobs, and an address connects
+    to a running scheduler, whose workers stay.
 
     Parameters
     ----------
@@ -82,7 +82,7 @@ def start_workers(
             if settings.network_device == "cuda":
                 visible_gpus()
             yield Workers()
-    elif settings.kind in ("local", "gpu"):
+    elif settings.kind in ("auto", "local", "gpu"):
         with _local_workers(settings, memory) as workers:
             yield workers
     elif settings.kind in QUEUES:
@@ -93,7 +93,7 @@ def start_workers(
             yield workers
     else:
         raise ConfigError(
-            f"compute.kind is {settings.kind!r}; please give local, gpu, inline, {', '.join(QUEUES)}, or the "
+            f"compute.kind is {settings.kind!r}; please give {', '.join((*HERE, *QUEUES))}, or the "
             "address of a Dask scheduler, such as tcp://host:8786."
         )
 

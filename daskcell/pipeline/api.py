@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import re
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from daskcell.pipeline.plan import RunPlan
+
+_PASSED_OVER = ("daskcell", "contextlib")
 
 Inputs = str | os.PathLike[str] | Iterable[str | os.PathLike[str] | tuple[str, Any]]
 
@@ -107,7 +110,9 @@ def run(
         Refused before any work (settings, inputs, weights, output folder, machine), or something concerns
         all slides, such as a full disk; the same call continues once it is mended.
     """
-    return _go(inputs, out, as_config(config), client, None, progress, retry_failed, truth, verify)
+    with _prepared(inputs, out, as_config(config), None, progress, retry_failed, truth, verify) as prepared:
+        prepared.execute(client)
+    return Study(Path(out))
 
 
 def assign(
@@ -144,24 +149,27 @@ def assign(
     given = PretrainedModel.load(model)
     settings = given.settings(as_config(config))
     given.check(settings, fingerprints(settings))
-    study = _go(inputs, out, settings, client, given, progress, retry_failed, truth)
+    with _prepared(inputs, out, settings, given, progress, retry_failed, truth) as prepared:
+        prepared.execute(client)
+    study = Study(Path(out))
     for sentence in (given.outdated(), *drift_sentences(study)):
         if sentence:
             warnings.warn(sentence, DriftWarning, stacklevel=2)
     return study
 
 
-def _go(
+@contextlib.contextmanager
+def _prepared(
     inputs: Inputs,
     out: str | os.PathLike[str],
     settings: Config,
-    client: Client | None,
     model: PretrainedModel | None,
     progress: Progress | None,
     retry_failed: bool,
     truth: str | os.PathLike[str] | None,
     verify: bool = False,
-) -> Study:
+) -> Iterator[Run]:
+    """A run, refused or ready to be executed; on leaving, it is compared with the `truth` and reported."""
     given, arrays = given_inputs(inputs, out)
     if not given:
         raise InputError("There is no input: please name files, folders or patterns.")
@@ -195,16 +203,19 @@ def _go(
         _tell_what_left(study, progress)
         if model is not None:
             study.update(model=os.path.abspath(model.folder))
-        Run(study, sources, settings, weights, lock, progress, retry_failed, model, verify).execute(client)
+        yield Run(study, sources, settings, weights, lock, progress, retry_failed, model, verify)
         if truth is not None and study.clusters_key is not None:
             score_study(study, truth)
         sweep(out)
         bring_report_up_to_date(study)
-    return Study(out)
 
 
 def _warn(sentence: str) -> None:
-    warnings.warn(sentence, InputWarning, stacklevel=4)
+    """Warn of the line that called daskcell."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals["__name__"].split(".")[0] in _PASSED_OVER:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(sentence, InputWarning, stacklevel=level)
 
 
 def _check_kind(out: Path, known: Mapping[str, Any] | None, model: PretrainedModel | None) -> None:

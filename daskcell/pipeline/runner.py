@@ -34,6 +34,7 @@ from daskcell.pipeline.slide import (
     Outcome,
     counts,
     damage,
+    header,
     missing_stages,
     process_batch,
     process_slide,
@@ -66,6 +67,8 @@ _MOST_TASKS = 20_000
 """That the scheduler is given at a time."""
 _USED_BY_SLIDES = ("ome_zarr_models", "pandas", "pyarrow.parquet", "skimage.measure", "torch")
 """Their modules import each other in circles: threads that import one at once may see it half made."""
+_MOST_SMALL = 8
+"""More slides are not opened to find out whether they are small."""
 _CHANGED = "Its input or its results changed while the run lasted. Please run again."
 
 
@@ -129,7 +132,9 @@ class Run:
             self.refuse_new_work(missing)
         self.begin_progress(missing)
         with contextlib.ExitStack() as stack:
-            pool = WorkerPool(self.study.out, client, self.config, stack, self.on_task, self.progress.say)
+            pool = WorkerPool(
+                self.study.out, client, self.config, stack, self.on_task, self.progress.say, self.is_small
+            )
             try:
                 self.process([self.job(name) for name in slides if missing[name] or self.verify], pool)
                 if not self.clusters.are_there(slides):  # the fit would take damaged features for good ones
@@ -176,6 +181,16 @@ class Run:
         self.progress.begin(sizes, left, took, shares)
         for name, ledger in ledgers.items():
             self.progress.counts(name, *counts(ledger))
+
+    def is_small(self) -> bool:
+        """Whether all slides together have fewer pixels than one block."""
+        if len(self.sources) > _MOST_SMALL:
+            return False
+        pixels = 0
+        for name in self.sources:
+            with contextlib.suppress(Exception):  # it will be set aside, with the reason
+                pixels += math.prod(header(self.job(name), self.study.ledger(name))[0][1:])
+        return pixels < self.config.compute.block**2
 
     def set_aside_incomplete(self, slides: Iterable[str]) -> set[str]:
         """Those of `slides` whose early stages are not all done; each gets a reason."""
