@@ -141,15 +141,6 @@ def word_or_number(text: str | None) -> Any:
     return NOTHING if text.lower() in ("none", "null", "") else yaml.safe_load(text)
 
 
-def aligned(rows: list[list[str]]) -> str:
-    """Rows as lines of text with even columns."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    lines = [
-        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in rows
-    ]
-    return "\n".join(lines)
-
-
 def this_command() -> str:
     """The command as it was given, to be given again."""
     import shlex

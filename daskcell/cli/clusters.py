@@ -18,7 +18,6 @@ from daskcell.cli.app import (
     RetryFailed,
     Truth,
     WorkerCount,
-    aligned,
     app,
     read_settings,
 )
@@ -103,7 +102,9 @@ def show(where: Where) -> None:
         rows.append(
             [str(row["group"]), row["name"], f"{row['cells']:,}", f"{100 * row['share']:.1f} %", parts]
         )
-    print(aligned(rows))
+    from daskcell.text import table
+
+    print(table(rows))
 
 
 @clusters.command()

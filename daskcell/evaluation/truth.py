@@ -18,6 +18,7 @@ from daskcell.errors import InputError
 from daskcell.storage.atomic import write_json
 from daskcell.study import CLUSTERS, Study
 from daskcell.study.results import Clustered
+from daskcell.text import table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -197,9 +198,4 @@ def tell(result: dict[str, Any]) -> str:
     rows += [
         [kind, *map(str, counts)] for kind, counts in zip(result["types"], result["contingency"], strict=True)
     ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
-    return "\n".join([f"{head}: ARI {result['ari']:.3f}, NMI {result['nmi']:.3f}", *lines])
+    return f"{head}: ARI {result['ari']:.3f}, NMI {result['nmi']:.3f}\n{table(rows)}"

@@ -21,6 +21,10 @@ from daskcell.pipeline.steps import StageClock
 
 STAGE_SHARES = {name: STAGES[name].weight for name in SLIDE_STAGES}
 SHARES = {name: stage.weight for name, stage in STAGES.items() if stage.weight}
+_WIDE = 60
+"""Columns of a terminal with room for a bar beside the counts."""
+_BESIDE = 8 + 1 + 10 + 1 + 1 + 8
+"""Columns of the stage, a short bar, the seconds, and the gaps."""
 _GROWTH = 0.9
 """Time grows with this power of a slide's bytes: part of the work on a slide is the same for any size."""
 _LEARN_FROM = 0.05
@@ -277,18 +281,25 @@ class Progress:
     @property
     def line(self) -> str:
         """All of it on one line."""
+        return self.text()
+
+    def text(self, width: int | None = None) -> str:
+        """All of it on one line, or of at most `width` characters what matters most."""
         left = self.seconds_left
-        parts = [
-            f"{self.fraction:4.0%}",
-            f"{self.slides_done}/{self.slides} slides",
-            f"{self.pixels / 1e6:.1f} Mpx",
-            f"{self.cells:,} cells",
-        ]
+        parts = {
+            "fraction": f"{self.fraction:4.0%}",
+            "slides": f"{self.slides_done}/{self.slides} slides",
+            "pixels": f"{self.pixels / 1e6:.1f} Mpx",
+            "cells": f"{self.cells:,} cells",
+        }
         if self.failed:
-            parts.append(f"{self.failed} set aside")
+            parts["failed"] = f"{self.failed} set aside"
         if left is not None and self.fraction < 1:
-            parts.append(f"{clock(left)} left")
-        return ", ".join(parts)
+            parts["left"] = f"{clock(left)} left"
+        for name in ("pixels", "cells", "failed", "slides", "left"):
+            if width is not None and len(", ".join(parts.values())) > width:
+                parts.pop(name, None)
+        return ", ".join(parts.values())
 
     # What the subclasses do.
 
@@ -341,19 +352,23 @@ class Bars(Progress):
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as RichProgress
+        from rich.table import Column
 
+        console = Console(file=stream or sys.stderr)
+        counts = TextColumn("{task.fields[counts]}", table_column=Column(no_wrap=True))
         self._rich = RichProgress(
-            TextColumn("{task.fields[stage]:<8}"),
-            BarColumn(),
-            TextColumn("{task.fields[counts]}"),
-            TimeElapsedColumn(),
-            console=Console(file=stream or sys.stderr),
+            *((TextColumn("{task.fields[stage]:<8}"), BarColumn()) if console.width >= _WIDE else ()),
+            counts,
+            *((TimeElapsedColumn(),) if console.width >= _WIDE else ()),
+            console=console,
             transient=True,
         )
         self._task = self._rich.add_task("", total=1.0, stage="", counts="")
 
     def changed(self) -> None:
-        self._rich.update(self._task, completed=self.fraction, stage=self.stage, counts=self.line)
+        width = self._rich.console.width
+        counts = self.text(width - _BESIDE if width >= _WIDE else width)
+        self._rich.update(self._task, completed=self.fraction, stage=self.stage, counts=counts)
 
     def say(self, text: str) -> None:
         self._rich.console.print(text, markup=False, highlight=False)

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from daskcell import text
 from daskcell.compute import Workers
 from daskcell.pipeline.progress import clock, seconds_left
 from daskcell.pipeline.slide import counts as slide_counts
@@ -158,8 +159,7 @@ def table(found: dict[str, Any], limit: int | None = None) -> str:
                 seams(row["seams"]),
             ]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [text.table(rows)]
     if limit is not None and len(found["slides"]) > limit:
         lines.append(f"and {len(found['slides']) - limit} more slides (--all shows them)")
     total = found["totals"]
