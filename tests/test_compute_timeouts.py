@@ -58,7 +58,7 @@ def short_items() -> str:
     return "done"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client():
     from distributed import Client, Nanny, Scheduler, SpecCluster
 

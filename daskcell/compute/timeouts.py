@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from distributed import Client, Worker
 
 TOPIC = "daskcell-timeout"
-_LOOK_SECONDS = 0.25
+_POLL_SECONDS = 0.25
 _GRACE_SECONDS = 60.0
+_FLUSH_SECONDS = 0.25
 
 
 class WorkerLost(ComputeError):
@@ -133,13 +134,26 @@ def _rearm() -> None:
 
 def _watch() -> None:
     while True:
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(_POLL_SECONDS)
         now = time.monotonic()
         with _lock:
             late = [task for task in _running.values() if now > task.since + task.seconds]
         for task in late:
-            message = {"key": task.key, "seconds": task.seconds, "item": task.item}
-            task.worker.loop.add_callback(task.worker.log_event, TOPIC, message)
+            _send({"key": task.key, "seconds": task.seconds, "item": task.item}, task.worker)
         if late:
-            time.sleep(2 * _LOOK_SECONDS)  # for the message to leave
             os._exit(1)
+
+
+def _send(message: dict[str, Any], worker: Worker) -> None:
+    """Send a message about a worker that is about to end, and wait until it has left.
+
+    The worker's loop may be busy, as while it imports what a task needs.
+    """
+    left = threading.Event()
+
+    def send() -> None:
+        worker.log_event(TOPIC, message)
+        worker.loop.call_later(_FLUSH_SECONDS, left.set)  # Dask sends messages in batches
+
+    worker.loop.add_callback(send)
+    left.wait(_GRACE_SECONDS / 2)
