@@ -320,9 +320,10 @@ class ComputeSettings(Settings):
     On what networks run (`device`), and in how many `threads`, changes their last bits, since sums are then
     made in another order."""
 
-    kind: str = "local"
-    """``local`` (worker processes here), ``gpu`` (the same, and one per GPU of this machine), ``inline``
-    (this process), ``slurm``, ``pbs``, ``lsf``, ``sge`` (jobs), or the address of a Dask scheduler
+    kind: str = "auto"
+    """``auto`` (``inline`` where all inputs together fit one block and `workers` is not set, else ``local``),
+    ``local`` (worker processes here), ``gpu`` (the same, and one per GPU of this machine), ``inline`` (this
+    process), ``slurm``, ``pbs``, ``lsf``, ``sge`` (jobs), or the address of a Dask scheduler
     (``tcp://host:port``)."""
     workers: Annotated[int, Field(ge=1)] | None = None
     """Worker processes on this machine; None: one per core, or fewer where they would have too little
@@ -366,6 +367,8 @@ class ComputeSettings(Settings):
 
 QUEUES = ("slurm", "pbs", "lsf", "sge")
 """Kinds of batch queues."""
+HERE = ("auto", "local", "gpu", "inline")
+"""Kinds that use nothing but this machine."""
 
 
 class Config(Settings):

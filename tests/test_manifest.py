@@ -102,7 +102,10 @@ def test_columns_that_are_not_used_are_named(folder):
         ("path,channel\na.tif,DNA\n", "row 2 has a channel, but no image"),
         ("path,image\na.tif,x\nb.tif,x\n", "image 'x' has 2 files"),
         ("path,image,channel\na.tif,x,DNA\nb.tif,x,DNA\n", "a channel of their own"),
-        ("path,image,channel,group\na.tif,x,D,1\nb.tif,x,E,2\n", "row 3: image 'x' has another condition"),
+        (
+            "path,image,channel,condition\na.tif,x,D,1\nb.tif,x,E,2\n",
+            "row 3: image 'x' has another condition",
+        ),
         ("path\n\n", "no image"),
         ("", "is not a table"),
     ],
@@ -136,18 +139,18 @@ def test_names_too_long_for_a_file_system_are_cut_and_kept_apart(folder):
 
 
 def test_what_a_table_says_is_part_of_what_a_slide_depends_on(folder):
-    table = write(folder, "path,pixel_size,group\na.tif,0.5,one\nb.tif,0.5,one\n")
+    table = write(folder, "path,pixel_size,condition\na.tif,0.5,one\nb.tif,0.5,one\n")
     study = run(table, folder / "out", SETTINGS)
     assert study.failures == []
-    assert study.cells().groupby("group").size().to_dict() == {"one": 4}
+    assert study.cells().groupby("condition").size().to_dict() == {"one": 4}
     before = {name: study.ledger(name).stages["convert"]["key"] for name in study.slides}
-    write(folder, "path,pixel_size,group\na.tif,0.25,one\nb.tif,0.5,two\n")
+    write(folder, "path,pixel_size,condition\na.tif,0.25,one\nb.tif,0.5,two\n")
     study = run(table, folder / "out", SETTINGS)
     after = {name: study.ledger(name).stages["convert"]["key"] for name in study.slides}
     assert after["a"] != before["a"]
     assert after["b"] == before["b"]
     assert study.open_image("a").pixel_size == (0.25, 0.25)
-    assert study.cells().groupby("group").size().to_dict() == {"one": 2, "two": 2}
+    assert study.cells().groupby("condition").size().to_dict() == {"one": 2, "two": 2}
 
 
 def test_a_generator_of_paths_does_as_a_list_does(folder):

@@ -14,9 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from distributed import Client
 
-from daskcell.compute import Permit, Postponed
-from daskcell.errors import ConfigError, DaskcellError, ImageError, InputError, StudyError, WeightsError
+from daskcell.compute import Reschedule, WorkersRef
+from daskcell.errors import (
+    ConfigError,
+    DaskcellError,
+    ImageError,
+    InputError,
+    InputWarning,
+    StudyError,
+    WeightsError,
+)
 from daskcell.images import Source, find_images
 from daskcell.images.reader_process import open_safely
 from daskcell.pipeline import api, open_study, run, runner, slide, worker_pool
@@ -142,11 +151,12 @@ def test_slides_whose_worker_has_to_leave_are_done_by_another(fakes, folder, tmp
     def leaving(context):
         if context.slide in left:
             left.remove(context.slide)
-            raise Postponed("The worker leaves.")
+            raise Reschedule("The worker leaves.")
         return segment.run(context)
 
     monkeypatch.setitem(STAGES, "segment", replace(segment, run=leaving))
-    study = run(folder, tmp_path / "out", INLINE)
+    with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as client:
+        study = run(folder, tmp_path / "out", INLINE, client)
     assert study.failures == []
     assert not left
     done = fakes.take()
@@ -161,12 +171,12 @@ def test_a_batch_that_is_cut_off_says_what_is_left(fakes, folder, tmp_path, monk
 
     def until(job, *args, **options):
         if job.slide == "three":
-            raise Postponed("The worker leaves.")
+            raise Reschedule("The worker leaves.")
         return process(job, *args, **options)
 
     monkeypatch.setattr(slide, "process_slide", until)
-    outcomes, _ = slide.process_batch(jobs, 10**9, Permit())
-    assert [(o.slide, o.postponed) for o in outcomes] == [("one", False), ("three", True), ("two", True)]
+    outcomes, _ = slide.process_batch(jobs, 10**9, WorkersRef())
+    assert [(o.slide, o.rescheduled) for o in outcomes] == [("one", False), ("three", True), ("two", True)]
 
 
 def test_the_same_run_again_does_nothing_and_starts_no_worker(fakes, folder, tmp_path, monkeypatch):
@@ -556,6 +566,13 @@ def test_progress_counts_cells_and_pixels_and_reaches_the_end(fakes, folder, tmp
     assert again.slides_done == 2
 
 
+def test_warnings_of_a_run_name_the_line_that_called_it(fakes, folder, tmp_path):
+    shutil.copy(folder / "one.tif", folder / "one_masks.tif")
+    with pytest.warns(InputWarning) as caught:
+        run(folder, tmp_path / "out", INLINE)
+    assert {warning.filename for warning in caught} == {__file__}
+
+
 def test_lines_come_at_intervals_even_when_nothing_was_finished():
     stream = io.StringIO()
     with Lines(0.05, stream) as progress:
@@ -564,13 +581,13 @@ def test_lines_come_at_intervals_even_when_nothing_was_finished():
         time.sleep(0.3)
     lines = stream.getvalue().splitlines()
     assert len(lines) >= 3
-    assert "39%, 1/2 slides, 2.0 Mpx, 1,234 cells" in lines[-1]
+    assert "41%, 1/2 slides, 2.0 Mpx, 1,234 cells" in lines[-1]
 
 
 def test_the_status_tells_how_far_a_run_is_while_it_lasts(fakes, folder, tmp_path, monkeypatch):
     from daskcell.pipeline.status import report, table
 
-    monkeypatch.setattr(runner, "_TELL_SECONDS", -1)
+    monkeypatch.setattr(runner, "_WRITE_SECONDS", -1)
     seen = []
     describe = STAGES["describe"]
 
@@ -580,9 +597,8 @@ def test_the_status_tells_how_far_a_run_is_while_it_lasts(fakes, folder, tmp_pat
 
     monkeypatch.setitem(STAGES, "describe", replace(describe, run=look))
     study = run(folder, tmp_path / "out", INLINE)
-    assert seen[0]["running"]["progress"] is None
     last = seen[-1]["running"]["progress"]
-    assert 0 < last["fraction"] < 1
+    assert 0 < seen[0]["running"]["progress"]["fraction"] < last["fraction"] < 1
     assert last["seconds_left"] >= 0
     assert "% done, about" in table(seen[-1])
     assert seen[-1]["slides"][-1]["stages"]["describe"] == "running"

@@ -65,7 +65,7 @@ Pattern = Annotated[
 ]
 WorkerCount = Annotated[int | None, typer.Option(help="Worker processes; one per core unless told.")]
 Compute = Annotated[
-    str | None, typer.Option(help="local, gpu, inline, slurm, pbs, lsf, sge, or a scheduler's address.")
+    str | None, typer.Option(help="auto, local, gpu, inline, slurm, pbs, lsf, sge, or a scheduler's address.")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda.")]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Work only on slides that were set aside.")]
@@ -139,15 +139,6 @@ def word_or_number(text: str | None) -> Any:
     if text is None:
         return None
     return NOTHING if text.lower() in ("none", "null", "") else yaml.safe_load(text)
-
-
-def aligned(rows: list[list[str]]) -> str:
-    """Rows as lines of text with even columns."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    lines = [
-        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in rows
-    ]
-    return "\n".join(lines)
 
 
 def this_command() -> str:

@@ -16,7 +16,6 @@ from daskcell.cli.app import (
     Method,
     Model,
     Pattern,
-    aligned,
     app,
     read_settings,
     word_or_number,
@@ -144,7 +143,9 @@ def channels(
     sources = find_images(inputs, InputSettings(pattern=pattern), notes.append)
     rows = [["image", "channel", "file"]]
     rows += [[row["image"], row["channel"], row["file"]] for row in describe_sources(sources)]
-    print(printable(aligned(rows)))
+    from daskcell.text import table
+
+    print(printable(table(rows)))
     print(*notes, sep="\n", end="\n" if notes else "")
     if split is not None:
         from daskcell.images.export_channels import channel_files, split_channels

@@ -80,32 +80,29 @@ def run(
             "compute.device": device,
         },
     )
-    if plan:
-        from daskcell.pipeline import api
+    from daskcell.pipeline import api
 
+    if plan:
         print(api.plan(inputs, out, settings))
         return
-    study = run_and_tell(
-        inputs, out, settings, quiet, interval, retry_failed=retry_failed, verify=verify, truth=truth
-    )
+    with show_progress(quiet, interval) as progress:
+        study = api.run(
+            inputs,
+            out,
+            settings,
+            progress=progress,
+            retry_failed=retry_failed,
+            verify=verify,
+            truth=truth,
+        )
     if not quiet:
         print(ending(study))
     raise typer.Exit(3 if study.failures else 0)
 
 
-def run_and_tell(
-    inputs: list[str], out: Path, settings: Any, quiet: bool, interval: float, **options: Any
-) -> Any:
-    """`pipeline.run` with progress on stderr."""
-    from daskcell import pipeline
-
-    with told(quiet, interval) as progress:
-        return pipeline.run(inputs, out, settings, progress=progress, **options)
-
-
 @contextlib.contextmanager
-def told(quiet: bool, interval: float) -> Iterator[Progress]:
-    """Progress on stderr; a signal ends it with a word about how to go on."""
+def show_progress(quiet: bool, interval: float) -> Iterator[Progress]:
+    """Progress on stderr; after a signal, a sentence says how to continue."""
     try:
         with make_progress(quiet, interval) as progress:
             yield progress
@@ -117,7 +114,7 @@ def told(quiet: bool, interval: float) -> Iterator[Progress]:
 
 
 def ending(study: Any) -> str:
-    """What a run came to, in a few lines."""
+    """The result of a run in a few lines."""
     from daskcell.pipeline.status import counts, open_first
 
     total = counts(study)

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from daskcell.clustering.names import Naming
+from daskcell.clustering.names import ClusterNames
 from daskcell.errors import InputError
 from daskcell.storage.atomic import write_json
 from daskcell.study import CLUSTERS, Study
 from daskcell.study.results import Clustered
+from daskcell.text import table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -97,7 +98,7 @@ def score_study(study: Study, truth: str | os.PathLike[str]) -> dict[str, Any]:
     dict
         ``ari``, ``nmi``, ``matched`` and ``cells`` (of the truth), over all slides; ``slides``: the same for
         each; ``types``, ``groups`` and ``contingency`` (a row a type, a column a group; numbers of cells);
-        ``grouping`` and ``assigned``: the clusters and cells that were compared (`Study.grouping`,
+        ``grouping`` and ``assigned``: the clusters and cells that were compared (`Study.clusters_key`,
         `Study.assigned_key`).
 
     Raises
@@ -106,7 +107,7 @@ def score_study(study: Study, truth: str | os.PathLike[str]) -> dict[str, Any]:
         As `read_truth`; or the study has no groups yet.
     """
     table = read_truth(truth, study.slides)
-    if study.grouping is None:
+    if study.clusters_key is None:
         raise InputError(f"{study.out} has no groups yet. Please run it first.")
     types, groups, slides = [], [], {}
     for slide, known in table.groupby("slide", sort=True):
@@ -117,7 +118,7 @@ def score_study(study: Study, truth: str | os.PathLike[str]) -> dict[str, Any]:
     kinds, found = np.concatenate(types), np.concatenate(groups)
     clustered = study.ledger(CLUSTERS).read(Clustered)
     assert clustered is not None
-    titles = Naming.load(study.clusters).titles(clustered.k)
+    titles = ClusterNames.load(study.clusters).titles(clustered.k)
     rows, row = np.unique(kinds, return_inverse=True)
     columns, column = np.unique(found.astype(np.int64), return_inverse=True)
     counts = np.zeros((len(rows), len(columns)), np.int64)
@@ -129,7 +130,7 @@ def score_study(study: Study, truth: str | os.PathLike[str]) -> dict[str, Any]:
         "groups": [titles[i] for i in columns],
         "contingency": counts.tolist(),
         "truth": str(truth),
-        "grouping": study.grouping,
+        "grouping": study.clusters_key,
         "assigned": study.assigned_key,
     }
     write_json(study.own(FILE), result)
@@ -197,9 +198,4 @@ def tell(result: dict[str, Any]) -> str:
     rows += [
         [kind, *map(str, counts)] for kind, counts in zip(result["types"], result["contingency"], strict=True)
     ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
-    return "\n".join([f"{head}: ARI {result['ari']:.3f}, NMI {result['nmi']:.3f}", *lines])
+    return f"{head}: ARI {result['ari']:.3f}, NMI {result['nmi']:.3f}\n{table(rows)}"

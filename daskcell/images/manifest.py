@@ -6,7 +6,7 @@
     channels        the channels to take of a file with several: ``DNA;actin``
     scene           name, or number counted from 0, of an image in a file that holds several
     pixel_size      micrometres; or ``pixel_size_y`` and ``pixel_size_x``
-    condition       anything, such as a treatment: the column `group` of the cells
+    condition       anything, such as a treatment: comes back as a column of the cells
 
 Only `path` is needed. Letter case, spaces, hyphens and a unit in parentheses do not matter in a header, and
 `COLUMNS` lists other names of each column. What is not understood is left alone, and told.
@@ -49,7 +49,7 @@ COLUMNS = {
     "pixel_size": ("pixel_size", "pixelsize", "pixel_size_um", "mpp"),
     "pixel_size_y": ("pixel_size_y", "pixelsize_y", "pixel_size_y_um", "mpp_y"),
     "pixel_size_x": ("pixel_size_x", "pixelsize_x", "pixel_size_x_um", "mpp_x"),
-    "condition": ("group", "condition", "treatment"),
+    "condition": ("condition", "treatment", "group"),
 }
 """Names of each column; the first that a table has counts."""
 

@@ -30,7 +30,7 @@ from daskcell.images.sources import Source
 from daskcell.pipeline.arrays import given_inputs, keep_arrays, take_back_arrays
 from daskcell.pipeline.progress import Progress
 from daskcell.pipeline.reporting import bring_report_up_to_date
-from daskcell.pipeline.reuse_model import Given
+from daskcell.pipeline.reuse_model import PretrainedModel
 from daskcell.pipeline.runner import Run
 from daskcell.pipeline.slide import no_room
 from daskcell.pipeline.stages import fingerprints
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from daskcell.pipeline.plan import RunPlan
+
+_PASSED_OVER = ("daskcell", "contextlib")
 
 Inputs = str | os.PathLike[str] | Iterable[str | os.PathLike[str] | tuple[str, Any]]
 
@@ -106,7 +108,9 @@ def run(
         Refused before any work (settings, inputs, weights, output folder, machine), or something concerns
         all slides, such as a full disk; the same call continues once it is mended.
     """
-    return _go(inputs, out, as_config(config), client, None, progress, retry_failed, truth, verify)
+    with _prepared(inputs, out, as_config(config), None, progress, retry_failed, truth, verify) as prepared:
+        prepared.execute(client)
+    return Study(Path(out))
 
 
 def assign(
@@ -140,27 +144,30 @@ def assign(
     DaskcellError
         As for `run`; or settings, an encoder or a network other than the model's.
     """
-    given = Given.load(model)
+    given = PretrainedModel.load(model)
     settings = given.settings(as_config(config))
     given.check(settings, fingerprints(settings))
-    study = _go(inputs, out, settings, client, given, progress, retry_failed, truth)
+    with _prepared(inputs, out, settings, given, progress, retry_failed, truth) as prepared:
+        prepared.execute(client)
+    study = Study(Path(out))
     for sentence in (given.outdated(), *drift_sentences(study)):
         if sentence:
             warn(sentence, DriftWarning)
     return study
 
 
-def _go(
+@contextlib.contextmanager
+def _prepared(
     inputs: Inputs,
     out: str | os.PathLike[str],
     settings: Config,
-    client: Client | None,
-    model: Given | None,
+    model: PretrainedModel | None,
     progress: Progress | None,
     retry_failed: bool,
     truth: str | os.PathLike[str] | None,
     verify: bool = False,
-) -> Study:
+) -> Iterator[Run]:
+    """A run, refused or ready to be executed; on leaving, it is compared with the `truth` and reported."""
     given, arrays = given_inputs(inputs, out)
     if not given:
         raise InputError("There is no input: please name files, folders or patterns.")
@@ -186,24 +193,22 @@ def _go(
             stack.enter_context(lock)
         upgrade(out)
         study = Study.create(out, given, settings, [source.name for source in sources])
-        groups = {source.name: source.condition for source in sources if source.condition is not None}
-        groups = {name: study.record.get("groups", {}).get(name) for name in study.left} | groups
-        groups = {name: group for name, group in groups.items() if group is not None}
-        study.update(weights=weights, groups=groups)
+        conditions = {name: study.conditions[name] for name in study.left if name in study.conditions}
+        conditions |= {source.name: source.condition for source in sources if source.condition is not None}
+        study.update(weights=weights, groups=conditions)
         if truth is not None:
             study.own(SCORES)
         _tell_what_left(study, progress)
         if model is not None:
             study.update(model=os.path.abspath(model.folder))
-        Run(study, sources, settings, weights, lock, progress, retry_failed, model, verify).go(client)
-        if truth is not None and study.grouping is not None:
+        yield Run(study, sources, settings, weights, lock, progress, retry_failed, model, verify)
+        if truth is not None and study.clusters_key is not None:
             score_study(study, truth)
         sweep(out)
         bring_report_up_to_date(study)
-    return Study(out)
 
 
-def _check_kind(out: Path, known: Mapping[str, Any] | None, model: Given | None) -> None:
+def _check_kind(out: Path, known: Mapping[str, Any] | None, model: PretrainedModel | None) -> None:
     """A study has groups of its own or those of a given model: neither way replaces the other's unasked."""
     if known is None:
         return

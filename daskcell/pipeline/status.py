@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from daskcell import text
 from daskcell.compute import Workers
 from daskcell.pipeline.progress import clock, seconds_left
 from daskcell.pipeline.slide import counts as slide_counts
@@ -31,11 +32,11 @@ def report(study: Study) -> dict[str, Any]:
     """
     config, weights = study.config, study.record.get("weights", {})
     owner = holder(study.out)
-    told = study.told
-    if told is not None:
-        told["seconds_left"] = seconds_left(told, time.time())
+    progress = study.read_progress()
+    if progress is not None:
+        progress["seconds_left"] = seconds_left(progress, time.time())
     clustered = study.ledger(CLUSTERS).read(Clustered)
-    cluster = study.grouping
+    cluster = study.clusters_key
     rows, left = [], set(study.left)
     for slide in study.slides:
         ledger = study.ledger(slide)
@@ -54,7 +55,7 @@ def report(study: Study) -> dict[str, Any]:
         )
     return {
         "study": str(study.out),
-        "running": owner and owner | {"progress": told},
+        "running": owner and owner | {"progress": progress},
         "slides": rows,
         "model": study.record.get("model"),
         "drift": drift(study),
@@ -158,8 +159,7 @@ def table(found: dict[str, Any], limit: int | None = None) -> str:
                 seams(row["seams"]),
             ]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [text.table(rows)]
     if limit is not None and len(found["slides"]) > limit:
         lines.append(f"and {len(found['slides']) - limit} more slides (--all shows them)")
     total = found["totals"]

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from daskcell.compute import Workers, start_workers
-from daskcell.compute.orphans import owner_of
-from daskcell.config import QUEUES, Config
+from daskcell.compute.task_queue import owner_of
+from daskcell.config import HERE, QUEUES, ComputeSettings, Config
 from daskcell.segmentation.memory import needed_memory, refuse_too_little_memory, settings_halo
 from daskcell.study import sweep
 
@@ -20,8 +20,24 @@ _AT_ONCE = (2, 16)
 can keep no more going."""
 
 
-class LazyWorkers:
-    """Workers that are started when they are first needed: continuing a finished study needs none."""
+class WorkerPool:
+    """Workers that are started when they are first needed: continuing a finished study needs none.
+
+    Parameters
+    ----------
+    out
+        Folder of the study: its tasks are told from those of other runs.
+    client
+        As given to `run`.
+    stack
+        Ends the workers.
+    on_task
+        Called after every task.
+    tell
+        Called with sentences about the workers.
+    is_small
+        Whether all work is so little that ``auto`` means this process.
+    """
 
     def __init__(
         self,
@@ -31,9 +47,10 @@ class LazyWorkers:
         stack: contextlib.ExitStack,
         on_task: Callable[[], None],
         tell: Callable[[str], None] | None = None,
+        is_small: Callable[[], bool] = lambda: False,
     ):
         self._client, self._config, self._stack, self._on_task = client, config, stack, on_task
-        self._out, self._tell = out, tell
+        self._out, self._tell, self._is_small = out, tell, is_small
         self._workers: Workers | None = None
 
     @property
@@ -46,18 +63,26 @@ class LazyWorkers:
             config, seconds = self._config, self._config.compute.task_seconds
             name = f"daskcell-{owner_of(self._out)}"  # several runs may share workers
             memory = comfortable_memory(config)
-            start = start_workers(config.compute, self._tell, memory, self._client, name)
+            start = start_workers(self._compute(), self._tell, memory, self._client, name)
             workers = self._stack.enter_context(start).watched(self._on_task, seconds)
             refuse_small_workers(workers, config, given=self._client is not None)
             self._workers = workers.claim(self._out, self._tell)
             sweep(self._out)
         return self._workers
 
+    def _compute(self) -> ComputeSettings:
+        """The settings, with a kind in place of ``auto``: starting workers takes longer than little work."""
+        compute = self._config.compute
+        if self._client is not None or compute.kind != "auto":
+            return compute
+        here = compute.workers is None and compute.network_device == "cpu" and self._is_small()
+        return compute.model_copy(update={"kind": "inline" if here else "local"})
+
 
 def refuse_small_workers(workers: Workers, config: Config, *, given: bool = False) -> None:
     """Raise `ComputeError` if the blocks of `config` do not fit its workers, or `given` ones."""
     kind, setting = config.compute.kind, "compute.memory"
-    if given or kind not in (*QUEUES, "local", "gpu", "inline"):
+    if given or kind not in (*QUEUES, *HERE):
         setting = "the memory limit of your Dask workers"
     elif kind in QUEUES:
         setting = "compute.jobs.memory"

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any
 
-from daskcell.clustering.names import Naming
+from daskcell.clustering.names import ClusterNames
 from daskcell.errors import InputError
 from daskcell.render.paint import colors
 from daskcell.report.facts import Cell, Facts, Group, SlideRow, best_of, gather, points
@@ -97,7 +97,7 @@ def page_inputs(study: Study, warnings: Sequence[str] = ()) -> list[Any]:
     aside = ("config", "inputs", "owned", "arrays")
     said = {name: value for name, value in study.record.items() if name not in aside}
     config = {name: value for name, value in study.record["config"].items() if name != "compute"}
-    parts = [_title(study), keys, study.grouping, said, config]
+    parts = [_title(study), keys, study.clusters_key, said, config]
     return [*parts, study.scores, _failures(study), list(warnings)]
 
 
@@ -146,7 +146,7 @@ def _scores(study: Study) -> dict[str, Any] | None:
         rows.append((kind, sum(counts), [(count, count / total) for count in counts]))
     clustered = study.ledger(CLUSTERS).read(Clustered)
     assert clustered is not None
-    shown = Naming.load(study.clusters).titles(clustered.k)
+    shown = ClusterNames.load(study.clusters).titles(clustered.k)
     palette = colors(len(shown))
     heads = [(title, "#" + bytes(palette[shown.index(title)]).hex()) for title in scores["groups"]]
     return scores | {"rows": rows, "heads": heads, "truth": Path(scores["truth"]).name}

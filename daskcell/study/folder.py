@@ -142,6 +142,11 @@ class Study:
         return list(self.record.get("left", ()))
 
     @property
+    def conditions(self) -> dict[str, str]:
+        """Condition of each slide for which the manifest names one (on disk: ``groups``)."""
+        return dict(self.record.get("groups") or {})
+
+    @property
     def config(self) -> Config:
         """Settings of the latest run."""
         try:
@@ -176,22 +181,23 @@ class Study:
             (self.out / name).unlink(missing_ok=True)
             self.update(owned=[one for one in owned if one != name])
 
-    def tell(self, fraction: float | None, seconds_left: float | None = None, at: float = 0.0) -> None:
-        """Leave word of how far a run is `at` a time (since 1970), for `status`; None: it has ended."""
+    def write_progress(
+        self, fraction: float | None, seconds_left: float | None = None, at: float = 0.0
+    ) -> None:
+        """Write how far a run was `at` a time (seconds since 1970), for `status`; None: it has ended."""
         path = self.out / ".progress.json"
         if fraction is None:
             path.unlink(missing_ok=True)
         else:
             write_json(path, {"at": at, "fraction": fraction, "seconds_left": seconds_left})
 
-    @property
-    def told(self) -> dict[str, Any] | None:
-        """What a run has told of itself."""
+    def read_progress(self) -> dict[str, Any] | None:
+        """What a run last wrote of its progress; None: no run is at work."""
         try:
-            word: dict[str, Any] = json.loads((self.out / ".progress.json").read_bytes())
+            progress: dict[str, Any] = json.loads((self.out / ".progress.json").read_bytes())
         except (FileNotFoundError, ValueError):
             return None
-        return word
+        return progress
 
     @property
     def failures(self) -> list[dict[str, Any]]:
@@ -211,13 +217,13 @@ class Study:
             path.unlink(missing_ok=True)
 
     @property
-    def grouping(self) -> str | None:
-        """Content key of the groups as they are shown, with names and joins; None before the fit."""
+    def clusters_key(self) -> str | None:
+        """Content key of the clusters with their present names and merges; None before the fit."""
         entry = self.ledger(CLUSTERS).entry("cluster")
         return None if entry is None else self.named_key(entry["key"])
 
     def named_key(self, key: str) -> str:
-        """Content key of clusters of the content key `key` with the names and joins they have now."""
+        """Content key `key` of the clusters, combined with their present names and merges."""
         names = self.clusters / "names.json"
         said = names.read_bytes() if names.exists() else b""
         return hashlib.sha256(key.encode() + said).hexdigest() if said else key
@@ -231,12 +237,12 @@ class Study:
 
     @property
     def scores(self) -> dict[str, Any] | None:
-        """How the present groups agree with known types (`evaluation.score_study`); None if not compared."""
+        """Agreement of the present clusters with known types (`evaluation.score_study`), or None."""
         try:
             found = json.loads((self.out / "scores.json").read_bytes())
         except (FileNotFoundError, ValueError):
             return None
-        if found.get("grouping") != self.grouping:
+        if found.get("grouping") != self.clusters_key:
             return None
         return found if found.get("assigned") in (None, self.assigned_key) else None
 
@@ -319,11 +325,11 @@ class Study:
         if slide is not None:
             if slide not in self.slides or not self.table(slide).exists():
                 raise StudyError(f"{self.out} has no cells table of {slide!r}.")
-            table, group = pd.read_parquet(self.table(slide)), self.record.get("groups", {}).get(slide)
+            table, condition = pd.read_parquet(self.table(slide)), self.conditions.get(slide)
             assigned = self.assigned_table(slide)
             if assigned is not None and assigned != self.table(slide):
                 table = table.assign(**pd.read_parquet(assigned))
-            return table if group is None else table.assign(group=group)
+            return table if condition is None else table.assign(condition=condition)
         tables = [self.cells(name).assign(slide=name) for name in self.slides if self.table(name).exists()]
         return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
