@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import SMALL as SETTINGS
 
 import daskcell as dc
 from daskcell.pipeline import upgrade
@@ -25,13 +26,6 @@ from daskcell.study import CLUSTERS, Study
 from daskcell.study.format1 import NAMES
 from daskcell.study.results import Clustered
 
-SETTINGS = {
-    "segment": {"method": "watershed"},
-    "cluster": {"k": 2, "components": 4},
-    "compute": {"kind": "inline", "block": 256},
-    "output": {"overlays": [], "report": False},
-    "preprocess": {"reconstruct": None},
-}
 CLUSTER_COLUMNS = ["cluster", "cluster_name", "distance"]
 
 
@@ -61,13 +55,10 @@ def ran(monkeypatch):
     return found
 
 
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory):
+@pytest.fixture
+def fresh(small_study):
     """The same study as it is made today."""
-    folder = tmp_path_factory.mktemp("fresh")
-    with zipfile.ZipFile(Path(__file__).with_name("study_format1.zip")) as file:
-        file.extractall(folder, [name for name in file.namelist() if name.startswith("in/")])
-    return dc.run(folder / "in", folder / "study", SETTINGS)
+    return Study(small_study)
 
 
 def digests(out, *folders):

@@ -59,12 +59,16 @@ class Study:
     --------
     >>> study = dc.open_study("study")
     >>> study.slides
-    ['a', 'b']
-    >>> cells = study.cells()                       # doctest: +SKIP
-    >>> study.features().shape[0] == len(study.cells())
-    True
-    >>> study.labels("a").dtype
-    dtype('uint32')
+    ['one', 'two']
+    >>> cells = study.cells()
+    >>> cells.groupby("slide")["area"].count().to_dict()
+    {'one': 16, 'two': 16}
+    >>> study.features().shape
+    (32, 96)
+    >>> int(study.labels("one").max())
+    16
+    >>> study.paths.table("one").as_posix()
+    'study/tables/cells/one.parquet'
     """
 
     def __init__(self, out: str | os.PathLike[str]):
