@@ -59,6 +59,10 @@ class DriftWarning(UserWarning):
     """New cells lie far from those a model was fitted on: what their clusters mean is in doubt."""
 
 
+class IncompleteWarning(UserWarning):
+    """Some slides of a study have no results yet, or were set aside, and are left out."""
+
+
 def warn(sentence: str, category: type[Warning] = InputWarning) -> None:
     """Warn at the line outside this package that called it, however deep the call is."""
     level, frame = 2, sys._getframe(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +41,28 @@ def data_dir() -> Path:
     if not DATA.is_dir():
         pytest.skip(f"the development pictures are not at {DATA}")
     return DATA
+
+
+SMALL = {
+    "segment": {"method": "watershed"},
+    "cluster": {"k": 2, "components": 4},
+    "compute": {"kind": "inline", "block": 256},
+    "output": {"overlays": [], "report": False},
+    "preprocess": {"reconstruct": None},
+}
+"""Settings of `small_study`."""
+
+
+@pytest.fixture(scope="session")
+def small_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of two tiny images, ``one`` and ``two``, which tests only read; its inputs are in ``../in``."""
+    import daskcell as dc
+
+    folder = tmp_path_factory.mktemp("small")
+    with zipfile.ZipFile(Path(__file__).with_name("study_format1.zip")) as file:
+        file.extractall(folder, [name for name in file.namelist() if name.startswith("in/")])
+    assert dc.run(folder / "in", folder / "study", SMALL).failures == []
+    return folder / "study"
 
 
 @pytest.fixture(scope="session")

@@ -17,8 +17,6 @@ PLUGINS = {
 """Of extras: found by the package they extend, or started by people."""
 
 
-WHERE_INSTALLED = {"matplotlib"}
-"""For a few more names of colours."""
 COMPARED_WITH = {"dask-image"}
 """By the benchmarks."""
 distributions_of = cache(packages_distributions)
@@ -63,8 +61,7 @@ def test_what_is_imported_is_declared():
     missing = {
         module: sorted(files)
         for module, files in imported().items()
-        if module not in WHERE_INSTALLED
-        and not (names.get(module) or distributions(module)) & (always | optional)
+        if not (names.get(module) or distributions(module)) & (always | optional)
     }
     assert not missing
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import SMALL as SETTINGS
 
 import daskcell as dc
 from daskcell.pipeline import upgrade
@@ -25,13 +26,6 @@ from daskcell.study import CLUSTERS, Study
 from daskcell.study.format1 import NAMES
 from daskcell.study.results import Clustered
 
-SETTINGS = {
-    "segment": {"method": "watershed"},
-    "cluster": {"k": 2, "components": 4},
-    "compute": {"kind": "inline", "block": 256},
-    "output": {"overlays": [], "report": False},
-    "preprocess": {"reconstruct": None},
-}
 CLUSTER_COLUMNS = ["cluster", "cluster_name", "distance"]
 
 
@@ -61,13 +55,10 @@ def ran(monkeypatch):
     return found
 
 
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory):
+@pytest.fixture
+def fresh(small_study):
     """The same study as it is made today."""
-    folder = tmp_path_factory.mktemp("fresh")
-    with zipfile.ZipFile(Path(__file__).with_name("study_format1.zip")) as file:
-        file.extractall(folder, [name for name in file.namelist() if name.startswith("in/")])
-    return dc.run(folder / "in", folder / "study", SETTINGS)
+    return Study(small_study)
 
 
 def digests(out, *folders):
@@ -82,7 +73,7 @@ def test_it_can_be_read_and_is_left_alone(old, fresh):
     found = report(study)
     assert all(set(row["stages"].values()) == {"done"} for row in found["slides"])
     assert found["totals"] == report(fresh)["totals"]
-    assert study.ledger(CLUSTERS).read(Clustered).k == 2
+    assert study.record.ledger(CLUSTERS).read(Clustered).k == 2
     assert study.prepared("one").plan == fresh.prepared("one").plan
     assert dc.export_crops(study, old / "crops") == len(study.cells())
     assert damages(study.out) == set()
@@ -95,7 +86,7 @@ def test_the_next_run_brings_it_up_to_date_and_does_nothing_again(old, fresh, ra
     assert ran == []
     assert study.record["format"] == 2
     for name in (*study.slides, CLUSTERS):
-        assert json.loads(study.ledger(name).path.read_text())["format"] == 2
+        assert json.loads(study.record.ledger(name).path.read_text())["format"] == 2
     assert damages(study.out) == set()
     pd.testing.assert_frame_equal(study.cells(), fresh.cells())
     folders = ("tables/cells", "tables/clusters", "features", "images")
@@ -118,7 +109,7 @@ def test_other_settings_redo_what_depends_on_them_only(old, ran, change, redone)
     assert {stage for _, stage in ran} == redone
     again = dc.run(old / "in", old / "again", settings)
     pd.testing.assert_frame_equal(study.cells(), again.cells())
-    assert not set(CLUSTER_COLUMNS) & set(pd.read_parquet(study.table("one")).columns)
+    assert not set(CLUSTER_COLUMNS) & set(pd.read_parquet(study.paths.table("one")).columns)
 
 
 def test_a_changed_input_is_found(old, ran):
@@ -165,7 +156,7 @@ def test_what_changed_its_results_since_is_done_again(old, fresh):
 
 
 def test_a_damaged_table_is_made_again(old, ran):
-    table = Study(old / "study").table("two")
+    table = Study(old / "study").paths.table("two")
     table.write_bytes(table.read_bytes()[:-7])
     study = dc.run(old / "in", old / "study", SETTINGS)
     assert study.failures == []

@@ -20,7 +20,7 @@ from daskcell.pipeline.upgrade import upgrade
 from daskcell.pipeline.worker_pool import WorkerPool
 from daskcell.storage.lock import Lock
 from daskcell.study import Study, read_record
-from daskcell.study.folder import FORMAT
+from daskcell.study.record import FORMAT
 
 
 def edit_clusters(
@@ -50,9 +50,9 @@ def edit_clusters(
     study = Study(Path(path))
     progress = progress or Progress()
     with Lock(study.out) as lock:
-        study.own_outputs()
+        study.record.own_outputs()
         upgrade(study.out)
-        study.update(format=FORMAT)
+        study.record.update(format=FORMAT)
         change(ClusterNames.load(folder), _size(folder)).save(folder)
         update_slides(study, lock, progress)
         bring_report_up_to_date(study)
@@ -64,14 +64,14 @@ def update_slides(study: Study, lock: Lock, progress: Progress) -> None:
     Slides that are not described yet are left to `run`.
     """
     weights = study.record.get("weights", {})
-    ledgers = {name: study.ledger(name) for name in study.slides}
+    ledgers = {name: study.record.ledger(name) for name in study.slides}
     sources = [
         Source(name, tuple(file["path"] for file in ledger.files))
         for name, ledger in ledgers.items()
         if ledger.entry("describe")
     ]
     run = Run(study, sources, study.config, weights, lock, progress, False)
-    jobs = [run.job(source.name, study.clusters_key) for source in sources]
+    jobs = [run.job(source.name, study.record.clusters_key) for source in sources]
     jobs = [job for job in jobs if missing_stages(job, study)]
     progress.begin(dict.fromkeys(run.sources, 1.0), {job.slide: list(job.stages) for job in jobs})
     with contextlib.ExitStack() as stack:

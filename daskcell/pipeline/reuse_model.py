@@ -137,12 +137,12 @@ class PretrainedModel:
 
 def set_named_aside(study: Study, say: Callable[[str], None]) -> None:
     """Keep a model whose clusters have names before it is replaced by one with different clusters."""
-    if (study.clusters / "names.json").exists():
+    if (study.paths.clusters / "names.json").exists():
         name, number = "clusters-before", 2
         while os.path.lexists(study.out / name):  # taken by earlier clusters, or by a file of the user
             name, number = f"clusters-before-{number}", number + 1
-        before = study.own(name)
-        study.clusters.rename(before)
+        before = study.record.own(name)
+        study.paths.clusters.rename(before)
         say(
             f"The clusters are fitted again; those with names are kept in {before}. Please name the new ones."
         )

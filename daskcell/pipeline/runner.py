@@ -145,7 +145,7 @@ class Run:
                 )
                 described = [name for name in slides if name not in incomplete]
                 if self.clusters.make(described, pool):
-                    key = self.study.clusters_key
+                    key = self.study.record.clusters_key
                     jobs = [self.job(name, key) for name in (*described, *self.left())]
                     self.process([job for job in jobs if missing_stages(job, self.study)], pool)
             except DaskcellError as error:
@@ -154,7 +154,7 @@ class Run:
             finally:
                 with self._writing:
                     self.stop.set()
-                    self.study.write_progress(None)
+                    self.study.record.write_progress(None)
                 if pool.started:
                     self.write_failures()
         self.write_failures()
@@ -162,7 +162,9 @@ class Run:
 
     def refuse_new_work(self, missing: Mapping[str, Sequence[str]]) -> None:
         """Raise `InputError` if slides have work left that were not set aside by an earlier run."""
-        others = [name for name, stages in missing.items() if stages and not self.study.ledger(name).failure]
+        others = [
+            name for name, stages in missing.items() if stages and not self.study.record.ledger(name).failure
+        ]
         if others:
             raise InputError(
                 f"{len(others)} slides ({others[0]} ...) were not set aside, but are not done under "
@@ -172,7 +174,7 @@ class Run:
     def begin_progress(self, missing: Mapping[str, Sequence[str]]) -> None:
         sizes = {name: _input_bytes(source) for name, source in self.sources.items()}
         left = {name: [*stages, *LATE] for name, stages in missing.items() if stages}
-        ledgers = {name: self.study.ledger(name) for name in sizes}
+        ledgers = {name: self.study.record.ledger(name) for name in sizes}
         took = {
             name: {stage: entry["seconds"] for stage, entry in ledger.stages.items()}
             for name, ledger in ledgers.items()
@@ -189,14 +191,14 @@ class Run:
         pixels = 0
         for name in self.sources:
             with contextlib.suppress(Exception):  # it will be set aside, with the reason
-                pixels += math.prod(header(self.job(name), self.study.ledger(name))[0][1:])
+                pixels += math.prod(header(self.job(name), self.study.record.ledger(name))[0][1:])
         return pixels < self.config.compute.block**2
 
     def set_aside_incomplete(self, slides: Iterable[str]) -> set[str]:
         """Those of `slides` whose early stages are not all done; each gets a reason."""
         incomplete = {name for name in slides if missing_stages(self.job(name), self.study)}
         for name in sorted(incomplete):
-            if self.study.ledger(name).failure is None:
+            if self.study.record.ledger(name).failure is None:
                 self.set_aside(self.job(name), InputError(_CHANGED))
         return incomplete
 
@@ -205,7 +207,7 @@ class Run:
         described, and whole."""
         found = []
         for name in self.study.left:
-            ledger = self.study.ledger(name)
+            ledger = self.study.record.ledger(name)
             if ledger.entry("describe") and not damage(ledger, self.study):
                 self.sources[name] = Source(name, tuple(file["path"] for file in ledger.files))
                 found.append(name)
@@ -228,7 +230,7 @@ class Run:
         with self._writing:
             if time.monotonic() - self._written > _WRITE_SECONDS and not self.stop.is_set():
                 self._written = time.monotonic()
-                self.study.write_progress(**self.progress.estimate)
+                self.study.record.write_progress(**self.progress.estimate)
 
     # ------------------------------------------------------------------ slides
 
@@ -363,8 +365,8 @@ class Run:
         return error
 
     def set_aside(self, job: Job, error: BaseException) -> None:
-        ledger = self.study.ledger(job.slide)
-        stage = ledger.began or (missing_stages(job, self.study) or list(job.stages))[0]
+        ledger = self.study.record.ledger(job.slide)
+        stage = ledger.in_progress or (missing_stages(job, self.study) or list(job.stages))[0]
         ledger.fail(stage, sentence(error), trace(error))
         self.account(job, Outcome(job.slide, failure=ledger.failure))
 
@@ -383,16 +385,18 @@ class Run:
         """Remove what stages kept between their tasks, but that of slides that were set aside: the next run
         goes on from there."""
         scratch = self.study.out / "scratch"
-        unfinished = (name for name in self.sources if self.study.ledger(name).failure)
-        kept = {folder for name in unfinished for folder in self.study.scratches(name)}
+        unfinished = (name for name in self.sources if self.study.record.ledger(name).failure)
+        kept = {folder for name in unfinished for folder in self.study.paths.scratches(name)}
         if scratch.is_dir():
             remove(*(set(scratch.iterdir()) - kept))
             if not kept:
                 scratch.rmdir()
 
     def write_failures(self) -> None:
-        failures = [self.study.ledger(name).failure for name in sorted(self.sources)]
-        self.study.write_failures([failure for failure in failures if failure] + self.clusters.failures)
+        failures = [self.study.record.ledger(name).failure for name in sorted(self.sources)]
+        self.study.record.write_failures(
+            [failure for failure in failures if failure] + self.clusters.failures
+        )
 
 
 def _input_bytes(source: Source) -> float:

@@ -27,8 +27,7 @@ from daskcell.pipeline.stages import EARLY, LATE, STAGES, slide_keys
 from daskcell.pipeline.steps import SentSteps, Steps
 from daskcell.storage.atomic import is_full, remove
 from daskcell.storage.paths import printable
-from daskcell.study import Ledger, Study
-from daskcell.study.checksums import damaged
+from daskcell.study import Ledger, Study, checksums
 from daskcell.study.keys import identify, unchanged
 from daskcell.study.results import Converted, Segmented
 
@@ -47,8 +46,8 @@ class Job:
     config: Config
     weights: Mapping[str, str]
     clusters: str | None = None
-    """Content key of the clusters (`Study.clusters_key`), for the stages that follow them. These read nothing
-    of the input, which may have gone since."""
+    """Content key of the clusters (`Record.clusters_key`), for the stages that follow them. These read
+    nothing of the input, which may have gone since."""
     verify: frozenset[str] = frozenset()
     """Stages whose checksums are compared where they are done; of the others, names and sizes."""
 
@@ -85,7 +84,7 @@ class Outcome:
 
 def missing_stages(job: Job, study: Study) -> list[str]:
     """Stages of `job` that are still to do, told by small files alone; all of them if the input changed."""
-    ledger = study.ledger(job.slide)
+    ledger = study.record.ledger(job.slide)
     if job.clusters is None and not unchanged(job.source.all_files, ledger.files, job.source.said):
         return list(job.stages)
     keys = job.keys(ledger)
@@ -102,7 +101,7 @@ def damage(
     stages `verify` by their checksums."""
     found = {}
     for stage, entry in ledger.stages.items():
-        files = damaged(study.out, entry["files"], workers if stage in verify else None)
+        files = checksums.verify(study.out, entry["files"], workers if stage in verify else None)
         if files:
             found[stage] = files
     return found
@@ -132,7 +131,7 @@ def process_slide(
         What is wrong concerns all slides: settings, weights, workers, disk.
     """
     study = Study(job.out)
-    ledger = study.ledger(job.slide)
+    ledger = study.record.ledger(job.slide)
     workers = workers or Workers()
     seconds: dict[str, float] = {}
     notes: list[str] = []

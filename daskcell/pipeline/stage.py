@@ -17,7 +17,7 @@ from daskcell.compute import Workers
 from daskcell.config import Config
 from daskcell.storage.atomic import remove
 from daskcell.study import CLUSTERS, Ledger, Study
-from daskcell.study.checksums import sums
+from daskcell.study.checksums import checksum
 from daskcell.study.keys import content_key
 from daskcell.study.results import Result
 
@@ -64,7 +64,7 @@ class Context:
 
     @property
     def image(self) -> Path:
-        return self.study.image(self.slide)
+        return self.study.paths.image(self.slide)
 
     @property
     def plan(self) -> Plan:
@@ -196,15 +196,17 @@ def run_stage(
     start = time.perf_counter()
     ledger.begin(stage.name)
     slide = context.slide or CLUSTERS
-    scratch = study.scratch(slide, stage.name, key, context.config.compute.block)
-    remove(*(folder for folder in study.scratches(slide, stage.name) if folder != scratch))  # of other keys
+    scratch = study.paths.scratch(slide, stage.name, key, context.config.compute.block)
+    remove(
+        *(folder for folder in study.paths.scratches(slide, stage.name) if folder != scratch)
+    )  # of other keys
     team = context.workers
     if on_step is not None:
         on_step(0.0)
         team = team.metered(on_step)
     context = replace(context, key=key, scratch=scratch)
     result = stage.run(replace(context, workers=team))
-    files = sums(study.out, stage.outputs(context, result), context.workers)
+    files = checksum(study.out, stage.outputs(context, result), context.workers)
     remove(scratch)
     seconds = time.perf_counter() - start
     ledger.finish(

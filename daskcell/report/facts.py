@@ -108,14 +108,14 @@ class Facts:
 
 def gather(study: Study) -> Facts:
     """Read the facts of a study; slides that were set aside and missing clusters are left out."""
-    clustered = study.ledger(CLUSTERS).read(Clustered)
+    clustered = study.record.ledger(CLUSTERS).read(Clustered)
     k = clustered.k if clustered else 0
-    titles = titled(ClusterNames.load(study.clusters).titles(k), k) if k else []
+    titles = titled(ClusterNames.load(study.paths.clusters).titles(k), k) if k else []
     palette = colors(k)
     clusters = [Cluster(i, title, "#" + bytes(palette[i]).hex()) for i, title in titles]
     rows, reports, assigned_slides, sizes, unassigned = [], [], [], [], 0
     for name in study.slides:
-        ledger = study.ledger(name)  # one at a time: thousands of them fill the memory
+        ledger = study.record.ledger(name)  # one at a time: thousands of them fill the memory
         converted, assigned = ledger.read(Converted), ledger.read(Assigned)
         if converted is None:
             continue
@@ -182,7 +182,7 @@ def seams(reports: Sequence[Segmented]) -> dict[str, Any]:
 def _curve(study: Study) -> list[dict[str, float]]:
     from daskcell.clustering import load_clusters
 
-    return list(load_clusters(study.clusters).curve_ or [])
+    return list(load_clusters(study.paths.clusters).curve_ or [])
 
 
 # -- cells -------------------------------------------------------------------------------------------------
@@ -247,7 +247,9 @@ def _add_cells(study: Study, slides: Sequence[str], facts: Facts) -> None:
         return
     area = "area_um2" if facts.unit == "µm" else "area"
     try:
-        columns = [name for name in shared_columns([study.table(name) for name in slides]) if name != "area"]
+        columns = [
+            name for name in shared_columns([study.paths.table(name) for name in slides]) if name != "area"
+        ]
     except InputError:  # slides with different channels, or without measurements
         columns = []
     size = max(cluster.number for cluster in facts.clusters) + 1
@@ -288,10 +290,10 @@ def _batches(study: Study, slide: str, columns: Sequence[str]) -> Iterator[tuple
     """A slide's cells in batches of rows, with their ``cluster`` and ``distance``."""
     import pyarrow.parquet as pq
 
-    assigned = study.assigned_table(slide)
+    assigned = study.record.assigned_table(slide)
     assert assigned is not None
     of_cluster = pq.read_table(assigned, columns=["cluster", "distance"]).combine_chunks()
-    with pq.ParquetFile(study.table(slide)) as table:
+    with pq.ParquetFile(study.paths.table(slide)) as table:
         names = set(table.schema_arrow.names) - set(of_cluster.column_names)
         start = 0
         for batch in table.iter_batches(_BATCH, columns=[name for name in columns if name in names]):
