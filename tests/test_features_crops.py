@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daskcell.errors import InputError
-from daskcell.features.cell_index import block_records, merge_records, plan_readings
+from daskcell.features.cell_index import block_records, merge_records, plan_reads
 from daskcell.features.crops import (
     Framing,
     background_sample,
@@ -98,11 +98,11 @@ def test_no_bit_depends_on_the_blocks(rows, columns, margin, mask):
     cores = [grid.core(index) for index in grid]
     records = merge_records([block_records(labels[core.slices], (core.y0, core.x0)) for core in cores])
     got = np.full_like(expected, np.nan)
-    for readings in plan_readings(records, grid, margin).values():
-        for reading in readings:
-            pixels = image[(slice(None), *reading.box.slices)], labels[reading.box.slices]
-            crops = np.concatenate(list(crop_batches(*pixels, reading.box, reading.records, frame, batch=3)))
-            got[reading.records["label"] - 1] = crops
+    for reads in plan_reads(records, grid, margin).values():
+        for read in reads:
+            pixels = image[(slice(None), *read.box.slices)], labels[read.box.slices]
+            crops = np.concatenate(list(crop_batches(*pixels, read.box, read.records, frame, batch=3)))
+            got[read.records["label"] - 1] = crops
     np.testing.assert_array_equal(got, expected)
 
 

@@ -148,14 +148,14 @@ def test_every_cell_is_planned_once_and_read_whole():
         tiling = Tiling(labels.shape, scale)
         for block in (100, 400, 2000):
             plans = tiling.plan(records, block)
-            readings = [reading for some in plans.values() for reading in some]
-            ids = np.concatenate([reading.records["label"] for reading in readings])
+            reads = [read for some in plans.values() for read in some]
+            ids = np.concatenate([read.records["label"] for read in reads])
             assert sorted(ids) == sorted(records["label"])
-            for reading in readings:
-                for record, tiles in zip(reading.records, tiling.tiles_of(reading.records), strict=True):
+            for read in reads:
+                for record, tiles in zip(read.records, tiling.tiles_of(read.records), strict=True):
                     boxes = [Box(*(int(record[name]) for name in ("y0", "x0", "y1", "x1")))]
                     for box in boxes + [tiling.source(tile) for tile in tiles]:
-                        assert (box & reading.box) == box
+                        assert (box & read.box) == box
 
 
 @given(st.floats(0.2, 3), st.integers(1, 1500), st.integers(1, 1500))

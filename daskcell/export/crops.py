@@ -170,7 +170,7 @@ def _export_slide(
         if _last_file(out, name, task, format).exists():  # of a call that was cut off
             done += task.count
             continue
-        labels = np.concatenate([reading.records["label"] for reading in task.readings])
+        labels = np.concatenate([read.records["label"] for read in task.reads])
         rows = {column: values[labels - 1] for column, values in table.items()}
         window.submit(task.count, _write_task, slide, name, task, framing, rows, str(out), format)
     for count, _ in window:
@@ -195,11 +195,11 @@ def _write_task(
     from daskcell.features.crops import cut_cells, resize
 
     labels, pictures = [], []
-    for reading in task.readings:
-        cells = slide.cells(reading.box)
-        _, prepared = slide.pixels(reading.box)
-        labels += reading.records["label"].tolist()
-        for crop in cut_cells(prepared, cells, reading.box, reading.records, framing):
+    for read in task.reads:
+        cells = slide.cells(read.box)
+        _, prepared = slide.pixels(read.box)
+        labels += read.records["label"].tolist()
+        for crop in cut_cells(prepared, cells, read.box, read.records, framing):
             pictures.append(_png(resize(crop, framing.size)))
     table = pd.DataFrame({"slide": name, "label": labels, **rows})
     if format == "parquet":

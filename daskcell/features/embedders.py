@@ -12,15 +12,15 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from daskcell.features.cell_index import Reading, plan_readings
+from daskcell.features.cell_index import ReadPlan, plan_reads
 from daskcell.features.crops import Framing, Sample, cut_cells, freeze_framing, resize
 from daskcell.features.encoders import Encoder, EncoderSpec, kind_of, load
 from daskcell.features.feature_maps import Stages, load_stages
 from daskcell.features.tiles import Tiling
 from daskcell.geometry import Grid
 
-Piece = tuple[Reading, np.ndarray, np.ndarray]
-"""A reading with its labels ``(h, w)`` and its pixels ``(C, h, w)``."""
+Piece = tuple[ReadPlan, np.ndarray, np.ndarray]
+"""A read with its labels ``(h, w)`` and its pixels ``(C, h, w)``."""
 Network = EncoderSpec | Encoder | Stages
 _CELL = {"own": 48.0}  # diameters at which networks are shown cells; ImageNet's: as small as they bear
 _OTHER_CELL = 32.0
@@ -29,7 +29,7 @@ _OTHER_CELL = 32.0
 class Vectors(Protocol):
     """One of the two ways."""
 
-    def plan(self, records: np.ndarray, grid: Grid) -> dict[int, list[Reading]]:
+    def plan(self, records: np.ndarray, grid: Grid) -> dict[int, list[ReadPlan]]:
         """What each block, or group of tiles, has to read; together every cell once."""
 
     def stream(self, pieces: Iterable[Piece]) -> Iterator[np.ndarray]:
@@ -47,15 +47,15 @@ class CropVectors:
     network: EncoderSpec | Encoder
     framing: Framing
 
-    def plan(self, records: np.ndarray, grid: Grid) -> dict[int, list[Reading]]:
-        return plan_readings(records, grid, self.framing.margin, self.framing.window)
+    def plan(self, records: np.ndarray, grid: Grid) -> dict[int, list[ReadPlan]]:
+        return plan_reads(records, grid, self.framing.margin, self.framing.window)
 
     def stream(self, pieces: Iterable[Piece]) -> Iterator[np.ndarray]:
         encoder = self._encoder
         crops = (
             crop if encoder.device != "cpu" else resize(crop, encoder.size)
-            for reading, labels, image in pieces
-            for crop in cut_cells(image, labels, reading.box, reading.records, self.framing)
+            for read, labels, image in pieces
+            for crop in cut_cells(image, labels, read.box, read.records, self.framing)
         )
         return encoder.stream(crops)
 
@@ -76,17 +76,15 @@ class MaskVectors:
     framing: Framing
     tiling: Tiling
 
-    def plan(self, records: np.ndarray, grid: Grid) -> dict[int, list[Reading]]:
+    def plan(self, records: np.ndarray, grid: Grid) -> dict[int, list[ReadPlan]]:
         block = max((side for sides in grid.chunks for side in sides), default=1)
         return self.tiling.plan(records, block)
 
     def stream(self, pieces: Iterable[Piece]) -> Iterator[np.ndarray]:
         from daskcell.features.pooling import pool_cells
 
-        for reading, labels, image in pieces:
-            yield pool_cells(
-                image, labels, reading.box, reading.records, self.framing, self.tiling, self._stages
-            )
+        for read, labels, image in pieces:
+            yield pool_cells(image, labels, read.box, read.records, self.framing, self.tiling, self._stages)
 
     @property
     def width(self) -> int:
@@ -147,20 +145,20 @@ class Task:
     """Readings that are worked on together, so that the network's batches are full."""
 
     number: int
-    readings: tuple[Reading, ...]
+    reads: tuple[ReadPlan, ...]
 
     @property
     def count(self) -> int:
-        return sum(len(reading.records) for reading in self.readings)
+        return sum(len(read.records) for read in self.reads)
 
 
-def share_out(plans: dict[int, list[Reading]], cells: int) -> list[Task]:
+def share_out(plans: dict[int, list[ReadPlan]], cells: int) -> list[Task]:
     """Tasks of at least `cells` cells each, but the last: sparse blocks share one."""
     tasks: list[Task] = []
-    waiting: list[Reading] = []
+    waiting: list[ReadPlan] = []
     for number in sorted(plans):
         waiting += plans[number]
-        if sum(len(reading.records) for reading in waiting) >= cells:
+        if sum(len(read.records) for read in waiting) >= cells:
             tasks.append(Task(len(tasks), tuple(waiting)))
             waiting = []
     if waiting:

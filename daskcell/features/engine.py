@@ -1,6 +1,6 @@
 """From disk to disk: the cells table and the features of one slide.
 
-    index of labels/cells ──> readings ──> one file a task ──> table.parquet, features.zarr
+    index of labels/cells ──> reads ──> one file a task ──> table.parquet, features.zarr
                              (tasks of several blocks)    (rows put in order of label)
 
 Every task reads its own pixels from the OME-Zarr and writes what it found to the scratch folder; only counts
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from daskcell.config import FeatureSettings
-from daskcell.features.cell_index import Reading, block_records, merge_records
+from daskcell.features.cell_index import ReadPlan, block_records, merge_records
 from daskcell.features.crops import Sample, background_sample, sample_boxes
 from daskcell.features.embedders import Piece, Task, Vectors, choose_vectors, share_out
 from daskcell.features.encoders import EncoderSpec, encoder_spec, load
@@ -277,9 +277,9 @@ def _task(slide: Slide, task: Task, way: Vectors, greys: Greys, measured: str, v
     rows: list[np.ndarray] = []
 
     def pieces() -> Iterator[Piece]:
-        for reading, cells, raw, prepared in _read(slide, task):
-            rows.append(_measure_reading(slide, reading, cells, raw, greys))
-            yield reading, cells, prepared
+        for read, cells, raw, prepared in _read(slide, task):
+            rows.append(_measure_cells(slide, read, cells, raw, greys))
+            yield read, cells, prepared
 
     found = list(way.stream(pieces()))
     save_arrays(measured, np.concatenate(rows))
@@ -287,24 +287,24 @@ def _task(slide: Slide, task: Task, way: Vectors, greys: Greys, measured: str, v
 
 
 def _measure(slide: Slide, task: Task, greys: Greys, measured: str) -> None:
-    rows = [_measure_reading(slide, r, cells, raw, greys) for r, cells, raw, _ in _read(slide, task)]
+    rows = [_measure_cells(slide, r, cells, raw, greys) for r, cells, raw, _ in _read(slide, task)]
     save_arrays(measured, np.concatenate(rows))
 
 
 def _encode(slide: Slide, task: Task, way: Vectors, vectors: str) -> None:
-    pieces = ((reading, cells, prepared) for reading, cells, _, prepared in _read(slide, task))
+    pieces = ((read, cells, prepared) for read, cells, _, prepared in _read(slide, task))
     save_arrays(vectors, np.concatenate(list(way.stream(pieces))))
 
 
-def _read(slide: Slide, task: Task) -> Iterator[tuple[Reading, np.ndarray, np.ndarray, np.ndarray]]:
-    """A task's readings with their cells, raw and preprocessed pixels, one in memory at a time."""
-    for reading in task.readings:
-        yield reading, slide.cells(reading.box), *slide.pixels(reading.box)
+def _read(slide: Slide, task: Task) -> Iterator[tuple[ReadPlan, np.ndarray, np.ndarray, np.ndarray]]:
+    """A task's reads with their cells, raw and preprocessed pixels, one in memory at a time."""
+    for read in task.reads:
+        yield read, slide.cells(read.box), *slide.pixels(read.box)
 
 
-def _measure_reading(
-    slide: Slide, reading: Reading, cells: np.ndarray, raw: np.ndarray, greys: Greys
+def _measure_cells(
+    slide: Slide, read: ReadPlan, cells: np.ndarray, raw: np.ndarray, greys: Greys
 ) -> np.ndarray:
     kinds = slide.settings.measured
     image = raw if {"intensity", "texture"} & set(kinds) else None
-    return measure_block(cells, image, reading.box, reading.records, slide.shape, greys, kinds)
+    return measure_block(cells, image, read.box, read.records, slide.shape, greys, kinds)

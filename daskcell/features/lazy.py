@@ -12,10 +12,10 @@ import numpy as np
 from daskcell.config import FeatureSettings
 from daskcell.errors import InputError
 from daskcell.features.cell_index import (
-    Reading,
+    ReadPlan,
     block_records,
     merge_records,
-    plan_readings,
+    plan_reads,
     refuse_far_labels,
 )
 from daskcell.features.crops import Sample, background_sample, sample_boxes
@@ -105,10 +105,10 @@ def measure(
     elif "texture" in kinds:
         greys = freeze_greys(_sampled(_grey_task, pixels, picture))
     jobs, ids = [], [np.zeros(0, np.int64)]
-    for readings in plan_readings(records, grid).values():
-        for reading in readings:
-            jobs.append(_job(_measure_task, pixels, picture, [reading], pixels.shape, greys, kinds))
-            ids.append(reading.records["label"])
+    for reads in plan_reads(records, grid).values():
+        for read in reads:
+            jobs.append(_job(_measure_task, pixels, picture, [read], pixels.shape, greys, kinds))
+            ids.append(read.records["label"])
     columns = measurement_columns(names, kinds)
     values = np.concatenate([np.zeros((0, len(columns))), *_compute(jobs)])
     return to_table(np.concatenate(ids), values, columns, pixel_size)
@@ -221,41 +221,41 @@ def embed(
         limits=limits,
     )
     tasks = share_out(way.plan(records, grid), _FULL_JOB)
-    found = _compute([_job(_embed_task, pixels, picture, task.readings, way) for task in tasks])
+    found = _compute([_job(_embed_task, pixels, picture, task.reads, way) for task in tasks])
     n = int(records["label"].max()) if len(records) else 0
     out = np.full((n, found[0].shape[1] if found else way.width), np.nan, np.float32)
     for task, vectors in zip(tasks, found, strict=True):
-        out[np.concatenate([reading.records["label"] for reading in task.readings]) - 1] = vectors
+        out[np.concatenate([read.records["label"] for read in task.reads]) - 1] = vectors
     return out
 
 
 Pixels = Sequence[tuple[np.ndarray, np.ndarray | None]]
-"""Labels and image of each of a job's readings."""
+"""Labels and image of each of a job's reads."""
 
 
 def _measure_task(
     pixels: Pixels,
-    readings: Sequence[Reading],
+    reads: Sequence[ReadPlan],
     shape: tuple[int, int],
     greys: Greys | None,
     kinds: Collection[str],
 ) -> np.ndarray:
     ((labels, image),) = pixels
-    return measure_block(labels, image, readings[0].box, readings[0].records, shape, greys, kinds)
+    return measure_block(labels, image, reads[0].box, reads[0].records, shape, greys, kinds)
 
 
-def _sample_task(pixels: Pixels, readings: Sequence[Reading], step: int) -> list[Sample]:
+def _sample_task(pixels: Pixels, reads: Sequence[ReadPlan], step: int) -> list[Sample]:
     return [background_sample(image, labels, step) for labels, image in pixels if image is not None]
 
 
-def _grey_task(pixels: Pixels, readings: Sequence[Reading], step: int) -> list[np.ndarray]:
+def _grey_task(pixels: Pixels, reads: Sequence[ReadPlan], step: int) -> list[np.ndarray]:
     return [grey_sample(image, labels, step) for labels, image in pixels if image is not None]
 
 
-def _embed_task(pixels: Pixels, readings: Sequence[Reading], way: Vectors) -> np.ndarray:
+def _embed_task(pixels: Pixels, reads: Sequence[ReadPlan], way: Vectors) -> np.ndarray:
     pieces = (
-        (reading, labels, image)
-        for reading, (labels, image) in zip(readings, pixels, strict=True)
+        (read, labels, image)
+        for read, (labels, image) in zip(reads, pixels, strict=True)
         if image is not None
     )
     return np.concatenate(list(way.stream(pieces)))
@@ -286,20 +286,20 @@ def _find_cells(labels: da.Array) -> tuple[np.ndarray, Grid]:
     """Records of all cells, and the grid of the chunks."""
     grid = Grid.from_chunks(labels.chunks)
     cores = [grid.core(index) for index in grid]
-    jobs = [_job(_records_task, labels, None, [Reading(core, _NONE)]) for core in cores if not core.is_empty]
+    jobs = [_job(_records_task, labels, None, [ReadPlan(core, _NONE)]) for core in cores if not core.is_empty]
     records = merge_records(_compute(jobs))
     refuse_far_labels(records)
     return records, grid
 
 
-def _records_task(pixels: Pixels, readings: Sequence[Reading]) -> np.ndarray:
-    return block_records(pixels[0][0], (readings[0].box.y0, readings[0].box.x0))
+def _records_task(pixels: Pixels, reads: Sequence[ReadPlan]) -> np.ndarray:
+    return block_records(pixels[0][0], (reads[0].box.y0, reads[0].box.x0))
 
 
 def _sampled(function: Callable[..., list[Any]], labels: da.Array, image: da.Array) -> list[Any]:
     """What `function` finds in each of the sampled boxes of the image."""
     boxes, step = sample_boxes(labels.shape)
-    jobs = [_job(function, labels, image, [Reading(box, _NONE)], step) for box in boxes]
+    jobs = [_job(function, labels, image, [ReadPlan(box, _NONE)], step) for box in boxes]
     return [sample for samples in _compute(jobs) for sample in samples]
 
 
@@ -307,22 +307,20 @@ def _job(
     function: Callable[..., Any],
     labels: da.Array,
     image: da.Array | None,
-    readings: Sequence[Reading],
+    reads: Sequence[ReadPlan],
     *args: Any,
 ) -> Any:
-    """``function(pixels, readings, *args)`` on the pixels of the readings, as a delayed value."""
+    """``function(pixels, reads, *args)`` on the pixels of the reads, as a delayed value."""
     import dask
 
-    def piece(array: da.Array, reading: Reading) -> Any:
-        cut = array[(..., *reading.box.slices)]
+    def piece(array: da.Array, read: ReadPlan) -> Any:
+        cut = array[(..., *read.box.slices)]
         # One chunk, so that Dask hands over the array and does not copy the graph (delayed(array) does).
         return cut.rechunk(cut.shape).to_delayed().item()
 
-    pixels = [
-        (piece(labels, reading), None if image is None else piece(image, reading)) for reading in readings
-    ]
-    # The readings as one value: Dask need not look into them for values to wait for.
-    return dask.delayed(function, pure=False)(pixels, dask.delayed(tuple(readings), traverse=False), *args)
+    pixels = [(piece(labels, read), None if image is None else piece(image, read)) for read in reads]
+    # The reads as one value: Dask need not look into them for values to wait for.
+    return dask.delayed(function, pure=False)(pixels, dask.delayed(tuple(reads), traverse=False), *args)
 
 
 def _compute(jobs: list[Any]) -> list[Any]:

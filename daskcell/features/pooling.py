@@ -44,14 +44,14 @@ def pool_cells(
     tiling: Tiling,
     stages: Stages,
 ) -> np.ndarray:
-    """Vectors of cells that one reading of `Tiling.plan` holds, with all pixels of their tiles.
+    """Vectors of cells that one read of `Tiling.plan` holds, with all pixels of their tiles.
 
     Parameters
     ----------
     image : (C, h, w) array
     labels : (h, w) array of integers
     box : Box
-        Where the reading lies in the whole image.
+        Where the read lies in the whole image.
     records : (n,) array of `objects.RECORD`
 
     Returns

@@ -17,7 +17,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from daskcell.features.cell_index import Reading
+from daskcell.features.cell_index import ReadPlan
 from daskcell.geometry import Box
 
 FRAME = 512
@@ -105,11 +105,11 @@ class Tiling:
             for p, core, count in zip((y, x), self.core, self.counts, strict=True)
         )
 
-    def plan(self, records: np.ndarray, block: int) -> dict[int, list[Reading]]:
+    def plan(self, records: np.ndarray, block: int) -> dict[int, list[ReadPlan]]:
         """What to read to pool all cells: groups of tiles about as large as blocks of `block` pixels.
 
-        A reading holds its cells whole and all pixels of their tiles. Groups are unions of cores, so no tile
-        of ordinary cells is computed twice. Cells of several tiles get readings of their own.
+        A read holds its cells whole and all pixels of their tiles. Groups are unions of cores, so no tile
+        of ordinary cells is computed twice. Cells of several tiles get reads of their own.
         """
         if not len(records):
             return {}
@@ -118,20 +118,20 @@ class Tiling:
         homes = self.home(records)
         group = homes[:, 0] // side[0] * across + homes[:, 1] // side[1]
         tiles = self.tiles_of(records)
-        plans: dict[int, list[Reading]] = {}
+        plans: dict[int, list[ReadPlan]] = {}
         for number in np.unique(group).tolist():
             members = np.flatnonzero(group == number)
             small = [i for i in members if len(tiles[i]) == 1]
             shares = [small] if small else []
             shares += [[i] for i in members if len(tiles[i]) > 1]
-            plans[number] = [self._reading(records[share], [tiles[i] for i in share]) for share in shares]
+            plans[number] = [self._read_plan(records[share], [tiles[i] for i in share]) for share in shares]
         return plans
 
-    def _reading(self, records: np.ndarray, tiles: list[list[tuple[int, int]]]) -> Reading:
+    def _read_plan(self, records: np.ndarray, tiles: list[list[tuple[int, int]]]) -> ReadPlan:
         sources = [self.source(tile) for tile in {tile for some in tiles for tile in some}]
         edges = np.array([(b.y0, b.x0, b.y1, b.x1) for b in sources])
         edges = np.concatenate([edges, _boxes(records)])
-        return Reading(Box(*edges[:, :2].min(axis=0).tolist(), *edges[:, 2:].max(axis=0).tolist()), records)
+        return ReadPlan(Box(*edges[:, :2].min(axis=0).tolist(), *edges[:, 2:].max(axis=0).tolist()), records)
 
     def resample(self, pixels: np.ndarray, tile: tuple[int, int], background: np.ndarray) -> np.ndarray:
         """A tile from its `source` pixels: ``(C, h, w)`` to ``(C, *frame)`` float32.
