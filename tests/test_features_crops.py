@@ -215,6 +215,6 @@ def test_an_encoder_on_a_device_sees_the_same_crops():
     cells = list(cut_cells(image, labels, Box(0, 0, 40, 40), block_records(labels), frame))
     encoder = Encoder("test", see, size=24, batch_size=4, mean=(0.5,) * 3, std=(0.2,) * 3)
     list(encoder.stream(resize(cell, 24) for cell in cells))
-    # torch's "meta" aside, every device but "cpu" takes this way: the name of a CPU with a number will do.
+    # torch's "meta" aside, every device but "cpu" goes this way: the name of a CPU with a number will do.
     list(dataclasses.replace(encoder, device="cpu:0").stream(cells))
     np.testing.assert_allclose(seen[1][:2], seen[0][:2], atol=1e-3)

@@ -140,7 +140,7 @@ def _export_slide(
     import dataclasses
 
     from daskcell.compute import Workers
-    from daskcell.features.embedders import CropVectors, share_out
+    from daskcell.features.embedders import CropEmbedder, make_tasks
     from daskcell.features.engine import Slide, find_cells, freeze, settings_spec
     from daskcell.geometry import Grid
 
@@ -154,11 +154,11 @@ def _export_slide(
     scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=out))
     try:
         records = find_cells(slide, grid, workers, scratch, study.index(name))
-        way, _ = freeze(slide, records, workers)
+        embedder, _ = freeze(slide, records, workers)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    assert isinstance(way, CropVectors)
-    framing = way.framing if size is None else dataclasses.replace(way.framing, size=size)
+    assert isinstance(embedder, CropEmbedder)
+    framing = embedder.framing if size is None else dataclasses.replace(embedder.framing, size=size)
     table = _read(study.table(name), _COLUMNS)
     assigned = study.assigned_table(name)
     if assigned is None:
@@ -166,7 +166,7 @@ def _export_slide(
     else:
         table |= _read(assigned, ["cluster"])
     window, done = workers.window(), 0
-    for task in share_out(way.plan(records, grid), _SHARD):
+    for task in make_tasks(embedder.plan(records, grid), _SHARD):
         if _last_file(out, name, task, format).exists():  # of a call that was cut off
             done += task.count
             continue

@@ -1,7 +1,7 @@
-"""The two ways from a picture to a vector a cell, behind one face: crops, and maps pooled over the cells.
+"""The two ways from an image to a feature vector for each cell: encoded crops, or feature maps pooled over cells.
 
-A way knows what has to be read (`plan`) and makes vectors of what was read (`stream`); it is small and
-picklable, so a task can carry it.
+An embedder says which pixels to read (`plan`) and computes vectors from them (`stream`); it is small and
+picklable, so that a task can carry it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _CELL = {"own": 48.0}  # diameters at which networks are shown cells; ImageNet's
 _OTHER_CELL = 32.0
 
 
-class Vectors(Protocol):
-    """One of the two ways."""
+class Embedder(Protocol):
+    """Common interface of `CropEmbedder` and `MaskEmbedder`."""
 
     def plan(self, records: np.ndarray, grid: Grid) -> dict[int, list[ReadPlan]]:
         """What each block, or group of tiles, has to read; together every cell once."""
@@ -41,7 +41,7 @@ class Vectors(Protocol):
 
 
 @dataclass(frozen=True)
-class CropVectors:
+class CropEmbedder:
     """Every cell cropped, resized and encoded by itself."""
 
     network: EncoderSpec | Encoder
@@ -69,8 +69,8 @@ class CropVectors:
 
 
 @dataclass(frozen=True)
-class MaskVectors:
-    """The network's maps of the whole picture, pooled over every cell."""
+class MaskEmbedder:
+    """The network's feature maps of the whole image, pooled over every cell."""
 
     network: EncoderSpec | Stages
     framing: Framing
@@ -97,7 +97,7 @@ class MaskVectors:
         return self.network if isinstance(self.network, Stages) else load_stages(self.network)
 
 
-def choose_vectors(
+def make_embedder(
     network: Network,
     samples: Sequence[Sample],
     records: np.ndarray,
@@ -111,8 +111,8 @@ def choose_vectors(
     mask: bool = True,
     channels: Sequence[int] | None = None,
     limits: tuple[float, float] | None = None,
-) -> Vectors:
-    """The way that is asked for, with all it must know of the whole image.
+) -> Embedder:
+    """The embedder for a pooling method, fitted to one image.
 
     Parameters
     ----------
@@ -130,19 +130,19 @@ def choose_vectors(
     )
     if pooling == "crop":
         assert not isinstance(network, Stages)
-        return CropVectors(network, framing)
+        return CropEmbedder(network, framing)
     assert not isinstance(network, Encoder)
     if scale == "auto":
         from daskcell.features.pooling import natural_scale
 
         cell = network.cell if isinstance(network, Stages) else _CELL.get(kind_of(network.name), _OTHER_CELL)
         scale = natural_scale(records, cell)
-    return MaskVectors(network, framing, Tiling(shape, scale))
+    return MaskEmbedder(network, framing, Tiling(shape, scale))
 
 
 @dataclass(frozen=True)
 class Task:
-    """Readings that are worked on together, so that the network's batches are full."""
+    """Reads that are processed together, so that the network's batches are full."""
 
     number: int
     reads: tuple[ReadPlan, ...]
@@ -152,15 +152,15 @@ class Task:
         return sum(len(read.records) for read in self.reads)
 
 
-def share_out(plans: dict[int, list[ReadPlan]], cells: int) -> list[Task]:
+def make_tasks(plans: dict[int, list[ReadPlan]], cells: int) -> list[Task]:
     """Tasks of at least `cells` cells each, but the last: sparse blocks share one."""
     tasks: list[Task] = []
-    waiting: list[ReadPlan] = []
+    pending: list[ReadPlan] = []
     for number in sorted(plans):
-        waiting += plans[number]
-        if sum(len(read.records) for read in waiting) >= cells:
-            tasks.append(Task(len(tasks), tuple(waiting)))
-            waiting = []
-    if waiting:
-        tasks.append(Task(len(tasks), tuple(waiting)))
+        pending += plans[number]
+        if sum(len(read.records) for read in pending) >= cells:
+            tasks.append(Task(len(tasks), tuple(pending)))
+            pending = []
+    if pending:
+        tasks.append(Task(len(tasks), tuple(pending)))
     return tasks

@@ -21,7 +21,7 @@ import numpy as np
 from daskcell.config import FeatureSettings
 from daskcell.features.cell_index import ReadPlan, block_records, merge_records
 from daskcell.features.crops import Sample, background_sample, sample_boxes
-from daskcell.features.embedders import Piece, Task, Vectors, choose_vectors, share_out
+from daskcell.features.embedders import Embedder, Piece, Task, make_embedder, make_tasks
 from daskcell.features.encoders import EncoderSpec, encoder_spec, load
 from daskcell.features.measurements import measure_block, measurement_columns
 from daskcell.features.textures import Greys, freeze_greys, grey_sample
@@ -124,11 +124,11 @@ def describe_slide(
     grid = Grid.regular(slide.shape, block)
     records = find_cells(slide, grid, workers, folder, index)
     n = int(records["label"].max()) if len(records) else 0
-    way, greys = freeze(slide, records, workers)
-    tasks = share_out(way.plan(records, grid), _FULL_TASK)
-    parts, width = _describe(slide, tasks, way, greys, workers, folder, progress, len(records))
+    embedder, greys = freeze(slide, records, workers)
+    tasks = make_tasks(embedder.plan(records, grid), _FULL_TASK)
+    parts, width = _describe(slide, tasks, embedder, greys, workers, folder, progress, len(records))
     if width is None:
-        width = _ask(workers, _width, way)
+        width = _ask(workers, _width, embedder)
     columns = measurement_columns(info.channels, settings.measured)
     where = locate(records, tasks, n, folder)
     # One task, so that the rows do not travel through this process.
@@ -183,7 +183,7 @@ def _records_task(slide: Slide, core: Box, path: str) -> None:
     save_arrays(path, block_records(slide.cells(core), (core.y0, core.x0)))
 
 
-def freeze(slide: Slide, records: np.ndarray, workers: Workers) -> tuple[Vectors, Greys]:
+def freeze(slide: Slide, records: np.ndarray, workers: Workers) -> tuple[Embedder, Greys]:
     """What every block must know of the whole slide: how vectors are made, and what is dark and bright."""
     boxes, step = sample_boxes(slide.shape)
     window = workers.window()
@@ -192,7 +192,7 @@ def freeze(slide: Slide, records: np.ndarray, workers: Workers) -> tuple[Vectors
     found = dict(window)
     samples = [sample for start in sorted(found) for sample in found[start]]
     settings = slide.settings
-    way = choose_vectors(
+    embedder = make_embedder(
         slide.spec,
         [prepared for prepared, _ in samples],
         records,
@@ -205,7 +205,7 @@ def freeze(slide: Slide, records: np.ndarray, workers: Workers) -> tuple[Vectors
         mask=settings.mask,
         channels=settings.channels,
     )
-    return way, freeze_greys([raw for _, raw in samples])
+    return embedder, freeze_greys([raw for _, raw in samples])
 
 
 def _sample_task(slide: Slide, boxes: Sequence[Box], step: int) -> list[tuple[Sample, np.ndarray]]:
@@ -229,8 +229,8 @@ def _crop_size(spec: EncoderSpec) -> int:
     return load(spec).size
 
 
-def _width(way: Vectors) -> int:
-    return way.width
+def _width(embedder: Embedder) -> int:
+    return embedder.width
 
 
 # -- describing them ----------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def _width(way: Vectors) -> int:
 def _describe(
     slide: Slide,
     tasks: list[Task],
-    way: Vectors,
+    embedder: Embedder,
     greys: Greys,
     workers: Workers,
     folder: Path,
@@ -261,9 +261,9 @@ def _describe(
         if os.path.exists(vectors):
             done += task.count
         elif apart or os.path.exists(measured):
-            window.submit(task.count, _encode, slide, task, way, vectors, kind="network")
+            window.submit(task.count, _encode, slide, task, embedder, vectors, kind="network")
         else:
-            window.submit(task.count, _task, slide, task, way, greys, measured, vectors, kind="network")
+            window.submit(task.count, _task, slide, task, embedder, greys, measured, vectors, kind="network")
     for count, _ in window:
         done += count
         if progress is not None:
@@ -273,7 +273,7 @@ def _describe(
     return parts, np.load(parts[0][1], mmap_mode="r").shape[1]
 
 
-def _task(slide: Slide, task: Task, way: Vectors, greys: Greys, measured: str, vectors: str) -> None:
+def _task(slide: Slide, task: Task, embedder: Embedder, greys: Greys, measured: str, vectors: str) -> None:
     rows: list[np.ndarray] = []
 
     def pieces() -> Iterator[Piece]:
@@ -281,7 +281,7 @@ def _task(slide: Slide, task: Task, way: Vectors, greys: Greys, measured: str, v
             rows.append(_measure_cells(slide, read, cells, raw, greys))
             yield read, cells, prepared
 
-    found = list(way.stream(pieces()))
+    found = list(embedder.stream(pieces()))
     save_arrays(measured, np.concatenate(rows))
     save_arrays(vectors, np.concatenate(found))
 
@@ -291,9 +291,9 @@ def _measure(slide: Slide, task: Task, greys: Greys, measured: str) -> None:
     save_arrays(measured, np.concatenate(rows))
 
 
-def _encode(slide: Slide, task: Task, way: Vectors, vectors: str) -> None:
+def _encode(slide: Slide, task: Task, embedder: Embedder, vectors: str) -> None:
     pieces = ((read, cells, prepared) for read, cells, _, prepared in _read(slide, task))
-    save_arrays(vectors, np.concatenate(list(way.stream(pieces))))
+    save_arrays(vectors, np.concatenate(list(embedder.stream(pieces))))
 
 
 def _read(slide: Slide, task: Task) -> Iterator[tuple[ReadPlan, np.ndarray, np.ndarray, np.ndarray]]:

@@ -19,7 +19,7 @@ from daskcell.features.cell_index import (
     refuse_far_labels,
 )
 from daskcell.features.crops import Sample, background_sample, sample_boxes
-from daskcell.features.embedders import Network, Vectors, choose_vectors, share_out
+from daskcell.features.embedders import Embedder, Network, make_embedder, make_tasks
 from daskcell.features.encoders import Encoder, as_encoder, encoder_spec, load
 from daskcell.features.feature_maps import as_stages
 from daskcell.features.measurements import KINDS, Kind, measure_block, measurement_columns, to_table
@@ -206,7 +206,7 @@ def embed(
     side = None
     if pooling == "crop":
         side = (network if isinstance(network, Encoder) else load(network)).size  # type: ignore[arg-type]
-    way = choose_vectors(
+    embedder = make_embedder(
         network,
         _sampled(_sample_task, pixels, picture),
         records,
@@ -220,10 +220,10 @@ def embed(
         channels=channels,
         limits=limits,
     )
-    tasks = share_out(way.plan(records, grid), _FULL_JOB)
-    found = _compute([_job(_embed_task, pixels, picture, task.reads, way) for task in tasks])
+    tasks = make_tasks(embedder.plan(records, grid), _FULL_JOB)
+    found = _compute([_job(_embed_task, pixels, picture, task.reads, embedder) for task in tasks])
     n = int(records["label"].max()) if len(records) else 0
-    out = np.full((n, found[0].shape[1] if found else way.width), np.nan, np.float32)
+    out = np.full((n, found[0].shape[1] if found else embedder.width), np.nan, np.float32)
     for task, vectors in zip(tasks, found, strict=True):
         out[np.concatenate([read.records["label"] for read in task.reads]) - 1] = vectors
     return out
@@ -252,13 +252,13 @@ def _grey_task(pixels: Pixels, reads: Sequence[ReadPlan], step: int) -> list[np.
     return [grey_sample(image, labels, step) for labels, image in pixels if image is not None]
 
 
-def _embed_task(pixels: Pixels, reads: Sequence[ReadPlan], way: Vectors) -> np.ndarray:
+def _embed_task(pixels: Pixels, reads: Sequence[ReadPlan], embedder: Embedder) -> np.ndarray:
     pieces = (
         (read, labels, image)
         for read, (labels, image) in zip(reads, pixels, strict=True)
         if image is not None
     )
-    return np.concatenate(list(way.stream(pieces)))
+    return np.concatenate(list(embedder.stream(pieces)))
 
 
 _NONE = merge_records([])
