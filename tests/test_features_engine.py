@@ -115,7 +115,7 @@ def test_maps_pooled_over_cells_equal_the_python_function_for_any_blocks(slide, 
 
 def test_a_network_without_stages_is_refused_before_any_work(slide, tmp_path):
     (tmp_path / "net.pt").write_bytes(b"x")
-    with pytest.raises(InputError, match="shows its stages"):
+    with pytest.raises(InputError, match="accessible feature maps"):
         describe(slide, tmp_path, encoder=str(tmp_path / "net.pt"), pooling="mask")
     assert [path.name for path in tmp_path.iterdir()] == ["net.pt"]
 

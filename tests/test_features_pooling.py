@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from daskcell.errors import InputError
 from daskcell.features import embed, feature_maps
 from daskcell.features.cell_index import block_records
-from daskcell.features.feature_maps import WIDTH, as_stages
+from daskcell.features.feature_maps import WIDTH, as_feature_maps
 from daskcell.features.tiles import MARGIN, Tiling
 from daskcell.geometry import Box, Grid
 
@@ -224,7 +224,7 @@ def test_resnets_show_the_stages_of_torchvision():
         nodes = {"relu": "0", "layer1": "1", "layer2": "2", "layer3": "3", "layer4": "4"}
         extractor = create_feature_extractor(model, nodes)
         expected = extractor(torch.from_numpy(picture)[None])
-    maps = as_stages(model)([picture], np.zeros(3, np.float32))[0]
+    maps = as_feature_maps(model)([picture], np.zeros(3, np.float32))[0]
     assert [stage.shape for stage in maps] == [
         (32, 48, 64),
         (16, 24, 64),
@@ -249,10 +249,10 @@ def test_folding_keeps_distances():
 
 def test_what_shows_no_stages_is_refused(tmp_path):
     image, labels = field((80, 80), 3)
-    with pytest.raises(InputError, match="shows its stages"):
+    with pytest.raises(InputError, match="accessible feature maps"):
         embed(image, labels, lambda batch: batch[:, 0, 0], pooling="mask")
     torch.jit.script(torch.nn.Flatten()).save(tmp_path / "net.pt")
-    with pytest.raises(InputError, match="shows its stages"):
+    with pytest.raises(InputError, match="accessible feature maps"):
         embed(image, labels, tmp_path / "net.pt", pooling="mask")
     with pytest.raises(InputError, match="layer and size are for pooling='crop'"):
         embed(image, labels, "tiny", pooling="mask", size=64)

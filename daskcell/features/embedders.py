@@ -1,4 +1,4 @@
-"""The two ways from an image to a feature vector for each cell: encoded crops, or feature maps pooled over cells.
+"""From an image to a feature vector for each cell: by encoding crops, or by pooling feature maps over cells.
 
 An embedder says which pixels to read (`plan`) and computes vectors from them (`stream`); it is small and
 picklable, so that a task can carry it.
@@ -15,13 +15,13 @@ import numpy as np
 from daskcell.features.cell_index import ReadPlan, plan_reads
 from daskcell.features.crops import Framing, Sample, cut_cells, freeze_framing, resize
 from daskcell.features.encoders import Encoder, EncoderSpec, kind_of, load
-from daskcell.features.feature_maps import Stages, load_stages
+from daskcell.features.feature_maps import FeatureMaps, load_feature_maps
 from daskcell.features.tiles import Tiling
 from daskcell.geometry import Grid
 
 Piece = tuple[ReadPlan, np.ndarray, np.ndarray]
 """A read with its labels ``(h, w)`` and its pixels ``(C, h, w)``."""
-Network = EncoderSpec | Encoder | Stages
+Network = EncoderSpec | Encoder | FeatureMaps
 _CELL = {"own": 48.0}  # diameters at which networks are shown cells; ImageNet's: as small as they bear
 _OTHER_CELL = 32.0
 
@@ -72,7 +72,7 @@ class CropEmbedder:
 class MaskEmbedder:
     """The network's feature maps of the whole image, pooled over every cell."""
 
-    network: EncoderSpec | Stages
+    network: EncoderSpec | FeatureMaps
     framing: Framing
     tiling: Tiling
 
@@ -84,17 +84,19 @@ class MaskEmbedder:
         from daskcell.features.pooling import pool_cells
 
         for read, labels, image in pieces:
-            yield pool_cells(image, labels, read.box, read.records, self.framing, self.tiling, self._stages)
+            yield pool_cells(
+                image, labels, read.box, read.records, self.framing, self.tiling, self._feature_maps
+            )
 
     @property
     def width(self) -> int:
         from daskcell.features.pooling import REGIONS
 
-        return 2 * REGIONS * self._stages.width
+        return 2 * REGIONS * self._feature_maps.width
 
     @property
-    def _stages(self) -> Stages:
-        return self.network if isinstance(self.network, Stages) else load_stages(self.network)
+    def _feature_maps(self) -> FeatureMaps:
+        return self.network if isinstance(self.network, FeatureMaps) else load_feature_maps(self.network)
 
 
 def make_embedder(
@@ -129,13 +131,17 @@ def make_embedder(
         samples, size=size or 0, margin=margin, window=window, mask=mask, channels=channels, limits=limits
     )
     if pooling == "crop":
-        assert not isinstance(network, Stages)
+        assert not isinstance(network, FeatureMaps)
         return CropEmbedder(network, framing)
     assert not isinstance(network, Encoder)
     if scale == "auto":
         from daskcell.features.pooling import natural_scale
 
-        cell = network.cell if isinstance(network, Stages) else _CELL.get(kind_of(network.name), _OTHER_CELL)
+        cell = (
+            network.cell
+            if isinstance(network, FeatureMaps)
+            else _CELL.get(kind_of(network.name), _OTHER_CELL)
+        )
         scale = natural_scale(records, cell)
     return MaskEmbedder(network, framing, Tiling(shape, scale))
 

@@ -189,18 +189,18 @@ def encoder_spec(
             f"layer='pool' is for torchvision's and timm's networks; the encoder {name} has one output only."
         )
     if pooling == "mask":
-        if not shows_stages(name):
+        if not has_feature_maps(name):
             raise InputError(
-                f"pooling='mask' needs a network that shows its stages, and the encoder {name} does not. "
-                "Please choose 'tiny' or a ResNet of torchvision, or pooling='crop'."
+                f"pooling='mask' needs a network with accessible feature maps, and the encoder {name} has "
+                "none. Please choose 'tiny' or a ResNet of torchvision, or pooling='crop'."
             )
         if layer == "pool" or size is not None:
             raise InputError("layer and size are for pooling='crop'; with pooling='mask', leave them out.")
     return EncoderSpec(name, layer, size, batch_size, device, precision, fingerprint)
 
 
-def shows_stages(name: str) -> bool:
-    """Whether the encoder of this name has stages to show: the embedded kind and torchvision's ResNets."""
+def has_feature_maps(name: str) -> bool:
+    """Whether the feature maps of an encoder are accessible: the embedded kind's and torchvision ResNets'."""
     bare = name.partition("@")[0]
     kind = kind_of(name)
     return kind == "own" or (kind == "torchvision" and bare.startswith(("resnet", "resnext", "wide_resnet")))

@@ -21,7 +21,7 @@ from daskcell.features.cell_index import (
 from daskcell.features.crops import Sample, background_sample, sample_boxes
 from daskcell.features.embedders import Embedder, Network, make_embedder, make_tasks
 from daskcell.features.encoders import Encoder, as_encoder, encoder_spec, load
-from daskcell.features.feature_maps import as_stages
+from daskcell.features.feature_maps import as_feature_maps
 from daskcell.features.measurements import KINDS, Kind, measure_block, measurement_columns, to_table
 from daskcell.features.textures import Greys, freeze_greys, grey_sample
 from daskcell.geometry import Grid
@@ -195,7 +195,7 @@ def embed(
             pooling=pooling,
         )  # fmt: skip
     elif pooling == "mask":
-        network = as_stages(encoder, batch_size=batch_size, device=device, precision=precision)
+        network = as_feature_maps(encoder, batch_size=batch_size, device=device, precision=precision)
     else:
         network = as_encoder(encoder, size=size, batch_size=batch_size, device=device, precision=precision)
     pixels, given = _arrays(labels, image, axes)
