@@ -16,7 +16,7 @@ from daskcell.features.crops import (
     background_sample,
     crop_batches,
     cut_cells,
-    freeze_framing,
+    fit_framing,
     resize,
     resize_together,
     sample_boxes,
@@ -137,20 +137,20 @@ def test_background_is_the_median_outside_all_cells():
     labels[:5] = 1
     image = np.full((2, 10, 10), 255, np.uint8)
     image[0, 5:] = 51
-    frame = freeze_framing([background_sample(image, labels, 1)], size=8)
+    frame = fit_framing([background_sample(image, labels, 1)], size=8)
     assert frame.background == (0.2, 1.0)
     assert (frame.low, frame.high) == ((0, 0), (255, 255))
-    crowded = freeze_framing([background_sample(image, np.ones_like(labels), 1)], size=8)
+    crowded = fit_framing([background_sample(image, np.ones_like(labels), 1)], size=8)
     assert crowded.background == (0, 0)
 
 
 def test_deep_pictures_are_scaled_by_their_own_range_and_fractions_are_not():
     labels = np.zeros((2, 2), np.uint8)
     deep = background_sample(np.array([[[100, 200], [300, 1100]]], np.uint16), labels, 1)
-    assert freeze_framing([deep], size=8).high == (1100,)
-    assert freeze_framing([deep], size=8, limits=(0, 4095)).high == (4095,)
+    assert fit_framing([deep], size=8).high == (1100,)
+    assert fit_framing([deep], size=8, limits=(0, 4095)).high == (4095,)
     fraction = background_sample(np.array([[[0.1, 0.2], [0.3, np.nan]]]), labels, 1)
-    assert freeze_framing([fraction], size=8).high == (1,)
+    assert fit_framing([fraction], size=8).high == (1,)
 
 
 def test_a_missing_pixel_becomes_background():
@@ -164,7 +164,7 @@ def test_a_missing_pixel_becomes_background():
 def test_channels_that_are_not_there_are_refused():
     sample = background_sample(np.zeros((2, 4, 4)), np.zeros((4, 4), int), 1)
     with pytest.raises(InputError, match="channel 2"):
-        freeze_framing([sample], size=8, channels=[0, 2])
+        fit_framing([sample], size=8, channels=[0, 2])
 
 
 def test_samples_cover_a_small_image_and_bound_a_large_one():

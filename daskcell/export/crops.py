@@ -141,7 +141,7 @@ def _export_slide(
 
     from daskcell.compute import Workers
     from daskcell.features.embedders import CropEmbedder, make_tasks
-    from daskcell.features.engine import Slide, find_cells, freeze, settings_spec
+    from daskcell.features.engine import Slide, find_cells, fit_embedder, settings_spec
     from daskcell.geometry import Grid
 
     workers = workers or Workers()
@@ -154,7 +154,7 @@ def _export_slide(
     scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=out))
     try:
         records = find_cells(slide, grid, workers, scratch, study.index(name))
-        embedder, _ = freeze(slide, records, workers)
+        embedder, _ = fit_embedder(slide, records, workers)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     assert isinstance(embedder, CropEmbedder)

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from daskcell.features.cell_index import ReadPlan, plan_reads
-from daskcell.features.crops import Framing, Sample, cut_cells, freeze_framing, resize
+from daskcell.features.crops import BackgroundSample, Framing, cut_cells, fit_framing, resize
 from daskcell.features.encoders import Encoder, EncoderSpec, kind_of, load
 from daskcell.features.feature_maps import FeatureMaps, load_feature_maps
 from daskcell.features.tiles import Tiling
@@ -101,7 +101,7 @@ class MaskEmbedder:
 
 def make_embedder(
     network: Network,
-    samples: Sequence[Sample],
+    samples: Sequence[BackgroundSample],
     records: np.ndarray,
     shape: tuple[int, int],
     *,
@@ -119,7 +119,7 @@ def make_embedder(
     Parameters
     ----------
     samples, mask, channels, limits, margin, window
-        As in `freeze_framing`.
+        As in `fit_framing`.
     records
         All cells of the image: their median diameter sets the automatic scale.
     shape : (Y, X)
@@ -127,7 +127,7 @@ def make_embedder(
     size
         Side of the crops, where there are crops.
     """
-    framing = freeze_framing(
+    framing = fit_framing(
         samples, size=size or 0, margin=margin, window=window, mask=mask, channels=channels, limits=limits
     )
     if pooling == "crop":

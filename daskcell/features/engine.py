@@ -20,11 +20,11 @@ import numpy as np
 
 from daskcell.config import FeatureSettings
 from daskcell.features.cell_index import ReadPlan, block_records, merge_records
-from daskcell.features.crops import Sample, background_sample, sample_boxes
+from daskcell.features.crops import BackgroundSample, background_sample, sample_boxes
 from daskcell.features.embedders import Embedder, Piece, Task, make_embedder, make_tasks
 from daskcell.features.encoders import EncoderSpec, encoder_spec, load
 from daskcell.features.measurements import measure_block, measurement_columns
-from daskcell.features.textures import Greys, freeze_greys, grey_sample
+from daskcell.features.textures import Greys, fit_greys, grey_sample
 from daskcell.features.writers import locate, write_features, write_table
 from daskcell.geometry import Box, Grid
 from daskcell.segmentation.index import read_index
@@ -124,7 +124,7 @@ def describe_slide(
     grid = Grid.regular(slide.shape, block)
     records = find_cells(slide, grid, workers, folder, index)
     n = int(records["label"].max()) if len(records) else 0
-    embedder, greys = freeze(slide, records, workers)
+    embedder, greys = fit_embedder(slide, records, workers)
     tasks = make_tasks(embedder.plan(records, grid), _FULL_TASK)
     parts, width = _describe(slide, tasks, embedder, greys, workers, folder, progress, len(records))
     if width is None:
@@ -183,7 +183,7 @@ def _records_task(slide: Slide, core: Box, path: str) -> None:
     save_arrays(path, block_records(slide.cells(core), (core.y0, core.x0)))
 
 
-def freeze(slide: Slide, records: np.ndarray, workers: Workers) -> tuple[Embedder, Greys]:
+def fit_embedder(slide: Slide, records: np.ndarray, workers: Workers) -> tuple[Embedder, Greys]:
     """What every block must know of the whole slide: how vectors are made, and what is dark and bright."""
     boxes, step = sample_boxes(slide.shape)
     window = workers.window()
@@ -205,10 +205,10 @@ def freeze(slide: Slide, records: np.ndarray, workers: Workers) -> tuple[Embedde
         mask=settings.mask,
         channels=settings.channels,
     )
-    return embedder, freeze_greys([raw for _, raw in samples])
+    return embedder, fit_greys([raw for _, raw in samples])
 
 
-def _sample_task(slide: Slide, boxes: Sequence[Box], step: int) -> list[tuple[Sample, np.ndarray]]:
+def _sample_task(slide: Slide, boxes: Sequence[Box], step: int) -> list[tuple[BackgroundSample, np.ndarray]]:
     found = []
     for box in boxes:
         raw, prepared = slide.pixels(box)

@@ -97,8 +97,9 @@ def as_feature_maps(
     is_resnet = all(hasattr(encoder, layer) for layer in ("conv1", *_LAYERS))
     if not (hasattr(encoder, "stages") or is_resnet):
         raise InputError(
-            f"pooling='mask' needs a network with accessible feature maps, and {name} has none. Please give "
-            "'tiny', a ResNet of torchvision, or a torch module with a method stages(x); or use pooling='crop'."
+            f"pooling='mask' needs a network with accessible feature maps, and {name} has none. "
+            "Please give 'tiny', a ResNet of torchvision or a torch module with a method stages(x); or use "
+            "pooling='crop'."
         )
     mean, std = getattr(encoder, "mean", None), getattr(encoder, "std", None)
     return _wrap(encoder, name, mean, std, device, batch_size, precision)

@@ -18,12 +18,12 @@ from daskcell.features.cell_index import (
     plan_reads,
     refuse_far_labels,
 )
-from daskcell.features.crops import Sample, background_sample, sample_boxes
+from daskcell.features.crops import BackgroundSample, background_sample, sample_boxes
 from daskcell.features.embedders import Embedder, Network, make_embedder, make_tasks
 from daskcell.features.encoders import Encoder, as_encoder, encoder_spec, load
 from daskcell.features.feature_maps import as_feature_maps
 from daskcell.features.measurements import KINDS, Kind, measure_block, measurement_columns, to_table
-from daskcell.features.textures import Greys, freeze_greys, grey_sample
+from daskcell.features.textures import Greys, fit_greys, grey_sample
 from daskcell.geometry import Grid
 from daskcell.images.arrays import Given, as_image, as_labels
 
@@ -103,7 +103,7 @@ def measure(
     if picture is None:
         kinds = set(kinds) - {"intensity", "texture"}
     elif "texture" in kinds:
-        greys = freeze_greys(_sampled(_grey_task, pixels, picture))
+        greys = fit_greys(_sampled(_grey_task, pixels, picture))
     jobs, ids = [], [np.zeros(0, np.int64)]
     for reads in plan_reads(records, grid).values():
         for read in reads:
@@ -166,7 +166,7 @@ def embed(
     channels : sequence of int
         Channels to take; None: all. See `crops.three_channels` for how they become three.
     limits : (low, high)
-        Values that become 0 and 1; None: by the image's type, see `crops.freeze_framing`.
+        Values that become 0 and 1; None: by the image's type, see `crops.fit_framing`.
     batch_size : int
         Pictures per network call; results depend on it in the last bit.
     device : str
@@ -244,7 +244,7 @@ def _measure_task(
     return measure_block(labels, image, reads[0].box, reads[0].records, shape, greys, kinds)
 
 
-def _sample_task(pixels: Pixels, reads: Sequence[ReadPlan], step: int) -> list[Sample]:
+def _sample_task(pixels: Pixels, reads: Sequence[ReadPlan], step: int) -> list[BackgroundSample]:
     return [background_sample(image, labels, step) for labels, image in pixels if image is not None]
 
 

@@ -77,12 +77,12 @@ class SlideCells:
     def cut(self) -> Iterator[np.ndarray]:
         """Crops ``(m, 3, side, side)`` uint8 of all cells that were drawn, some at a time."""
         from daskcell.features.cell_index import plan_reads
-        from daskcell.features.crops import background_sample, crop_batches, freeze_framing, sample_boxes
+        from daskcell.features.crops import background_sample, crop_batches, fit_framing, sample_boxes
         from daskcell.models.encoder import SIZE
 
         chosen = self.settings
         boxes, step = sample_boxes(self.image.shape)
-        framing = freeze_framing(
+        framing = fit_framing(
             [background_sample(self.image.read(box), self.labels(box), step) for box in boxes],
             size=SIZE,
             margin=chosen.margin,
