@@ -144,7 +144,7 @@ def test_background_is_the_median_outside_all_cells():
     assert crowded.background == (0, 0)
 
 
-def test_deep_pictures_are_scaled_by_their_own_range_and_fractions_are_not():
+def test_deep_images_are_scaled_by_their_own_range_and_fractions_are_not():
     labels = np.zeros((2, 2), np.uint8)
     deep = background_sample(np.array([[[100, 200], [300, 1100]]], np.uint16), labels, 1)
     assert fit_framing([deep], size=8).high == (1100,)

@@ -1,4 +1,4 @@
-"""One square picture of each cell, as a network wants it.
+"""One square crop of each cell, as a network takes it.
 
     cell's box -> square with margin -> brightness to 0..1 -> neighbours blanked -> three channels -> resized
 

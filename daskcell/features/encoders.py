@@ -1,10 +1,10 @@
-"""Networks that turn the picture of a cell into a vector.
+"""Networks that turn an image of a cell into a vector.
 
 An encoder is named ``tiny`` (embedded), by a torchvision classification model (``resnet152``), by one of timm
 (``timm:NAME``), or by a file: TorchScript, or ``torch.export`` (``.pt2``). In Python it may also be a torch
 module or any callable from ``(n, 3, size, size)`` float32 to ``(n, d)``.
 
-A network's answer changes in the last bits with the number of pictures in a batch. So a batch always has the
+A network's answer changes in the last bits with the number of crops in a batch. So a batch always has the
 same number, the last filled up with zeros; then a cell's vector does not depend on the cells beside it.
 
 A file cannot bring along code that is run (see `archives`). Such a network still computes whatever it was
@@ -63,7 +63,7 @@ class Encoder:
     size : int
         Side of the crops in pixels.
     batch_size : int
-        Pictures per call, always.
+        Crops per call, always.
     mean, std : tuple of float or None
         Normalisation of the three inputs.
     fingerprint : str
@@ -104,7 +104,7 @@ class Encoder:
 
     @property
     def width(self) -> int:
-        """Numbers per cell, found by a call with blank pictures the first time."""
+        """Numbers per cell, found by a call with blank crops the first time."""
         if not hasattr(self, "_width"):
             self._width: int = self._batch([np.zeros((3, self.size, self.size), np.float32)]).shape[1]
         return self._width
@@ -125,8 +125,8 @@ class Encoder:
             out = np.asarray(self.function(full))
         if out.ndim != 2 or len(out) != self.batch_size:
             raise InputError(
-                f"The encoder {self.name} must give one vector per picture, (n, d), but gave {out.shape} for "
-                f"{self.batch_size} pictures."
+                f"The encoder {self.name} must give one vector per crop, (n, d), but gave {out.shape} for "
+                f"{self.batch_size} crops."
             )
         if out.dtype.kind not in "fiu":
             raise InputError(f"The encoder {self.name} must give real numbers, but gave {out.dtype}.")

@@ -168,7 +168,7 @@ def embed(
     limits : (low, high)
         Values that become 0 and 1; None: by the image's type, see `crops.fit_framing`.
     batch_size : int
-        Pictures per network call; results depend on it in the last bit.
+        Crops per network call; results depend on it in the last bit.
     device : str
         ``cpu``, or ``cuda`` where there is one.
     precision : {"float32", "bfloat16"}

@@ -1,4 +1,4 @@
-"""Feature maps pooled over each cell's own pixels: one look at the picture in place of one crop a cell.
+"""Feature maps pooled over each cell's own pixels: one pass over the image instead of one crop a cell.
 
     tiles of the global grid ──> network ──> maps of every stage ──> mean and deviation over the cell,
                                                                      its core and its rim
@@ -71,11 +71,11 @@ def pool_cells(
     order = sorted(members)
     for start in range(0, len(order), network.batch_size):
         tiles = order[start : start + network.batch_size]
-        pictures = [
+        tile_images = [
             three_channels(_tile(image, labels, box, framing, tiling, tile, background)) for tile in tiles
         ]
         ground = three_channels(background[:, None, None])[:, 0, 0]
-        for tile, maps in zip(tiles, network(pictures, ground), strict=True):
+        for tile, maps in zip(tiles, network(tile_images, ground), strict=True):
             for i in members[tile]:
                 sums = open_sums.get(i)
                 if sums is None:
