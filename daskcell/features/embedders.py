@@ -1,12 +1,12 @@
 """From an image to a feature vector for each cell: by encoding crops, or by pooling feature maps over cells.
 
-An embedder says which pixels to read (`plan`) and computes vectors from them (`stream`); it is small and
+An embedder says which pixels to read (`plan`) and computes vectors from them (`start`); it is small and
 picklable, so that a task can carry it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -14,13 +14,11 @@ import numpy as np
 
 from daskcell.features.cell_index import ReadPlan, plan_reads
 from daskcell.features.crops import BackgroundSample, Framing, cut_cells, fit_framing, resize
-from daskcell.features.encoders import Encoder, EncoderSpec, kind_of, load
+from daskcell.features.encoders import Batches, Encoder, EncoderSpec, kind_of, load
 from daskcell.features.feature_maps import FeatureMaps, load_feature_maps
 from daskcell.features.tiles import Tiling
 from daskcell.geometry import Grid
 
-Piece = tuple[ReadPlan, np.ndarray, np.ndarray]
-"""A read with its labels ``(h, w)`` and its pixels ``(C, h, w)``."""
 Network = EncoderSpec | Encoder | FeatureMaps
 _CELL = {"own": 48.0}  # diameters at which networks are shown cells; ImageNet's: as small as they bear
 _OTHER_CELL = 32.0
@@ -32,12 +30,22 @@ class Embedder(Protocol):
     def plan(self, records: np.ndarray, grid: Grid) -> dict[int, list[ReadPlan]]:
         """What each block, or group of tiles, has to read; together every cell once."""
 
-    def stream(self, pieces: Iterable[Piece]) -> Iterator[np.ndarray]:
-        """Vectors ``(m, d)`` float32 of the cells of the pieces, in their order, in any portions."""
+    def start(self) -> Embedding:
+        """Begin to embed the cells of some reads."""
 
     @property
     def width(self) -> int:
         """Numbers a cell; loads the network."""
+
+
+class Embedding(Protocol):
+    """Takes one read after another and gives vectors ``(m, d)`` float32 in the order of the cells."""
+
+    def add(self, read: ReadPlan, labels: np.ndarray, image: np.ndarray) -> Iterable[np.ndarray]:
+        """Vectors that are ready once the pixels of `read` are known: ``(h, w)`` and ``(C, h, w)``."""
+
+    def finish(self) -> Iterable[np.ndarray]:
+        """The vectors that are left."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +58,8 @@ class CropEmbedder:
     def plan(self, records: np.ndarray, grid: Grid) -> dict[int, list[ReadPlan]]:
         return plan_reads(records, grid, self.framing.margin, self.framing.window)
 
-    def stream(self, pieces: Iterable[Piece]) -> Iterator[np.ndarray]:
-        encoder = self._encoder
-        crops = (
-            crop if encoder.device != "cpu" else resize(crop, encoder.size)
-            for read, labels, image in pieces
-            for crop in cut_cells(image, labels, read.box, read.records, self.framing)
-        )
-        return encoder.stream(crops)
+    def start(self) -> Embedding:
+        return _CropEmbedding(Batches(self._encoder), self.framing)
 
     @property
     def width(self) -> int:
@@ -66,6 +68,24 @@ class CropEmbedder:
     @property
     def _encoder(self) -> Encoder:
         return self.network if isinstance(self.network, Encoder) else load(self.network)
+
+
+@dataclass(frozen=True)
+class _CropEmbedding:
+    """Batches are filled across reads."""
+
+    batches: Batches
+    framing: Framing
+
+    def add(self, read: ReadPlan, labels: np.ndarray, image: np.ndarray) -> Iterable[np.ndarray]:
+        encoder = self.batches.encoder
+        cut = cut_cells(image, labels, read.box, read.records, self.framing)
+        return self.batches.add(
+            crop if encoder.device != "cpu" else resize(crop, encoder.size) for crop in cut
+        )
+
+    def finish(self) -> Iterable[np.ndarray]:
+        return self.batches.finish()
 
 
 @dataclass(frozen=True)
@@ -80,13 +100,18 @@ class MaskEmbedder:
         block = max((side for sides in grid.chunks for side in sides), default=1)
         return self.tiling.plan(records, block)
 
-    def stream(self, pieces: Iterable[Piece]) -> Iterator[np.ndarray]:
+    def start(self) -> Embedding:
+        return self  # nothing is kept between reads
+
+    def add(self, read: ReadPlan, labels: np.ndarray, image: np.ndarray) -> Iterable[np.ndarray]:
         from daskcell.features.pooling import pool_cells
 
-        for read, labels, image in pieces:
-            yield pool_cells(
-                image, labels, read.box, read.records, self.framing, self.tiling, self._feature_maps
-            )
+        return [
+            pool_cells(image, labels, read.box, read.records, self.framing, self.tiling, self._feature_maps)
+        ]
+
+    def finish(self) -> Iterable[np.ndarray]:
+        return []
 
     @property
     def width(self) -> int:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -99,8 +99,9 @@ class Encoder:
         On a GPU crops may be of any side: they are resized there. While the network works on a batch, a
         thread takes the next crops from the iterator.
         """
-        for batch in _ahead(_batched(crops, self.batch_size)):
-            yield self._batch(batch)
+        batches = Batches(self)
+        yield from batches.add(crops)
+        yield from batches.finish()
 
     @property
     def width(self) -> int:
@@ -146,13 +147,36 @@ class Encoder:
         return full
 
 
+class Batches:
+    """Fills an encoder's batches with crops that come in portions."""
+
+    def __init__(self, encoder: Encoder):
+        self.encoder = encoder
+        self._rest: list[np.ndarray] = []
+
+    def add(self, crops: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Vectors of the batches that these crops complete; a thread takes the next crops meanwhile."""
+        rest, self._rest = self._rest, []
+        for batch in ahead(_batched(chain(rest, crops), self.encoder.batch_size)):
+            if len(batch) < self.encoder.batch_size:
+                self._rest = batch
+            else:
+                yield self.encoder._batch(batch)
+
+    def finish(self) -> Iterator[np.ndarray]:
+        """Vectors of the crops that are left, in a batch filled up with zeros."""
+        if self._rest:
+            yield self.encoder._batch(self._rest)
+            self._rest = []
+
+
 def _batched(items: Iterable[T], count: int) -> Iterator[list[T]]:
     source = iter(items)
     while batch := list(islice(source, count)):
         yield batch
 
 
-def _ahead(items: Iterable[T]) -> Iterator[T]:
+def ahead(items: Iterable[T]) -> Iterator[T]:
     """The same items, the next one made by a thread while the last is in use."""
     end: Any = object()
     source = iter(items)
