@@ -71,7 +71,7 @@ def run_tiles(job: Any, at: Any, tiles: list[int]) -> int:
 
 
 def label_block(job: Any, at: Any, halo: int, sources: Any, further: Any) -> Any:
-    from daskcell.segmentation.seams import SeamReport
+    from daskcell.segmentation.core.seams import SeamReport
 
     sleep("label_block", at)
     return SeamReport(), 30
@@ -83,7 +83,7 @@ def check_blocks(job: Any, group: Any, steps: int) -> Any:
 
 
 def paint_block(job: Any, at: Any, sources: Any) -> Any:
-    from daskcell.segmentation.seams import SeamReport
+    from daskcell.segmentation.core.seams import SeamReport
 
     sleep("paint_block", at)
     return SeamReport()

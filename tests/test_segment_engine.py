@@ -21,8 +21,8 @@ from daskcell.images import image_info, read_labels
 from daskcell.preprocess import freeze_slide
 from daskcell.preprocess.plan import Plan
 from daskcell.segmentation import engine, tasks
+from daskcell.segmentation.core.ownership import load_candidates, save_candidates
 from daskcell.segmentation.index import block_records, read_index
-from daskcell.segmentation.ownership import load_candidates, save_candidates
 
 PLAIN = PreprocessSettings(reconstruct=None, histogram=None)
 SETTINGS = SegmentSettings(diameter=None)

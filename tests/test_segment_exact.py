@@ -157,7 +157,7 @@ def test_without_ownership_blocks_cut_cells():
     assert same < 0.7 * true
 
     from daskcell.geometry import Box, Grid
-    from daskcell.segmentation.seams import SeamReport, count_changes
+    from daskcell.segmentation.core.seams import SeamReport, count_changes
 
     grid = Grid.regular((512, 512), 128)
 
@@ -207,8 +207,8 @@ def test_ids_run_in_reading_order_from_one():
 
 def test_a_ring_swallows_what_lies_in_it_whoever_owns_it():
     from daskcell.geometry import Box
-    from daskcell.segmentation.cells import check_block, paint
-    from daskcell.segmentation.ownership import Thresholds, choose_owned
+    from daskcell.segmentation.core.cells import check_block, paint
+    from daskcell.segmentation.core.ownership import Thresholds, choose_owned
 
     picture = np.zeros((60, 60), np.int32)
     picture[10:50, 10:50] = 1

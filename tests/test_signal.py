@@ -15,7 +15,7 @@ from daskcell.preprocess import freeze
 from daskcell.preprocess.signal import TILE, aligned, bin_values, count_tiles, find_signal
 from daskcell.preprocess.steps import Stretch
 from daskcell.segmentation.methods import CellposeMethod
-from daskcell.segmentation.watershed import WatershedMethod
+from daskcell.segmentation.methods.watershed import WatershedMethod
 
 PATCH = 256
 CENTRES = [(50, 60), (60, 170), (120, 40), (140, 130), (200, 210), (210, 90)]

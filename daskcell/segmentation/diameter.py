@@ -16,10 +16,11 @@ import numpy as np
 
 from daskcell.geometry import Box
 from daskcell.preprocess.signal import bin_values, find_signal
-from daskcell.segmentation.cells import check_block
+from daskcell.segmentation.core.cells import check_block
+from daskcell.segmentation.core.ownership import Thresholds, own_labels
 from daskcell.segmentation.image_params import Globals
-from daskcell.segmentation.methods import CellposeMethod, Read, tiles_of
-from daskcell.segmentation.ownership import Thresholds, own_labels
+from daskcell.segmentation.methods.base import Read, tiles_of
+from daskcell.segmentation.methods.cellpose import CellposeMethod
 
 WHOLE_UP_TO = 2048 * 2048
 """Pixels up to which the first pass sees the whole picture."""

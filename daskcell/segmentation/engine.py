@@ -29,11 +29,11 @@ from daskcell.errors import InputError
 from daskcell.geometry import Box
 from daskcell.images import build_label_pyramid, create_labels
 from daskcell.preprocess import Plan, PreparedImage
-from daskcell.segmentation.cells import number, refuse_too_many
+from daskcell.segmentation.core.cells import number, refuse_too_many
+from daskcell.segmentation.core.seams import SeamReport
 from daskcell.segmentation.diameter import diameter_of
 from daskcell.segmentation.image_params import Globals
-from daskcell.segmentation.methods import CellposeMethod
-from daskcell.segmentation.seams import SeamReport
+from daskcell.segmentation.methods.cellpose import CellposeMethod
 from daskcell.segmentation.tasks import (
     Index,
     Job,

@@ -15,7 +15,7 @@ import numpy as np
 
 from daskcell.errors import InputError
 from daskcell.preprocess.signal import bin_values, find_signal
-from daskcell.segmentation.tiles import MEAN_DIAMETER, TileGrid
+from daskcell.segmentation.core.tiles import MEAN_DIAMETER, TileGrid
 
 EXACT_UP_TO = 224**3
 """Values of a channel up to which Cellpose takes percentiles of all of them; above, of a strided sample."""

@@ -18,11 +18,13 @@ from daskcell.errors import InputError
 from daskcell.geometry import Box, Grid
 from daskcell.images.arrays import as_image
 from daskcell.preprocess.signal import TILE, aligned
-from daskcell.segmentation.cells import Cells, check_block, number, refuse_too_many
-from daskcell.segmentation.methods import BlockMethod, CellposeMethod, Method, network_source
-from daskcell.segmentation.ownership import Candidates, Thresholds, own_labels
-from daskcell.segmentation.seams import SeamReport, paint_core
-from daskcell.segmentation.tiles import TileGrid
+from daskcell.segmentation.core.cells import Cells, check_block, number, refuse_too_many
+from daskcell.segmentation.core.ownership import Candidates, Thresholds, own_labels
+from daskcell.segmentation.core.seams import SeamReport, paint_core
+from daskcell.segmentation.core.tiles import TileGrid
+from daskcell.segmentation.methods.base import Method
+from daskcell.segmentation.methods.cellpose import CellposeMethod, network_source
+from daskcell.segmentation.methods.function import BlockMethod
 from daskcell.segmentation.tissue import is_bright, smallest_level, tiles_without
 from daskcell.segmentation.tissue import tissue_mask as find_tissue
 
@@ -269,7 +271,7 @@ def make_method(
 ) -> Any:  # fmt: skip
     """The method object for `segment`'s arguments."""
     if method == "watershed":
-        from daskcell.segmentation.watershed import WatershedMethod
+        from daskcell.segmentation.methods.watershed import WatershedMethod
 
         return WatershedMethod.from_options(thresholds, options)
     if options:

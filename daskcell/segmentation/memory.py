@@ -28,8 +28,8 @@ def settings_halo(settings: SegmentSettings) -> int:
 
     A diameter that is measured is not known yet; it is taken for the usual one.
     """
-    from daskcell.segmentation.methods import CellposeMethod
-    from daskcell.segmentation.watershed import WatershedMethod
+    from daskcell.segmentation.methods.cellpose import CellposeMethod
+    from daskcell.segmentation.methods.watershed import WatershedMethod
 
     if settings.method != "cellpose":
         return WatershedMethod.halo

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from daskcell.geometry import Box
+from daskcell.segmentation.core.rescale import resize_part
+from daskcell.segmentation.core.tiles import TILE
 from daskcell.segmentation.image_params import Globals
-from daskcell.segmentation.rescale import resize_part
-from daskcell.segmentation.tiles import TILE
 
 FLOW_Y, FLOW_X, CELLPROB = 0, 1, 2
 """Planes of a network output."""

@@ -19,16 +19,17 @@ from daskcell.config import SegmentSettings
 from daskcell.geometry import Box, Grid
 from daskcell.images import image_info, read_block, write_labels_block
 from daskcell.preprocess import PreparedImage
-from daskcell.segmentation.cells import check_block, load_cells, save_cells
+from daskcell.segmentation.core.cells import check_block, load_cells, save_cells
+from daskcell.segmentation.core.ownership import Thresholds, load_candidates, own_labels, save_candidates
+from daskcell.segmentation.core.seams import SeamReport, paint_core
+from daskcell.segmentation.core.tiles import TILE
 from daskcell.segmentation.diameter import cell_areas, first_pass_windows
 from daskcell.segmentation.image_params import Globals, merge_observed
 from daskcell.segmentation.index import block_records, merge_records, write_index
-from daskcell.segmentation.methods import CellposeMethod, Method, Read, network_source
-from daskcell.segmentation.ownership import Thresholds, load_candidates, own_labels, save_candidates
-from daskcell.segmentation.seams import SeamReport, paint_core
-from daskcell.segmentation.tiles import TILE
+from daskcell.segmentation.methods.base import Method, Read
+from daskcell.segmentation.methods.cellpose import CellposeMethod, network_source
+from daskcell.segmentation.methods.watershed import WatershedMethod
 from daskcell.segmentation.tissue import tiles_without, tissue_mask
-from daskcell.segmentation.watershed import WatershedMethod
 from daskcell.storage.atomic import save_arrays, save_npz, save_parts, write_json
 
 Index = tuple[int, int]

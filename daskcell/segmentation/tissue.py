@@ -8,7 +8,7 @@ import numpy as np
 
 from daskcell.geometry import Box
 from daskcell.images.pyramid import halve_mean, level_shapes
-from daskcell.segmentation.tiles import TileGrid
+from daskcell.segmentation.core.tiles import TileGrid
 
 if TYPE_CHECKING:
     import dask.array as da

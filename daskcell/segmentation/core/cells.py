@@ -15,8 +15,8 @@ from numba import njit
 
 from daskcell.errors import InputError
 from daskcell.geometry import Box
-from daskcell.segmentation import flowcheck
-from daskcell.segmentation.ownership import Candidates, Thresholds, find_hole
+from daskcell.segmentation.core import flowcheck
+from daskcell.segmentation.core.ownership import Candidates, Thresholds, find_hole
 from daskcell.storage.atomic import save_npz
 
 MAX_CELLS = 2**32 - 1

@@ -23,10 +23,10 @@ from daskcell.config import WatershedSettings
 from daskcell.errors import InputError
 from daskcell.geometry import Box
 from daskcell.preprocess.signal import SIGMAS, Signal, bin_values, find_signal
-from daskcell.segmentation import dynamics
+from daskcell.segmentation.core import dynamics
+from daskcell.segmentation.core.ownership import Thresholds
 from daskcell.segmentation.image_params import merge_observed
-from daskcell.segmentation.methods import Look, Read, refuse_unusable, sample, tiles_of
-from daskcell.segmentation.ownership import Thresholds
+from daskcell.segmentation.methods.base import Look, Read, refuse_unusable, sample, tiles_of
 
 
 @dataclass(frozen=True)

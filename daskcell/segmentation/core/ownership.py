@@ -17,7 +17,7 @@ import numpy as np
 from numba import njit
 
 from daskcell.geometry import Box
-from daskcell.segmentation import dynamics, flowcheck
+from daskcell.segmentation.core import dynamics, flowcheck
 from daskcell.storage.atomic import save_npz
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from daskcell.geometry import Box
-from daskcell.segmentation.cells import Cells, paint
+from daskcell.segmentation.core.cells import Cells, paint
 
 NEAR = 8
 """Lines beside a seam that it is compared with."""
