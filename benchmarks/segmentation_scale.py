@@ -49,7 +49,7 @@ class Clocks(WorkerPlugin):
 
         self.seconds = Counter[str]()
         self.clock(cellpose, "run_network", "network")
-        self.clock(cellpose.CellposeMethod, "_label", "dynamics")
+        self.clock(cellpose.CellposeMethod, "follow", "dynamics")
         self.clock(ownership, "choose_owned", "dynamics")
         self.clock(tasks, "check_block", "dynamics")
 

@@ -111,13 +111,13 @@ def peak_memory() -> int:
 def label_a_block(diameter: float, block: int) -> float:
     """Bytes that this process has grown by, at most, while it labels a real block that is full of cells."""
     from daskcell.segmentation.core.tiles import TILE
-    from daskcell.segmentation.image_params import Globals
+    from daskcell.segmentation.image_params import ImageParams
     from daskcell.segmentation.methods import CellposeMethod
 
     side = 3 * block
     shape = (side, side)
     method = CellposeMethod(None, diameter=diameter)
-    frozen = Globals(shape, ((0.0, 255.0),), diameter)
+    frozen = ImageParams(shape, ((0.0, 255.0),), diameter)
 
     class Everywhere(dict):
         """Network outputs of tiles full of cells, made when they are asked for, as from disk."""

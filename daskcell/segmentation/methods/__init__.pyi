@@ -1,8 +1,11 @@
-from .base import Look as Look
+from .base import BoxLabels as BoxLabels
 from .base import Method as Method
 from .base import Read as Read
-from .base import tiles_of as tiles_of
+from .base import sample as sample
+from .base import touches_rim as touches_rim
 from .cellpose import CellposeMethod as CellposeMethod
-from .cellpose import network_source as network_source
-from .function import BlockMethod as BlockMethod
-from .function import touches_rim as touches_rim
+from .function import FunctionMethod as FunctionMethod
+from .installed import installed_methods as installed_methods
+from .installed import make_method as make_method
+from .installed import method_version as method_version
+from .watershed import WatershedMethod as WatershedMethod
