@@ -3,7 +3,7 @@
     python benchmarks/features.py [--encoder resnet152] [--cells 64] [--side 1024] [--threads 1]
 
 Prints as JSON, for the encoder with random weights where none are at hand (speed is the same):
-`crop.ratio`, cells/s of `embed` over pictures/s of the network fed with ready tensors, in turns;
+`crop.ratio`, cells/s of `embed` over images/s of the network fed with ready tensors, in turns;
 `mask.faster`, cells/s of ``pooling="mask"`` over those of ``pooling="crop"``, on a dense field of
 30-pixel cells.
 """

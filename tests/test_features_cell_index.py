@@ -14,7 +14,7 @@ from daskcell.features.cell_index import (
     crop_boxes,
     merge_records,
     owners,
-    plan_readings,
+    plan_reads,
 )
 from daskcell.geometry import Box, Grid
 
@@ -48,12 +48,14 @@ def records_of(labels: np.ndarray, grid: Grid) -> np.ndarray:
 
 
 @given(cut_labels())
+@settings(deadline=None)
 def test_records_equal_a_brute_force_search_wherever_the_blocks_are_cut(case):
     labels, grid = case
     assert records_of(labels, grid).tolist() == brute_force(labels)
 
 
 @given(cut_labels(), st.randoms())
+@settings(deadline=None)
 def test_parts_may_be_merged_in_any_order_and_grouping(case, random):
     labels, grid = case
     parts = [block_records(labels[core.slices], (core.y0, core.x0)) for core in map(grid.core, grid)]
@@ -64,32 +66,30 @@ def test_parts_may_be_merged_in_any_order_and_grouping(case, random):
 
 
 @given(cut_labels(), st.floats(0, 1), st.none() | st.integers(1, 20))
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_every_cell_is_read_once_and_whole_by_the_block_that_holds_its_anchor(case, margin, window):
     labels, grid = case
     records = records_of(labels, grid)
     seen = []
-    for number, readings in plan_readings(records, grid, margin, window).items():
+    for number, reads in plan_reads(records, grid, margin, window).items():
         core = grid.core(divmod(number, grid.counts[1]))
-        for reading in readings:
-            assert len(reading.records)
-            for record, square in zip(
-                reading.records, crop_boxes(reading.records, margin, window), strict=True
-            ):
+        for read in reads:
+            assert len(read.records)
+            for record, square in zip(read.records, crop_boxes(read.records, margin, window), strict=True):
                 assert (record["anchor_y"], record["anchor_x"]) in core
                 needed = Box(*square.tolist()).clip(grid.shape)
-                assert needed & reading.box == needed
+                assert needed & read.box == needed
                 seen.append(record["label"])
     assert sorted(seen) == records["label"].tolist()
 
 
-def test_a_large_cell_gets_a_reading_of_its_own():
+def test_a_large_cell_gets_a_read_of_its_own():
     labels = np.zeros((1000, 1000), np.uint32)
     labels[20:30, 20:30] = 1
     labels[50:950, 50:950] = 2
     labels[95:110, 20:40] = 3
     grid = Grid.regular(labels.shape, 100)
-    plans = plan_readings(records_of(labels, grid), grid)
+    plans = plan_reads(records_of(labels, grid), grid)
     assert list(plans) == [0]
     shared, alone = plans[0]
     assert shared.records["label"].tolist() == [1, 3]

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daskcell.errors import InputError
-from daskcell.features.cell_index import block_records, merge_records, plan_readings
+from daskcell.features.cell_index import block_records, merge_records, plan_reads
 from daskcell.features.crops import (
     Framing,
     background_sample,
     crop_batches,
     cut_cells,
-    freeze_framing,
+    fit_framing,
     resize,
     resize_together,
     sample_boxes,
@@ -98,11 +98,11 @@ def test_no_bit_depends_on_the_blocks(rows, columns, margin, mask):
     cores = [grid.core(index) for index in grid]
     records = merge_records([block_records(labels[core.slices], (core.y0, core.x0)) for core in cores])
     got = np.full_like(expected, np.nan)
-    for readings in plan_readings(records, grid, margin).values():
-        for reading in readings:
-            pixels = image[(slice(None), *reading.box.slices)], labels[reading.box.slices]
-            crops = np.concatenate(list(crop_batches(*pixels, reading.box, reading.records, frame, batch=3)))
-            got[reading.records["label"] - 1] = crops
+    for reads in plan_reads(records, grid, margin).values():
+        for read in reads:
+            pixels = image[(slice(None), *read.box.slices)], labels[read.box.slices]
+            crops = np.concatenate(list(crop_batches(*pixels, read.box, read.records, frame, batch=3)))
+            got[read.records["label"] - 1] = crops
     np.testing.assert_array_equal(got, expected)
 
 
@@ -137,20 +137,20 @@ def test_background_is_the_median_outside_all_cells():
     labels[:5] = 1
     image = np.full((2, 10, 10), 255, np.uint8)
     image[0, 5:] = 51
-    frame = freeze_framing([background_sample(image, labels, 1)], size=8)
+    frame = fit_framing([background_sample(image, labels, 1)], size=8)
     assert frame.background == (0.2, 1.0)
     assert (frame.low, frame.high) == ((0, 0), (255, 255))
-    crowded = freeze_framing([background_sample(image, np.ones_like(labels), 1)], size=8)
+    crowded = fit_framing([background_sample(image, np.ones_like(labels), 1)], size=8)
     assert crowded.background == (0, 0)
 
 
-def test_deep_pictures_are_scaled_by_their_own_range_and_fractions_are_not():
+def test_deep_images_are_scaled_by_their_own_range_and_fractions_are_not():
     labels = np.zeros((2, 2), np.uint8)
     deep = background_sample(np.array([[[100, 200], [300, 1100]]], np.uint16), labels, 1)
-    assert freeze_framing([deep], size=8).high == (1100,)
-    assert freeze_framing([deep], size=8, limits=(0, 4095)).high == (4095,)
+    assert fit_framing([deep], size=8).high == (1100,)
+    assert fit_framing([deep], size=8, limits=(0, 4095)).high == (4095,)
     fraction = background_sample(np.array([[[0.1, 0.2], [0.3, np.nan]]]), labels, 1)
-    assert freeze_framing([fraction], size=8).high == (1,)
+    assert fit_framing([fraction], size=8).high == (1,)
 
 
 def test_a_missing_pixel_becomes_background():
@@ -164,7 +164,7 @@ def test_a_missing_pixel_becomes_background():
 def test_channels_that_are_not_there_are_refused():
     sample = background_sample(np.zeros((2, 4, 4)), np.zeros((4, 4), int), 1)
     with pytest.raises(InputError, match="channel 2"):
-        freeze_framing([sample], size=8, channels=[0, 2])
+        fit_framing([sample], size=8, channels=[0, 2])
 
 
 def test_samples_cover_a_small_image_and_bound_a_large_one():
@@ -215,6 +215,6 @@ def test_an_encoder_on_a_device_sees_the_same_crops():
     cells = list(cut_cells(image, labels, Box(0, 0, 40, 40), block_records(labels), frame))
     encoder = Encoder("test", see, size=24, batch_size=4, mean=(0.5,) * 3, std=(0.2,) * 3)
     list(encoder.stream(resize(cell, 24) for cell in cells))
-    # torch's "meta" aside, every device but "cpu" takes this way: the name of a CPU with a number will do.
+    # torch's "meta" aside, every device but "cpu" goes this way: the name of a CPU with a number will do.
     list(dataclasses.replace(encoder, device="cpu:0").stream(cells))
     np.testing.assert_allclose(seen[1][:2], seen[0][:2], atol=1e-3)

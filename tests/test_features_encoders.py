@@ -348,9 +348,9 @@ def test_without_a_fixed_batch_bits_would_depend_on_it():
     """Control: the reason for padding."""
     torch.manual_seed(0)
     layer = torch.nn.Linear(512, 100)
-    pictures = torch.rand(64, 512)
+    inputs = torch.rand(64, 512)
     with torch.inference_mode():
-        assert not all(torch.equal(layer(pictures[:n])[0], layer(pictures)[0]) for n in (1, 2, 3, 5, 8, 31))
+        assert not all(torch.equal(layer(inputs[:n])[0], layer(inputs)[0]) for n in (1, 2, 3, 5, 8, 31))
 
 
 def test_all_kinds_of_encoder_agree(tmp_path):
@@ -448,8 +448,8 @@ def test_a_missing_label_is_a_row_of_nan_and_no_cell_gives_no_row():
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        (lambda batch: batch, "one vector per picture"),
-        (lambda batch: batch[:1, 0, 0], "one vector per picture"),
+        (lambda batch: batch, "one vector per crop"),
+        (lambda batch: batch[:1, 0, 0], "one vector per crop"),
     ],
 )
 def test_functions_that_give_something_else_are_refused(function, words):

@@ -98,7 +98,7 @@ def test_equals_the_python_functions_on_the_whole_image(slide, described):
 
 @pytest.mark.parametrize("block", [256, 2048])
 def test_no_bit_depends_on_the_blocks(slide, described, block, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "_FULL_TASK", 10)
+    monkeypatch.setattr(engine, "FULL_TASK", 10)
     _, table, features = describe(slide, tmp_path, block)
     pd.testing.assert_frame_equal(table, described[1], check_exact=True)
     np.testing.assert_array_equal(features, described[2])
@@ -115,7 +115,7 @@ def test_maps_pooled_over_cells_equal_the_python_function_for_any_blocks(slide, 
 
 def test_a_network_without_stages_is_refused_before_any_work(slide, tmp_path):
     (tmp_path / "net.pt").write_bytes(b"x")
-    with pytest.raises(InputError, match="shows its stages"):
+    with pytest.raises(InputError, match="accessible feature maps"):
         describe(slide, tmp_path, encoder=str(tmp_path / "net.pt"), pooling="mask")
     assert [path.name for path in tmp_path.iterdir()] == ["net.pt"]
 
@@ -123,7 +123,7 @@ def test_a_network_without_stages_is_refused_before_any_work(slide, tmp_path):
 def test_no_bit_depends_on_the_workers(slide, described, tmp_path, monkeypatch):
     from distributed import Client
 
-    monkeypatch.setattr(engine, "_FULL_TASK", 10)
+    monkeypatch.setattr(engine, "FULL_TASK", 10)
     with Client(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None) as client:
         _, table, features = describe(slide, tmp_path, 256, Workers(client))
     pd.testing.assert_frame_equal(table, described[1], check_exact=True)
@@ -131,7 +131,7 @@ def test_no_bit_depends_on_the_workers(slide, described, tmp_path, monkeypatch):
 
 
 def test_what_a_killed_run_finished_is_not_done_again(slide, described, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "_FULL_TASK", 10)
+    monkeypatch.setattr(engine, "FULL_TASK", 10)
     calls = []
     whole = engine._task
 
@@ -157,23 +157,12 @@ def test_what_a_killed_run_finished_is_not_done_again(slide, described, tmp_path
     np.testing.assert_array_equal(features, described[2])
 
 
-def test_cells_are_counted_as_they_are_done(slide, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "_FULL_TASK", 10)
-    seen: list[tuple[int, int]] = []
-    describe_slide(
-        slide[0],
-        tmp_path / "t.parquet",
-        tmp_path / "f.zarr",
-        FeatureSettings(),
-        slide[3],
-        Workers(),
-        256,
-        tmp_path / "scratch",
-        progress=lambda done, total: seen.append((done, total)),
-    )
-    assert len(seen) > 3
-    assert seen == sorted(seen)
-    assert seen[-1][0] == seen[-1][1]
+def test_steps_are_told_as_tasks_are_done(slide, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "FULL_TASK", 10)
+    steps: list[float | None] = []
+    describe(slide, tmp_path, 256, Workers().metered(steps.append))
+    assert len([step for step in steps if step]) > 3
+    assert sum(step or 0 for step in steps) == pytest.approx(0.9), "the rest is for the rows put in order"
 
 
 def test_no_cell_gives_an_empty_table_with_the_same_columns(slide, described, tmp_path):

@@ -129,7 +129,7 @@ def test_any_number_type_is_measured(dtype):
     assert table["intensity_max-1"][0] == image[1].astype(float).max()
 
 
-def test_bright_pictures_lose_no_digits():
+def test_bright_images_lose_no_digits():
     rng = np.random.default_rng(0)
     image = 1e9 + rng.random((1, 50, 50))
     table = measure(np.ones((50, 50), np.uint32), image)

@@ -1,4 +1,4 @@
-"""Maps pooled over cells equal a plain loop over the whole picture, for any blocks."""
+"""Maps pooled over cells equal a plain loop over the whole image, for any blocks."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from daskcell.errors import InputError
 from daskcell.features import embed, feature_maps
 from daskcell.features.cell_index import block_records
-from daskcell.features.feature_maps import WIDTH, as_stages
+from daskcell.features.feature_maps import WIDTH, as_feature_maps
 from daskcell.features.tiles import MARGIN, Tiling
 from daskcell.geometry import Box, Grid
 
 
 class Small(torch.nn.Module):
-    """Two stages, at a half and a quarter of the picture's sides."""
+    """Two stages, at a half and a quarter of the image's sides."""
 
     def __init__(self):
         super().__init__()
@@ -106,7 +106,7 @@ def pooled():
 
 
 @pytest.mark.parametrize("mask", [True, False])
-def test_equals_a_loop_over_the_whole_picture(mask):
+def test_equals_a_loop_over_the_whole_image(mask):
     image, labels = field()
     got = embed(image, labels, Small(), pooling="mask", scale=1, mask=mask)
     expected = plain(image, labels, Small(), mask)
@@ -148,19 +148,19 @@ def test_every_cell_is_planned_once_and_read_whole():
         tiling = Tiling(labels.shape, scale)
         for block in (100, 400, 2000):
             plans = tiling.plan(records, block)
-            readings = [reading for some in plans.values() for reading in some]
-            ids = np.concatenate([reading.records["label"] for reading in readings])
+            reads = [read for some in plans.values() for read in some]
+            ids = np.concatenate([read.records["label"] for read in reads])
             assert sorted(ids) == sorted(records["label"])
-            for reading in readings:
-                for record, tiles in zip(reading.records, tiling.tiles_of(reading.records), strict=True):
+            for read in reads:
+                for record, tiles in zip(read.records, tiling.tiles_of(read.records), strict=True):
                     boxes = [Box(*(int(record[name]) for name in ("y0", "x0", "y1", "x1")))]
                     for box in boxes + [tiling.source(tile) for tile in tiles]:
-                        assert (box & reading.box) == box
+                        assert (box & read.box) == box
 
 
 @given(st.floats(0.2, 3), st.integers(1, 1500), st.integers(1, 1500))
 @settings(max_examples=40, deadline=None)
-def test_cores_cover_the_picture(scale, height, width):
+def test_cores_cover_the_image(scale, height, width):
     tiling = Tiling((height, width), scale)
     assert all(side % 32 == 0 for side in tiling.frame)
     for y, x in ((0, 0), (height - 1, width - 1), (height // 2, width // 3)):
@@ -172,17 +172,17 @@ def test_cores_cover_the_picture(scale, height, width):
 
 
 @pytest.mark.parametrize("scale", [0.37, 0.5, 1.0, 1.7])
-def test_a_tile_is_the_picture_resized(scale):
-    """As torch resizes the whole picture, away from its border; background beyond it."""
+def test_a_tile_is_the_image_resized(scale):
+    """As torch resizes the whole image, away from its border; background beyond it."""
     rng = np.random.default_rng(0)
-    picture = rng.random((2, 700, 640)).astype(np.float32)
+    image = rng.random((2, 700, 640)).astype(np.float32)
     tiling = Tiling((700, 640), scale)
     tile = (0, tiling.counts[1] - 1)
     background = np.array([7.0, 8.0], np.float32)
-    got = tiling.resample(picture[(slice(None), *tiling.source(tile).slices)], tile, background)
+    got = tiling.resample(image[(slice(None), *tiling.source(tile).slices)], tile, background)
     assert got.shape == (2, *tiling.frame)
     resized = torch.nn.functional.interpolate(
-        torch.from_numpy(picture)[None],
+        torch.from_numpy(image)[None],
         scale_factor=scale,
         mode="bilinear",
         antialias=True,
@@ -217,14 +217,14 @@ def test_automatic_scale_shows_the_median_cell_at_the_networks_size():
 def test_resnets_show_the_stages_of_torchvision():
     torch.manual_seed(0)
     model = torchvision.models.resnet18(weights=None).eval()
-    picture = np.random.default_rng(0).random((3, 64, 96)).astype(np.float32)
+    image = np.random.default_rng(0).random((3, 64, 96)).astype(np.float32)
     from torchvision.models.feature_extraction import create_feature_extractor
 
     with torch.inference_mode():
         nodes = {"relu": "0", "layer1": "1", "layer2": "2", "layer3": "3", "layer4": "4"}
         extractor = create_feature_extractor(model, nodes)
-        expected = extractor(torch.from_numpy(picture)[None])
-    maps = as_stages(model)([picture], np.zeros(3, np.float32))[0]
+        expected = extractor(torch.from_numpy(image)[None])
+    maps = as_feature_maps(model)([image], np.zeros(3, np.float32))[0]
     assert [stage.shape for stage in maps] == [
         (32, 48, 64),
         (16, 24, 64),
@@ -249,10 +249,10 @@ def test_folding_keeps_distances():
 
 def test_what_shows_no_stages_is_refused(tmp_path):
     image, labels = field((80, 80), 3)
-    with pytest.raises(InputError, match="shows its stages"):
+    with pytest.raises(InputError, match="accessible feature maps"):
         embed(image, labels, lambda batch: batch[:, 0, 0], pooling="mask")
     torch.jit.script(torch.nn.Flatten()).save(tmp_path / "net.pt")
-    with pytest.raises(InputError, match="shows its stages"):
+    with pytest.raises(InputError, match="accessible feature maps"):
         embed(image, labels, tmp_path / "net.pt", pooling="mask")
     with pytest.raises(InputError, match="layer and size are for pooling='crop'"):
         embed(image, labels, "tiny", pooling="mask", size=64)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from skimage.feature import graycomatrix, graycoprops
 
 from daskcell.features import measure
-from daskcell.features.textures import LEVELS, Greys, freeze_greys, textures
+from daskcell.features.textures import LEVELS, Greys, fit_greys, textures
 
 NAMES = ("contrast", "dissimilarity", "homogeneity", "energy", "correlation")
 
@@ -44,7 +44,7 @@ def by_skimage(labels, image, label, greys, channel) -> list[float]:
 def test_equals_scikit_image(dtype):
     image, labels = field(dtype)
     table = measure(labels, image)
-    greys = freeze_greys([image[:, labels > 0]])
+    greys = fit_greys([image[:, labels > 0]])
     compared = 0
     for row in table[table["area"] > 4].itertuples(index=False):
         for channel in range(2):

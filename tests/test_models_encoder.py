@@ -14,7 +14,7 @@ from daskcell import models
 from daskcell.errors import InputError, WeightsError
 from daskcell.evaluation.generated import synthesize_field
 from daskcell.features.cell_index import block_records
-from daskcell.features.crops import background_sample, crop_batches, freeze_framing
+from daskcell.features.crops import background_sample, crop_batches, fit_framing
 from daskcell.geometry import Box
 from daskcell.models.crop_features import MEASUREMENTS, describe_crops, measure_signal, neighbours
 from daskcell.models.crop_signal import as_input, cell_regions, signal_of
@@ -39,7 +39,7 @@ def cells():
         )
         records = block_records(field.labels)
         records = records[~np.isin(records["label"], border)]
-        framing = freeze_framing([background_sample(image, field.labels, 1)], size=64)
+        framing = fit_framing([background_sample(image, field.labels, 1)], size=64)
         cut = crop_batches(image, field.labels, Box(0, 0, 512, 512), records, framing)
         crops.append(np.rint(np.concatenate(list(cut)) * 255).astype(np.uint8))
         types.append(field.types[records["label"].astype(int) - 1])

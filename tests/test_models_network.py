@@ -38,8 +38,8 @@ def test_has_the_size_that_was_planned(tiny):
 def test_runs_through_cellposes_tiles(tiny, shape):
     from cellpose.core import run_net
 
-    picture = np.random.default_rng(0).random((1, *shape, 3), np.float32)
-    y, _ = run_net(tiny, picture, bsize=256)
+    image = np.random.default_rng(0).random((1, *shape, 3), np.float32)
+    y, _ = run_net(tiny, image, bsize=256)
     assert y.shape == (1, *shape, 3)
     assert np.isfinite(y).all()
 

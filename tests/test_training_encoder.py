@@ -72,21 +72,21 @@ def labels_of(study, name):
     return read_labels(path, "cells", Box(0, 0, *image_info(path).shape[1:]))
 
 
-def picture_of(study, name):
+def image_of(study, name):
     plan = study.prepared(name).plan
     return apply_block(study.open_image(name).data.compute(), plan)
 
 
 # -- crops ----------------------------------------------------------------------------------------
 def test_crops_are_what_the_encoder_is_given(study, tmp_path):
-    """Cut from the study's files, block by block, they are those of `embed` on the whole picture."""
+    """Cut from the study's files, block by block, they are those of `embed` on the whole image."""
     made, _ = study
     sets, _ = study_crops([made], tmp_path, report=lambda line: None)
     seen = []
     for name in made.slides:
         given = []
         dc.embed(
-            picture_of(made, name),
+            image_of(made, name),
             labels_of(made, name),
             encoder=lambda crops, given=given: given.append(np.array(crops)) or np.zeros((len(crops), 2)),
             size=64,
@@ -235,7 +235,7 @@ def test_the_command_trains_and_continues(study, tmp_path):
     assert "cells cut" not in again.output
     weights = tmp_path / "enc" / "encoder.npz"
     name = made.slides[0]
-    vectors = dc.embed(picture_of(made, name), labels_of(made, name), encoder=str(weights))
+    vectors = dc.embed(image_of(made, name), labels_of(made, name), encoder=str(weights))
     assert vectors.shape == (len(made.cells(name)), 96)
     assert np.isfinite(np.asarray(vectors)).all()
 
@@ -244,8 +244,7 @@ def ari(study, weights) -> float:
     """k-means of the cells of all slides with an encoder, against their types; mean of 3 seeds."""
     made, types = study
     vectors = [
-        np.asarray(dc.embed(picture_of(made, n), labels_of(made, n), encoder=str(weights)))
-        for n in made.slides
+        np.asarray(dc.embed(image_of(made, n), labels_of(made, n), encoder=str(weights))) for n in made.slides
     ]
     x, truth = np.concatenate(vectors), np.concatenate([types[n] for n in made.slides])
     x = PCA(32, random_state=0).fit_transform(StandardScaler().fit_transform(x[truth >= 0]))

@@ -46,7 +46,7 @@ def sample():
 
 
 def discs(shape=(200, 240), radius=12):
-    """Labels and a grey picture of discs."""
+    """Labels and a grey image of discs."""
     y, x = np.mgrid[: shape[0], : shape[1]]
     labels = np.zeros(shape, np.int32)
     for i, (cy, cx) in enumerate([(40, 40), (40, 120), (110, 70), (150, 180), (60, 200)], start=1):
@@ -95,7 +95,7 @@ def test_flows_are_unit_vectors_in_cells_and_zero_outside(sample):
     assert not length[y[2] == 0].any()
 
 
-def test_beyond_the_picture_tiles_are_zero_as_cellpose_pads():
+def test_beyond_the_image_tiles_are_zero_as_cellpose_pads():
     small = np.full((40, 40), 100, np.uint8)
     small[10:30, 10:30] = 200
     one = make_sample("small", small[None], (small == 200).astype(int), "all", "grey")
@@ -422,17 +422,17 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_a_folder_of_pictures_and_masks_is_read(folder):
+def test_a_folder_of_images_and_masks_is_read(folder):
     (one,) = read_samples([folder])
     assert (one.name, one.kind, one.group) == ("lab_1", "grey", "lab")
     assert len(one.centres) == 5
     assert train_segmenter([folder], folder / "out", SMALL, report=lambda line: None).steps == 8
 
 
-@pytest.mark.parametrize("fault", ["no pictures", "no mask", "other size", "unreadable", "no cell"])
+@pytest.mark.parametrize("fault", ["no images", "no mask", "other size", "unreadable", "no cell"])
 def test_unusable_folders_are_refused_by_name(folder, fault):
     mask = folder / "masks" / "lab_1.tif"
-    if fault == "no pictures":
+    if fault == "no images":
         (folder / "images" / "lab_1.png").unlink()
     elif fault == "no mask":
         mask.unlink()

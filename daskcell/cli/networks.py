@@ -13,7 +13,7 @@ from daskcell.cli.app import (
 )
 
 weights = typer.Typer(no_args_is_help=True, help="List and fetch weights of networks.")
-train = typer.Typer(no_args_is_help=True, help="Train the embedded kinds of networks on your own pictures.")
+train = typer.Typer(no_args_is_help=True, help="Train the embedded kinds of networks on your own images.")
 app.add_typer(weights, name="weights")
 app.add_typer(train, name="train")
 

@@ -149,8 +149,8 @@ def _export_slide(
     import dataclasses
 
     from daskcell.compute import Workers
-    from daskcell.features.embedders import CropVectors, share_out
-    from daskcell.features.engine import Slide, find_cells, freeze, settings_spec
+    from daskcell.features.embedders import CropEmbedder, make_tasks
+    from daskcell.features.engine import Slide, find_cells, fit_embedder, settings_spec
     from daskcell.geometry import Grid
 
     workers = workers or Workers()
@@ -163,11 +163,11 @@ def _export_slide(
     scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=out))
     try:
         records = find_cells(slide, grid, workers, scratch, study.paths.index(name))
-        way, _ = freeze(slide, records, workers)
+        embedder, _ = fit_embedder(slide, records, workers)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    assert isinstance(way, CropVectors)
-    framing = way.framing if size is None else dataclasses.replace(way.framing, size=size)
+    assert isinstance(embedder, CropEmbedder)
+    framing = embedder.framing if size is None else dataclasses.replace(embedder.framing, size=size)
     table = _read(study.paths.table(name), _COLUMNS)
     assigned = study.record.assigned_table(name)
     if assigned is None:
@@ -175,11 +175,11 @@ def _export_slide(
     else:
         table |= _read(assigned, ["cluster"])
     window, done = workers.window(), 0
-    for task in share_out(way.plan(records, grid), _SHARD):
+    for task in make_tasks(embedder.plan(records, grid), _SHARD):
         if _last_file(out, name, task, format).exists():  # of a call that was cut off
             done += task.count
             continue
-        labels = np.concatenate([reading.records["label"] for reading in task.readings])
+        labels = np.concatenate([read.records["label"] for read in task.reads])
         rows = {column: values[labels - 1] for column, values in table.items()}
         window.submit(task.count, _write_task, slide, name, task, framing, rows, str(out), format)
     for count, _ in window:
@@ -204,11 +204,11 @@ def _write_task(
     from daskcell.features.crops import cut_cells, resize
 
     labels, pictures = [], []
-    for reading in task.readings:
-        cells = slide.cells(reading.box)
-        _, prepared = slide.pixels(reading.box)
-        labels += reading.records["label"].tolist()
-        for crop in cut_cells(prepared, cells, reading.box, reading.records, framing):
+    for read in task.reads:
+        cells = slide.cells(read.box)
+        _, prepared = slide.pixels(read.box)
+        labels += read.records["label"].tolist()
+        for crop in cut_cells(prepared, cells, read.box, read.records, framing):
             pictures.append(_png(resize(crop, framing.size)))
     table = pd.DataFrame({"slide": name, "label": labels, **rows})
     if format == "parquet":

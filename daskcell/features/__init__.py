@@ -1,4 +1,4 @@
-"""Every cell described: where it is, its shape and brightness, and a network's vector of its picture.
+"""Every cell described: where it is, its shape and brightness, and a network's vector of its crop.
 
     objects ──> measurements, textures ──────────────────┐
        ├──────> crops ──> encoders ────────┐             ├──> lazy (arrays in, table or array out)

@@ -145,7 +145,7 @@ def intensity_sums(labels, image, ids, boxes):  # pragma: no cover (compiled)
     """Mean, deviation, least and largest value of every cell in every channel: ``(n, C, 4)`` float64.
 
     `labels` is (h, w) uint32, `image` (C, h, w); `ids` and `boxes` as in `shape_sums`. The deviation is that
-    of the population, from a second pass over the cell, so that bright pictures lose no digits.
+    of the population, from a second pass over the cell, so that bright images lose no digits.
     """
     channels = image.shape[0]
     out = np.zeros((len(ids), channels, 4), np.float64)

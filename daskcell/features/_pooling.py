@@ -21,11 +21,11 @@ def pool_maps(
     regions : (h, w) uint8
         The cell's box: 0 not the cell, 1 its rim, 2 its core.
     corner : (2,) int64
-        Where the box begins in the picture.
+        Where the box begins in the image.
     scale : float
-        Network pixels per pixel of the picture.
+        Network pixels per pixel of the image.
     origin : (2,) int64
-        Where the tile's frame begins, in the network's pixels of the whole picture.
+        Where the tile's frame begins, in the network's pixels of the whole image.
     bounds : (4,) float64
         Only the cell's pixels whose middle lies in this half-open box, y0, x0, y1, x1, of network pixels.
     counts : (2,) float64

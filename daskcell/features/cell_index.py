@@ -3,10 +3,10 @@
 Covers label arithmetic only: numpy in, numpy out; knows neither Dask nor files nor pixel values.
 
 A cell's *anchor* is its first pixel in reading order. The block whose core holds the anchor owns the cell
-and describes it from a *reading*: a box of pixels that holds the cell whole.
+and describes it from a *read*: a box of pixels that holds the cell whole.
 
-    +-----------+-----------+      a and b are owned by the left block: one reading, its core grown to
-    |  aa       |           |      hold them; d is large, and gets a reading of its own, so that a block
+    +-----------+-----------+      a and b are owned by the left block: one read, its core grown to
+    |  aa       |           |      hold them; d is large, and gets a read of its own, so that a block
     |  aa     b b b         |      never reads more than its core and a margin for the sake of one cell
     |         b b b         |
     |  d d d d d|d d d d d d|
@@ -45,16 +45,16 @@ def owners(records: np.ndarray, grid: Grid) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadPlan:
     """Pixels to read, `box`, and the records of the cells to describe from them (in order of label)."""
 
     box: Box
     records: np.ndarray
 
 
-def plan_readings(
+def plan_reads(
     records: np.ndarray, grid: Grid, margin: float = 0.0, window: int | None = None
-) -> dict[int, list[Reading]]:
+) -> dict[int, list[ReadPlan]]:
     """What every block has to read to describe its own cells; blocks that own none are left out.
 
     Parameters
@@ -64,14 +64,14 @@ def plan_readings(
     grid : Grid
         Blocks of the image.
     margin, window
-        As in `crop_box`: the crops are inside the readings too, cut at the image's border.
+        As in `crop_box`: the crops are inside the reads too, cut at the image's border.
 
     Returns
     -------
     dict
-        Block number in reading order -> readings. All but a block's very large cells share one.
+        Block number in reading order -> reads. All but a block's very large cells share one.
     """
-    plans: dict[int, list[Reading]] = {}
+    plans: dict[int, list[ReadPlan]] = {}
     if not len(records):
         return plans
     block = owners(records, grid)
@@ -81,19 +81,19 @@ def plan_readings(
     crops = np.concatenate([np.maximum(crops[:, :2], 0), np.minimum(crops[:, 2:], grid.shape)], axis=1)
     for number, members in zip(numbers, np.split(order, starts[1:]), strict=True):
         core = grid.core(divmod(int(number), grid.counts[1]))
-        reach = max(64, max(core.shape) // 4)  # pixels a shared reading may go beyond the core
+        reach = max(64, max(core.shape) // 4)  # pixels a shared read may go beyond the core
         boxes = crops[members]
         limits = (core.y0 - reach, core.x0 - reach, core.y1 + reach, core.x1 + reach)
         large = (boxes[:, :2] < limits[:2]).any(axis=1) | (boxes[:, 2:] > limits[2:]).any(axis=1)
-        readings = []
+        reads = []
         if not large.all():
             near = boxes[~large]
             box = Box(*near[:, :2].min(axis=0).tolist(), *near[:, 2:].max(axis=0).tolist())
-            readings.append(Reading(box, records[members[~large]]))
-        readings += [
-            Reading(Box(*boxes[i].tolist()), records[members[i : i + 1]]) for i in np.flatnonzero(large)
+            reads.append(ReadPlan(box, records[members[~large]]))
+        reads += [
+            ReadPlan(Box(*boxes[i].tolist()), records[members[i : i + 1]]) for i in np.flatnonzero(large)
         ]
-        plans[int(number)] = readings
+        plans[int(number)] = reads
     return plans
 
 
@@ -115,10 +115,10 @@ def crop_boxes(records: np.ndarray, margin: float, window: int | None = None) ->
 
 __all__ = [
     "RECORD",
-    "Reading",
+    "ReadPlan",
     "block_records",
     "crop_boxes",
     "merge_records",
     "owners",
-    "plan_readings",
+    "plan_reads",
 ]

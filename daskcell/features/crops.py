@@ -1,9 +1,9 @@
-"""One square picture of each cell, as a network wants it.
+"""One square crop of each cell, as a network takes it.
 
     cell's box -> square with margin -> brightness to 0..1 -> neighbours blanked -> three channels -> resized
 
 Pure: blocks of pixels in, crops out. Whatever is global - the brightness that becomes 0 and 1, the colour of
-the background - is measured once over the whole image (`background_sample`, `freeze_framing`) and handed in,
+the background - is measured once over the whole image (`background_sample`, `fit_framing`) and handed in,
 and every crop is made from its own pixels alone: so crops are the same in every bit wherever the blocks are
 cut.
 """
@@ -205,7 +205,7 @@ def sample_boxes(shape: tuple[int, int]) -> tuple[list[Box], int]:
 
 
 @dataclass(frozen=True)
-class Sample:
+class BackgroundSample:
     """Of one sampled box: least and largest value per channel, values ``(C, m)`` outside all cells."""
 
     low: np.ndarray
@@ -213,17 +213,17 @@ class Sample:
     outside: np.ndarray
 
 
-def background_sample(image: np.ndarray, labels: np.ndarray, step: int) -> Sample:
+def background_sample(image: np.ndarray, labels: np.ndarray, step: int) -> BackgroundSample:
     """Sample one box of `sample_boxes`: `image` ``(C, h, w)``, `labels` ``(h, w)``."""
     image, labels = image[:, ::step, ::step], labels[::step, ::step]
     flat = image.reshape(len(image), -1)
     with np.errstate(all="ignore"):
         low, high = np.fmin.reduce(flat, axis=1), np.fmax.reduce(flat, axis=1)
-    return Sample(low, high, image[:, labels == 0])
+    return BackgroundSample(low, high, image[:, labels == 0])
 
 
-def freeze_framing(
-    samples: Sequence[Sample],
+def fit_framing(
+    samples: Sequence[BackgroundSample],
     *,
     size: int,
     margin: float = 0.1,

@@ -1,63 +1,65 @@
-"""The two ways from a picture to a vector a cell, behind one face: crops, and maps pooled over the cells.
+"""From an image to a feature vector for each cell: by encoding crops, or by pooling feature maps over cells.
 
-A way knows what has to be read (`plan`) and makes vectors of what was read (`stream`); it is small and
-picklable, so a task can carry it.
+An embedder says which pixels to read (`plan`) and computes vectors from them (`start`); it is small and
+picklable, so that a task can carry it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
 
-from daskcell.features.cell_index import Reading, plan_readings
-from daskcell.features.crops import Framing, Sample, cut_cells, freeze_framing, resize
-from daskcell.features.encoders import Encoder, EncoderSpec, kind_of, load
-from daskcell.features.feature_maps import Stages, load_stages
+from daskcell.features.cell_index import ReadPlan, plan_reads
+from daskcell.features.crops import BackgroundSample, Framing, cut_cells, fit_framing, resize
+from daskcell.features.encoders import Batches, Encoder, EncoderSpec, kind_of, load
+from daskcell.features.feature_maps import FeatureMaps, load_feature_maps
 from daskcell.features.tiles import Tiling
 from daskcell.geometry import Grid
 
-Piece = tuple[Reading, np.ndarray, np.ndarray]
-"""A reading with its labels ``(h, w)`` and its pixels ``(C, h, w)``."""
-Network = EncoderSpec | Encoder | Stages
+Network = EncoderSpec | Encoder | FeatureMaps
 _CELL = {"own": 48.0}  # diameters at which networks are shown cells; ImageNet's: as small as they bear
 _OTHER_CELL = 32.0
 
 
-class Vectors(Protocol):
-    """One of the two ways."""
+class Embedder(Protocol):
+    """Common interface of `CropEmbedder` and `MaskEmbedder`."""
 
-    def plan(self, records: np.ndarray, grid: Grid) -> dict[int, list[Reading]]:
+    def plan(self, records: np.ndarray, grid: Grid) -> dict[int, list[ReadPlan]]:
         """What each block, or group of tiles, has to read; together every cell once."""
 
-    def stream(self, pieces: Iterable[Piece]) -> Iterator[np.ndarray]:
-        """Vectors ``(m, d)`` float32 of the cells of the pieces, in their order, in any portions."""
+    def start(self) -> Embedding:
+        """Begin to embed the cells of some reads."""
 
     @property
     def width(self) -> int:
         """Numbers a cell; loads the network."""
 
 
+class Embedding(Protocol):
+    """Takes one read after another and gives vectors ``(m, d)`` float32 in the order of the cells."""
+
+    def add(self, read: ReadPlan, labels: np.ndarray, image: np.ndarray) -> Iterable[np.ndarray]:
+        """Vectors that are ready once the pixels of `read` are known: ``(h, w)`` and ``(C, h, w)``."""
+
+    def finish(self) -> Iterable[np.ndarray]:
+        """The vectors that are left."""
+
+
 @dataclass(frozen=True)
-class CropVectors:
+class CropEmbedder:
     """Every cell cropped, resized and encoded by itself."""
 
     network: EncoderSpec | Encoder
     framing: Framing
 
-    def plan(self, records: np.ndarray, grid: Grid) -> dict[int, list[Reading]]:
-        return plan_readings(records, grid, self.framing.margin, self.framing.window)
+    def plan(self, records: np.ndarray, grid: Grid) -> dict[int, list[ReadPlan]]:
+        return plan_reads(records, grid, self.framing.margin, self.framing.window)
 
-    def stream(self, pieces: Iterable[Piece]) -> Iterator[np.ndarray]:
-        encoder = self._encoder
-        crops = (
-            crop if encoder.device != "cpu" else resize(crop, encoder.size)
-            for reading, labels, image in pieces
-            for crop in cut_cells(image, labels, reading.box, reading.records, self.framing)
-        )
-        return encoder.stream(crops)
+    def start(self) -> Embedding:
+        return _CropEmbedding(Batches(self._encoder), self.framing)
 
     @property
     def width(self) -> int:
@@ -69,39 +71,62 @@ class CropVectors:
 
 
 @dataclass(frozen=True)
-class MaskVectors:
-    """The network's maps of the whole picture, pooled over every cell."""
+class _CropEmbedding:
+    """Batches are filled across reads."""
 
-    network: EncoderSpec | Stages
+    batches: Batches
+    framing: Framing
+
+    def add(self, read: ReadPlan, labels: np.ndarray, image: np.ndarray) -> Iterable[np.ndarray]:
+        encoder = self.batches.encoder
+        cut = cut_cells(image, labels, read.box, read.records, self.framing)
+        return self.batches.add(
+            crop if encoder.device != "cpu" else resize(crop, encoder.size) for crop in cut
+        )
+
+    def finish(self) -> Iterable[np.ndarray]:
+        return self.batches.finish()
+
+
+@dataclass(frozen=True)
+class MaskEmbedder:
+    """The network's feature maps of the whole image, pooled over every cell."""
+
+    network: EncoderSpec | FeatureMaps
     framing: Framing
     tiling: Tiling
 
-    def plan(self, records: np.ndarray, grid: Grid) -> dict[int, list[Reading]]:
+    def plan(self, records: np.ndarray, grid: Grid) -> dict[int, list[ReadPlan]]:
         block = max((side for sides in grid.chunks for side in sides), default=1)
         return self.tiling.plan(records, block)
 
-    def stream(self, pieces: Iterable[Piece]) -> Iterator[np.ndarray]:
+    def start(self) -> Embedding:
+        return self  # nothing is kept between reads
+
+    def add(self, read: ReadPlan, labels: np.ndarray, image: np.ndarray) -> Iterable[np.ndarray]:
         from daskcell.features.pooling import pool_cells
 
-        for reading, labels, image in pieces:
-            yield pool_cells(
-                image, labels, reading.box, reading.records, self.framing, self.tiling, self._stages
-            )
+        return [
+            pool_cells(image, labels, read.box, read.records, self.framing, self.tiling, self._feature_maps)
+        ]
+
+    def finish(self) -> Iterable[np.ndarray]:
+        return []
 
     @property
     def width(self) -> int:
         from daskcell.features.pooling import REGIONS
 
-        return 2 * REGIONS * self._stages.width
+        return 2 * REGIONS * self._feature_maps.width
 
     @property
-    def _stages(self) -> Stages:
-        return self.network if isinstance(self.network, Stages) else load_stages(self.network)
+    def _feature_maps(self) -> FeatureMaps:
+        return self.network if isinstance(self.network, FeatureMaps) else load_feature_maps(self.network)
 
 
-def choose_vectors(
+def make_embedder(
     network: Network,
-    samples: Sequence[Sample],
+    samples: Sequence[BackgroundSample],
     records: np.ndarray,
     shape: tuple[int, int],
     *,
@@ -113,13 +138,13 @@ def choose_vectors(
     mask: bool = True,
     channels: Sequence[int] | None = None,
     limits: tuple[float, float] | None = None,
-) -> Vectors:
-    """The way that is asked for, with all it must know of the whole image.
+) -> Embedder:
+    """The embedder for a pooling method, fitted to one image.
 
     Parameters
     ----------
     samples, mask, channels, limits, margin, window
-        As in `freeze_framing`.
+        As in `fit_framing`.
     records
         All cells of the image: their median diameter sets the automatic scale.
     shape : (Y, X)
@@ -127,42 +152,46 @@ def choose_vectors(
     size
         Side of the crops, where there are crops.
     """
-    framing = freeze_framing(
+    framing = fit_framing(
         samples, size=size or 0, margin=margin, window=window, mask=mask, channels=channels, limits=limits
     )
     if pooling == "crop":
-        assert not isinstance(network, Stages)
-        return CropVectors(network, framing)
+        assert not isinstance(network, FeatureMaps)
+        return CropEmbedder(network, framing)
     assert not isinstance(network, Encoder)
     if scale == "auto":
         from daskcell.features.pooling import natural_scale
 
-        cell = network.cell if isinstance(network, Stages) else _CELL.get(kind_of(network.name), _OTHER_CELL)
+        cell = (
+            network.cell
+            if isinstance(network, FeatureMaps)
+            else _CELL.get(kind_of(network.name), _OTHER_CELL)
+        )
         scale = natural_scale(records, cell)
-    return MaskVectors(network, framing, Tiling(shape, scale))
+    return MaskEmbedder(network, framing, Tiling(shape, scale))
 
 
 @dataclass(frozen=True)
 class Task:
-    """Readings that are worked on together, so that the network's batches are full."""
+    """Reads that are processed together, so that the network's batches are full."""
 
     number: int
-    readings: tuple[Reading, ...]
+    reads: tuple[ReadPlan, ...]
 
     @property
     def count(self) -> int:
-        return sum(len(reading.records) for reading in self.readings)
+        return sum(len(read.records) for read in self.reads)
 
 
-def share_out(plans: dict[int, list[Reading]], cells: int) -> list[Task]:
+def make_tasks(plans: dict[int, list[ReadPlan]], cells: int) -> list[Task]:
     """Tasks of at least `cells` cells each, but the last: sparse blocks share one."""
     tasks: list[Task] = []
-    waiting: list[Reading] = []
+    pending: list[ReadPlan] = []
     for number in sorted(plans):
-        waiting += plans[number]
-        if sum(len(reading.records) for reading in waiting) >= cells:
-            tasks.append(Task(len(tasks), tuple(waiting)))
-            waiting = []
-    if waiting:
-        tasks.append(Task(len(tasks), tuple(waiting)))
+        pending += plans[number]
+        if sum(len(read.records) for read in pending) >= cells:
+            tasks.append(Task(len(tasks), tuple(pending)))
+            pending = []
+    if pending:
+        tasks.append(Task(len(tasks), tuple(pending)))
     return tasks

@@ -1,10 +1,10 @@
-"""Networks that turn the picture of a cell into a vector.
+"""Networks that turn an image of a cell into a vector.
 
 An encoder is named ``tiny`` (embedded), by a torchvision classification model (``resnet152``), by one of timm
 (``timm:NAME``), or by a file: TorchScript, or ``torch.export`` (``.pt2``). In Python it may also be a torch
 module or any callable from ``(n, 3, size, size)`` float32 to ``(n, d)``.
 
-A network's answer changes in the last bits with the number of pictures in a batch. So a batch always has the
+A network's answer changes in the last bits with the number of crops in a batch. So a batch always has the
 same number, the last filled up with zeros; then a cell's vector does not depend on the cells beside it.
 
 A file cannot bring along code that is run (see `archives`). Such a network still computes whatever it was
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -63,7 +63,7 @@ class Encoder:
     size : int
         Side of the crops in pixels.
     batch_size : int
-        Pictures per call, always.
+        Crops per call, always.
     mean, std : tuple of float or None
         Normalisation of the three inputs.
     fingerprint : str
@@ -99,12 +99,13 @@ class Encoder:
         On a GPU crops may be of any side: they are resized there. While the network works on a batch, a
         thread takes the next crops from the iterator.
         """
-        for batch in _ahead(_batched(crops, self.batch_size)):
-            yield self._batch(batch)
+        batches = Batches(self)
+        yield from batches.add(crops)
+        yield from batches.finish()
 
     @property
     def width(self) -> int:
-        """Numbers per cell, found by a call with blank pictures the first time."""
+        """Numbers per cell, found by a call with blank crops the first time."""
         if not hasattr(self, "_width"):
             self._width: int = self._batch([np.zeros((3, self.size, self.size), np.float32)]).shape[1]
         return self._width
@@ -125,8 +126,8 @@ class Encoder:
             out = np.asarray(self.function(full))
         if out.ndim != 2 or len(out) != self.batch_size:
             raise InputError(
-                f"The encoder {self.name} must give one vector per picture, (n, d), but gave {out.shape} for "
-                f"{self.batch_size} pictures."
+                f"The encoder {self.name} must give one vector per crop, (n, d), but gave {out.shape} for "
+                f"{self.batch_size} crops."
             )
         if out.dtype.kind not in "fiu":
             raise InputError(f"The encoder {self.name} must give real numbers, but gave {out.dtype}.")
@@ -146,13 +147,36 @@ class Encoder:
         return full
 
 
+class Batches:
+    """Fills an encoder's batches with crops that come in portions."""
+
+    def __init__(self, encoder: Encoder):
+        self.encoder = encoder
+        self._rest: list[np.ndarray] = []
+
+    def add(self, crops: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Vectors of the batches that these crops complete; a thread takes the next crops meanwhile."""
+        rest, self._rest = self._rest, []
+        for batch in ahead(_batched(chain(rest, crops), self.encoder.batch_size)):
+            if len(batch) < self.encoder.batch_size:
+                self._rest = batch
+            else:
+                yield self.encoder._batch(batch)
+
+    def finish(self) -> Iterator[np.ndarray]:
+        """Vectors of the crops that are left, in a batch filled up with zeros."""
+        if self._rest:
+            yield self.encoder._batch(self._rest)
+            self._rest = []
+
+
 def _batched(items: Iterable[T], count: int) -> Iterator[list[T]]:
     source = iter(items)
     while batch := list(islice(source, count)):
         yield batch
 
 
-def _ahead(items: Iterable[T]) -> Iterator[T]:
+def ahead(items: Iterable[T]) -> Iterator[T]:
     """The same items, the next one made by a thread while the last is in use."""
     end: Any = object()
     source = iter(items)
@@ -189,18 +213,18 @@ def encoder_spec(
             f"layer='pool' is for torchvision's and timm's networks; the encoder {name} has one output only."
         )
     if pooling == "mask":
-        if not shows_stages(name):
+        if not has_feature_maps(name):
             raise InputError(
-                f"pooling='mask' needs a network that shows its stages, and the encoder {name} does not. "
-                "Please choose 'tiny' or a ResNet of torchvision, or pooling='crop'."
+                f"pooling='mask' needs a network with accessible feature maps, and the encoder {name} has "
+                "none. Please choose 'tiny' or a ResNet of torchvision, or pooling='crop'."
             )
         if layer == "pool" or size is not None:
             raise InputError("layer and size are for pooling='crop'; with pooling='mask', leave them out.")
     return EncoderSpec(name, layer, size, batch_size, device, precision, fingerprint)
 
 
-def shows_stages(name: str) -> bool:
-    """Whether the encoder of this name has stages to show: the embedded kind and torchvision's ResNets."""
+def has_feature_maps(name: str) -> bool:
+    """Whether the feature maps of an encoder are accessible: the embedded kind's and torchvision ResNets'."""
     bare = name.partition("@")[0]
     kind = kind_of(name)
     return kind == "own" or (kind == "torchvision" and bare.startswith(("resnet", "resnext", "wide_resnet")))

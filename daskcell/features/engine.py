@@ -1,6 +1,6 @@
 """From disk to disk: the cells table and the features of one slide.
 
-    index of labels/cells ──> readings ──> one file a task ──> table.parquet, features.zarr
+    index of labels/cells ──> reads ──> one file a task ──> table.parquet, features.zarr
                              (tasks of several blocks)    (rows put in order of label)
 
 Every task reads its own pixels from the OME-Zarr and writes what it found to the scratch folder; only counts
@@ -11,7 +11,7 @@ labels.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from daskcell.config import FeatureSettings
-from daskcell.features.cell_index import Reading, block_records, merge_records
-from daskcell.features.crops import Sample, background_sample, sample_boxes
-from daskcell.features.embedders import Piece, Task, Vectors, choose_vectors, share_out
+from daskcell.features.cell_index import merge_records
+from daskcell.features.crops import sample_boxes
+from daskcell.features.embedders import Embedder, Task, make_embedder, make_tasks
 from daskcell.features.encoders import EncoderSpec, encoder_spec, load
-from daskcell.features.measurements import measure_block, measurement_columns
-from daskcell.features.textures import Greys, freeze_greys, grey_sample
+from daskcell.features.measurements import measurement_columns
+from daskcell.features.tasks import FULL_TASK, block_cells, describe, embed, measure, sample
+from daskcell.features.textures import Greys, fit_greys
 from daskcell.features.writers import locate, write_features, write_table
 from daskcell.geometry import Box, Grid
 from daskcell.segmentation.index import read_index
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from daskcell.preprocess import Plan, PreparedImage
 
 _SAMPLE_GROUP = 16
-_FULL_TASK = 512  # cells that make a task worth its start, so that sparse blocks share one
 
 
 @dataclass(frozen=True)
@@ -71,17 +71,15 @@ def describe_slide(
     block: int,
     scratch: str | Path,
     *,
-    labels: str = "cells",
     device: str = "cpu",
     index: str | Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measure and encode all cells of a slide.
 
     Parameters
     ----------
     zarr_path
-        OME-Zarr image with the label image `labels`.
+        OME-Zarr image with the label image ``cells``.
     table_path, features_path
         Parquet file and Zarr array ``(n, d)`` float32 to write, row i for label i + 1; each appears whole or
         not at all, and replaces what was there.
@@ -93,15 +91,11 @@ def describe_slide(
         Side in pixels of the blocks. It changes no result.
     scratch
         Folder that all workers see; removed at the end.
-    labels
-        Name of the label image.
     device
         ``cpu``, or ``cuda`` on the workers that have it.
     index
         What `segmentation.index` has written of the labels. None, or no such file: the labels are looked
         through, a task a block.
-    progress
-        Called with the number of cells done and of all cells.
 
     Returns
     -------
@@ -118,17 +112,17 @@ def describe_slide(
 
     spec = settings_spec(settings, device)
     info = image_info(zarr_path)
-    slide = Slide(PreparedImage(str(zarr_path), plan), labels, spec, settings)
+    slide = Slide(PreparedImage(str(zarr_path), plan), "cells", spec, settings)
     folder = Path(scratch, str(block))  # blocks of another size are other files
     folder.mkdir(parents=True, exist_ok=True)
     grid = Grid.regular(slide.shape, block)
     records = find_cells(slide, grid, workers, folder, index)
     n = int(records["label"].max()) if len(records) else 0
-    way, greys = freeze(slide, records, workers)
-    tasks = share_out(way.plan(records, grid), _FULL_TASK)
-    parts, width = _describe(slide, tasks, way, greys, workers, folder, progress, len(records))
+    embedder, greys = fit_embedder(slide, records, workers)
+    tasks = make_tasks(embedder.plan(records, grid), FULL_TASK)
+    parts, width = _describe(slide, tasks, embedder, greys, workers, folder)
     if width is None:
-        width = _ask(workers, _width, way)
+        width = _ask(workers, _width, embedder)
     columns = measurement_columns(info.channels, settings.measured)
     where = locate(records, tasks, n, folder)
     # One task, so that the rows do not travel through this process.
@@ -180,19 +174,19 @@ def find_cells(
 
 
 def _records_task(slide: Slide, core: Box, path: str) -> None:
-    save_arrays(path, block_records(slide.cells(core), (core.y0, core.x0)))
+    save_arrays(path, block_cells(slide, core))
 
 
-def freeze(slide: Slide, records: np.ndarray, workers: Workers) -> tuple[Vectors, Greys]:
+def fit_embedder(slide: Slide, records: np.ndarray, workers: Workers) -> tuple[Embedder, Greys]:
     """What every block must know of the whole slide: how vectors are made, and what is dark and bright."""
     boxes, step = sample_boxes(slide.shape)
     window = workers.window()
     for start in range(0, len(boxes), _SAMPLE_GROUP):
-        window.submit(start, _sample_task, slide, boxes[start : start + _SAMPLE_GROUP], step)
+        window.submit(start, sample, slide, boxes[start : start + _SAMPLE_GROUP], step)
     found = dict(window)
     samples = [sample for start in sorted(found) for sample in found[start]]
     settings = slide.settings
-    way = choose_vectors(
+    embedder = make_embedder(
         slide.spec,
         [prepared for prepared, _ in samples],
         records,
@@ -205,16 +199,7 @@ def freeze(slide: Slide, records: np.ndarray, workers: Workers) -> tuple[Vectors
         mask=settings.mask,
         channels=settings.channels,
     )
-    return way, freeze_greys([raw for _, raw in samples])
-
-
-def _sample_task(slide: Slide, boxes: Sequence[Box], step: int) -> list[tuple[Sample, np.ndarray]]:
-    found = []
-    for box in boxes:
-        raw, prepared = slide.pixels(box)
-        cells = slide.cells(box)
-        found.append((background_sample(prepared, cells, step), grey_sample(raw, cells, step)))
-    return found
+    return embedder, fit_greys([raw for _, raw in samples])
 
 
 def _ask(workers: Workers, question: Callable[[Any], int], about: Any) -> int:
@@ -229,8 +214,8 @@ def _crop_size(spec: EncoderSpec) -> int:
     return load(spec).size
 
 
-def _width(way: Vectors) -> int:
-    return way.width
+def _width(embedder: Embedder) -> int:
+    return embedder.width
 
 
 # -- describing them ----------------------------------------------------------------------------------
@@ -239,72 +224,44 @@ def _width(way: Vectors) -> int:
 def _describe(
     slide: Slide,
     tasks: list[Task],
-    way: Vectors,
+    embedder: Embedder,
     greys: Greys,
     workers: Workers,
     folder: Path,
-    progress: Callable[[int, int], None] | None,
-    total: int,
 ) -> tuple[list[tuple[str, str]], int | None]:
     """Names of the files of measurements and vectors of every task, and the number of features."""
     parts = [
         (str(folder / f"measured-{task.number}.npy"), str(folder / f"vectors-{task.number}.npy"))
         for task in tasks
     ]
-    done = 0
     # Measuring is no work for a GPU; where both are done by the same workers, pixels are read once.
     apart = "GPU" in workers.labels
     window = workers.part(0.9, len(tasks) * (2 if apart else 1)).window()
     for task, (measured, vectors) in zip(tasks, parts, strict=True):
         if not os.path.exists(measured) and (apart or os.path.exists(vectors)):
-            window.submit(0, _measure, slide, task, greys, measured)
+            window.submit(task.number, _measure, slide, task, greys, measured)
         if os.path.exists(vectors):
-            done += task.count
-        elif apart or os.path.exists(measured):
-            window.submit(task.count, _encode, slide, task, way, vectors, kind="network")
+            continue
+        if apart or os.path.exists(measured):
+            window.submit(task.number, _encode, slide, task, embedder, vectors, kind="network")
         else:
-            window.submit(task.count, _task, slide, task, way, greys, measured, vectors, kind="network")
-    for count, _ in window:
-        done += count
-        if progress is not None:
-            progress(done, total)
+            window.submit(task.number, _task, slide, task, embedder, greys, measured, vectors, kind="network")
+    for _ in window:
+        pass
     if not parts:
         return parts, None
     return parts, np.load(parts[0][1], mmap_mode="r").shape[1]
 
 
-def _task(slide: Slide, task: Task, way: Vectors, greys: Greys, measured: str, vectors: str) -> None:
-    rows: list[np.ndarray] = []
-
-    def pieces() -> Iterator[Piece]:
-        for reading, cells, raw, prepared in _read(slide, task):
-            rows.append(_measure_reading(slide, reading, cells, raw, greys))
-            yield reading, cells, prepared
-
-    found = list(way.stream(pieces()))
-    save_arrays(measured, np.concatenate(rows))
-    save_arrays(vectors, np.concatenate(found))
+def _task(slide: Slide, task: Task, embedder: Embedder, greys: Greys, measured: str, vectors: str) -> None:
+    rows, found = describe(slide, task.reads, embedder, greys, slide.settings.measured)
+    save_arrays(measured, rows)
+    save_arrays(vectors, found)
 
 
 def _measure(slide: Slide, task: Task, greys: Greys, measured: str) -> None:
-    rows = [_measure_reading(slide, r, cells, raw, greys) for r, cells, raw, _ in _read(slide, task)]
-    save_arrays(measured, np.concatenate(rows))
+    save_arrays(measured, measure(slide, task.reads, greys, slide.settings.measured))
 
 
-def _encode(slide: Slide, task: Task, way: Vectors, vectors: str) -> None:
-    pieces = ((reading, cells, prepared) for reading, cells, _, prepared in _read(slide, task))
-    save_arrays(vectors, np.concatenate(list(way.stream(pieces))))
-
-
-def _read(slide: Slide, task: Task) -> Iterator[tuple[Reading, np.ndarray, np.ndarray, np.ndarray]]:
-    """A task's readings with their cells, raw and preprocessed pixels, one in memory at a time."""
-    for reading in task.readings:
-        yield reading, slide.cells(reading.box), *slide.pixels(reading.box)
-
-
-def _measure_reading(
-    slide: Slide, reading: Reading, cells: np.ndarray, raw: np.ndarray, greys: Greys
-) -> np.ndarray:
-    kinds = slide.settings.measured
-    image = raw if {"intensity", "texture"} & set(kinds) else None
-    return measure_block(cells, image, reading.box, reading.records, slide.shape, greys, kinds)
+def _encode(slide: Slide, task: Task, embedder: Embedder, vectors: str) -> None:
+    save_arrays(vectors, embed(slide, task.reads, embedder))

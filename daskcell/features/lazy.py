@@ -1,30 +1,28 @@
-"""The Python API over arrays: `measure` and `embed`, numpy or Dask in, one row per cell out."""
+"""The Python API over arrays: `measure` and `embed`, numpy or Dask in, one row per cell out.
+
+Both compute: how many rows there are is known only once the cells are found.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from daskcell.config import FeatureSettings
+from daskcell.config import ComputeSettings, FeatureSettings
 from daskcell.errors import InputError
-from daskcell.features.cell_index import (
-    Reading,
-    block_records,
-    merge_records,
-    plan_readings,
-    refuse_far_labels,
-)
-from daskcell.features.crops import Sample, background_sample, sample_boxes
-from daskcell.features.embedders import Network, Vectors, choose_vectors, share_out
+from daskcell.features import tasks
+from daskcell.features.array_tasks import ArrayTasks
+from daskcell.features.cell_index import merge_records, plan_reads, refuse_far_labels
+from daskcell.features.crops import BackgroundSample, sample_boxes
+from daskcell.features.embedders import Network, make_embedder, make_tasks
 from daskcell.features.encoders import Encoder, as_encoder, encoder_spec, load
-from daskcell.features.feature_maps import as_stages
-from daskcell.features.measurements import KINDS, Kind, measure_block, measurement_columns, to_table
-from daskcell.features.textures import Greys, freeze_greys, grey_sample
-from daskcell.geometry import Grid
+from daskcell.features.feature_maps import as_feature_maps
+from daskcell.features.measurements import KINDS, Kind, measurement_columns, to_table
+from daskcell.features.textures import fit_greys
 from daskcell.images.arrays import NamedArray, as_image, as_labels
 
 if TYPE_CHECKING:
@@ -34,7 +32,6 @@ if TYPE_CHECKING:
     ArrayLike = np.ndarray | da.Array
 
 _DEFAULT = FeatureSettings()
-_FULL_JOB = 512  # cells that share a job, so that the network's batches are full
 
 
 def measure(
@@ -48,6 +45,9 @@ def measure(
 ) -> pd.DataFrame:
     """Where every cell is, its shape, its brightness and its texture.
 
+    Not lazy: the table is computed, with the Dask client or scheduler that is set. At most some blocks of the
+    image are in memory at a time.
+
     Parameters
     ----------
     labels : (Y, X) numpy or Dask array of whole numbers
@@ -60,9 +60,10 @@ def measure(
         Channel names that the columns of brightness and texture end in; None: those of the image (`Image`,
         xarray), else 0, 1, 2, ...
     kinds : collection of {"shape", "intensity", "texture"}
-        What to measure besides place and area. For textures the image is looked at twice.
+        What to measure besides position and area. For textures the image is read twice: grey levels are
+        scaled by percentiles of the whole image first.
     axes : str, optional
-        Order of the axes of `image`, such as ``"YXC"``; None: told by the shape of the labels.
+        Order of the axes of `image`, such as ``"YXC"``; None: inferred from the shape of the labels.
 
     Returns
     -------
@@ -88,30 +89,26 @@ def measure(
     """
     if pixel_size is None:  # an `Image` says
         pixel_size = getattr(image, "pixel_size", None)
-    pixels, given = _arrays(labels, image, axes)
-    picture = None if given is None else given.data
+    arrays, given = _arrays(labels, image, axes)
     names: tuple[str, ...] = ()
-    if given is not None and picture is not None:
-        known = given.channels if channels is None else channels
-        names = tuple(str(i) for i in range(picture.shape[0])) if known is None else tuple(known)
-        if len(names) != picture.shape[0]:
-            raise InputError(
-                f"channels has {len(names)} names, but the image has {picture.shape[0]} channels."
-            )
-    records, grid = _find_cells(pixels)
-    greys = None
-    if picture is None:
+    if given is None:
         kinds = set(kinds) - {"intensity", "texture"}
-    elif "texture" in kinds:
-        greys = freeze_greys(_sampled(_grey_task, pixels, picture))
-    jobs, ids = [], [np.zeros(0, np.int64)]
-    for readings in plan_readings(records, grid).values():
-        for reading in readings:
-            jobs.append(_job(_measure_task, pixels, picture, [reading], pixels.shape, greys, kinds))
-            ids.append(reading.records["label"])
+    else:
+        known = given.channels if channels is None else channels
+        count = given.data.shape[0]
+        names = tuple(str(i) for i in range(count)) if known is None else tuple(known)
+        if len(names) != count:
+            raise InputError(f"channels has {len(names)} names, but the image has {count} channels.")
+    records = _find_cells(arrays)
+    greys = fit_greys([grey for _, grey in _samples(arrays)]) if "texture" in kinds else None
+    plans = [read for reads in plan_reads(records, arrays.grid).values() for read in reads]
+    calls = [([read.box], ((read,), greys, kinds)) for read in plans]
+    if not {"intensity", "texture"} & set(kinds):
+        arrays = replace(arrays, image=None)  # no pixel is needed
     columns = measurement_columns(names, kinds)
-    values = np.concatenate([np.zeros((0, len(columns))), *_compute(jobs)])
-    return to_table(np.concatenate(ids), values, columns, pixel_size)
+    values = np.concatenate([np.zeros((0, len(columns))), *arrays.run(tasks.measure, calls)])
+    ids = np.concatenate([np.zeros(0, np.int64), *(read.records["label"] for read in plans)])
+    return to_table(ids, values, columns, pixel_size)
 
 
 def embed(
@@ -131,13 +128,17 @@ def embed(
     batch_size: int = _DEFAULT.batch_size,
     device: str = "cpu",
     precision: Literal["float32", "bfloat16"] = _DEFAULT.precision,
+    threads: int = ComputeSettings().threads,
     axes: str | None = None,
 ) -> np.ndarray:
-    """A network's vector for every cell.
+    """A network's feature vector for every cell.
+
+    Not lazy: the vectors are computed, with the Dask client or scheduler that is set. At most some blocks of
+    the image are in memory at a time.
 
     Parameters
     ----------
-    image : (C, Y, X) or (Y, X) numpy or Dask array
+    image : `Image`, or (C, Y, X) or (Y, X) numpy or Dask array
     labels : (Y, X) numpy or Dask array of whole numbers
         Computed once and kept in memory, 4 bytes a pixel.
     encoder : str, path or callable
@@ -166,13 +167,16 @@ def embed(
     channels : sequence of int
         Channels to take; None: all. See `crops.three_channels` for how they become three.
     limits : (low, high)
-        Values that become 0 and 1; None: by the image's type, see `crops.freeze_framing`.
+        Values that become 0 and 1; None: by the image's type, see `crops.fit_framing`.
     batch_size : int
-        Pictures per network call; results depend on it in the last bit.
+        Crops per network call; results depend on it in the last bit.
     device : str
         ``cpu``, or ``cuda`` where there is one.
     precision : {"float32", "bfloat16"}
-        What the network computes in.
+        Number type that the network computes in.
+    threads : int
+        Threads that the network runs with, whatever torch is set to; results depend on it in the last bit.
+        The default is that of a study (``compute.threads``).
     axes : str, optional
         As for `measure`.
 
@@ -186,7 +190,20 @@ def embed(
     InputError
         The arrays do not fit together.
     WeightsError
-        The encoder's weights are not on this machine (before anything is computed).
+        There is no such encoder, or its weights are not on this machine (before anything is computed).
+
+    See Also
+    --------
+    measure : shape, brightness and texture of the same cells.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> labels = np.zeros((40, 60), np.uint32)
+    >>> labels[10:20, 10:25], labels[22:34, 40:52] = 1, 2
+    >>> image = np.where(labels > 0, 200, 10).astype(np.uint8)
+    >>> embed(image, labels, encoder="tiny").shape
+    (2, 96)
     """
     network: Network
     if isinstance(encoder, str | Path):  # a name travels better than a network, where tasks run elsewhere
@@ -195,22 +212,22 @@ def embed(
             pooling=pooling,
         )  # fmt: skip
     elif pooling == "mask":
-        network = as_stages(encoder, batch_size=batch_size, device=device, precision=precision)
+        network = as_feature_maps(encoder, batch_size=batch_size, device=device, precision=precision)
     else:
         network = as_encoder(encoder, size=size, batch_size=batch_size, device=device, precision=precision)
-    pixels, given = _arrays(labels, image, axes)
+    arrays, given = _arrays(labels, image, axes)
     if given is None:
         raise InputError("Cells are described by the pixels of an image, which was not given.")
-    picture = given.data
-    records, grid = _find_cells(pixels)
+    arrays = replace(arrays, threads=threads)
+    records = _find_cells(arrays)
     side = None
     if pooling == "crop":
         side = (network if isinstance(network, Encoder) else load(network)).size  # type: ignore[arg-type]
-    way = choose_vectors(
+    embedder = make_embedder(
         network,
-        _sampled(_sample_task, pixels, picture),
+        [sample for sample, _ in _samples(arrays)],
         records,
-        pixels.shape,
+        arrays.labels.shape,
         size=side,
         pooling=pooling,
         scale=scale,
@@ -220,112 +237,43 @@ def embed(
         channels=channels,
         limits=limits,
     )
-    tasks = share_out(way.plan(records, grid), _FULL_JOB)
-    found = _compute([_job(_embed_task, pixels, picture, task.readings, way) for task in tasks])
+    work = make_tasks(embedder.plan(records, arrays.grid), tasks.FULL_TASK)
+    calls = [([read.box for read in task.reads], (task.reads, embedder)) for task in work]
+    found = arrays.run(tasks.embed, calls, kind="cpu" if device == "cpu" else "network")
     n = int(records["label"].max()) if len(records) else 0
-    out = np.full((n, found[0].shape[1] if found else way.width), np.nan, np.float32)
-    for task, vectors in zip(tasks, found, strict=True):
-        out[np.concatenate([reading.records["label"] for reading in task.readings]) - 1] = vectors
+    out = np.full((n, found[0].shape[1] if found else embedder.width), np.nan, np.float32)
+    for task, vectors in zip(work, found, strict=True):
+        out[np.concatenate([read.records["label"] for read in task.reads]) - 1] = vectors
     return out
 
 
-Pixels = Sequence[tuple[np.ndarray, np.ndarray | None]]
-"""Labels and image of each of a job's readings."""
-
-
-def _measure_task(
-    pixels: Pixels,
-    readings: Sequence[Reading],
-    shape: tuple[int, int],
-    greys: Greys | None,
-    kinds: Collection[str],
-) -> np.ndarray:
-    ((labels, image),) = pixels
-    return measure_block(labels, image, readings[0].box, readings[0].records, shape, greys, kinds)
-
-
-def _sample_task(pixels: Pixels, readings: Sequence[Reading], step: int) -> list[Sample]:
-    return [background_sample(image, labels, step) for labels, image in pixels if image is not None]
-
-
-def _grey_task(pixels: Pixels, readings: Sequence[Reading], step: int) -> list[np.ndarray]:
-    return [grey_sample(image, labels, step) for labels, image in pixels if image is not None]
-
-
-def _embed_task(pixels: Pixels, readings: Sequence[Reading], way: Vectors) -> np.ndarray:
-    pieces = (
-        (reading, labels, image)
-        for reading, (labels, image) in zip(readings, pixels, strict=True)
-        if image is not None
-    )
-    return np.concatenate(list(way.stream(pieces)))
-
-
-_NONE = merge_records([])
-
-
-def _arrays(labels: Any, image: Any, axes: str | None) -> tuple[Any, NamedArray | None]:
-    """Both as Dask arrays that fit together, labels in memory."""
+def _arrays(labels: Any, image: Any, axes: str | None) -> tuple[ArrayTasks, NamedArray | None]:
+    """Both as Dask arrays that fit together, labels in memory; and what the image says of itself."""
     import dask.array as da
 
     labels = da.asarray(as_labels(labels))
-    picture = None
+    given = None
     if image is not None:
-        picture = as_image(image, axes=axes, like=labels.shape)
-        if picture.data.shape[1:] != labels.shape:
+        given = as_image(image, axes=axes, like=labels.shape)
+        if given.data.shape[1:] != labels.shape:
             raise InputError(
                 f"image must be (C, Y, X) with the Y and X of the labels, {labels.shape}, but has the shape "
-                f"{picture.data.shape}."
+                f"{given.data.shape}."
             )
-        picture = replace(picture, data=da.asarray(picture.data))
     # Every cell is looked at twice: where it is, then what it is. Labels may have cost hours of network.
-    return labels.persist(), picture
+    return ArrayTasks(labels.persist(), None if given is None else da.asarray(given.data)), given
 
 
-def _find_cells(labels: da.Array) -> tuple[np.ndarray, Grid]:
-    """Records of all cells, and the grid of the chunks."""
-    grid = Grid.from_chunks(labels.chunks)
-    cores = [grid.core(index) for index in grid]
-    jobs = [_job(_records_task, labels, None, [Reading(core, _NONE)]) for core in cores if not core.is_empty]
-    records = merge_records(_compute(jobs))
+def _find_cells(arrays: ArrayTasks) -> np.ndarray:
+    """Records of all cells."""
+    cores = [core for core in map(arrays.grid.core, arrays.grid) if not core.is_empty]
+    parts = replace(arrays, image=None).run(tasks.block_cells, [([core], (core,)) for core in cores])
+    records = merge_records(parts)
     refuse_far_labels(records)
-    return records, grid
+    return records
 
 
-def _records_task(pixels: Pixels, readings: Sequence[Reading]) -> np.ndarray:
-    return block_records(pixels[0][0], (readings[0].box.y0, readings[0].box.x0))
-
-
-def _sampled(function: Callable[..., list[Any]], labels: da.Array, image: da.Array) -> list[Any]:
-    """What `function` finds in each of the sampled boxes of the image."""
-    boxes, step = sample_boxes(labels.shape)
-    jobs = [_job(function, labels, image, [Reading(box, _NONE)], step) for box in boxes]
-    return [sample for samples in _compute(jobs) for sample in samples]
-
-
-def _job(
-    function: Callable[..., Any],
-    labels: da.Array,
-    image: da.Array | None,
-    readings: Sequence[Reading],
-    *args: Any,
-) -> Any:
-    """``function(pixels, readings, *args)`` on the pixels of the readings, as a delayed value."""
-    import dask
-
-    def piece(array: da.Array, reading: Reading) -> Any:
-        cut = array[(..., *reading.box.slices)]
-        # One chunk, so that Dask hands over the array and does not copy the graph (delayed(array) does).
-        return cut.rechunk(cut.shape).to_delayed().item()
-
-    pixels = [
-        (piece(labels, reading), None if image is None else piece(image, reading)) for reading in readings
-    ]
-    # The readings as one value: Dask need not look into them for values to wait for.
-    return dask.delayed(function, pure=False)(pixels, dask.delayed(tuple(readings), traverse=False), *args)
-
-
-def _compute(jobs: list[Any]) -> list[Any]:
-    import dask
-
-    return list(dask.compute(*jobs))
+def _samples(arrays: ArrayTasks) -> list[tuple[BackgroundSample, np.ndarray]]:
+    boxes, step = sample_boxes(arrays.labels.shape)
+    found = arrays.run(tasks.sample, [([box], ((box,), step)) for box in boxes])
+    return [sample for samples in found for sample in samples]

@@ -98,7 +98,7 @@ def measure_block(
     boxes = bounds - np.array([box.y0, box.x0, box.y0, box.x0])
     sums = k.shape_sums(labels, ids, boxes)
     if not (sums[:, k.N] == records["area"]).all():
-        raise AssertionError("a reading must hold its cells whole")
+        raise AssertionError("a read must hold its cells whole")
     n = sums[:, k.N].astype(np.float64)
     y, x = sums[:, k.SUM_Y] / n, sums[:, k.SUM_X] / n
     # Second moments about the centre; the cell's tensor of inertia is [[xx, -yx], [-yx, yy]].

@@ -1,4 +1,4 @@
-"""Feature maps pooled over each cell's own pixels: one look at the picture in place of one crop a cell.
+"""Feature maps pooled over each cell's own pixels: one pass over the image instead of one crop a cell.
 
     tiles of the global grid ──> network ──> maps of every stage ──> mean and deviation over the cell,
                                                                      its core and its rim
@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from daskcell.features.crops import Framing, brightness, three_channels
-from daskcell.features.feature_maps import Stages
+from daskcell.features.feature_maps import FeatureMaps
 from daskcell.features.tiles import Tiling
 from daskcell.geometry import Box
 
@@ -42,16 +42,16 @@ def pool_cells(
     records: np.ndarray,
     framing: Framing,
     tiling: Tiling,
-    stages: Stages,
+    network: FeatureMaps,
 ) -> np.ndarray:
-    """Vectors of cells that one reading of `Tiling.plan` holds, with all pixels of their tiles.
+    """Vectors of cells that one read of `Tiling.plan` holds, with all pixels of their tiles.
 
     Parameters
     ----------
     image : (C, h, w) array
     labels : (h, w) array of integers
     box : Box
-        Where the reading lies in the whole image.
+        Where the read lies in the whole image.
     records : (n,) array of `objects.RECORD`
 
     Returns
@@ -67,15 +67,15 @@ def pool_cells(
             members.setdefault(tile, []).append(i)
     left = [len(tiles) for tiles in tiles_of]
     open_sums: dict[int, _Sums] = {}
-    out = np.zeros((len(records), 2 * REGIONS * stages.width), np.float32)
+    out = np.zeros((len(records), 2 * REGIONS * network.width), np.float32)
     order = sorted(members)
-    for start in range(0, len(order), stages.batch_size):
-        tiles = order[start : start + stages.batch_size]
-        pictures = [
+    for start in range(0, len(order), network.batch_size):
+        tiles = order[start : start + network.batch_size]
+        tile_images = [
             three_channels(_tile(image, labels, box, framing, tiling, tile, background)) for tile in tiles
         ]
         ground = three_channels(background[:, None, None])[:, 0, 0]
-        for tile, maps in zip(tiles, stages(pictures, ground), strict=True):
+        for tile, maps in zip(tiles, network(tile_images, ground), strict=True):
             for i in members[tile]:
                 sums = open_sums.get(i)
                 if sums is None:

@@ -1,7 +1,7 @@
 """How even or grainy a cell is: grey-level co-occurrence, with scikit-image's names.
 
 What becomes the darkest and the brightest of the `LEVELS` grey levels is measured once over the whole image
-(`freeze_greys`), so a texture means the same in every block.
+(`fit_greys`), so a texture means the same in every block.
 
 Reference: Haralick, Shanmugam, Dinstein, IEEE Trans. SMC 3 (1973) 610-621.
 """
@@ -33,7 +33,7 @@ def grey_sample(image: np.ndarray, labels: np.ndarray, step: int) -> np.ndarray:
     return image[:, ::step, ::step][:, labels[::step, ::step] > 0]
 
 
-def freeze_greys(samples: Sequence[np.ndarray]) -> Greys:
+def fit_greys(samples: Sequence[np.ndarray]) -> Greys:
     """Grey levels from samples of all of an image: from the 1st to the 99th percentile of the cells' pixels.
 
     `samples` as `grey_sample` gives them, at least one.

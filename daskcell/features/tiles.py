@@ -1,10 +1,10 @@
-"""Where a network looks when it looks at the whole picture: one grid of overlapping tiles, at one scale.
+"""Where a network looks when it looks at the whole image: one grid of overlapping tiles, at one scale.
 
     |mmmm|cccccccccccccccc|mmmm|      c core: a cell whose middle lies here is pooled from this tile
     |<-------- frame -------->|      m margin: seen besides, so that a cell at the core's edge is seen whole
 
-The grid is laid over the whole picture, in the network's pixels, and every tile is made from the picture's
-pixels alone: so no tile depends on how the picture is cut into blocks. A cell that no single frame holds is
+The grid is laid over the whole image, in the network's pixels, and every tile is made from the image's
+pixels alone: so no tile depends on how the image is cut into blocks. A cell that no single frame holds is
 pooled from all the tiles whose cores it touches.
 
 Pure geometry and resampling; knows no network.
@@ -17,7 +17,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from daskcell.features.cell_index import Reading
+from daskcell.features.cell_index import ReadPlan
 from daskcell.geometry import Box
 
 FRAME = 512
@@ -28,14 +28,14 @@ _EDGE = 16  # network pixels at a frame's edge that hardly know their surroundin
 
 @dataclass(frozen=True)
 class Tiling:
-    """The grid of one picture.
+    """The grid of one image.
 
     Attributes
     ----------
     shape : (Y, X)
-        Of the picture.
+        Of the image.
     scale : float
-        Network pixels per pixel of the picture.
+        Network pixels per pixel of the image.
     """
 
     shape: tuple[int, int]
@@ -43,7 +43,7 @@ class Tiling:
 
     @property
     def frame(self) -> tuple[int, int]:
-        """Height and width of every tile in network pixels; a small picture has one tile."""
+        """Height and width of every tile in network pixels; a small image has one tile."""
         sides = [int(np.ceil(side * self.scale)) + 2 * MARGIN for side in self.shape]
         return tuple(min(FRAME, -(-side // _STEP) * _STEP) for side in sides)  # type: ignore[return-value]
 
@@ -61,11 +61,11 @@ class Tiling:
         )
 
     def origin(self, tile: tuple[int, int]) -> tuple[int, int]:
-        """Where a tile's frame begins, in the network's pixels of the whole picture."""
+        """Where a tile's frame begins, in the network's pixels of the whole image."""
         return tile[0] * self.core[0] - MARGIN, tile[1] * self.core[1] - MARGIN
 
     def source(self, tile: tuple[int, int]) -> Box:
-        """Pixels of the picture that a tile is made from."""
+        """Pixels of the image that a tile is made from."""
         edges = []
         for start, length, side in zip(self.origin(tile), self.frame, self.shape, strict=True):
             reach = 0.5 + max(1.0, 1 / self.scale)
@@ -99,17 +99,17 @@ class Tiling:
         return found
 
     def at(self, y: float, x: float) -> tuple[int, int]:
-        """Tile whose core holds the middle of pixel ``(y, x)`` of the picture."""
+        """Tile whose core holds the middle of pixel ``(y, x)`` of the image."""
         return tuple(  # type: ignore[return-value]
             min(int((p + 0.5) * self.scale // core), count - 1)
             for p, core, count in zip((y, x), self.core, self.counts, strict=True)
         )
 
-    def plan(self, records: np.ndarray, block: int) -> dict[int, list[Reading]]:
+    def plan(self, records: np.ndarray, block: int) -> dict[int, list[ReadPlan]]:
         """What to read to pool all cells: groups of tiles about as large as blocks of `block` pixels.
 
-        A reading holds its cells whole and all pixels of their tiles. Groups are unions of cores, so no tile
-        of ordinary cells is computed twice. Cells of several tiles get readings of their own.
+        A read holds its cells whole and all pixels of their tiles. Groups are unions of cores, so no tile
+        of ordinary cells is computed twice. Cells of several tiles get reads of their own.
         """
         if not len(records):
             return {}
@@ -118,26 +118,26 @@ class Tiling:
         homes = self.home(records)
         group = homes[:, 0] // side[0] * across + homes[:, 1] // side[1]
         tiles = self.tiles_of(records)
-        plans: dict[int, list[Reading]] = {}
+        plans: dict[int, list[ReadPlan]] = {}
         for number in np.unique(group).tolist():
             members = np.flatnonzero(group == number)
             small = [i for i in members if len(tiles[i]) == 1]
             shares = [small] if small else []
             shares += [[i] for i in members if len(tiles[i]) > 1]
-            plans[number] = [self._reading(records[share], [tiles[i] for i in share]) for share in shares]
+            plans[number] = [self._read_plan(records[share], [tiles[i] for i in share]) for share in shares]
         return plans
 
-    def _reading(self, records: np.ndarray, tiles: list[list[tuple[int, int]]]) -> Reading:
+    def _read_plan(self, records: np.ndarray, tiles: list[list[tuple[int, int]]]) -> ReadPlan:
         sources = [self.source(tile) for tile in {tile for some in tiles for tile in some}]
         edges = np.array([(b.y0, b.x0, b.y1, b.x1) for b in sources])
         edges = np.concatenate([edges, _boxes(records)])
-        return Reading(Box(*edges[:, :2].min(axis=0).tolist(), *edges[:, 2:].max(axis=0).tolist()), records)
+        return ReadPlan(Box(*edges[:, :2].min(axis=0).tolist(), *edges[:, 2:].max(axis=0).tolist()), records)
 
     def resample(self, pixels: np.ndarray, tile: tuple[int, int], background: np.ndarray) -> np.ndarray:
         """A tile from its `source` pixels: ``(C, h, w)`` to ``(C, *frame)`` float32.
 
         Bilinear, antialiased where it shrinks (as torch's ``interpolate(antialias=True)``); beyond the
-        picture it is `background`, a value for each channel.
+        image it is `background`, a value for each channel.
         """
         box = self.source(tile)
         origin = self.origin(tile)
@@ -168,7 +168,7 @@ def _weights(
     start: int, length: int, first: int, last: int, side: int, scale: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Shares ``(length, last - first)`` of the pixels ``first..last`` in network pixels from `start` on,
-    along one axis, and which of these lie in the picture."""
+    along one axis, and which of these lie in the image."""
     middle = (np.arange(start, start + length) + 0.5) / scale - 0.5
     width = max(1.0, 1 / scale)
     shares = np.maximum(0, 1 - np.abs(np.arange(first, last)[None] - middle[:, None]) / width)

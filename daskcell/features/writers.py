@@ -24,7 +24,7 @@ def locate(records: np.ndarray, tasks: list[Task], n: int, folder: Path) -> str:
     """File of where each label's row is: ``(n, 2)`` of task and row in its file; -1 where there is none."""
     where = np.full((n, 2), -1, np.int64)
     for task in tasks:
-        ids = np.concatenate([reading.records["label"] for reading in task.readings])
+        ids = np.concatenate([read.records["label"] for read in task.reads])
         where[ids - 1, 0] = task.number
         where[ids - 1, 1] = np.arange(len(ids))
     path = str(folder / "where.npy")

@@ -76,13 +76,13 @@ class SlideCells:
 
     def cut(self) -> Iterator[np.ndarray]:
         """Crops ``(m, 3, side, side)`` uint8 of all cells that were drawn, some at a time."""
-        from daskcell.features.cell_index import plan_readings
-        from daskcell.features.crops import background_sample, crop_batches, freeze_framing, sample_boxes
+        from daskcell.features.cell_index import plan_reads
+        from daskcell.features.crops import background_sample, crop_batches, fit_framing, sample_boxes
         from daskcell.models.encoder import SIZE
 
         chosen = self.settings
         boxes, step = sample_boxes(self.image.shape)
-        framing = freeze_framing(
+        framing = fit_framing(
             [background_sample(self.image.read(box), self.labels(box), step) for box in boxes],
             size=SIZE,
             margin=chosen.margin,
@@ -91,10 +91,10 @@ class SlideCells:
             channels=chosen.channels,
         )
         grid = Grid.regular(self.image.shape, BLOCK)
-        for readings in plan_readings(self.records(), grid, chosen.margin, chosen.window).values():
-            for reading in readings:
-                pixels, labels = self.image.read(reading.box), self.labels(reading.box)
-                for crops in crop_batches(pixels, labels, reading.box, reading.records, framing):
+        for reads in plan_reads(self.records(), grid, chosen.margin, chosen.window).values():
+            for read in reads:
+                pixels, labels = self.image.read(read.box), self.labels(read.box)
+                for crops in crop_batches(pixels, labels, read.box, read.records, framing):
                     yield np.rint(crops * 255).astype(np.uint8)
 
 

@@ -108,7 +108,7 @@ def _cached(cache: Path | None, key: Sequence[object], build: Callable[[], np.nd
 
 
 @dataclass(frozen=True)
-class Source:
+class ImagePair:
     """Where an image to train on and its mask are."""
 
     image: Path
@@ -121,7 +121,7 @@ class Source:
     """First row of the image that is used, and the first that is not."""
 
 
-def list_sources(path: str | Path) -> list[Source]:
+def list_sources(path: str | Path) -> list[ImagePair]:
     """Images to train on or to validate with.
 
     Parameters
@@ -150,10 +150,10 @@ def list_sources(path: str | Path) -> list[Source]:
             raise InputError(
                 f"{image} has no mask. Please put a label image of that name into {path / 'masks'}."
             )
-    return [Source(p, masks[p.stem], p.stem.rpartition("_")[0] or "all") for p in images]
+    return [ImagePair(p, masks[p.stem], p.stem.rpartition("_")[0] or "all") for p in images]
 
 
-def _list_table(path: Path) -> list[Source]:
+def _list_table(path: Path) -> list[ImagePair]:
     try:
         with open(path, encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
@@ -184,7 +184,7 @@ def _list_table(path: Path) -> list[Source]:
             )
         image = path.parent / (row["image"] or "")
         sources.append(
-            Source(image, path.parent / mask if mask else None, row["group"] or "all", diameter, rows_used)
+            ImagePair(image, path.parent / mask if mask else None, row["group"] or "all", diameter, rows_used)
         )
     return sources
 
@@ -236,7 +236,7 @@ def read_samples(
     return samples
 
 
-def _read_sample(source: Source, cache: Path | None) -> Sample | None:
+def _read_sample(source: ImagePair, cache: Path | None) -> Sample | None:
     pixels = _read(source.image)
     if pixels.ndim not in (2, 3):
         raise ImageError(f"{source.image} has {pixels.ndim} axes. Please give a grey or colour image.")

@@ -23,12 +23,12 @@ _CLIP = np.array([0.25, 0.35, 0.35])
 """Density per colour above which contrast is left out: outlines of nuclei would hold the flood back."""
 
 
-def outline_smear(picture: np.ndarray, white_cell: float = WHITE_CELL) -> tuple[np.ndarray, np.ndarray]:
+def outline_smear(image: np.ndarray, white_cell: float = WHITE_CELL) -> tuple[np.ndarray, np.ndarray]:
     """Whole cells, red and white, of a smear with Giemsa's or a like stain.
 
     Parameters
     ----------
-    picture : (Y, X, 3) uint8
+    image : (Y, X, 3) uint8
         Bright field, red, green, blue.
     white_cell
         Diameter of a white cell in pixels; about twice that of a red one.
@@ -41,7 +41,7 @@ def outline_smear(picture: np.ndarray, white_cell: float = WHITE_CELL) -> tuple[
         Labels of the white cells' nuclei, with the numbers of their cells.
     """
     s = white_cell / WHITE_CELL
-    density = optical_density(picture)
+    density = optical_density(image)
     smooth = ndimage.gaussian_filter(density, (1.0 * s, 1.0 * s, 0))
     cells = _foreground(density, s)
     nuclei = _nuclei(smooth, cells, s)
@@ -53,9 +53,9 @@ def outline_smear(picture: np.ndarray, white_cell: float = WHITE_CELL) -> tuple[
     return _tidy(watershed(landscape, markers, mask=cells | (nuclei > 0)), nuclei, s), nuclei
 
 
-def optical_density(picture: np.ndarray) -> np.ndarray:
-    """Density ``(Y, X, 3)`` float32 over the picture's own background, which may bend across it."""
-    darkest = ndimage.gaussian_filter(picture.min(axis=-1).astype(np.float32), 1.5)
+def optical_density(image: np.ndarray) -> np.ndarray:
+    """Density ``(Y, X, 3)`` float32 over the image's own background, which may bend across it."""
+    darkest = ndimage.gaussian_filter(image.min(axis=-1).astype(np.float32), 1.5)
     counts, edges = np.histogram(darkest, 128, (0, 256))
     counts = ndimage.gaussian_filter1d(counts.astype(float), 1.5)
     peaks = [
@@ -67,18 +67,18 @@ def optical_density(picture: np.ndarray) -> np.ndarray:
     beyond = np.flatnonzero(counts[peak:] < counts[peak] / 2)
     half = 2.0 * (beyond[0] if len(beyond) else 1)  # two grey levels a bin
     ground = darkest > edges[peak] + 1 - 2.2 * max(half, 2.0)
-    return -np.log10((picture + 1.0) / (_background(picture, ground) + 1)).astype(np.float32)
+    return -np.log10((image + 1.0) / (_background(image, ground) + 1)).astype(np.float32)
 
 
-def _background(picture: np.ndarray, ground: np.ndarray) -> np.ndarray:
-    """A quadratic surface through the empty glass, its median in small pictures."""
+def _background(image: np.ndarray, ground: np.ndarray) -> np.ndarray:
+    """A quadratic surface through the empty glass, its median in small images."""
     if min(ground.shape) < 300:
-        return np.median(picture[ground], axis=0)
+        return np.median(image[ground], axis=0)
     y, x = (np.linspace(-1, 1, n) for n in ground.shape)
     y, x = np.broadcast_arrays(y[:, None], x)
     terms = np.stack([np.ones_like(y), y, x, y * x, y * y, x * x], -1)
     rows = np.flatnonzero(ground)[:: max(1, int(ground.sum()) // 20_000)]
-    known, values = terms.reshape(-1, 6)[rows], picture.reshape(-1, 3)[rows].astype(float)
+    known, values = terms.reshape(-1, 6)[rows], image.reshape(-1, 3)[rows].astype(float)
     for _ in range(3):  # debris on the glass does not pull at the surface
         found = np.linalg.lstsq(known, values, rcond=None)[0]
         far = np.abs(known @ found - values).max(axis=1)
@@ -169,7 +169,7 @@ def _tidy(cells: np.ndarray, nuclei: np.ndarray, s: float) -> np.ndarray:
 
 
 def _opened(mask: np.ndarray, radius: float) -> np.ndarray:
-    """Opening by a disc; the picture goes on beyond its border."""
+    """Opening by a disc; the image goes on beyond its border."""
     if not mask.any():
         return mask
     width = int(np.ceil(radius)) + 1
