@@ -26,7 +26,7 @@ from daskcell.compute import Workers
 from daskcell.config import PreprocessSettings
 from daskcell.geometry import Box
 from daskcell.images.pyramid import halve_mean
-from daskcell.preprocess import PreparedArray, PreparedImage, apply_block, freeze, freeze_slide
+from daskcell.preprocess import PreparedArray, PreparedImage, apply_block, fit_plan, fit_slide
 from daskcell.preprocess.background import Background
 from daskcell.preprocess.steps import Gaussian
 from daskcell.render import colors, write_overlay
@@ -76,7 +76,7 @@ def test_a_coarse_image_is_the_prepared_image_made_small(scene, light, data_dir,
             "histogram": method and histogram,
             "gaussian": sigma and {"sigma": sigma},
         }
-        plan = freeze(x, PreprocessSettings.model_validate(values), list("RGB"), is_rgb=scene is tissue)
+        plan = fit_plan(x, PreprocessSettings.model_validate(values), list("RGB"), is_rgb=scene is tissue)
         whole = apply_block(x, plan)
         white = np.iinfo(whole.dtype).max if whole.dtype.kind == "u" else np.percentile(whole, 99.8)
         # Curves that are steep make small differences large, and so does a ground of few large pixels.
@@ -118,7 +118,7 @@ def test_any_box_holds_the_pixels_of_the_whole(slide, light):
     folder, x = slide
     chosen = {"background": light, "histogram": {"method": "clahe"}, "gaussian": {"sigma": 2.0}}
     image = PreparedImage(
-        str(folder / "s.zarr"), freeze_slide(folder / "s.zarr", PreprocessSettings.model_validate(chosen))
+        str(folder / "s.zarr"), fit_slide(folder / "s.zarr", PreprocessSettings.model_validate(chosen))
     )
     whole = apply_block(x, image.plan)
     array = PreparedArray.of(x, image.plan)
@@ -138,7 +138,7 @@ def test_any_box_holds_the_pixels_of_the_whole(slide, light):
 def test_the_overlay_of_a_level_shows_what_the_overlay_of_the_whole_shows(slide, method, tmp_path):
     folder, _ = slide
     chosen = PreprocessSettings.model_validate({"stains": {"method": method}})
-    image = PreparedImage(str(folder / "s.zarr"), freeze_slide(folder / "s.zarr", chosen))
+    image = PreparedImage(str(folder / "s.zarr"), fit_slide(folder / "s.zarr", chosen))
     shown = []
     for side in (8192, 600):
         (file,) = write_overlay(
@@ -155,7 +155,7 @@ def test_the_overlay_of_a_level_shows_what_the_overlay_of_the_whole_shows(slide,
 def test_the_report_shows_a_slide_as_it_was_segmented(slide):
     folder, x = slide
     chosen = PreprocessSettings.model_validate({"stains": {"method": "separate"}})
-    image = PreparedImage(str(folder / "s.zarr"), freeze_slide(folder / "s.zarr", chosen))
+    image = PreparedImage(str(folder / "s.zarr"), fit_slide(folder / "s.zarr", chosen))
     study: Any = SimpleNamespace(
         prepared=lambda name: image, assigned_table=lambda name: folder / "s.parquet"
     )

@@ -24,7 +24,7 @@ from daskcell.preprocess import (
     adjust_histogram,
     apply_block,
     auto_colors,
-    freeze,
+    fit_plan,
     gaussian,
     prepare,
     reconstruct,
@@ -235,7 +235,7 @@ def test_chunks_change_no_bit(chunks, method, dtype):
     high=st.floats(51, 100),
 )
 def test_percentiles_are_those_of_numpy(x, low, high):
-    plan = freeze(
+    plan = fit_plan(
         x[None],
         PreprocessSettings(reconstruct=None, histogram=HistogramSettings(low=low, high=high)),
     )
@@ -312,10 +312,10 @@ def test_colour_pictures_keep_their_colours():
     ramp = np.linspace(60, 180, 900).astype(np.uint8).reshape(1, 30, 30)
     rgb = np.concatenate([ramp, ramp, ramp])
     rgb[2, :5] = 255
-    plan = freeze(rgb, PreprocessSettings(), is_rgb=True)
+    plan = fit_plan(rgb, PreprocessSettings(), is_rgb=True)
     got = apply_block(rgb, plan)[:, 10:]
     assert (got[0] == got[2]).all()
-    alone = freeze(rgb, PreprocessSettings(histogram=HistogramSettings(linked=False)), is_rgb=True)
+    alone = fit_plan(rgb, PreprocessSettings(histogram=HistogramSettings(linked=False)), is_rgb=True)
     got = apply_block(rgb, alone)[:, 10:]
     assert not (got[0] == got[2]).all()
 
@@ -327,12 +327,12 @@ def test_compression_noise_in_the_empty_channels_of_a_colour_picture_is_removed(
     rgb = np.stack([rng.integers(0, 3, (60, 60)), rng.integers(0, 2, (60, 60)), blue]).astype(np.uint8)
     for histogram in (None, HistogramSettings(), HistogramSettings(method="clahe")):
         chosen = PreprocessSettings(histogram=histogram)
-        plan = freeze(rgb, chosen, is_rgb=True)
+        plan = fit_plan(rgb, chosen, is_rgb=True)
         got = apply_block(rgb, plan)
         assert got[:2].max() < 1e-3
         assert got[2].max() > 0.9
-        assert freeze(da.from_array(rgb, chunks=(3, 17, 20)), chosen, is_rgb=True) == plan
-    stains = freeze(rgb, PreprocessSettings(histogram=None), ["R", "G", "B"])
+        assert fit_plan(da.from_array(rgb, chunks=(3, 17, 20)), chosen, is_rgb=True) == plan
+    stains = fit_plan(rgb, PreprocessSettings(histogram=None), ["R", "G", "B"])
     np.testing.assert_array_equal(apply_block(rgb, stains), rgb)  # a weak stain is a stain
 
 
@@ -408,7 +408,7 @@ def make_plan(method, dtype):
     chosen = PreprocessSettings(histogram=histogram, gaussian=GaussianSettings(sigma=1.3))
     return (
         x,
-        freeze(x, chosen, ["R", "G", "B", "Cyan"], reference=picture(dtype, (4, 30, 30), seed=3)),
+        fit_plan(x, chosen, ["R", "G", "B", "Cyan"], reference=picture(dtype, (4, 30, 30), seed=3)),
         chosen,
     )
 
@@ -451,7 +451,7 @@ def test_plans_survive_json_and_pickle(method, dtype):
         assert back == plan
         assert back.key == plan.key
         np.testing.assert_array_equal(apply_block(x, back), apply_block(x, plan))
-    again = freeze(
+    again = fit_plan(
         da.from_array(x, chunks=(1, 17, 83)),
         chosen,
         ["R", "G", "B", "Cyan"],
@@ -464,20 +464,20 @@ def test_other_statistics_are_another_plan():
     x, plan, chosen = make_plan("stretch", np.uint16)
     x = x.copy()
     x[0] = x[0] // 2
-    assert freeze(x, chosen, ["R", "G", "B", "Cyan"]) != plan
+    assert fit_plan(x, chosen, ["R", "G", "B", "Cyan"]) != plan
 
 
 def test_one_channel_stays_grey_and_a_colour_picture_stays_as_it_is():
-    assert freeze(picture(np.uint8, (1, 20, 20))).out_channels == 1
+    assert fit_plan(picture(np.uint8, (1, 20, 20))).out_channels == 1
     rgb = picture(np.uint8, (3, 20, 20))
     nothing = PreprocessSettings(histogram=None)
-    np.testing.assert_array_equal(apply_block(rgb, freeze(rgb, nothing, ["c", "m", "y"], is_rgb=True)), rgb)
+    np.testing.assert_array_equal(apply_block(rgb, fit_plan(rgb, nothing, ["c", "m", "y"], is_rgb=True)), rgb)
     weighted = PreprocessSettings(histogram=None, reconstruct=ReconstructSettings(ratio=[1, 0.5, 0]))
-    half = apply_block(rgb, freeze(rgb, weighted, None, is_rgb=True))
+    half = apply_block(rgb, fit_plan(rgb, weighted, None, is_rgb=True))
     np.testing.assert_array_equal(half[0], rgb[0])
     assert not half[2].any()
     two = picture(np.uint8, (2, 20, 20))
-    assert apply_block(two, freeze(two, nothing, ["DAPI", "GFP"]))[0].max() == 0
+    assert apply_block(two, fit_plan(two, nothing, ["DAPI", "GFP"]))[0].max() == 0
 
 
 def test_clahe_needs_to_know_where_a_block_lies():

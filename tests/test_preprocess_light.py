@@ -25,7 +25,7 @@ from daskcell.config import (
 )
 from daskcell.errors import ConfigError, InputError
 from daskcell.geometry import Box, Grid
-from daskcell.preprocess import Plan, apply_block, freeze, prepare
+from daskcell.preprocess import Plan, apply_block, fit_plan, prepare
 from daskcell.preprocess.background import Background
 from daskcell.preprocess.stains import LEVELS, ColourCounts, find_stains
 
@@ -217,7 +217,7 @@ def test_the_command_writes_a_flat_field_that_a_run_can_use(tmp_path):
     assert done.exit_code == 0, done.output
     assert "preprocess.background.dark=20" in done.output
     chosen = BackgroundSettings(flat=str(made), dark=20)
-    plan = freeze(pictures[0], PreprocessSettings(background=chosen, histogram=None))
+    plan = fit_plan(pictures[0], PreprocessSettings(background=chosen, histogram=None))
     expected = dc.correct_background(pictures[0], flat=dc.estimate_flat(pictures, 20), dark=20)
     np.testing.assert_array_equal(apply_block(pictures[0], plan), expected.compute())
     assert CliRunner().invoke(app, command).exit_code != 0, "what is there is not replaced"
@@ -338,7 +338,7 @@ def test_references_are_named_in_the_settings(tmp_path):
         reconstruct=None, histogram=HistogramSettings(method="match", reference=names)
     )
     expected = dc.adjust_histogram(x, "match", reference=others).compute()
-    np.testing.assert_array_equal(apply_block(x, freeze(x, chosen)), expected)
+    np.testing.assert_array_equal(apply_block(x, fit_plan(x, chosen)), expected)
 
 
 # -- in a plan ------------------------------------------------------------------------------------
@@ -369,8 +369,8 @@ def test_a_plan_with_all_light_steps_is_the_functions_one_after_another(field, d
         background=BackgroundSettings(flat=path, dark=2, radius=12), gaussian=GaussianSettings(sigma=1.3)
     )
     cut = da.from_array(x, chunks=(4, 30, 41))
-    plan = freeze(cut, chosen, ["R", "G", "B", "Cyan"])
-    assert plan == freeze(x, chosen, ["R", "G", "B", "Cyan"])
+    plan = fit_plan(cut, chosen, ["R", "G", "B", "Cyan"])
+    assert plan == fit_plan(x, chosen, ["R", "G", "B", "Cyan"])
     assert Plan.from_json(json.dumps(plan.to_json())) == plan
     even = dc.correct_background(cut, 12, flat=flat, dark=2)
     by_hand = dc.gaussian(dc.adjust_histogram(dc.reconstruct(even)), 1.3).compute()
@@ -384,9 +384,9 @@ def test_a_plan_with_stains_is_the_functions_one_after_another(method):
     chosen = PreprocessSettings(
         background=BackgroundSettings(radius=20, light=True), stains=StainSettings(method=method)
     )
-    plan = freeze(x, chosen, ["R", "G", "B"], is_rgb=True)
+    plan = fit_plan(x, chosen, ["R", "G", "B"], is_rgb=True)
     cut = da.from_array(x, chunks=(1, 25, 83))
-    assert freeze(cut, chosen, ["R", "G", "B"], is_rgb=True) == plan
+    assert fit_plan(cut, chosen, ["R", "G", "B"], is_rgb=True) == plan
     assert Plan.from_json(plan.to_json()) == plan
     by_hand = dc.adjust_stains(dc.correct_background(cut, 20, light=True), method)
     by_hand = dc.adjust_histogram(by_hand, linked=method == "normalize").compute()
@@ -397,7 +397,7 @@ def test_a_flat_field_that_changed_is_not_used_unasked(tmp_path):
     x = picture(np.uint8, (1, 61, 83))
     tifffile.imwrite(tmp_path / "flat.tif", np.full((61, 83), 90, np.uint8))
     chosen = PreprocessSettings(background=BackgroundSettings(flat=str(tmp_path / "flat.tif")))
-    plan = Plan.from_json(freeze(x, chosen).to_json())
+    plan = Plan.from_json(fit_plan(x, chosen).to_json())
     from daskcell.preprocess.background import _flat
 
     _flat.cache_clear()
@@ -411,7 +411,7 @@ def test_a_flat_field_that_changed_is_not_used_unasked(tmp_path):
 
 def test_stains_are_for_colour_pictures():
     with pytest.raises(InputError, match="stains"):
-        freeze(picture(np.uint8, (3, 20, 20)), PreprocessSettings(stains=StainSettings()), is_rgb=False)
+        fit_plan(picture(np.uint8, (3, 20, 20)), PreprocessSettings(stains=StainSettings()), is_rgb=False)
 
 
 @pytest.mark.parametrize(

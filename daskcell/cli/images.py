@@ -88,7 +88,7 @@ def segment(
     from daskcell.images import convert_slide
     from daskcell.pipeline import fingerprints
     from daskcell.pipeline.worker_pool import comfortable_memory, refuse_small_workers
-    from daskcell.preprocess import freeze_slide
+    from daskcell.preprocess import fit_slide
     from daskcell.segmentation.engine import segment_slide
     from daskcell.storage.atomic import remove
 
@@ -109,7 +109,7 @@ def segment(
         whole = Path(scratch) / out.name
         notes = convert_slide(found, whole, workers, settings.input).get("notes", ())
         print(*(f"{note}\n" for note in notes), sep="", end="", file=sys.stderr)
-        plan = freeze_slide(whole, settings.preprocess, workers)
+        plan = fit_slide(whole, settings.preprocess, workers)
         block = settings.compute.block
         rest = Path(scratch) / "scratch"
         device = settings.compute.network_device
@@ -209,7 +209,7 @@ def _method(settings: Any) -> Any:
     """From a picture ``(C, Y, X)`` to its cells, as a run with these settings finds them."""
     import numpy as np
 
-    from daskcell.preprocess import apply_block, freeze
+    from daskcell.preprocess import apply_block, fit_plan
     from daskcell.segmentation import segment
 
     chosen = settings.segment.model_dump(exclude={"watershed", "tissue_mask", "keep_flows"})
@@ -220,7 +220,7 @@ def _method(settings: Any) -> Any:
         chosen["device"] = settings.compute.network_device
 
     def find(picture: Any) -> Any:
-        plan = freeze(picture, settings.preprocess, is_rgb=len(picture) == 3)
+        plan = fit_plan(picture, settings.preprocess, is_rgb=len(picture) == 3)
         return np.asarray(segment(apply_block(picture, plan), **chosen))
 
     return find

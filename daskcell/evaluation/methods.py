@@ -51,9 +51,9 @@ def cellpose_method(
 
     def segment(picture: np.ndarray) -> np.ndarray:
         if preprocess is not None:
-            from daskcell.preprocess import apply_block, freeze
+            from daskcell.preprocess import apply_block, fit_plan
 
-            picture = apply_block(picture, freeze(picture, preprocess, is_rgb=len(picture) == 3))
+            picture = apply_block(picture, fit_plan(picture, preprocess, is_rgb=len(picture) == 3))
         normalised = _normalised(picture)
 
         def run(size: float | None) -> np.ndarray:

@@ -179,7 +179,7 @@ class ResultExtremes:
 
 @dataclass(frozen=True, eq=False)
 class Clahe(_Placed):
-    """The frozen step. Result on the 0-1 scale.
+    """The step of a plan. Result on the 0-1 scale.
 
     At a coarser level the tiles and their maps are the whole image's, looked up at the middle of each pixel.
     """

@@ -65,17 +65,17 @@ def map_step(x: da.Array, step: Step) -> da.Array:
     assert not step.halo, f"{step.kind} has no lazy form"
     chunks = ((step.channels(int(x.shape[0])),), *x.chunks[1:])
     dtype = step.dtype(x.dtype)
-    return da.map_blocks(_apply_frozen, x, step, chunks=chunks, dtype=dtype, meta=np.empty((0, 0, 0), dtype))
+    return da.map_blocks(_apply_step, x, step, chunks=chunks, dtype=dtype, meta=np.empty((0, 0, 0), dtype))
 
 
-def map_frozen(x: da.Array, step: Any, dtype: np.dtype) -> da.Array:
+def map_delayed_step(x: da.Array, step: Any, dtype: np.dtype) -> da.Array:
     """A pointwise step that is known only when the graph is computed (a `dask.delayed`)."""
     import dask.array as da
 
-    return da.map_blocks(_apply_frozen, x, step, dtype=dtype, meta=np.empty((0, 0, 0), dtype))
+    return da.map_blocks(_apply_step, x, step, dtype=dtype, meta=np.empty((0, 0, 0), dtype))
 
 
-def _apply_frozen(block: Any, step: Step, block_info: Any = None) -> Any:
+def _apply_step(block: Any, step: Step, block_info: Any = None) -> Any:
     return apply_steps(block, (step,), _box(block_info))
 
 
@@ -157,7 +157,7 @@ def count_lazily(x: Any, counting: Any, steps: tuple[Step, ...] = ()) -> Any:
     return parts[0]
 
 
-def frozen_lazily(pictures: Sequence[da.Array], state: Any, passes: int) -> Any:
+def fit_lazily(pictures: Sequence[da.Array], state: Any, passes: int) -> Any:
     """The step that `passes` passes over an image, or a set of them, lead to, as one `dask.delayed`."""
     from dask.delayed import delayed
 

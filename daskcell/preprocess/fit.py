@@ -1,7 +1,7 @@
-"""Freezing: the statistics of one image, counted, and the `Plan` they lead to.
+"""From settings to a `Plan`: the statistics of one image are counted, and every step gets its numbers.
 
-`freeze` counts an array, `freeze_slide` an OME-Zarr image without ever holding the whole; both count the same
-things and give the same plan. How an image is read for it is `surveys`' matter.
+`fit_plan` counts an array, `fit_slide` an OME-Zarr image without ever holding the whole; both count the same
+things and give the same plan. `block_stats` reads the image for them.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _OVERDRIVEN = 10.0
 """A stain is rare if contrast up to its 99th percentile would show its 99.9th this many times too bright."""
 
 
-def freeze(
+def fit_plan(
     image: Any,
     settings: PreprocessSettings | None = None,
     channels: Sequence[str] | None = None,
@@ -62,7 +62,7 @@ def freeze(
     *,
     reference: Any = None,
 ) -> Plan:
-    """Freeze the preprocessing of an array.
+    """Fit the preprocessing of an array.
 
     Parameters
     ----------
@@ -85,7 +85,7 @@ def freeze(
         raise InputError(
             f"An image must have the axes (C, Y, X), but this one has shape {tuple(image.shape)}."
         )
-    return _freeze(
+    return _fit(
         tuple(image.shape),
         image.dtype,
         settings,
@@ -96,10 +96,10 @@ def freeze(
     )
 
 
-def freeze_slide(
+def fit_slide(
     zarr_path: str | Path, settings: PreprocessSettings | None = None, workers: Workers | None = None
 ) -> Plan:
-    """Freeze the preprocessing of an OME-Zarr image, one task a block; the same plan as from the whole."""
+    """Fit the preprocessing of an OME-Zarr image, one task a block; the same plan as from the whole."""
     from daskcell import images
 
     settings = settings or PreprocessSettings()
@@ -108,10 +108,10 @@ def freeze_slide(
     def survey(counting: Pass, steps: tuple[Step, ...]) -> Any:
         return count_slide(zarr_path, counting, steps, workers)
 
-    return _freeze(info.shape, info.dtype, settings, info.channels, info.is_rgb, None, survey)
+    return _fit(info.shape, info.dtype, settings, info.channels, info.is_rgb, None, survey)
 
 
-def _freeze(
+def _fit(
     shape: tuple[int, ...],
     dtype: Any,
     settings: PreprocessSettings,
@@ -147,7 +147,7 @@ def _freeze(
         matched = None
         linked = is_rgb if settings.histogram.linked == "auto" else settings.histogram.linked
         if settings.histogram.method == "match":
-            matched = _freeze_reference(settings.histogram, reference, dtype, tuple(steps), shape[0], linked)
+            matched = _fit_reference(settings.histogram, reference, dtype, tuple(steps), shape[0], linked)
         state: Any = start_pass(settings.histogram, kind, (count, *shape[1:]), linked, matched)
 
         def counts(counting: Pass) -> Any:
@@ -274,7 +274,7 @@ def start_pass(
     return first_pass(aim, dtype, shape[0], shape[1] * shape[2], linked)
 
 
-def _freeze_reference(
+def _fit_reference(
     histogram: HistogramSettings,
     reference: Any,
     dtype: Any,

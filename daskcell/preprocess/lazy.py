@@ -30,9 +30,9 @@ from daskcell.errors import InputError
 from daskcell.preprocess.background import Background, Flat
 from daskcell.preprocess.block_stats import as_set, pixels_of
 from daskcell.preprocess.colors import auto_colors, mixing_weights
-from daskcell.preprocess.dask_graph import as_planes, frozen_lazily, map_frozen, map_step, read_again
+from daskcell.preprocess.dask_graph import as_planes, fit_lazily, map_delayed_step, map_step, read_again
 from daskcell.preprocess.dtypes import float_dtype
-from daskcell.preprocess.fit import check_reference, find_reference_stains, freeze, start_pass
+from daskcell.preprocess.fit import check_reference, find_reference_stains, fit_plan, start_pass
 from daskcell.preprocess.plan import Plan
 from daskcell.preprocess.stains import ColourCounts, separation
 from daskcell.preprocess.statistics import Equalizing, Referring, Stretching, first_pass, passes_needed
@@ -102,7 +102,7 @@ def correct_background(
 
         whole = field.to_delayed(optimize_graph=False).item()
         step = delayed(Flat.of, pure=True)(whole, float(dark), tuple(planes.shape), planes.dtype)
-        result = map_frozen(planes, step, planes.dtype)
+        result = map_delayed_step(planes, step, planes.dtype)
     if radius is not None:
         result = map_step(result, Background((planes.shape[1], planes.shape[2]), float(radius), light))
     return result[0] if np.ndim(x) == 2 else result
@@ -146,8 +146,8 @@ def adjust_stains(
     if method == "separate":
         return map_step(planes, separation())
     standard = None if reference is None else find_reference_stains(as_planes(reference))
-    step = frozen_lazily([planes], ColourCounts(standard=standard), 1)
-    return map_frozen(read_again(planes, step), step, planes.dtype)
+    step = fit_lazily([planes], ColourCounts(standard=standard), 1)
+    return map_delayed_step(read_again(planes, step), step, planes.dtype)
 
 
 def reconstruct(
@@ -272,13 +272,13 @@ def adjust_histogram(
         for other in others:
             check_reference(other, dtype, planes.shape[0])
         counting = first_pass(Referring(), dtype, planes.shape[0], pixels_of(others), linked)
-        frozen = frozen_lazily(others, counting, passes_needed(Referring, dtype))
-        state = delayed(start_pass, pure=True)(settings, dtype, planes.shape, linked, frozen)
+        fitted = fit_lazily(others, counting, passes_needed(Referring, dtype))
+        state = delayed(start_pass, pure=True)(settings, dtype, planes.shape, linked, fitted)
     passes = (
         3 if method == "clahe" else passes_needed(Stretching if method == "stretch" else Equalizing, dtype)
     )
-    step = frozen_lazily([planes], state, passes)
-    result = map_frozen(
+    step = fit_lazily([planes], state, passes)
+    result = map_delayed_step(
         read_again(planes, step), step, float_dtype(dtype) if method in ("equalize", "clahe") else dtype
     )
     return result[0] if np.ndim(x) == 2 else result
@@ -342,7 +342,7 @@ def prepare(image: Any, settings: PreprocessSettings | Plan | None = None) -> da
         plan = settings
     else:
         names = getattr(image, "channels", None)
-        plan = freeze(planes, settings, names, getattr(image, "is_rgb", False))
+        plan = fit_plan(planes, settings, names, getattr(image, "is_rgb", False))
     if tuple(planes.shape[1:]) != plan.shape or planes.shape[0] != plan.in_channels:
         raise InputError(
             f"The plan is for shape {(plan.in_channels, *plan.shape)}, but the image has {planes.shape}."
