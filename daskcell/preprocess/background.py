@@ -16,13 +16,13 @@ import numpy as np
 
 from daskcell.errors import InputError
 from daskcell.geometry import Box
-from daskcell.preprocess.coarse_grid import Lattice
+from daskcell.preprocess.coarse_grid import CoarseGrid
 from daskcell.preprocess.dtypes import is_small, largest, to_dtype
 from daskcell.preprocess.steps import _Placed, _Same
 from daskcell.storage.atomic import digest
 
 _CELLS = 6
-"""Cells of the lattice in a disc's radius: more follow the background closer, and cost more."""
+"""Cells of the coarse grid in a disc's radius: more follow the background closer, and cost more."""
 _LEAST_RADIUS = 4.0
 """Least radius of the disc at a coarser level: the background that comes closest to the image's own."""
 
@@ -50,19 +50,19 @@ class Background(_Same):
     light: bool = False
 
     @property
-    def lattice(self) -> Lattice:
-        return Lattice(self.shape, max(1, int(self.radius / _CELLS)))
+    def grid(self) -> CoarseGrid:
+        return CoarseGrid(self.shape, max(1, int(self.radius / _CELLS)))
 
     @property
     def reach(self) -> int:
-        """Radius of the disc in cells of the lattice."""
-        return math.ceil(self.radius / self.lattice.cell)
+        """Radius of the disc in cells of the coarse grid."""
+        return math.ceil(self.radius / self.grid.cell)
 
     @property
     def disc(self) -> np.ndarray:
         """The cells ``(2 reach + 1, 2 reach + 1)`` that the disc covers."""
         y, x = np.ogrid[-self.reach : self.reach + 1, -self.reach : self.reach + 1]
-        return (y * y + x * x) * self.lattice.cell**2 <= self.radius**2
+        return (y * y + x * x) * self.grid.cell**2 <= self.radius**2
 
     def at_level(self, level: int, shape: tuple[int, int]) -> Background:
         return Background(shape, max(_LEAST_RADIUS, self.radius / 2**level), self.light)
@@ -70,18 +70,18 @@ class Background(_Same):
     @property
     def halo(self) -> int:
         # Opening reads twice its reach, spreading a cell more, and of the outermost cell a part may be cut.
-        return self.lattice.cell * (2 * self.reach + 2)
+        return self.grid.cell * (2 * self.reach + 2)
 
     def means(self, block: np.ndarray, box: Box) -> np.ndarray:
-        """Mean (float64) of every cell of the lattice in each channel of a block at `box`."""
-        return np.stack([self.lattice.means(plane, box) for plane in block])
+        """Mean (float64) of every cell of the coarse grid in each channel of a block at `box`."""
+        return np.stack([self.grid.means(plane, box) for plane in block])
 
     def clear(self, block: np.ndarray, ground: np.ndarray, cells: Box, box: Box) -> np.ndarray:
         """A block at `box` less the `ground` of the `cells` below it (`light`: divided by it)."""
         out = np.empty_like(block)
         white = largest(block.dtype)
         for target, plane, values in zip(out, block, ground, strict=True):
-            below = self.lattice.spread(values, cells, box)
+            below = self.grid.spread(values, cells, box)
             if self.light:
                 with np.errstate(divide="ignore", invalid="ignore"):
                     cleared = np.where(below > 0, plane / below * white, 0)
@@ -95,7 +95,7 @@ class Background(_Same):
 
         turn = ndimage.grey_closing if self.light else ndimage.grey_opening
         ground = turn(self.means(block, box), footprint=self.disc[None], mode="reflect")
-        return self.clear(block, ground, self.lattice.inside(box), box)
+        return self.clear(block, ground, self.grid.inside(box), box)
 
     def to_json(self) -> dict[str, Any]:
         return {"shape": list(self.shape), "radius": self.radius, "light": self.light}

@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 COUNT_BLOCK = 2048
 
-Survey = Callable[[Pass, tuple[Step, ...]], Any]
+RunPass = Callable[[Pass, tuple[Step, ...]], Any]
 """One pass over the image: merged counts of all blocks after the given steps."""
 
 
-def run_passes(state: Any, survey: Callable[[Pass], Any]) -> Any:
+def run_passes(state: Any, run_pass: Callable[[Pass], Any]) -> Any:
     """Count, merge and finish until a step (or reference) is reached."""
     while hasattr(state, "count"):
-        state = state.finish(survey(state))
+        state = state.finish(run_pass(state))
     return state
 
 

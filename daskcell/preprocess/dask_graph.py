@@ -106,12 +106,12 @@ def _smooth(x: da.Array, sigma: float) -> da.Array:
 
 
 def _clear(x: da.Array, step: Background) -> da.Array:
-    """The image less (or by) what its background is on a coarse lattice, opened by dask-image's filters."""
+    """The image less (or by) what its background is on a coarse grid, opened by dask-image's filters."""
     import dask.array as da
     from dask.array.overlap import overlap
 
-    # Chunks that are cut between cells of the lattice, so that each cell's mean is made in one of them.
-    cell = step.lattice.cell
+    # Chunks that are cut between cells of the coarse grid, so that each cell's mean is made in one of them.
+    cell = step.grid.cell
     edges = [{0, side, *(edge // cell * cell for edge in np.cumsum(sizes))} for side, sizes in _sides(x)]
     grid = Grid(*(tuple(sorted(int(edge) for edge in axis)) for axis in edges))
     x = x.rechunk({0: -1, 1: grid.chunks[0], 2: grid.chunks[1]})
@@ -135,7 +135,7 @@ def _means(block: Any, step: Background, block_info: Any = None) -> Any:
 
 def _clear_block(block: Any, ground: Any, step: Background, block_info: Any = None) -> Any:
     box = _box(block_info)
-    cells = step.lattice.inside(box).grow(1).clip(step.lattice.counts)
+    cells = step.grid.inside(box).grow(1).clip(step.grid.counts)
     return step.clear(block, ground, cells, box)
 
 

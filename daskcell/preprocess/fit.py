@@ -16,7 +16,7 @@ from daskcell.config import BackgroundSettings, HistogramSettings, PreprocessSet
 from daskcell.errors import InputError
 from daskcell.preprocess.background import Background, FlatFile
 from daskcell.preprocess.block_stats import (
-    Survey,
+    RunPass,
     as_set,
     count_array,
     count_set,
@@ -105,10 +105,10 @@ def fit_slide(
     settings = settings or PreprocessSettings()
     info = images.image_info(zarr_path)
 
-    def survey(counting: Pass, steps: tuple[Step, ...]) -> Any:
+    def run_pass(counting: Pass, steps: tuple[Step, ...]) -> Any:
         return count_slide(zarr_path, counting, steps, workers)
 
-    return _fit(info.shape, info.dtype, settings, info.channels, info.is_rgb, None, survey)
+    return _fit(info.shape, info.dtype, settings, info.channels, info.is_rgb, None, run_pass)
 
 
 def _fit(
@@ -118,7 +118,7 @@ def _fit(
     channels: Sequence[str] | None,
     is_rgb: bool,
     reference: Any,
-    survey: Survey,
+    run_pass: RunPass,
 ) -> Plan:
     if 0 in shape:
         raise InputError(f"The image has no pixels (shape {shape}).")
@@ -128,12 +128,12 @@ def _fit(
     if settings.stains is not None:
         if not is_rgb:
             raise InputError("Only the stains of a colour picture can be told apart: leave 'stains' out.")
-        steps.append(run_passes(start_stains(settings.stains), lambda counting: survey(counting, before)))
+        steps.append(run_passes(start_stains(settings.stains), lambda counting: run_pass(counting, before)))
         kind = steps[-1].dtype(kind)
         # Stains that were taken apart are no colours that belong together.
         is_rgb = settings.stains.method == "normalize"
     elif settings.reconstruct is not None and count > 1 and not is_rgb and kind.kind == "u":
-        steps += _without_noise(survey, before, kind)
+        steps += _without_noise(run_pass, before, kind)
     taken_apart = settings.stains is not None and not is_rgb
     weights = None if taken_apart else _weights(settings, count, channels, is_rgb)
     if weights is not None:
@@ -141,7 +141,7 @@ def _fit(
         count = len(weights)
     counted: np.ndarray | None = None
     if weights is None and is_rgb and settings.reconstruct is not None and is_small(kind):
-        blanks, counted = _without_dead_channels(survey, tuple(steps), kind)
+        blanks, counted = _without_dead_channels(run_pass, tuple(steps), kind)
         steps += blanks
     if settings.histogram is not None:
         matched = None
@@ -156,7 +156,7 @@ def _fit(
                 known = counting.of_pixels(known)
             elif not isinstance(counting, ExactCounts):
                 known = None
-            return survey(counting, tuple(steps)) if known is None else known
+            return run_pass(counting, tuple(steps)) if known is None else known
 
         steps.append(run_passes(state, counts))
     if settings.gaussian is not None:
@@ -191,7 +191,7 @@ def find_reference_stains(reference: Any) -> Palette:
     return run_passes(ColourCounts(finding=True), lambda counting: count_array(reference, counting, ()))
 
 
-def _without_noise(survey: Survey, steps: tuple[Step, ...], dtype: np.dtype) -> list[Step]:
+def _without_noise(run_pass: RunPass, steps: tuple[Step, ...], dtype: np.dtype) -> list[Step]:
     """A step that keeps of a rare stain only what is stained, if there is one beside others.
 
     Of a marker that few cells carry, the 99th percentile is still background, and whatever adjusts contrast
@@ -202,7 +202,7 @@ def _without_noise(survey: Survey, steps: tuple[Step, ...], dtype: np.dtype) -> 
     if not is_small(dtype):
         return []
     counting = ExactCounts(Referring(), dtype)
-    counts = survey(counting, steps)
+    counts = run_pass(counting, steps)
     usual = np.array(counting.limits(counts, Stretching(1.0, 99.0)))
     rare = np.array(counting.limits(counts, Stretching(1.0, 99.9)))
     sparse = _OVERDRIVEN * (usual[:, 1] - usual[:, 0]) < rare[:, 1] - rare[:, 0]
@@ -212,7 +212,7 @@ def _without_noise(survey: Survey, steps: tuple[Step, ...], dtype: np.dtype) -> 
 
 
 def _without_dead_channels(
-    survey: Survey, steps: tuple[Step, ...], dtype: np.dtype
+    run_pass: RunPass, steps: tuple[Step, ...], dtype: np.dtype
 ) -> tuple[list[Step], np.ndarray]:
     """A step that empties channels of a colour picture that hold no signal, if any; and the counts after it.
 
@@ -220,7 +220,7 @@ def _without_dead_channels(
     Whatever adjusts contrast channel by channel later, such as Cellpose, would blow it up.
     """
     counting = ExactCounts(Referring(), dtype)
-    counts = survey(counting, steps).copy()
+    counts = run_pass(counting, steps).copy()
     bright = np.array(counting.limits(counts, Stretching(0.0, _SIGNAL_PERCENTILE)))[:, 1]
     dead = bright < _DEAD * bright.max()
     if not dead.any():

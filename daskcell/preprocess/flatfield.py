@@ -11,12 +11,12 @@ import numpy as np
 from daskcell.errors import InputError
 from daskcell.geometry import Box
 from daskcell.images.arrays import plain
-from daskcell.preprocess.coarse_grid import Lattice
+from daskcell.preprocess.coarse_grid import CoarseGrid
 from daskcell.preprocess.dtypes import check_finite, working_dtype
 from daskcell.preprocess.steps import smooth
 
 _CELLS = 48
-"""Cells of the lattice along the longer side."""
+"""Cells of the coarse grid along the longer side."""
 _SIGMA = 1.0
 """Smoothing of the result, in cells."""
 _LEAST = 3
@@ -58,9 +58,9 @@ def estimate_flat(pictures: Any, dark: float = 0.0) -> np.ndarray:
                 "pictures of one size."
             )
         check_finite(picture)
-        lattice = Lattice((shape[1], shape[2]), max(1, max(shape[1:]) // _CELLS))
+        grid = CoarseGrid((shape[1], shape[2]), max(1, max(shape[1:]) // _CELLS))
         whole = Box(0, 0, shape[1], shape[2])
-        light = np.stack([lattice.means(plane, whole) for plane in picture]) - dark
+        light = np.stack([grid.means(plane, whole) for plane in picture]) - dark
         level = light.mean(axis=(1, 2), keepdims=True)
         if not (level > 0).all():
             raise InputError(f"Picture {number} has no light above dark = {dark:g}: leave it out.")
@@ -70,7 +70,7 @@ def estimate_flat(pictures: Any, dark: float = 0.0) -> np.ndarray:
         raise InputError(f"A flat field needs {_LEAST} pictures or more, not {len(means)} picture(s).")
     field = smooth(np.median(np.stack(means), axis=0), _SIGMA)
     cells = Box(0, 0, *field.shape[1:])
-    spread = np.stack([lattice.spread(plane.astype(np.float64), cells, whole) for plane in field])
+    spread = np.stack([grid.spread(plane.astype(np.float64), cells, whole) for plane in field])
     spread *= np.median(np.stack(levels), axis=0) / spread.mean(axis=(1, 2), keepdims=True)
     return (spread + dark).astype(np.float32)
 
