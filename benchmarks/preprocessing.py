@@ -2,7 +2,7 @@
 
     python benchmarks/preprocessing.py [--side 8192] [--workers 2]
 
-Colour picture from four stains, percentile stretch, Gaussian; OME-Zarr to OME-Zarr without a pyramid.
+Colour image from four stains, percentile stretch, Gaussian; OME-Zarr to OME-Zarr without a pyramid.
 The percentiles are counted once and given to both. Prints as JSON: seconds, ratio, peak memory of a worker,
 and whether every pixel is the same.
 """

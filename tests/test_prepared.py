@@ -18,7 +18,7 @@ import skimage.transform
 import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_preprocess import chunkings, picture
+from test_preprocess import chunkings, random_image
 
 import daskcell as dc
 from daskcell import images
@@ -188,7 +188,7 @@ DTYPES = ["u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f4", "f8"]
 )
 def test_filters_of_dask_image_give_the_bits_of_the_steps(chunks, sigma, radius, light, dtype, flat):
     """Odd chunks, chunks smaller than the halo, images smaller than it; 2-D and (C, Y, X)."""
-    x = picture(dtype)
+    x = random_image(dtype)
     whole = Box(0, 0, *x.shape[1:])
     lazy = da.from_array(x, chunks=(1, *chunks))
     lazy, x = (lazy[0], x[:1]) if flat else (lazy, x)
@@ -204,7 +204,7 @@ def test_filters_of_dask_image_give_the_bits_of_the_steps(chunks, sigma, radius,
 
 @pytest.mark.parametrize("shape", [(1, 3, 300), (2, 300, 3), (1, 2, 2)])
 def test_images_smaller_than_a_filter_are_filtered_whole(shape):
-    x = picture(np.uint8, shape)
+    x = random_image(np.uint8, shape)
     whole = Box(0, 0, *shape[1:])
     lazy = da.from_array(x, chunks=(1, 1, 7))
     np.testing.assert_array_equal(dc.gaussian(lazy, 5.0, axes="CYX"), Gaussian(5.0).apply(x, whole))
@@ -213,7 +213,7 @@ def test_images_smaller_than_a_filter_are_filtered_whole(shape):
 
 
 def test_the_lazy_filters_are_those_of_dask_image():
-    x = da.from_array(picture(np.uint8, (1, 61, 83)), chunks=(1, 30, 40))
+    x = da.from_array(random_image(np.uint8, (1, 61, 83)), chunks=(1, 30, 40))
     assert any("gaussian_filter" in name for name in dc.gaussian(x, 1.0).dask.layers)
     layers = list(dc.correct_background(x, 12.0).dask.layers)
     assert any("minimum_filter" in name for name in layers)

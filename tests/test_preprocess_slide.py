@@ -64,7 +64,7 @@ def test_histograms_kept_with_the_image_save_reading_it(slide, method, monkeypat
     assert len(read) > passes.get(method, 0)
 
 
-def test_the_tif_is_the_preprocessed_picture(slide, tmp_path):
+def test_the_tif_is_the_preprocessed_image(slide, tmp_path):
     path, x = slide
     settings = PreprocessSettings(gaussian=GaussianSettings(sigma=2.0))
     plan = fit_slide(path, settings)
@@ -103,7 +103,7 @@ def test_a_failed_write_leaves_no_file(slide, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_reference_picture_is_matched(slide, tmp_path):
+def test_a_reference_image_is_matched(slide, tmp_path):
     path, x = slide
     settings = PreprocessSettings(histogram=HistogramSettings(method="match", reference=str(path)))
     darker = (x // 2 if x.dtype.kind == "u" else x / 2).astype(x.dtype)
@@ -176,7 +176,7 @@ def test_a_rare_stain_keeps_its_cells_and_loses_its_noise():
     assert np.percentile(out[1], 99) == 0, "what the network takes its percentiles of"
     again = type(plan).from_json(plan.to_json())
     np.testing.assert_array_equal(apply_block(stains, again)[0], out[0])
-    # Where all stains are rare, the picture is merely empty for the most part, and nothing is cut.
+    # Where all stains are rare, the image is merely empty for the most part, and nothing is cut.
     few = np.where(stains > 150, stains, stains // 3)
     few[:] = few[1]
     assert "floor" not in [step.kind for step in fit_plan(few, PreprocessSettings(), list("abc")).steps]

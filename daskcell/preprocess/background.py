@@ -1,6 +1,6 @@
 """Uneven light taken out: by a flat field, or by the background below the cells.
 
-A camera sees ``pixel = dark + light * (cells + background)``. `Flat` divides by the light, as a picture of
+A camera sees ``pixel = dark + light * (cells + background)``. `Flat` divides by the light, as an image of
 the empty field shows it; `Background` takes off what is left below structures of a given size.
 """
 
@@ -29,11 +29,11 @@ _LEAST_RADIUS = 4.0
 
 @dataclass(frozen=True)
 class Background(_Same):
-    """The picture less the background that a disc of `radius` pixels rolls under.
+    """The image less the background that a disc of `radius` pixels rolls under.
 
     The background is the morphological opening, by the disc, of the means of small square cells (a sixth of
     the radius), spread linearly: what is narrower than the disc is no background. Where the ground is `light`
-    the closing, and the picture is divided by it, so that the ground becomes white. Same dtype; integers are
+    the closing, and the image is divided by it, so that the ground becomes white. Same dtype; integers are
     rounded and cut, so nothing of theirs is below 0.
 
     At a coarser level the disc covers the same part of the image, but never less than `_LEAST_RADIUS` pixels:
@@ -152,7 +152,7 @@ class Flat(_Placed):
 
     @classmethod
     def of(cls, field: np.ndarray, dark: float, shape: tuple[int, ...], dtype: np.dtype) -> Flat:
-        """The step from a picture ``(1 or C, h, w)`` of the empty field, for an image of `shape`.
+        """The step from an image ``(1 or C, h, w)`` of the empty field, for an image of `shape`.
 
         Raises
         ------
@@ -166,7 +166,7 @@ class Flat(_Placed):
         if bad:
             raise InputError(
                 f"The flat field has {bad} pixel(s) of no light (not above dark = {dark:g}): "
-                "give a picture of the evenly lit, empty field."
+                "give an image of the evenly lit, empty field."
             )
         gain = light.mean(axis=(1, 2), keepdims=True) / light
         return cls(gain.astype(np.float32 if is_small(dtype) or dtype == np.float32 else np.float64), dark)
@@ -174,7 +174,7 @@ class Flat(_Placed):
 
 @dataclass(frozen=True)
 class FlatFile(_Placed):
-    """`Flat` from a file, read once per process: a plan names the picture and does not hold it."""
+    """`Flat` from a file, read once per process: a plan names the image and does not hold it."""
 
     kind: ClassVar[str] = "flat"
     path: str

@@ -1,7 +1,7 @@
 """Contrast limited adaptive histogram equalisation (CLAHE) on one grid over the whole image.
 
 Gives block by block what `skimage.exposure.equalize_adapthist` gives for each channel of the whole: the same
-tiles, the same 14-bit grey values, the same rounding. (For a colour picture scikit-image equalises the V of
+tiles, the same 14-bit grey values, the same rounding. (For a colour image scikit-image equalises the V of
 HSV; here every channel is equalised by itself.) Read three times: extremes, histograms of the tiles,
 extremes of the result.
 

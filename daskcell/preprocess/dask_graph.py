@@ -157,12 +157,12 @@ def count_lazily(x: Any, counting: Any, steps: tuple[Step, ...] = ()) -> Any:
     return parts[0]
 
 
-def fit_lazily(pictures: Sequence[da.Array], state: Any, passes: int) -> Any:
+def fit_lazily(images: Sequence[da.Array], state: Any, passes: int) -> Any:
     """The step that `passes` passes over an image, or a set of them, lead to, as one `dask.delayed`."""
     from dask.delayed import delayed
 
     for number in range(passes):
-        parts = [count_lazily(read_again(x, state) if number else x, state) for x in pictures]
+        parts = [count_lazily(read_again(x, state) if number else x, state) for x in images]
         total = parts[0] if len(parts) == 1 else delayed(_merge, pure=True)(state, parts)
         state = delayed(_finish, pure=True)(state, total)
     return state

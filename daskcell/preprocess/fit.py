@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 _SIGNAL_PERCENTILE = 99.8
 _DEAD = 0.05
-"""A channel of a colour picture whose bright pixels reach less of the brightest channel's holds no signal."""
+"""A channel of a colour image whose bright pixels reach less of the brightest channel's holds no signal."""
 _OVERDRIVEN = 10.0
 """A stain is rare if contrast up to its 99th percentile would show its 99.9th this many times too bright."""
 
@@ -71,7 +71,7 @@ def fit_plan(
     channels : names of the channels
         For colours chosen automatically.
     is_rgb : bool
-        A colour picture already: it keeps its channels unless colours or a ratio are asked for.
+        A colour image already: it keeps its channels unless colours or a ratio are asked for.
     reference : array ``(C, Y, X)`` or list of such, optional
         What histograms are matched to (method ``"match"``); default: the files named in the settings.
 
@@ -127,7 +127,7 @@ def _fit(
     before = tuple(steps)
     if settings.stains is not None:
         if not is_rgb:
-            raise InputError("Only the stains of a colour picture can be told apart: leave 'stains' out.")
+            raise InputError("Only the stains of a colour image can be told apart: leave 'stains' out.")
         steps.append(run_passes(start_stains(settings.stains), lambda counting: run_pass(counting, before)))
         kind = steps[-1].dtype(kind)
         # Stains that were taken apart are no colours that belong together.
@@ -185,9 +185,9 @@ def start_stains(stains: StainSettings) -> Any:
 
 
 def find_reference_stains(reference: Any) -> Palette:
-    """The stains of the picture others are brought to."""
+    """The stains of the image others are brought to."""
     if reference.ndim != 3 or reference.shape[0] != 3:
-        raise InputError(f"The reference has shape {tuple(reference.shape)}, not that of a colour picture.")
+        raise InputError(f"The reference has shape {tuple(reference.shape)}, not that of a colour image.")
     return run_passes(ColourCounts(finding=True), lambda counting: count_array(reference, counting, ()))
 
 
@@ -214,7 +214,7 @@ def _without_noise(run_pass: RunPass, steps: tuple[Step, ...], dtype: np.dtype) 
 def _without_dead_channels(
     run_pass: RunPass, steps: tuple[Step, ...], dtype: np.dtype
 ) -> tuple[list[Step], np.ndarray]:
-    """A step that empties channels of a colour picture that hold no signal, if any; and the counts after it.
+    """A step that empties channels of a colour image that hold no signal, if any; and the counts after it.
 
     One stain stored as JPEG in colours leaves compression noise of a few grey levels in the two others.
     Whatever adjusts contrast channel by channel later, such as Cellpose, would blow it up.
@@ -238,7 +238,7 @@ def _weights(
     if chosen is None:
         return None
     if chosen.colors == "auto":
-        # One channel stays one grey channel, a colour picture stays as it is.
+        # One channel stays one grey channel, a colour image stays as it is.
         if chosen.ratio is None and (count == 1 or is_rgb):
             return None
         names = list(channels) if channels is not None and len(channels) == count else [""] * count
@@ -246,7 +246,7 @@ def _weights(
     else:
         colors = list(chosen.colors)
     weights = mixing_weights(count, colors, chosen.ratio if chosen.ratio is not None else [1.0] * count)
-    # Red, green and blue in this order are a colour picture already.
+    # Red, green and blue in this order are a colour image already.
     return None if np.array_equal(weights, np.eye(3)) else weights
 
 
@@ -287,14 +287,14 @@ def _fit_reference(
             raise InputError("Matching histograms needs a reference image: set 'reference'.")
         names = [histogram.reference] if isinstance(histogram.reference, str) else histogram.reference
         reference = [_open(name) for name in names]
-    pictures = as_set(reference)
+    images = as_set(reference)
     kind, count = working_dtype(dtype), channels
-    for picture in pictures:
-        check_reference(picture, kind, channels)
+    for image in images:
+        check_reference(image, kind, channels)
     for step in steps:
         kind, count = step.dtype(kind), step.channels(count)
-    state = first_pass(Referring(), kind, count, pixels_of(pictures), linked)
-    return run_passes(state, lambda counting: count_set(pictures, counting, steps))
+    state = first_pass(Referring(), kind, count, pixels_of(images), linked)
+    return run_passes(state, lambda counting: count_set(images, counting, steps))
 
 
 def _open(path: str) -> Any:

@@ -1,4 +1,4 @@
-"""The flat field of a camera, from many pictures it took."""
+"""The flat field of a camera, from many images it took."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _SIGMA = 1.0
 _LEAST = 3
 
 
-def estimate_flat(pictures: Any, dark: float = 0.0) -> np.ndarray:
-    """How the light of one microscope falls off towards the corners, from pictures of different places.
+def estimate_flat(images: Any, dark: float = 0.0) -> np.ndarray:
+    """How the light of one microscope falls off towards the corners, from images of different places.
 
-    Each picture is averaged over small cells and divided by its own mean light; of every cell the median over
-    all pictures is taken, so that what lies there in a few of them does not count, and smoothed. More
-    pictures give a better field: dozens where cells are sparse, hundreds where they are dense.
+    Each image is averaged over small cells and divided by its own mean light; of every cell the median over
+    all images is taken, so that what lies there in a few of them does not count, and smoothed. More
+    images give a better field: dozens where cells are sparse, hundreds where they are dense.
 
     Parameters
     ----------
-    pictures : path of a folder or a pattern, or an iterable of arrays ``(C, Y, X)`` or paths
+    images : path of a folder or a pattern, or an iterable of arrays ``(C, Y, X)`` or paths
         Of one size and as many channels; read one at a time, in any order.
     dark : float
         What the camera gives without light.
@@ -44,30 +44,30 @@ def estimate_flat(pictures: Any, dark: float = 0.0) -> np.ndarray:
     Raises
     ------
     InputError
-        For fewer than three pictures, pictures of different sizes, or without light.
+        For fewer than three images, images of different sizes, or without light.
     """
     means: list[np.ndarray] = []
     levels: list[np.ndarray] = []
     shape: tuple[int, ...] | None = None
-    for number, picture in enumerate(_each(pictures), start=1):
+    for number, image in enumerate(_each(images), start=1):
         if shape is None:
-            shape = picture.shape
-        if picture.shape != shape:
+            shape = image.shape
+        if image.shape != shape:
             raise InputError(
-                f"Picture {number} has shape {picture.shape}, but the first {shape}: a flat field comes from "
-                "pictures of one size."
+                f"Image {number} has shape {image.shape}, but the first {shape}: a flat field comes from "
+                "images of one size."
             )
-        check_finite(picture)
+        check_finite(image)
         grid = CoarseGrid((shape[1], shape[2]), max(1, max(shape[1:]) // _CELLS))
         whole = Box(0, 0, shape[1], shape[2])
-        light = np.stack([grid.means(plane, whole) for plane in picture]) - dark
+        light = np.stack([grid.means(plane, whole) for plane in image]) - dark
         level = light.mean(axis=(1, 2), keepdims=True)
         if not (level > 0).all():
-            raise InputError(f"Picture {number} has no light above dark = {dark:g}: leave it out.")
+            raise InputError(f"Image {number} has no light above dark = {dark:g}: leave it out.")
         means.append((light / level).astype(np.float32))
         levels.append(level)
     if len(means) < _LEAST or shape is None:
-        raise InputError(f"A flat field needs {_LEAST} pictures or more, not {len(means)} picture(s).")
+        raise InputError(f"A flat field needs {_LEAST} images or more, not {len(means)} image(s).")
     field = smooth(np.median(np.stack(means), axis=0), _SIGMA)
     cells = Box(0, 0, *field.shape[1:])
     spread = np.stack([grid.spread(plane.astype(np.float64), cells, whole) for plane in field])
@@ -75,23 +75,23 @@ def estimate_flat(pictures: Any, dark: float = 0.0) -> np.ndarray:
     return (spread + dark).astype(np.float32)
 
 
-def _each(pictures: Any) -> Iterator[np.ndarray]:
-    from daskcell import images
+def _each(given: Any) -> Iterator[np.ndarray]:
+    from daskcell.images import Source, find_images, open_image
 
-    if isinstance(pictures, str | os.PathLike):
-        pictures = images.find_images(os.fspath(pictures))
-    if hasattr(pictures, "chunks"):
-        pictures = plain(pictures, "pictures").data
-    if not isinstance(pictures, Iterable):
-        raise InputError(f"A flat field comes from pictures or a folder of them, not from {pictures!r}.")
-    for one in pictures:
+    if isinstance(given, str | os.PathLike):
+        given = find_images(os.fspath(given))
+    if hasattr(given, "chunks"):
+        given = plain(given, "images").data
+    if not isinstance(given, Iterable):
+        raise InputError(f"A flat field comes from images or a folder of them, not from {given!r}.")
+    for one in given:
         pixels = one
         if isinstance(one, str | os.PathLike):
-            pixels = images.open_image(os.fspath(one)).data
-        elif isinstance(one, images.Source):
-            pixels = images.open_image(one).data
+            pixels = open_image(os.fspath(one)).data
+        elif isinstance(one, Source):
+            pixels = open_image(one).data
         pixels = np.asarray(plain(pixels, "An image").data)
         pixels = pixels[None] if pixels.ndim == 2 else pixels
         if pixels.ndim != 3 or 0 in pixels.shape:
-            raise InputError(f"A picture has shape {pixels.shape}, but must be (C, Y, X).")
+            raise InputError(f"An image has shape {pixels.shape}, but must be (C, Y, X).")
         yield np.ascontiguousarray(pixels.astype(working_dtype(pixels.dtype), copy=False))

@@ -62,10 +62,10 @@ def correct_background(
 
     ====== ==================================================================================================
     flat   ``(x - dark) * mean(flat - dark) / (flat - dark)``
-    radius the picture less the ground that a disc rolls under it: the morphological opening of the means of
+    radius the image less the ground that a disc rolls under it: the morphological opening of the means of
            small cells (`dask_image.ndfilters.minimum_filter` and `maximum_filter`, as
            `skimage.morphology.opening`), spread linearly (`skimage.transform.resize`)
-    light  the same from above, for bright field: the picture is divided by it, and the ground becomes white
+    light  the same from above, for bright field: the image is divided by it, and the ground becomes white
     ====== ==================================================================================================
 
     Parameters
@@ -76,7 +76,7 @@ def correct_background(
     light : bool
         The ground is bright.
     flat : array ``(Y, X)`` or ``(C, Y, X)``, optional
-        The evenly lit, empty field, as the camera gave it (`estimate_flat` makes one from many pictures). As
+        The evenly lit, empty field, as the camera gave it (`estimate_flat` makes one from many images). As
         large as `x`, or a camera field that `x` consists of.
     dark : float
         What the camera gives without light, in `x` and in `flat`.
@@ -157,7 +157,7 @@ def reconstruct(
     *,
     axes: str | None = None,
 ) -> da.Array:
-    """Rebuild the colour picture from one picture per stain, by adding their light.
+    """Rebuild the colour image from one image per stain, by adding their light.
 
     Every channel adds to red, green and blue what its colour has of them, times its ratio: cyan adds to
     green and blue.
@@ -232,7 +232,7 @@ def adjust_histogram(
     low, high : float
         Percentiles, 0-100 (stretch).
     linked : bool or "auto"
-        Give all channels the curve of their common histogram, which keeps the colours of a colour picture;
+        Give all channels the curve of their common histogram, which keeps the colours of a colour image;
         auto: for an `Image` that is one (``is_rgb``). An array does not say whether it is.
     reference : array ``(C, Y, X)`` or ``(Y, X)``, or list of such
         The image to match, or a set of them, whose pixels are counted together (match): same channels and
@@ -268,7 +268,7 @@ def adjust_histogram(
     else:
         if reference is None:
             raise InputError("Matching histograms needs a reference image: give reference=.")
-        others = [as_planes(picture, allow_2d=True) for picture in as_set(reference)]
+        others = [as_planes(image, allow_2d=True) for image in as_set(reference)]
         for other in others:
             check_reference(other, dtype, planes.shape[0])
         counting = first_pass(Referring(), dtype, planes.shape[0], pixels_of(others), linked)
@@ -323,7 +323,7 @@ def prepare(image: Any, settings: PreprocessSettings | Plan | None = None) -> da
     Parameters
     ----------
     image : `Image`, or dask or numpy array ``(C, Y, X)``
-        An `Image` knows the names of its channels and whether it is a colour picture; an array has neither.
+        An `Image` knows the names of its channels and whether it is a colour image; an array has neither.
     settings : PreprocessSettings, optional
         Read for their statistics at once, block by block; or a `Plan`, whose numbers are known.
 

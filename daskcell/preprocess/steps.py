@@ -121,7 +121,7 @@ class Floor(_Pointwise):
 
 @dataclass(frozen=True)
 class Mix(_Pointwise):
-    """Colour picture from channels: three rows of one weight a channel."""
+    """Colour image from channels: three rows of one weight a channel."""
 
     kind: ClassVar[str] = "mix"
     weights: tuple[tuple[float, ...], ...]
