@@ -2,7 +2,7 @@
 
     python benchmarks/preprocessing.py [--side 8192] [--workers 2]
 
-Colour picture from four stains, percentile stretch, Gaussian; OME-Zarr to OME-Zarr without a pyramid.
+Colour image from four stains, percentile stretch, Gaussian; OME-Zarr to OME-Zarr without a pyramid.
 The percentiles are counted once and given to both. Prints as JSON: seconds, ratio, peak memory of a worker,
 and whether every pixel is the same.
 """
@@ -21,7 +21,7 @@ import numpy as np
 from daskcell.compute import Workers, start_workers
 from daskcell.config import ComputeSettings, GaussianSettings, PreprocessSettings
 from daskcell.geometry import Box, Grid
-from daskcell.preprocess import Plan, PreparedImage, freeze_slide
+from daskcell.preprocess import Plan, PreparedImage, fit_slide
 from daskcell.preprocess.plan import apply_steps
 
 
@@ -133,7 +133,7 @@ def main() -> None:
         folder = Path(name)
         draw(folder / "stains.zarr", options.side)
         with start_workers(ComputeSettings(workers=options.workers)) as workers:
-            plan = freeze_slide(folder / "stains.zarr", settings, workers)
+            plan = fit_slide(folder / "stains.zarr", settings, workers)
             image = PreparedImage(str(folder / "stains.zarr"), plan)
             ours = timed(workers, by_tasks, image, folder / "a.zarr", workers)
             theirs = timed(workers, by_dask_image, folder / "stains.zarr", plan, folder / "b.zarr")

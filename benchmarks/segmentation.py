@@ -95,10 +95,10 @@ def run_engine(zarr: Path, workers: Workers, block: int, scratch: Path, name: st
     """`segment_slide`, the engine of `daskcell run`."""
     from daskcell.geometry import Box
     from daskcell.images import image_info, read_labels
-    from daskcell.preprocess import freeze_slide
+    from daskcell.preprocess import fit_slide
     from daskcell.segmentation.engine import segment_slide
 
-    plan = freeze_slide(zarr, PreprocessSettings(reconstruct=None, histogram=None), workers)
+    plan = fit_slide(zarr, PreprocessSettings(reconstruct=None, histogram=None), workers)
     settings = SegmentSettings(diameter=None)
     start = time.perf_counter()
     report = segment_slide(zarr, name, settings, plan, workers, block, scratch)

@@ -108,10 +108,10 @@ def write_picture(path: Path, side: int) -> None:
 
 
 def segment(zarr: Path, workers: Workers, block: int, scratch: Path) -> dict[str, Any]:
-    from daskcell.preprocess import freeze_slide
+    from daskcell.preprocess import fit_slide
     from daskcell.segmentation.engine import segment_slide
 
-    plan = freeze_slide(zarr, PreprocessSettings(reconstruct=None, histogram=None), workers)
+    plan = fit_slide(zarr, PreprocessSettings(reconstruct=None, histogram=None), workers)
     return segment_slide(zarr, "cells", SegmentSettings(diameter=None), plan, workers, block, scratch)
 
 

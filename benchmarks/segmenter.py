@@ -45,7 +45,7 @@ def category(row: Row) -> str:
 
 def default_run(model: str) -> Find:
     """From channels ``(C, Y, X)`` to labels, as a run with default settings."""
-    from daskcell.preprocess import apply_block, freeze
+    from daskcell.preprocess import apply_block, fit_plan
     from daskcell.segmentation import segment
 
     settings = Config()
@@ -53,7 +53,7 @@ def default_run(model: str) -> Find:
     chosen["model"] = model
 
     def find(channels: np.ndarray) -> np.ndarray:
-        plan = freeze(channels, settings.preprocess, is_rgb=len(channels) == 3)
+        plan = fit_plan(channels, settings.preprocess, is_rgb=len(channels) == 3)
         return np.asarray(segment(apply_block(channels, plan), **chosen))
 
     return find

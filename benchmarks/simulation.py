@@ -44,7 +44,7 @@ def record(side: int = 1024, blocks: int = 2) -> Durations:
     """Seconds of the engine's tasks on real blocks, brought to `BLOCK`."""
     from daskcell.evaluation.generated import CHANNELS, synthesize_field
     from daskcell.images import convert_slide, find_images, levels
-    from daskcell.preprocess import freeze_slide
+    from daskcell.preprocess import fit_slide
 
     took: Durations = {}
 
@@ -67,7 +67,7 @@ def record(side: int = 1024, blocks: int = 2) -> Durations:
             tifffile.imwrite(scratch / f"x_{channel}.tif", pixels)
         (source,) = find_images(scratch)
         convert_slide(source, scratch / "x.zarr")
-        plan = freeze_slide(scratch / "x.zarr", Config().preprocess, Workers())
+        plan = fit_slide(scratch / "x.zarr", Config().preprocess, Workers())
         # A small picture is observed where it is frozen.
         places = [(tasks, "observe_blocks"), (levels, "downscale_block"), *((engine, name) for name in TASKS)]
         for module, name in places:

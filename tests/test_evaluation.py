@@ -26,7 +26,7 @@ from daskcell.evaluation import (
 )
 from daskcell.geometry import Box
 from daskcell.images import convert, create_labels, open_image, write_labels_block
-from daskcell.preprocess import apply_block, freeze
+from daskcell.preprocess import apply_block, fit_plan
 from daskcell.segmentation import segment
 
 label_images = hnp.arrays(np.uint8, (5, 6), elements=st.integers(0, 4))
@@ -241,7 +241,7 @@ def test_the_embedded_network_finds_real_nuclei(data_dir):
     counts = Counts()
     for path in wanted:
         image = np.asarray(open_image(folder / "val" / "images" / f"{path.stem}.png").data)
-        image = apply_block(image, freeze(image, PreprocessSettings(), is_rgb=len(image) == 3))
+        image = apply_block(image, fit_plan(image, PreprocessSettings(), is_rgb=len(image) == 3))
         counts += score_pair(tifffile.imread(path), segment(image, model="tiny", diameter=None))[0.5]
     assert counts.ap > 0.8
 

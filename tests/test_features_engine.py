@@ -16,7 +16,7 @@ from daskcell.features import embed, engine, measure
 from daskcell.features.engine import describe_slide
 from daskcell.geometry import Grid
 from daskcell.models import load_encoder
-from daskcell.preprocess import apply_block, freeze_slide
+from daskcell.preprocess import apply_block, fit_slide
 
 SIDES = (900, 700)
 WIDTH = load_encoder("tiny").dim
@@ -54,7 +54,7 @@ def make_slide(folder, image, labels, name="slide"):
 def slide(tmp_path_factory):
     image, labels = field()
     path = make_slide(tmp_path_factory.mktemp("slide"), image, labels)
-    return path, image, labels, freeze_slide(path, SETTINGS)
+    return path, image, labels, fit_slide(path, SETTINGS)
 
 
 def describe(slide, out, block=512, workers=None, **changes):
@@ -169,7 +169,7 @@ def test_no_cell_gives_an_empty_table_with_the_same_columns(slide, described, tm
     image, _ = field()
     path = make_slide(tmp_path, image[:, :300, :300], np.zeros((300, 300), np.uint32), "empty")
     (tmp_path / "out").mkdir()
-    report, table, features = describe((path, None, None, freeze_slide(path, SETTINGS)), tmp_path / "out")
+    report, table, features = describe((path, None, None, fit_slide(path, SETTINGS)), tmp_path / "out")
     assert report == {"cells": 0, "features": WIDTH, "missing": 0}
     assert table.dtypes.to_dict() == described[1].dtypes.to_dict()
     assert features.shape == (0, WIDTH)

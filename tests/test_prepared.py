@@ -18,7 +18,7 @@ import skimage.transform
 import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_preprocess import chunkings, picture
+from test_preprocess import chunkings, random_image
 
 import daskcell as dc
 from daskcell import images
@@ -26,7 +26,7 @@ from daskcell.compute import Workers
 from daskcell.config import PreprocessSettings
 from daskcell.geometry import Box
 from daskcell.images.pyramid import halve_mean
-from daskcell.preprocess import PreparedArray, PreparedImage, apply_block, freeze, freeze_slide
+from daskcell.preprocess import PreparedArray, PreparedImage, apply_block, fit_plan, fit_slide
 from daskcell.preprocess.background import Background
 from daskcell.preprocess.steps import Gaussian
 from daskcell.render import colors, write_overlay
@@ -76,7 +76,7 @@ def test_a_coarse_image_is_the_prepared_image_made_small(scene, light, data_dir,
             "histogram": method and histogram,
             "gaussian": sigma and {"sigma": sigma},
         }
-        plan = freeze(x, PreprocessSettings.model_validate(values), list("RGB"), is_rgb=scene is tissue)
+        plan = fit_plan(x, PreprocessSettings.model_validate(values), list("RGB"), is_rgb=scene is tissue)
         whole = apply_block(x, plan)
         white = np.iinfo(whole.dtype).max if whole.dtype.kind == "u" else np.percentile(whole, 99.8)
         # Curves that are steep make small differences large, and so does a ground of few large pixels.
@@ -118,7 +118,7 @@ def test_any_box_holds_the_pixels_of_the_whole(slide, light):
     folder, x = slide
     chosen = {"background": light, "histogram": {"method": "clahe"}, "gaussian": {"sigma": 2.0}}
     image = PreparedImage(
-        str(folder / "s.zarr"), freeze_slide(folder / "s.zarr", PreprocessSettings.model_validate(chosen))
+        str(folder / "s.zarr"), fit_slide(folder / "s.zarr", PreprocessSettings.model_validate(chosen))
     )
     whole = apply_block(x, image.plan)
     array = PreparedArray.of(x, image.plan)
@@ -138,7 +138,7 @@ def test_any_box_holds_the_pixels_of_the_whole(slide, light):
 def test_the_overlay_of_a_level_shows_what_the_overlay_of_the_whole_shows(slide, method, tmp_path):
     folder, _ = slide
     chosen = PreprocessSettings.model_validate({"stains": {"method": method}})
-    image = PreparedImage(str(folder / "s.zarr"), freeze_slide(folder / "s.zarr", chosen))
+    image = PreparedImage(str(folder / "s.zarr"), fit_slide(folder / "s.zarr", chosen))
     shown = []
     for side in (8192, 600):
         (file,) = write_overlay(
@@ -155,7 +155,7 @@ def test_the_overlay_of_a_level_shows_what_the_overlay_of_the_whole_shows(slide,
 def test_the_report_shows_a_slide_as_it_was_segmented(slide):
     folder, x = slide
     chosen = PreprocessSettings.model_validate({"stains": {"method": "separate"}})
-    image = PreparedImage(str(folder / "s.zarr"), freeze_slide(folder / "s.zarr", chosen))
+    image = PreparedImage(str(folder / "s.zarr"), fit_slide(folder / "s.zarr", chosen))
     study: Any = SimpleNamespace(
         prepared=lambda name: image, assigned_table=lambda name: folder / "s.parquet"
     )
@@ -188,7 +188,7 @@ DTYPES = ["u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f4", "f8"]
 )
 def test_filters_of_dask_image_give_the_bits_of_the_steps(chunks, sigma, radius, light, dtype, flat):
     """Odd chunks, chunks smaller than the halo, images smaller than it; 2-D and (C, Y, X)."""
-    x = picture(dtype)
+    x = random_image(dtype)
     whole = Box(0, 0, *x.shape[1:])
     lazy = da.from_array(x, chunks=(1, *chunks))
     lazy, x = (lazy[0], x[:1]) if flat else (lazy, x)
@@ -204,7 +204,7 @@ def test_filters_of_dask_image_give_the_bits_of_the_steps(chunks, sigma, radius,
 
 @pytest.mark.parametrize("shape", [(1, 3, 300), (2, 300, 3), (1, 2, 2)])
 def test_images_smaller_than_a_filter_are_filtered_whole(shape):
-    x = picture(np.uint8, shape)
+    x = random_image(np.uint8, shape)
     whole = Box(0, 0, *shape[1:])
     lazy = da.from_array(x, chunks=(1, 1, 7))
     np.testing.assert_array_equal(dc.gaussian(lazy, 5.0, axes="CYX"), Gaussian(5.0).apply(x, whole))
@@ -213,7 +213,7 @@ def test_images_smaller_than_a_filter_are_filtered_whole(shape):
 
 
 def test_the_lazy_filters_are_those_of_dask_image():
-    x = da.from_array(picture(np.uint8, (1, 61, 83)), chunks=(1, 30, 40))
+    x = da.from_array(random_image(np.uint8, (1, 61, 83)), chunks=(1, 30, 40))
     assert any("gaussian_filter" in name for name in dc.gaussian(x, 1.0).dask.layers)
     layers = list(dc.correct_background(x, 12.0).dask.layers)
     assert any("minimum_filter" in name for name in layers)

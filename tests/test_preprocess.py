@@ -24,7 +24,7 @@ from daskcell.preprocess import (
     adjust_histogram,
     apply_block,
     auto_colors,
-    freeze,
+    fit_plan,
     gaussian,
     prepare,
     reconstruct,
@@ -35,7 +35,7 @@ DTYPES = [np.uint8, np.uint16, np.int16, np.int32, np.float32, np.float64]
 METHODS = ["stretch", "equalize", "clahe", "match"]
 
 
-def picture(dtype, shape=(2, 61, 83), seed=0) -> np.ndarray:
+def random_image(dtype, shape=(2, 61, 83), seed=0) -> np.ndarray:
     """Blobs on a background, with noise: few values repeat in floats, many in integers."""
     rng = np.random.default_rng(seed)
     x = ndimage.gaussian_filter(rng.random(shape), (0, 4, 4))
@@ -82,7 +82,7 @@ def test_floats_are_not_cut():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_reconstruct_equals_the_weighted_sum(dtype):
-    x = picture(dtype, (3, 20, 30))
+    x = random_image(dtype, (3, 20, 30))
     ratio = (0.7, 1.0, 0.2)
     rgb = reconstruct(x, colors=("orange", "#0000ff", "white"), ratio=ratio).compute()
     weights = np.array([[1, 165 / 255, 0], [0, 0, 1], [1, 1, 1]]).T * ratio
@@ -184,11 +184,11 @@ def by_skimage(x: np.ndarray, method: str, reference: np.ndarray) -> np.ndarray:
 def test_histograms_equal_scikit_image_on_the_whole(method, dtype):
     if method == "equalize" and dtype == np.int32:
         pytest.skip("scikit-image takes one bin for each of 2**32 values: more memory than there is")
-    x = picture(dtype)
+    x = random_image(dtype)
     reference = (
-        picture(dtype, (2, 40, 50), seed=1) // 2
+        random_image(dtype, (2, 40, 50), seed=1) // 2
         if np.dtype(dtype).kind != "f"
-        else picture(dtype, seed=1) ** 2
+        else random_image(dtype, seed=1) ** 2
     )
     options = {"low": 2.0, "high": 99.0, "clip_limit": 0.02}
     if method == "match":
@@ -213,8 +213,8 @@ def test_histograms_equal_scikit_image_on_the_whole(method, dtype):
 @settings(max_examples=25, deadline=None)
 @given(chunks=chunkings(), method=st.sampled_from(METHODS), dtype=st.sampled_from(DTYPES))
 def test_chunks_change_no_bit(chunks, method, dtype):
-    x = picture(dtype)
-    options = {"reference": picture(dtype, seed=5)} if method == "match" else {}
+    x = random_image(dtype)
+    options = {"reference": random_image(dtype, seed=5)} if method == "match" else {}
     whole = adjust_histogram(da.from_array(x, chunks=-1), method, **options)
     cut = adjust_histogram(da.from_array(x, chunks=(1, *chunks)), method, **options)
     np.testing.assert_array_equal(whole.compute(scheduler="sync"), cut.compute(scheduler="sync"))
@@ -235,7 +235,7 @@ def test_chunks_change_no_bit(chunks, method, dtype):
     high=st.floats(51, 100),
 )
 def test_percentiles_are_those_of_numpy(x, low, high):
-    plan = freeze(
+    plan = fit_plan(
         x[None],
         PreprocessSettings(reconstruct=None, histogram=HistogramSettings(low=low, high=high)),
     )
@@ -286,9 +286,9 @@ def test_a_flat_channel_stays_as_it_is():
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_linked_channels_share_the_curve_of_their_common_histogram(method, dtype):
-    x = picture(dtype, (3, 40, 60))
+    x = random_image(dtype, (3, 40, 60))
     x[1] = x[1] // 2 if np.dtype(dtype).kind == "u" else x[1] / 2
-    options = {"reference": picture(dtype, (3, 33, 44), seed=8)} if method == "match" else {}
+    options = {"reference": random_image(dtype, (3, 33, 44), seed=8)} if method == "match" else {}
     got = adjust_histogram(da.from_array(x, chunks=(1, 13, 60)), method, linked=True, **options).compute()
     if method == "clahe":
         # The same three planes, linked, are one plane three times over.
@@ -299,7 +299,7 @@ def test_linked_channels_share_the_curve_of_their_common_histogram(method, dtype
         order = np.lexsort((got.ravel(), x.ravel()))
         assert got.ravel()[order[0]] < got.ravel()[order[-1]]
         return
-    # One picture of all channels side by side has that histogram.
+    # One image of all channels side by side has that histogram.
     row = np.concatenate(list(x), axis=1)[None]
     if method == "match":
         options = {"reference": np.concatenate(list(options["reference"]), axis=1)[None]}
@@ -307,37 +307,37 @@ def test_linked_channels_share_the_curve_of_their_common_histogram(method, dtype
     np.testing.assert_array_equal(np.concatenate(list(got), axis=1), expected)
 
 
-def test_colour_pictures_keep_their_colours():
+def test_colour_images_keep_their_colours():
     """A grey ramp stays grey when channels are linked, and turns blue when they are not (the control)."""
     ramp = np.linspace(60, 180, 900).astype(np.uint8).reshape(1, 30, 30)
     rgb = np.concatenate([ramp, ramp, ramp])
     rgb[2, :5] = 255
-    plan = freeze(rgb, PreprocessSettings(), is_rgb=True)
+    plan = fit_plan(rgb, PreprocessSettings(), is_rgb=True)
     got = apply_block(rgb, plan)[:, 10:]
     assert (got[0] == got[2]).all()
-    alone = freeze(rgb, PreprocessSettings(histogram=HistogramSettings(linked=False)), is_rgb=True)
+    alone = fit_plan(rgb, PreprocessSettings(histogram=HistogramSettings(linked=False)), is_rgb=True)
     got = apply_block(rgb, alone)[:, 10:]
     assert not (got[0] == got[2]).all()
 
 
-def test_compression_noise_in_the_empty_channels_of_a_colour_picture_is_removed():
+def test_compression_noise_in_the_empty_channels_of_a_colour_image_is_removed():
     rng = np.random.default_rng(0)
     blue = ndimage.gaussian_filter((rng.random((60, 60)) > 0.99).astype(float), 2.0)
     blue *= 250 / blue.max()
     rgb = np.stack([rng.integers(0, 3, (60, 60)), rng.integers(0, 2, (60, 60)), blue]).astype(np.uint8)
     for histogram in (None, HistogramSettings(), HistogramSettings(method="clahe")):
         chosen = PreprocessSettings(histogram=histogram)
-        plan = freeze(rgb, chosen, is_rgb=True)
+        plan = fit_plan(rgb, chosen, is_rgb=True)
         got = apply_block(rgb, plan)
         assert got[:2].max() < 1e-3
         assert got[2].max() > 0.9
-        assert freeze(da.from_array(rgb, chunks=(3, 17, 20)), chosen, is_rgb=True) == plan
-    stains = freeze(rgb, PreprocessSettings(histogram=None), ["R", "G", "B"])
+        assert fit_plan(da.from_array(rgb, chunks=(3, 17, 20)), chosen, is_rgb=True) == plan
+    stains = fit_plan(rgb, PreprocessSettings(histogram=None), ["R", "G", "B"])
     np.testing.assert_array_equal(apply_block(rgb, stains), rgb)  # a weak stain is a stain
 
 
-def test_two_dimensional_pictures_stay_two_dimensional():
-    x = picture(np.uint8)[0]
+def test_two_dimensional_images_stay_two_dimensional():
+    x = random_image(np.uint8)[0]
     assert adjust_histogram(x).shape == gaussian(x, 1.0).shape == x.shape
 
 
@@ -361,7 +361,7 @@ def test_histogram_settings_that_cannot_be_used_are_refused(options, named):
 
 @pytest.mark.parametrize("method", ["stretch", "equalize", "clahe"])
 def test_nan_pixels_are_refused(method):
-    x = picture(np.float32)
+    x = random_image(np.float32)
     x[1, 3, 4] = np.nan
     with pytest.raises(InputError, match=r"Channel 1 .* NaN"):
         adjust_histogram(x, method).compute()
@@ -377,7 +377,7 @@ def test_arrays_that_are_no_image_are_refused(x):
 @settings(max_examples=25, deadline=None)
 @given(chunks=chunkings(), sigma=st.floats(0.3, 30), dtype=st.sampled_from(DTYPES))
 def test_gaussian_equals_scipy_on_the_whole_bit_for_bit(chunks, sigma, dtype):
-    x = picture(dtype)
+    x = random_image(dtype)
     got = gaussian(da.from_array(x, chunks=(1, *chunks)), sigma)
     assert got.dtype == dtype
     if np.dtype(dtype).kind == "f":
@@ -403,12 +403,12 @@ def plans():
 
 
 def make_plan(method, dtype):
-    x = picture(dtype, (4, 61, 83))
+    x = random_image(dtype, (4, 61, 83))
     histogram = HistogramSettings(method=method, reference="given" if method == "match" else None)
     chosen = PreprocessSettings(histogram=histogram, gaussian=GaussianSettings(sigma=1.3))
     return (
         x,
-        freeze(x, chosen, ["R", "G", "B", "Cyan"], reference=picture(dtype, (4, 30, 30), seed=3)),
+        fit_plan(x, chosen, ["R", "G", "B", "Cyan"], reference=random_image(dtype, (4, 30, 30), seed=3)),
         chosen,
     )
 
@@ -430,7 +430,9 @@ def test_blocks_equal_the_whole_and_the_lazy_functions(method, dtype):
 
     lazy = da.from_array(x, chunks=(2, 23, 31))
     np.testing.assert_array_equal(prepare(lazy, plan).compute(), whole)
-    options = {"reference": reconstruct(picture(dtype, (4, 30, 30), seed=3))} if method == "match" else {}
+    options = (
+        {"reference": reconstruct(random_image(dtype, (4, 30, 30), seed=3))} if method == "match" else {}
+    )
     by_hand = gaussian(adjust_histogram(reconstruct(lazy), method, **options), 1.3)
     np.testing.assert_array_equal(by_hand.compute(), whole)
 
@@ -451,11 +453,11 @@ def test_plans_survive_json_and_pickle(method, dtype):
         assert back == plan
         assert back.key == plan.key
         np.testing.assert_array_equal(apply_block(x, back), apply_block(x, plan))
-    again = freeze(
+    again = fit_plan(
         da.from_array(x, chunks=(1, 17, 83)),
         chosen,
         ["R", "G", "B", "Cyan"],
-        reference=picture(dtype, (4, 30, 30), seed=3),
+        reference=random_image(dtype, (4, 30, 30), seed=3),
     )
     assert again == plan
 
@@ -464,20 +466,20 @@ def test_other_statistics_are_another_plan():
     x, plan, chosen = make_plan("stretch", np.uint16)
     x = x.copy()
     x[0] = x[0] // 2
-    assert freeze(x, chosen, ["R", "G", "B", "Cyan"]) != plan
+    assert fit_plan(x, chosen, ["R", "G", "B", "Cyan"]) != plan
 
 
-def test_one_channel_stays_grey_and_a_colour_picture_stays_as_it_is():
-    assert freeze(picture(np.uint8, (1, 20, 20))).out_channels == 1
-    rgb = picture(np.uint8, (3, 20, 20))
+def test_one_channel_stays_grey_and_a_colour_image_stays_as_it_is():
+    assert fit_plan(random_image(np.uint8, (1, 20, 20))).out_channels == 1
+    rgb = random_image(np.uint8, (3, 20, 20))
     nothing = PreprocessSettings(histogram=None)
-    np.testing.assert_array_equal(apply_block(rgb, freeze(rgb, nothing, ["c", "m", "y"], is_rgb=True)), rgb)
+    np.testing.assert_array_equal(apply_block(rgb, fit_plan(rgb, nothing, ["c", "m", "y"], is_rgb=True)), rgb)
     weighted = PreprocessSettings(histogram=None, reconstruct=ReconstructSettings(ratio=[1, 0.5, 0]))
-    half = apply_block(rgb, freeze(rgb, weighted, None, is_rgb=True))
+    half = apply_block(rgb, fit_plan(rgb, weighted, None, is_rgb=True))
     np.testing.assert_array_equal(half[0], rgb[0])
     assert not half[2].any()
-    two = picture(np.uint8, (2, 20, 20))
-    assert apply_block(two, freeze(two, nothing, ["DAPI", "GFP"]))[0].max() == 0
+    two = random_image(np.uint8, (2, 20, 20))
+    assert apply_block(two, fit_plan(two, nothing, ["DAPI", "GFP"]))[0].max() == 0
 
 
 def test_clahe_needs_to_know_where_a_block_lies():

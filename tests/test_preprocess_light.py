@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 from skimage import color, morphology, transform
-from test_preprocess import chunkings, picture
+from test_preprocess import chunkings, random_image
 
 import daskcell as dc
 from daskcell.config import (
@@ -25,7 +25,7 @@ from daskcell.config import (
 )
 from daskcell.errors import ConfigError, InputError
 from daskcell.geometry import Box, Grid
-from daskcell.preprocess import Plan, apply_block, freeze, prepare
+from daskcell.preprocess import Plan, apply_block, fit_plan, prepare
 from daskcell.preprocess.background import Background
 from daskcell.preprocess.stains import LEVELS, ColourCounts, find_stains
 
@@ -59,7 +59,7 @@ def by_skimage(x: np.ndarray, radius: int, light: bool = False) -> np.ndarray:
 @pytest.mark.parametrize("radius", [4, 12, 20])
 @pytest.mark.parametrize("light", [False, True])
 def test_the_ground_is_scikit_images_opening_of_the_means(radius, light):
-    x = picture(np.float64, (1, 60, 84))[0]
+    x = random_image(np.float64, (1, 60, 84))[0]
     ground = by_skimage(x, radius, light)
     got = dc.correct_background(da.from_array(x, chunks=(17, 40)), radius, light=light).compute()
     np.testing.assert_allclose(got, x / ground if light else x - ground, rtol=1e-12, atol=1e-12)
@@ -74,8 +74,8 @@ def test_the_ground_is_scikit_images_opening_of_the_means(radius, light):
     with_flat=st.booleans(),
 )
 def test_light_is_evened_out_alike_for_all_chunks(chunks, dtype, radius, light, with_flat):
-    x = picture(dtype)
-    flat = picture(np.uint16, (1, 61, 83), seed=4) + 500 if with_flat else None
+    x = random_image(dtype)
+    flat = random_image(np.uint16, (1, 61, 83), seed=4) + 500 if with_flat else None
     options = {"radius": radius, "light": light, "flat": flat, "dark": 3.0}
     whole = dc.correct_background(da.from_array(x, chunks=-1), **options)
     cut = dc.correct_background(da.from_array(x, chunks=(1, *chunks)), **options)
@@ -86,7 +86,7 @@ def test_light_is_evened_out_alike_for_all_chunks(chunks, dtype, radius, light, 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), radius=st.floats(1, 12))
 def test_a_block_anywhere_gives_the_pixels_of_the_whole(data, radius):
-    x = picture(np.float32)
+    x = random_image(np.float32)
     step = Background(x.shape[1:], radius)
     y0, x0 = data.draw(st.integers(0, 60)), data.draw(st.integers(0, 82))
     core = Box(y0, x0, data.draw(st.integers(y0 + 1, 61)), data.draw(st.integers(x0 + 1, 83)))
@@ -97,7 +97,7 @@ def test_a_block_anywhere_gives_the_pixels_of_the_whole(data, radius):
 
 def test_with_half_its_halo_a_block_differs():
     """The control: the halo is what makes blocks equal the whole."""
-    x = picture(np.float32, (1, 200, 200))
+    x = random_image(np.float32, (1, 200, 200))
     step = Background((200, 200), 30)
     core = Box(80, 80, 120, 120)
     grown = core.grow(step.halo // 2)
@@ -111,19 +111,19 @@ def test_cells_stay_and_the_lamp_goes():
     cells = np.zeros((300, 400))
     for cy, cx in [(40, 60), (150, 200), (260, 350), (60, 330)]:
         cells[np.hypot(y - cy, x - cx) < 12] = 80
-    picture = np.rint(lamp + cells).astype(np.uint16)
-    got = dc.correct_background(picture, 40).compute().astype(int)
+    image = np.rint(lamp + cells).astype(np.uint16)
+    got = dc.correct_background(image, 40).compute().astype(int)
     assert got[cells == 0].max() <= 10
     assert abs(np.median(got[cells > 0]) - 80) <= 4
-    assert picture[cells == 0].max() - picture[cells == 0].min() > 100, "what it was before"
+    assert image[cells == 0].max() - image[cells == 0].min() > 100, "what it was before"
 
 
 def test_a_bright_ground_becomes_white():
     y, x = np.mgrid[:200, :300]
     lamp = np.stack([150 + 0.2 * x, 180 + 0.1 * y, 120 + 0.1 * x + 0.1 * y])
     cells = np.hypot(y - 100, x - 150) < 15
-    picture = (lamp * np.where(cells, 0.4, 1)).astype(np.uint8)
-    got = dc.correct_background(picture, 40, light=True).compute()
+    image = (lamp * np.where(cells, 0.4, 1)).astype(np.uint8)
+    got = dc.correct_background(image, 40, light=True).compute()
     assert (got[:, ~cells] > 235).all()
     assert np.abs(got[:, cells].astype(int) - 102).max() < 12
 
@@ -167,39 +167,39 @@ def test_a_flat_field_without_light_is_refused():
         dc.correct_background(np.zeros((8, 8)), flat=field).compute()
 
 
-# -- flat fields from pictures --------------------------------------------------------------------
+# -- flat fields from exposures --------------------------------------------------------------------
 def fields(count: int, seed: int = 0) -> tuple[list[np.ndarray], np.ndarray]:
-    """Pictures of bright cells by one uneven lamp, and the lamp (mean 1)."""
+    """Images of bright cells by one uneven lamp, and the lamp (mean 1)."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:120, :160]
     lamp = np.exp(-((y - 50) ** 2 + (x - 100) ** 2) / 2 / 110**2)
-    pictures = []
+    exposures = []
     for _ in range(count):
         scene = np.full((120, 160), 100.0)
         for cy, cx in rng.uniform((0, 0), (120, 160), (12, 2)):
             scene[np.hypot(y - cy, x - cx) < 7] = 600
-        pictures.append(rng.poisson(scene * lamp).astype(np.uint16)[None] + np.uint16(20))
-    return pictures, lamp / lamp.mean()
+        exposures.append(rng.poisson(scene * lamp).astype(np.uint16)[None] + np.uint16(20))
+    return exposures, lamp / lamp.mean()
 
 
-def test_the_lamp_is_found_in_many_pictures():
-    pictures, lamp = fields(40)
-    flat = dc.estimate_flat(pictures, dark=20)
+def test_the_lamp_is_found_in_many_images():
+    exposures, lamp = fields(40)
+    flat = dc.estimate_flat(exposures, dark=20)
     assert flat.shape == (1, 120, 160)
     assert flat.dtype == np.float32
     light = flat[0] - 20
     assert np.abs(light / light.mean() / lamp - 1).max() < 0.04
-    even = dc.correct_background(pictures[0], flat=flat, dark=20).compute()
-    assert np.std(even[even < 150]) < 0.8 * np.std((pictures[0] - 20.0)[pictures[0] < 170])
+    even = dc.correct_background(exposures[0], flat=flat, dark=20).compute()
+    assert np.std(even[even < 150]) < 0.8 * np.std((exposures[0] - 20.0)[exposures[0] < 170])
     assert np.abs(1 / lamp - 1).max() > 0.3, "what it is without"
-    np.testing.assert_array_equal(dc.estimate_flat(pictures[::-1], dark=20), flat)
+    np.testing.assert_array_equal(dc.estimate_flat(exposures[::-1], dark=20), flat)
 
 
 def test_flat_fields_come_from_files_too(tmp_path):
-    pictures, _ = fields(5)
-    for i, one in enumerate(pictures):
+    exposures, _ = fields(5)
+    for i, one in enumerate(exposures):
         tifffile.imwrite(tmp_path / f"{i}.tif", one[0])
-    np.testing.assert_array_equal(dc.estimate_flat(tmp_path), dc.estimate_flat(pictures))
+    np.testing.assert_array_equal(dc.estimate_flat(tmp_path), dc.estimate_flat(exposures))
 
 
 def test_the_command_writes_a_flat_field_that_a_run_can_use(tmp_path):
@@ -207,33 +207,33 @@ def test_the_command_writes_a_flat_field_that_a_run_can_use(tmp_path):
 
     from daskcell.cli import app
 
-    pictures, _ = fields(6)
-    (tmp_path / "pictures").mkdir()
-    for i, one in enumerate(pictures):
-        tifffile.imwrite(tmp_path / "pictures" / f"{i}.tif", one[0])
+    exposures, _ = fields(6)
+    (tmp_path / "exposures").mkdir()
+    for i, one in enumerate(exposures):
+        tifffile.imwrite(tmp_path / "exposures" / f"{i}.tif", one[0])
     made = tmp_path / "flat.tif"
-    command = ["flat", str(tmp_path / "pictures"), "-o", str(made), "--dark", "20"]
+    command = ["flat", str(tmp_path / "exposures"), "-o", str(made), "--dark", "20"]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     assert "preprocess.background.dark=20" in done.output
     chosen = BackgroundSettings(flat=str(made), dark=20)
-    plan = freeze(pictures[0], PreprocessSettings(background=chosen, histogram=None))
-    expected = dc.correct_background(pictures[0], flat=dc.estimate_flat(pictures, 20), dark=20)
-    np.testing.assert_array_equal(apply_block(pictures[0], plan), expected.compute())
+    plan = fit_plan(exposures[0], PreprocessSettings(background=chosen, histogram=None))
+    expected = dc.correct_background(exposures[0], flat=dc.estimate_flat(exposures, 20), dark=20)
+    np.testing.assert_array_equal(apply_block(exposures[0], plan), expected.compute())
     assert CliRunner().invoke(app, command).exit_code != 0, "what is there is not replaced"
 
 
 @pytest.mark.parametrize(
-    ("pictures", "named"),
+    ("exposures", "named"),
     [
         ([np.ones((1, 40, 40))] * 2, "2 image"),
         ([np.ones((1, 40, 40))] * 2 + [np.ones((1, 40, 41))], "40, 41"),
         ([np.zeros((1, 40, 40))] * 3, "no light"),
     ],
 )
-def test_pictures_no_flat_field_can_come_from_are_refused(pictures, named):
+def test_images_no_flat_field_can_come_from_are_refused(exposures, named):
     with pytest.raises(InputError, match=named):
-        dc.estimate_flat(pictures)
+        dc.estimate_flat(exposures)
 
 
 # -- stains ---------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def test_stains_are_taken_apart_as_by_scikit_image(dtype):
     np.testing.assert_allclose(got, color.rgb2hed(x, channel_axis=0), atol=2e-7)
 
 
-def test_the_light_and_the_densities_of_a_picture_are_found():
+def test_the_light_and_the_densities_of_an_image_are_found():
     pale, dark = (stained((200, 300), gains=(gain, gain)) for gain in (0.6, 1.2))
     pale, dark = (find_stains(ColourCounts().count(x, Box(0, 0, 200, 300))) for x in (pale, dark))
     assert pale.white == pytest.approx((240 / 255,) * 3, abs=0.02)
@@ -315,9 +315,9 @@ def test_counted_colours_are_whole_numbers():
 
 # -- a set of references --------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
-def test_a_set_of_references_is_matched_as_one_picture(dtype):
-    x = picture(dtype)
-    others = [picture(dtype, (2, 40, 50), seed=1), picture(dtype, (2, 21, 50), seed=2) // 2]
+def test_a_set_of_references_is_matched_as_one_image(dtype):
+    x = random_image(dtype)
+    others = [random_image(dtype, (2, 40, 50), seed=1), random_image(dtype, (2, 21, 50), seed=2) // 2]
     together = np.concatenate(others, axis=1)
     expected = dc.adjust_histogram(x, "match", reference=together).compute()
     got = dc.adjust_histogram(da.from_array(x, chunks=(1, 20, 33)), "match", reference=others)
@@ -329,8 +329,8 @@ def test_a_set_of_references_is_matched_as_one_picture(dtype):
 
 
 def test_references_are_named_in_the_settings(tmp_path):
-    x = picture(np.uint8)
-    others = [picture(np.uint8, (2, 40, 50), seed=i) for i in (1, 2)]
+    x = random_image(np.uint8)
+    others = [random_image(np.uint8, (2, 40, 50), seed=i) for i in (1, 2)]
     names = [str(tmp_path / f"{i}.tif") for i in (1, 2)]
     for name, one in zip(names, others, strict=True):
         tifffile.imwrite(name, one, photometric="minisblack", metadata={"axes": "CYX"})
@@ -338,13 +338,13 @@ def test_references_are_named_in_the_settings(tmp_path):
         reconstruct=None, histogram=HistogramSettings(method="match", reference=names)
     )
     expected = dc.adjust_histogram(x, "match", reference=others).compute()
-    np.testing.assert_array_equal(apply_block(x, freeze(x, chosen)), expected)
+    np.testing.assert_array_equal(apply_block(x, fit_plan(x, chosen)), expected)
 
 
 # -- in a plan ------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def field(tmp_path_factory):
-    x = picture(np.uint16, (1, 61, 83), seed=9)[0] + 3000
+    x = random_image(np.uint16, (1, 61, 83), seed=9)[0] + 3000
     path = tmp_path_factory.mktemp("flat") / "flat.tif"
     tifffile.imwrite(path, x)
     return str(path), x
@@ -364,13 +364,13 @@ def blockwise(x: np.ndarray, plan: Plan, side: int) -> np.ndarray:
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
 def test_a_plan_with_all_light_steps_is_the_functions_one_after_another(field, dtype):
     path, flat = field
-    x = picture(dtype, (4, 61, 83))
+    x = random_image(dtype, (4, 61, 83))
     chosen = PreprocessSettings(
         background=BackgroundSettings(flat=path, dark=2, radius=12), gaussian=GaussianSettings(sigma=1.3)
     )
     cut = da.from_array(x, chunks=(4, 30, 41))
-    plan = freeze(cut, chosen, ["R", "G", "B", "Cyan"])
-    assert plan == freeze(x, chosen, ["R", "G", "B", "Cyan"])
+    plan = fit_plan(cut, chosen, ["R", "G", "B", "Cyan"])
+    assert plan == fit_plan(x, chosen, ["R", "G", "B", "Cyan"])
     assert Plan.from_json(json.dumps(plan.to_json())) == plan
     even = dc.correct_background(cut, 12, flat=flat, dark=2)
     by_hand = dc.gaussian(dc.adjust_histogram(dc.reconstruct(even)), 1.3).compute()
@@ -384,9 +384,9 @@ def test_a_plan_with_stains_is_the_functions_one_after_another(method):
     chosen = PreprocessSettings(
         background=BackgroundSettings(radius=20, light=True), stains=StainSettings(method=method)
     )
-    plan = freeze(x, chosen, ["R", "G", "B"], is_rgb=True)
+    plan = fit_plan(x, chosen, ["R", "G", "B"], is_rgb=True)
     cut = da.from_array(x, chunks=(1, 25, 83))
-    assert freeze(cut, chosen, ["R", "G", "B"], is_rgb=True) == plan
+    assert fit_plan(cut, chosen, ["R", "G", "B"], is_rgb=True) == plan
     assert Plan.from_json(plan.to_json()) == plan
     by_hand = dc.adjust_stains(dc.correct_background(cut, 20, light=True), method)
     by_hand = dc.adjust_histogram(by_hand, linked=method == "normalize").compute()
@@ -394,10 +394,10 @@ def test_a_plan_with_stains_is_the_functions_one_after_another(method):
 
 
 def test_a_flat_field_that_changed_is_not_used_unasked(tmp_path):
-    x = picture(np.uint8, (1, 61, 83))
+    x = random_image(np.uint8, (1, 61, 83))
     tifffile.imwrite(tmp_path / "flat.tif", np.full((61, 83), 90, np.uint8))
     chosen = PreprocessSettings(background=BackgroundSettings(flat=str(tmp_path / "flat.tif")))
-    plan = Plan.from_json(freeze(x, chosen).to_json())
+    plan = Plan.from_json(fit_plan(x, chosen).to_json())
     from daskcell.preprocess.background import _flat
 
     _flat.cache_clear()
@@ -409,9 +409,11 @@ def test_a_flat_field_that_changed_is_not_used_unasked(tmp_path):
         apply_block(x, plan)
 
 
-def test_stains_are_for_colour_pictures():
+def test_stains_are_for_colour_images():
     with pytest.raises(InputError, match="stains"):
-        freeze(picture(np.uint8, (3, 20, 20)), PreprocessSettings(stains=StainSettings()), is_rgb=False)
+        fit_plan(
+            random_image(np.uint8, (3, 20, 20)), PreprocessSettings(stains=StainSettings()), is_rgb=False
+        )
 
 
 @pytest.mark.parametrize(

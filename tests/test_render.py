@@ -18,7 +18,7 @@ from daskcell.compute import Workers
 from daskcell.config import PreprocessSettings
 from daskcell.errors import InputError
 from daskcell.geometry import Grid
-from daskcell.preprocess import PreparedImage, freeze_slide
+from daskcell.preprocess import PreparedImage, fit_slide
 from daskcell.render import (
     CLUSTER_COLORS,
     add_legend,
@@ -182,7 +182,7 @@ def test_a_block_is_painted_by_the_lookup():
 
 def prepared(path, **settings) -> PreparedImage:
     nothing = {"reconstruct": None, "histogram": None}
-    plan = freeze_slide(path, PreprocessSettings.model_validate(nothing | settings))
+    plan = fit_slide(path, PreprocessSettings.model_validate(nothing | settings))
     return PreparedImage(str(path), plan)
 
 

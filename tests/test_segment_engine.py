@@ -18,7 +18,7 @@ from daskcell.config import PreprocessSettings, SegmentSettings
 from daskcell.errors import InputError
 from daskcell.geometry import Box
 from daskcell.images import image_info, read_labels
-from daskcell.preprocess import freeze_slide
+from daskcell.preprocess import fit_slide
 from daskcell.preprocess.plan import Plan
 from daskcell.segmentation import engine, tasks
 from daskcell.segmentation.core.ownership import load_candidates, save_candidates
@@ -68,7 +68,7 @@ def counts():
 
 def segment(slide, tmp_path, settings=SETTINGS, block=256, workers=None, **options):
     workers = workers or Workers()
-    plan = freeze_slide(slide, PLAIN, workers)
+    plan = fit_slide(slide, PLAIN, workers)
     scratch = options.pop("scratch", tmp_path / f"scratch-{block}")
     report = engine.segment_slide(slide, "cells", settings, plan, workers, block, scratch, **options)
     return read_labels(slide, "cells", Box(0, 0, *image_info(slide).shape[1:])), report

@@ -15,7 +15,7 @@ from daskcell.config import PreprocessSettings, SegmentSettings
 from daskcell.errors import ImageError, InputError
 from daskcell.geometry import Box
 from daskcell.images import image_info, read_labels
-from daskcell.preprocess import freeze_slide
+from daskcell.preprocess import fit_slide
 from daskcell.segmentation import segment
 from daskcell.segmentation.engine import segment_slide
 
@@ -35,7 +35,7 @@ def run_engine(image, folder, settings):
     tifffile.imwrite(folder / "picture.tif", image, photometric="minisblack")
     slide = folder / "picture.zarr"
     dc.convert(folder / "picture.tif", slide)
-    plan = freeze_slide(slide, PreprocessSettings(reconstruct=None, histogram=None), Workers())
+    plan = fit_slide(slide, PreprocessSettings(reconstruct=None, histogram=None), Workers())
     segment_slide(slide, "cells", settings, plan, Workers(), 256, folder / "scratch")
     return read_labels(slide, "cells", Box(0, 0, *image_info(slide).shape[1:]))
 

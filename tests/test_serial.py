@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from daskcell.config import GaussianSettings, PreprocessSettings
 from daskcell.evaluation import score_pair
-from daskcell.preprocess import apply_block, freeze
+from daskcell.preprocess import apply_block, fit_plan
 from daskcell.segmentation import segment
 
 
@@ -57,7 +57,7 @@ def blobs(shape=(300, 400), count=60, seed=0) -> tuple[np.ndarray, np.ndarray]:
 
 def test_preprocessing_is_the_same(serial):
     x, _ = blobs()
-    plan = freeze(x, PreprocessSettings(gaussian=GaussianSettings(sigma=1.5)), ["R", "G", "B", "Cyan"])
+    plan = fit_plan(x, PreprocessSettings(gaussian=GaussianSettings(sigma=1.5)), ["R", "G", "B", "Cyan"])
     plain = serial.gaussian(serial.adjust_histogram(serial.reconstruct(x)), 1.5)
     np.testing.assert_array_equal(apply_block(x, plan), plain)
 

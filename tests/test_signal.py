@@ -12,7 +12,7 @@ import daskcell as dc
 from daskcell.config import WatershedSettings
 from daskcell.geometry import Box
 from daskcell.images import Image
-from daskcell.preprocess import freeze
+from daskcell.preprocess import fit_plan
 from daskcell.preprocess.signal import TILE, aligned, bin_values, count_tiles, find_signal
 from daskcell.preprocess.steps import Stretch
 from daskcell.segmentation.methods import CellposeMethod, WatershedMethod
@@ -75,8 +75,8 @@ def test_percentiles_are_those_of_the_cells_and_not_of_the_noise(around, dtype):
     field = dark_field(1024, np.uint8 if dtype == np.uint8 else np.uint16)
     image, _patch = around(*field)
     alone = field[0][field[1]].astype(dtype)
-    (stretch,) = freeze(image[None].astype(dtype)).steps
-    (expected,) = freeze(alone[None]).steps
+    (stretch,) = fit_plan(image[None].astype(dtype)).steps
+    (expected,) = fit_plan(alone[None]).steps
     width = expected.high[0] - expected.low[0]
     assert stretch.low[0] == pytest.approx(expected.low[0], abs=0.03 * width)
     assert stretch.high[0] == pytest.approx(expected.high[0], abs=0.4 * width)
@@ -143,7 +143,7 @@ def test_little_tissue_on_a_bright_ground_keeps_its_contrast():
 
 
 def stretch_of(rgb):
-    plan = freeze(rgb, is_rgb=True)
+    plan = fit_plan(rgb, is_rgb=True)
     return next(step for step in plan.steps if isinstance(step, Stretch))
 
 
@@ -162,7 +162,7 @@ def test_where_cells_cover_enough_nothing_changes_in_any_bit(coverage):
     side = int(400 * coverage**0.5)
     image[40 : 40 + side, 4 : 4 + side] += rng.poisson(rng.uniform(200, 900, (side, side))).astype(np.uint16)
     assert bounds(image[None]) == bounds(image[None], "cellpose")
-    (stretch,) = freeze(image[None]).steps
+    (stretch,) = fit_plan(image[None]).steps
     assert (stretch.low[0], stretch.high[0]) == tuple(np.percentile(image, (0.2, 99.8)))
 
 
@@ -198,10 +198,10 @@ def test_counts_do_not_depend_on_chunks(data):
     image = np.random.default_rng(0).poisson(3, shape).astype(np.uint16)
     image[: shape[0] // 2] = 0
     image[-4:, -4:] = 900
-    whole = freeze(image[None])
+    whole = fit_plan(image[None])
     lazy = dc.adjust_histogram(da.from_array(image, chunks=chunks))
     np.testing.assert_array_equal(lazy.compute(), dc.adjust_histogram(image).compute())
-    assert freeze(da.from_array(image, chunks=chunks)[None]) == whole
+    assert fit_plan(da.from_array(image, chunks=chunks)[None]) == whole
     cut = aligned(chunks, TILE)
     assert all(sum(sides) == side for sides, side in zip(cut, shape, strict=True))
     assert all(end % TILE == 0 for sides in cut for end in np.cumsum(sides)[:-1])
@@ -212,12 +212,12 @@ def test_counts_do_not_depend_on_chunks(data):
 def test_an_image_kept_with_its_histogram_gives_the_plan_of_its_pixels(tmp_path):
     import tifffile
 
-    from daskcell.preprocess import freeze_slide
+    from daskcell.preprocess import fit_slide
 
     image, _ = padded(*dark_field(1024))
     tifffile.imwrite(tmp_path / "sparse.tif", image)
     dc.convert(tmp_path / "sparse.tif", tmp_path / "sparse.zarr")
-    assert freeze_slide(tmp_path / "sparse.zarr") == freeze(image[None])
+    assert fit_slide(tmp_path / "sparse.zarr") == fit_plan(image[None])
 
 
 def test_one_value_is_no_signal():

@@ -95,7 +95,7 @@ def segment(
     from daskcell.images import convert_slide
     from daskcell.pipeline import fingerprints
     from daskcell.pipeline.worker_pool import comfortable_memory, refuse_small_workers
-    from daskcell.preprocess import freeze_slide
+    from daskcell.preprocess import fit_slide
     from daskcell.segmentation.engine import segment_slide
     from daskcell.storage.atomic import remove
 
@@ -116,7 +116,7 @@ def segment(
         whole = Path(scratch) / out.name
         notes = convert_slide(found, whole, workers, settings.input).get("notes", ())
         print(*(f"{note}\n" for note in notes), sep="", end="", file=sys.stderr)
-        plan = freeze_slide(whole, settings.preprocess, workers)
+        plan = fit_slide(whole, settings.preprocess, workers)
         block = settings.compute.block
         rest = Path(scratch) / "scratch"
         device = settings.compute.network_device
@@ -218,7 +218,7 @@ def _method(settings: Any) -> Any:
     """From an image ``(C, Y, X)`` to its cells, as a run with these settings finds them."""
     import numpy as np
 
-    from daskcell.preprocess import apply_block, freeze
+    from daskcell.preprocess import apply_block, fit_plan
     from daskcell.segmentation import segment
 
     chosen = settings.segment.model_dump(exclude={"watershed", "options", "tissue_mask", "keep_flows"})
@@ -232,7 +232,7 @@ def _method(settings: Any) -> Any:
         chosen["device"] = settings.compute.network_device
 
     def find(image: Any) -> Any:
-        plan = freeze(image, settings.preprocess, is_rgb=len(image) == 3)
+        plan = fit_plan(image, settings.preprocess, is_rgb=len(image) == 3)
         return np.asarray(segment(apply_block(image, plan), **chosen))
 
     return find

@@ -79,9 +79,9 @@ CONVERT = Stage(
 
 # -- fit -----------------------------------------------------------------------------------------------
 def _fit(context: Context) -> Fitted:
-    from daskcell.preprocess import freeze_slide
+    from daskcell.preprocess import fit_slide
 
-    plan = freeze_slide(context.image, context.config.preprocess, context.workers)
+    plan = fit_slide(context.image, context.config.preprocess, context.workers)
     return Fitted(plan=plan.to_json())
 
 

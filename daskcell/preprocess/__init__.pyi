@@ -1,7 +1,7 @@
 from .colors import auto_colors as auto_colors
 from .export import write_prepared_tiff as write_prepared_tiff
-from .fit import freeze as freeze
-from .fit import freeze_slide as freeze_slide
+from .fit import fit_plan as fit_plan
+from .fit import fit_slide as fit_slide
 from .flatfield import estimate_flat as estimate_flat
 from .lazy import adjust_histogram as adjust_histogram
 from .lazy import adjust_stains as adjust_stains

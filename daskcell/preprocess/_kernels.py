@@ -72,7 +72,7 @@ def _reflect(i, side):  # pragma: no cover (compiled)
 
 @njit(cache=True, nogil=True)
 def cell_means(plane, rows, columns):  # pragma: no cover (compiled)
-    """Mean of every cell of a lattice, each summed in reading order.
+    """Mean of every cell of a coarse grid, each summed in reading order.
 
     Parameters
     ----------

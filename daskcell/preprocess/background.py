@@ -1,6 +1,6 @@
 """Uneven light taken out: by a flat field, or by the background below the cells.
 
-A camera sees ``pixel = dark + light * (cells + background)``. `Flat` divides by the light, as a picture of
+A camera sees ``pixel = dark + light * (cells + background)``. `Flat` divides by the light, as an image of
 the empty field shows it; `Background` takes off what is left below structures of a given size.
 """
 
@@ -16,24 +16,24 @@ import numpy as np
 
 from daskcell.errors import InputError
 from daskcell.geometry import Box
-from daskcell.preprocess.coarse_grid import Lattice
+from daskcell.preprocess.coarse_grid import CoarseGrid
 from daskcell.preprocess.dtypes import is_small, largest, to_dtype
 from daskcell.preprocess.steps import _Placed, _Same
 from daskcell.storage.atomic import digest
 
 _CELLS = 6
-"""Cells of the lattice in a disc's radius: more follow the background closer, and cost more."""
+"""Cells of the coarse grid in a disc's radius: more follow the background closer, and cost more."""
 _LEAST_RADIUS = 4.0
 """Least radius of the disc at a coarser level: the background that comes closest to the image's own."""
 
 
 @dataclass(frozen=True)
 class Background(_Same):
-    """The picture less the background that a disc of `radius` pixels rolls under.
+    """The image less the background that a disc of `radius` pixels rolls under.
 
     The background is the morphological opening, by the disc, of the means of small square cells (a sixth of
     the radius), spread linearly: what is narrower than the disc is no background. Where the ground is `light`
-    the closing, and the picture is divided by it, so that the ground becomes white. Same dtype; integers are
+    the closing, and the image is divided by it, so that the ground becomes white. Same dtype; integers are
     rounded and cut, so nothing of theirs is below 0.
 
     At a coarser level the disc covers the same part of the image, but never less than `_LEAST_RADIUS` pixels:
@@ -50,19 +50,19 @@ class Background(_Same):
     light: bool = False
 
     @property
-    def lattice(self) -> Lattice:
-        return Lattice(self.shape, max(1, int(self.radius / _CELLS)))
+    def grid(self) -> CoarseGrid:
+        return CoarseGrid(self.shape, max(1, int(self.radius / _CELLS)))
 
     @property
     def reach(self) -> int:
-        """Radius of the disc in cells of the lattice."""
-        return math.ceil(self.radius / self.lattice.cell)
+        """Radius of the disc in cells of the coarse grid."""
+        return math.ceil(self.radius / self.grid.cell)
 
     @property
     def disc(self) -> np.ndarray:
         """The cells ``(2 reach + 1, 2 reach + 1)`` that the disc covers."""
         y, x = np.ogrid[-self.reach : self.reach + 1, -self.reach : self.reach + 1]
-        return (y * y + x * x) * self.lattice.cell**2 <= self.radius**2
+        return (y * y + x * x) * self.grid.cell**2 <= self.radius**2
 
     def at_level(self, level: int, shape: tuple[int, int]) -> Background:
         return Background(shape, max(_LEAST_RADIUS, self.radius / 2**level), self.light)
@@ -70,18 +70,18 @@ class Background(_Same):
     @property
     def halo(self) -> int:
         # Opening reads twice its reach, spreading a cell more, and of the outermost cell a part may be cut.
-        return self.lattice.cell * (2 * self.reach + 2)
+        return self.grid.cell * (2 * self.reach + 2)
 
     def means(self, block: np.ndarray, box: Box) -> np.ndarray:
-        """Mean (float64) of every cell of the lattice in each channel of a block at `box`."""
-        return np.stack([self.lattice.means(plane, box) for plane in block])
+        """Mean (float64) of every cell of the coarse grid in each channel of a block at `box`."""
+        return np.stack([self.grid.means(plane, box) for plane in block])
 
     def clear(self, block: np.ndarray, ground: np.ndarray, cells: Box, box: Box) -> np.ndarray:
         """A block at `box` less the `ground` of the `cells` below it (`light`: divided by it)."""
         out = np.empty_like(block)
         white = largest(block.dtype)
         for target, plane, values in zip(out, block, ground, strict=True):
-            below = self.lattice.spread(values, cells, box)
+            below = self.grid.spread(values, cells, box)
             if self.light:
                 with np.errstate(divide="ignore", invalid="ignore"):
                     cleared = np.where(below > 0, plane / below * white, 0)
@@ -95,7 +95,7 @@ class Background(_Same):
 
         turn = ndimage.grey_closing if self.light else ndimage.grey_opening
         ground = turn(self.means(block, box), footprint=self.disc[None], mode="reflect")
-        return self.clear(block, ground, self.lattice.inside(box), box)
+        return self.clear(block, ground, self.grid.inside(box), box)
 
     def to_json(self) -> dict[str, Any]:
         return {"shape": list(self.shape), "radius": self.radius, "light": self.light}
@@ -152,7 +152,7 @@ class Flat(_Placed):
 
     @classmethod
     def of(cls, field: np.ndarray, dark: float, shape: tuple[int, ...], dtype: np.dtype) -> Flat:
-        """The step from a picture ``(1 or C, h, w)`` of the empty field, for an image of `shape`.
+        """The step from an image ``(1 or C, h, w)`` of the empty field, for an image of `shape`.
 
         Raises
         ------
@@ -166,7 +166,7 @@ class Flat(_Placed):
         if bad:
             raise InputError(
                 f"The flat field has {bad} pixel(s) of no light (not above dark = {dark:g}): "
-                "give a picture of the evenly lit, empty field."
+                "give an image of the evenly lit, empty field."
             )
         gain = light.mean(axis=(1, 2), keepdims=True) / light
         return cls(gain.astype(np.float32 if is_small(dtype) or dtype == np.float32 else np.float64), dark)
@@ -174,7 +174,7 @@ class Flat(_Placed):
 
 @dataclass(frozen=True)
 class FlatFile(_Placed):
-    """`Flat` from a file, read once per process: a plan names the picture and does not hold it."""
+    """`Flat` from a file, read once per process: a plan names the image and does not hold it."""
 
     kind: ClassVar[str] = "flat"
     path: str

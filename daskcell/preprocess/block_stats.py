@@ -1,4 +1,4 @@
-"""One pass over an image: every block counted, the counts merged; of an array, a slide, a set of pictures.
+"""One pass over an image: every block counted, the counts merged; of an array, a slide, a set of images.
 
 A pass (`statistics.Pass`) may count what steps before it made of the pixels; blocks are then read with the
 halo of those steps.
@@ -29,36 +29,36 @@ if TYPE_CHECKING:
 
 COUNT_BLOCK = 2048
 
-Survey = Callable[[Pass, tuple[Step, ...]], Any]
+RunPass = Callable[[Pass, tuple[Step, ...]], Any]
 """One pass over the image: merged counts of all blocks after the given steps."""
 
 
-def run_passes(state: Any, survey: Callable[[Pass], Any]) -> Any:
+def run_passes(state: Any, run_pass: Callable[[Pass], Any]) -> Any:
     """Count, merge and finish until a step (or reference) is reached."""
     while hasattr(state, "count"):
-        state = state.finish(survey(state))
+        state = state.finish(run_pass(state))
     return state
 
 
 def as_set(reference: Any) -> list[Any]:
-    """References as a list: one picture is a set of one."""
-    pictures = list(reference) if isinstance(reference, list | tuple) else [reference]
-    if not pictures:
+    """References as a list: one image is a set of one."""
+    images = list(reference) if isinstance(reference, list | tuple) else [reference]
+    if not images:
         raise InputError("Matching histograms needs a reference image, but the set is empty.")
-    return pictures
+    return images
 
 
-def pixels_of(pictures: Sequence[Any]) -> int:
-    """Pixels of one channel of all pictures together."""
-    return sum(int(np.prod(picture.shape[1:])) for picture in pictures)
+def pixels_of(images: Sequence[Any]) -> int:
+    """Pixels of one channel of all images together."""
+    return sum(int(np.prod(image.shape[1:])) for image in images)
 
 
-def count_set(pictures: Sequence[Any], counting: Pass, steps: tuple[Step, ...]) -> Any:
-    """Counts of all pictures of a set together."""
+def count_set(images: Sequence[Any], counting: Pass, steps: tuple[Step, ...]) -> Any:
+    """Counts of all images of a set together."""
     total = None
-    for picture in pictures:
-        placed = tuple(_on(step, picture.shape) for step in steps)
-        part = count_array(picture, counting, placed)
+    for image in images:
+        placed = tuple(_on(step, image.shape) for step in steps)
+        part = count_array(image, counting, placed)
         total = part if total is None else counting.merge(total, part)
     return total
 

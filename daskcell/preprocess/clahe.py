@@ -1,7 +1,7 @@
 """Contrast limited adaptive histogram equalisation (CLAHE) on one grid over the whole image.
 
 Gives block by block what `skimage.exposure.equalize_adapthist` gives for each channel of the whole: the same
-tiles, the same 14-bit grey values, the same rounding. (For a colour picture scikit-image equalises the V of
+tiles, the same 14-bit grey values, the same rounding. (For a colour image scikit-image equalises the V of
 HSV; here every channel is equalised by itself.) Read three times: extremes, histograms of the tiles,
 extremes of the result.
 
@@ -179,7 +179,7 @@ class ResultExtremes:
 
 @dataclass(frozen=True, eq=False)
 class Clahe(_Placed):
-    """The frozen step. Result on the 0-1 scale.
+    """The step of a plan. Result on the 0-1 scale.
 
     At a coarser level the tiles and their maps are the whole image's, looked up at the middle of each pixel.
     """

@@ -1,4 +1,4 @@
-"""A coarse lattice over the whole image, read and written block by block.
+"""A coarse grid over the whole image, read and written block by block.
 
     | cell 0 | cell 1 | cell 2 | c3 |      cells of one size, counted from the image's corner, so that they
         +---------|---------+              are the same for every block; the last ones may be smaller
@@ -18,7 +18,7 @@ from daskcell.geometry import Box
 
 
 @dataclass(frozen=True)
-class Lattice:
+class CoarseGrid:
     """Square cells of `cell` pixels a side on an image of `shape` ``(Y, X)``."""
 
     shape: tuple[int, int]

@@ -1,4 +1,4 @@
-"""Colours of stains, and the colour picture mixed from them.
+"""Colours of stains, and the colour image mixed from them.
 
 Covers names, the choice of colours from channel names, and the mixing of one block. Knows neither Dask nor
 files.

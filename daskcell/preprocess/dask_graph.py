@@ -65,17 +65,17 @@ def map_step(x: da.Array, step: Step) -> da.Array:
     assert not step.halo, f"{step.kind} has no lazy form"
     chunks = ((step.channels(int(x.shape[0])),), *x.chunks[1:])
     dtype = step.dtype(x.dtype)
-    return da.map_blocks(_apply_frozen, x, step, chunks=chunks, dtype=dtype, meta=np.empty((0, 0, 0), dtype))
+    return da.map_blocks(_apply_step, x, step, chunks=chunks, dtype=dtype, meta=np.empty((0, 0, 0), dtype))
 
 
-def map_frozen(x: da.Array, step: Any, dtype: np.dtype) -> da.Array:
+def map_delayed_step(x: da.Array, step: Any, dtype: np.dtype) -> da.Array:
     """A pointwise step that is known only when the graph is computed (a `dask.delayed`)."""
     import dask.array as da
 
-    return da.map_blocks(_apply_frozen, x, step, dtype=dtype, meta=np.empty((0, 0, 0), dtype))
+    return da.map_blocks(_apply_step, x, step, dtype=dtype, meta=np.empty((0, 0, 0), dtype))
 
 
-def _apply_frozen(block: Any, step: Step, block_info: Any = None) -> Any:
+def _apply_step(block: Any, step: Step, block_info: Any = None) -> Any:
     return apply_steps(block, (step,), _box(block_info))
 
 
@@ -106,12 +106,12 @@ def _smooth(x: da.Array, sigma: float) -> da.Array:
 
 
 def _clear(x: da.Array, step: Background) -> da.Array:
-    """The image less (or by) what its background is on a coarse lattice, opened by dask-image's filters."""
+    """The image less (or by) what its background is on a coarse grid, opened by dask-image's filters."""
     import dask.array as da
     from dask.array.overlap import overlap
 
-    # Chunks that are cut between cells of the lattice, so that each cell's mean is made in one of them.
-    cell = step.lattice.cell
+    # Chunks that are cut between cells of the coarse grid, so that each cell's mean is made in one of them.
+    cell = step.grid.cell
     edges = [{0, side, *(edge // cell * cell for edge in np.cumsum(sizes))} for side, sizes in _sides(x)]
     grid = Grid(*(tuple(sorted(int(edge) for edge in axis)) for axis in edges))
     x = x.rechunk({0: -1, 1: grid.chunks[0], 2: grid.chunks[1]})
@@ -135,7 +135,7 @@ def _means(block: Any, step: Background, block_info: Any = None) -> Any:
 
 def _clear_block(block: Any, ground: Any, step: Background, block_info: Any = None) -> Any:
     box = _box(block_info)
-    cells = step.lattice.inside(box).grow(1).clip(step.lattice.counts)
+    cells = step.grid.inside(box).grow(1).clip(step.grid.counts)
     return step.clear(block, ground, cells, box)
 
 
@@ -157,12 +157,12 @@ def count_lazily(x: Any, counting: Any, steps: tuple[Step, ...] = ()) -> Any:
     return parts[0]
 
 
-def frozen_lazily(pictures: Sequence[da.Array], state: Any, passes: int) -> Any:
+def fit_lazily(images: Sequence[da.Array], state: Any, passes: int) -> Any:
     """The step that `passes` passes over an image, or a set of them, lead to, as one `dask.delayed`."""
     from dask.delayed import delayed
 
     for number in range(passes):
-        parts = [count_lazily(read_again(x, state) if number else x, state) for x in pictures]
+        parts = [count_lazily(read_again(x, state) if number else x, state) for x in images]
         total = parts[0] if len(parts) == 1 else delayed(_merge, pure=True)(state, parts)
         state = delayed(_finish, pure=True)(state, total)
     return state

@@ -52,7 +52,7 @@ def all_values(dtype: np.dtype) -> np.ndarray:
 
 def look_up(plane: np.ndarray, table: np.ndarray) -> np.ndarray:
     """``table[value - smallest value]`` for small integers."""
-    # Seen as unsigned, int8 -1 is 255: the table is turned instead of the picture being shifted.
+    # Seen as unsigned, int8 -1 is 255: the table is turned instead of the image being shifted.
     if plane.dtype.kind == "i":
         table = np.roll(table, len(table) // 2)
     return table[plane.view(f"u{plane.dtype.itemsize}")]

@@ -1,7 +1,7 @@
-"""Freezing: the statistics of one image, counted, and the `Plan` they lead to.
+"""From settings to a `Plan`: the statistics of one image are counted, and every step gets its numbers.
 
-`freeze` counts an array, `freeze_slide` an OME-Zarr image without ever holding the whole; both count the same
-things and give the same plan. How an image is read for it is `surveys`' matter.
+`fit_plan` counts an array, `fit_slide` an OME-Zarr image without ever holding the whole; both count the same
+things and give the same plan. `block_stats` reads the image for them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from daskcell.config import BackgroundSettings, HistogramSettings, PreprocessSet
 from daskcell.errors import InputError
 from daskcell.preprocess.background import Background, FlatFile
 from daskcell.preprocess.block_stats import (
-    Survey,
+    RunPass,
     as_set,
     count_array,
     count_set,
@@ -49,12 +49,12 @@ if TYPE_CHECKING:
 
 _SIGNAL_PERCENTILE = 99.8
 _DEAD = 0.05
-"""A channel of a colour picture whose bright pixels reach less of the brightest channel's holds no signal."""
+"""A channel of a colour image whose bright pixels reach less of the brightest channel's holds no signal."""
 _OVERDRIVEN = 10.0
 """A stain is rare if contrast up to its 99th percentile would show its 99.9th this many times too bright."""
 
 
-def freeze(
+def fit_plan(
     image: Any,
     settings: PreprocessSettings | None = None,
     channels: Sequence[str] | None = None,
@@ -62,7 +62,7 @@ def freeze(
     *,
     reference: Any = None,
 ) -> Plan:
-    """Freeze the preprocessing of an array.
+    """Fit the preprocessing of an array.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ def freeze(
     channels : names of the channels
         For colours chosen automatically.
     is_rgb : bool
-        A colour picture already: it keeps its channels unless colours or a ratio are asked for.
+        A colour image already: it keeps its channels unless colours or a ratio are asked for.
     reference : array ``(C, Y, X)`` or list of such, optional
         What histograms are matched to (method ``"match"``); default: the files named in the settings.
 
@@ -85,7 +85,7 @@ def freeze(
         raise InputError(
             f"An image must have the axes (C, Y, X), but this one has shape {tuple(image.shape)}."
         )
-    return _freeze(
+    return _fit(
         tuple(image.shape),
         image.dtype,
         settings,
@@ -96,29 +96,29 @@ def freeze(
     )
 
 
-def freeze_slide(
+def fit_slide(
     zarr_path: str | Path, settings: PreprocessSettings | None = None, workers: Workers | None = None
 ) -> Plan:
-    """Freeze the preprocessing of an OME-Zarr image, one task a block; the same plan as from the whole."""
+    """Fit the preprocessing of an OME-Zarr image, one task a block; the same plan as from the whole."""
     from daskcell import images
 
     settings = settings or PreprocessSettings()
     info = images.image_info(zarr_path)
 
-    def survey(counting: Pass, steps: tuple[Step, ...]) -> Any:
+    def run_pass(counting: Pass, steps: tuple[Step, ...]) -> Any:
         return count_slide(zarr_path, counting, steps, workers)
 
-    return _freeze(info.shape, info.dtype, settings, info.channels, info.is_rgb, None, survey)
+    return _fit(info.shape, info.dtype, settings, info.channels, info.is_rgb, None, run_pass)
 
 
-def _freeze(
+def _fit(
     shape: tuple[int, ...],
     dtype: Any,
     settings: PreprocessSettings,
     channels: Sequence[str] | None,
     is_rgb: bool,
     reference: Any,
-    survey: Survey,
+    run_pass: RunPass,
 ) -> Plan:
     if 0 in shape:
         raise InputError(f"The image has no pixels (shape {shape}).")
@@ -127,13 +127,13 @@ def _freeze(
     before = tuple(steps)
     if settings.stains is not None:
         if not is_rgb:
-            raise InputError("Only the stains of a colour picture can be told apart: leave 'stains' out.")
-        steps.append(run_passes(start_stains(settings.stains), lambda counting: survey(counting, before)))
+            raise InputError("Only the stains of a colour image can be told apart: leave 'stains' out.")
+        steps.append(run_passes(start_stains(settings.stains), lambda counting: run_pass(counting, before)))
         kind = steps[-1].dtype(kind)
         # Stains that were taken apart are no colours that belong together.
         is_rgb = settings.stains.method == "normalize"
     elif settings.reconstruct is not None and count > 1 and not is_rgb and kind.kind == "u":
-        steps += _without_noise(survey, before, kind)
+        steps += _without_noise(run_pass, before, kind)
     taken_apart = settings.stains is not None and not is_rgb
     weights = None if taken_apart else _weights(settings, count, channels, is_rgb)
     if weights is not None:
@@ -141,13 +141,13 @@ def _freeze(
         count = len(weights)
     counted: np.ndarray | None = None
     if weights is None and is_rgb and settings.reconstruct is not None and is_small(kind):
-        blanks, counted = _without_dead_channels(survey, tuple(steps), kind)
+        blanks, counted = _without_dead_channels(run_pass, tuple(steps), kind)
         steps += blanks
     if settings.histogram is not None:
         matched = None
         linked = is_rgb if settings.histogram.linked == "auto" else settings.histogram.linked
         if settings.histogram.method == "match":
-            matched = _freeze_reference(settings.histogram, reference, dtype, tuple(steps), shape[0], linked)
+            matched = _fit_reference(settings.histogram, reference, dtype, tuple(steps), shape[0], linked)
         state: Any = start_pass(settings.histogram, kind, (count, *shape[1:]), linked, matched)
 
         def counts(counting: Pass) -> Any:
@@ -156,7 +156,7 @@ def _freeze(
                 known = counting.of_pixels(known)
             elif not isinstance(counting, ExactCounts):
                 known = None
-            return survey(counting, tuple(steps)) if known is None else known
+            return run_pass(counting, tuple(steps)) if known is None else known
 
         steps.append(run_passes(state, counts))
     if settings.gaussian is not None:
@@ -185,13 +185,13 @@ def start_stains(stains: StainSettings) -> Any:
 
 
 def find_reference_stains(reference: Any) -> Palette:
-    """The stains of the picture others are brought to."""
+    """The stains of the image others are brought to."""
     if reference.ndim != 3 or reference.shape[0] != 3:
-        raise InputError(f"The reference has shape {tuple(reference.shape)}, not that of a colour picture.")
+        raise InputError(f"The reference has shape {tuple(reference.shape)}, not that of a colour image.")
     return run_passes(ColourCounts(finding=True), lambda counting: count_array(reference, counting, ()))
 
 
-def _without_noise(survey: Survey, steps: tuple[Step, ...], dtype: np.dtype) -> list[Step]:
+def _without_noise(run_pass: RunPass, steps: tuple[Step, ...], dtype: np.dtype) -> list[Step]:
     """A step that keeps of a rare stain only what is stained, if there is one beside others.
 
     Of a marker that few cells carry, the 99th percentile is still background, and whatever adjusts contrast
@@ -202,7 +202,7 @@ def _without_noise(survey: Survey, steps: tuple[Step, ...], dtype: np.dtype) -> 
     if not is_small(dtype):
         return []
     counting = ExactCounts(Referring(), dtype)
-    counts = survey(counting, steps)
+    counts = run_pass(counting, steps)
     usual = np.array(counting.limits(counts, Stretching(1.0, 99.0)))
     rare = np.array(counting.limits(counts, Stretching(1.0, 99.9)))
     sparse = _OVERDRIVEN * (usual[:, 1] - usual[:, 0]) < rare[:, 1] - rare[:, 0]
@@ -212,15 +212,15 @@ def _without_noise(survey: Survey, steps: tuple[Step, ...], dtype: np.dtype) -> 
 
 
 def _without_dead_channels(
-    survey: Survey, steps: tuple[Step, ...], dtype: np.dtype
+    run_pass: RunPass, steps: tuple[Step, ...], dtype: np.dtype
 ) -> tuple[list[Step], np.ndarray]:
-    """A step that empties channels of a colour picture that hold no signal, if any; and the counts after it.
+    """A step that empties channels of a colour image that hold no signal, if any; and the counts after it.
 
     One stain stored as JPEG in colours leaves compression noise of a few grey levels in the two others.
     Whatever adjusts contrast channel by channel later, such as Cellpose, would blow it up.
     """
     counting = ExactCounts(Referring(), dtype)
-    counts = survey(counting, steps).copy()
+    counts = run_pass(counting, steps).copy()
     bright = np.array(counting.limits(counts, Stretching(0.0, _SIGNAL_PERCENTILE)))[:, 1]
     dead = bright < _DEAD * bright.max()
     if not dead.any():
@@ -238,7 +238,7 @@ def _weights(
     if chosen is None:
         return None
     if chosen.colors == "auto":
-        # One channel stays one grey channel, a colour picture stays as it is.
+        # One channel stays one grey channel, a colour image stays as it is.
         if chosen.ratio is None and (count == 1 or is_rgb):
             return None
         names = list(channels) if channels is not None and len(channels) == count else [""] * count
@@ -246,7 +246,7 @@ def _weights(
     else:
         colors = list(chosen.colors)
     weights = mixing_weights(count, colors, chosen.ratio if chosen.ratio is not None else [1.0] * count)
-    # Red, green and blue in this order are a colour picture already.
+    # Red, green and blue in this order are a colour image already.
     return None if np.array_equal(weights, np.eye(3)) else weights
 
 
@@ -274,7 +274,7 @@ def start_pass(
     return first_pass(aim, dtype, shape[0], shape[1] * shape[2], linked)
 
 
-def _freeze_reference(
+def _fit_reference(
     histogram: HistogramSettings,
     reference: Any,
     dtype: Any,
@@ -287,14 +287,14 @@ def _freeze_reference(
             raise InputError("Matching histograms needs a reference image: set 'reference'.")
         names = [histogram.reference] if isinstance(histogram.reference, str) else histogram.reference
         reference = [_open(name) for name in names]
-    pictures = as_set(reference)
+    images = as_set(reference)
     kind, count = working_dtype(dtype), channels
-    for picture in pictures:
-        check_reference(picture, kind, channels)
+    for image in images:
+        check_reference(image, kind, channels)
     for step in steps:
         kind, count = step.dtype(kind), step.channels(count)
-    state = first_pass(Referring(), kind, count, pixels_of(pictures), linked)
-    return run_passes(state, lambda counting: count_set(pictures, counting, steps))
+    state = first_pass(Referring(), kind, count, pixels_of(images), linked)
+    return run_passes(state, lambda counting: count_set(images, counting, steps))
 
 
 def _open(path: str) -> Any:

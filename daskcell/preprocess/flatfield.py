@@ -12,18 +12,18 @@ import numpy as np
 from daskcell.errors import InputError
 from daskcell.geometry import Box
 from daskcell.images.arrays import NamedArray, as_image, plain
-from daskcell.preprocess.coarse_grid import Lattice
+from daskcell.preprocess.coarse_grid import CoarseGrid
 from daskcell.preprocess.dtypes import check_finite, working_dtype
 from daskcell.preprocess.steps import smooth
 
 _CELLS = 48
-"""Cells of the lattice along the longer side."""
+"""Cells of the coarse grid along the longer side."""
 _SIGMA = 1.0
 """Smoothing of the result, in cells."""
 _LEAST = 3
 
 
-def estimate_flat(pictures: Any, dark: float = 0.0, *, axes: str | None = None) -> np.ndarray:
+def estimate_flat(images: Any, dark: float = 0.0, *, axes: str | None = None) -> np.ndarray:
     """Estimate the flat field of a microscope, its fall-off of light, from images of different places.
 
     Each image is averaged over small tiles and divided by its mean intensity. The median over all images of
@@ -32,7 +32,7 @@ def estimate_flat(pictures: Any, dark: float = 0.0, *, axes: str | None = None) 
 
     Parameters
     ----------
-    pictures : path, or iterable of arrays or paths
+    images : path, or iterable of arrays or paths
         A folder or pattern; or images ``(C, Y, X)`` or ``(Y, X)``, or an array that stacks them along its
         first axis. All have one size and number of channels. Read one at a time, in any order.
     dark : float
@@ -55,18 +55,18 @@ def estimate_flat(pictures: Any, dark: float = 0.0, *, axes: str | None = None) 
     means: list[np.ndarray] = []
     levels: list[np.ndarray] = []
     shape: tuple[int, ...] | None = None
-    for number, picture in enumerate(_each(pictures, axes), start=1):
+    for number, image in enumerate(_each(images, axes), start=1):
         if shape is None:
-            shape = picture.shape
-        if picture.shape != shape:
+            shape = image.shape
+        if image.shape != shape:
             raise InputError(
-                f"Image {number} has shape {picture.shape}, but the first {shape}: a flat field comes from "
+                f"Image {number} has shape {image.shape}, but the first {shape}: a flat field comes from "
                 "images of one size."
             )
-        check_finite(picture)
-        lattice = Lattice((shape[1], shape[2]), max(1, max(shape[1:]) // _CELLS))
+        check_finite(image)
+        grid = CoarseGrid((shape[1], shape[2]), max(1, max(shape[1:]) // _CELLS))
         whole = Box(0, 0, shape[1], shape[2])
-        light = np.stack([lattice.means(plane, whole) for plane in picture]) - dark
+        light = np.stack([grid.means(plane, whole) for plane in image]) - dark
         level = light.mean(axis=(1, 2), keepdims=True)
         if not (level > 0).all():
             raise InputError(f"Image {number} has no light above dark = {dark:g}: please leave it out.")
@@ -76,29 +76,29 @@ def estimate_flat(pictures: Any, dark: float = 0.0, *, axes: str | None = None) 
         raise InputError(f"A flat field needs {_LEAST} images or more, not {len(means)} image(s).")
     field = smooth(np.median(np.stack(means), axis=0), _SIGMA)
     cells = Box(0, 0, *field.shape[1:])
-    spread = np.stack([lattice.spread(plane.astype(np.float64), cells, whole) for plane in field])
+    spread = np.stack([grid.spread(plane.astype(np.float64), cells, whole) for plane in field])
     spread *= np.median(np.stack(levels), axis=0) / spread.mean(axis=(1, 2), keepdims=True)
     return (spread + dark).astype(np.float32)
 
 
-def _each(pictures: Any, axes: str | None) -> Iterator[np.ndarray]:
+def _each(given: Any, axes: str | None) -> Iterator[np.ndarray]:
     """The images ``(C, Y, X)``, one after the other."""
-    from daskcell import images
+    from daskcell.images import Source, find_images, open_image
 
-    if isinstance(pictures, str | os.PathLike):
-        pictures = images.find_images(os.fspath(pictures))
-    elif hasattr(pictures, "shape") and not type(pictures).__module__.startswith("pandas"):
-        stack = plain(pictures, "The stack of images")
+    if isinstance(given, str | os.PathLike):
+        given = find_images(os.fspath(given))
+    elif hasattr(given, "shape") and not type(given).__module__.startswith("pandas"):
+        stack = plain(given, "The stack of images")
         if stack.data.ndim not in (3, 4):
             raise InputError(f"A stack of shape {stack.data.shape} holds no images (C, Y, X) or (Y, X).")
-        pictures = [NamedArray(data, stack.dims and stack.dims[1:]) for data in stack.data]
-    if not isinstance(pictures, Iterable):
-        raise InputError(f"A flat field comes from images or a folder of them, not from {pictures!r}.")
-    for number, one in enumerate(pictures, start=1):
+        given = [NamedArray(data, stack.dims and stack.dims[1:]) for data in stack.data]
+    if not isinstance(given, Iterable):
+        raise InputError(f"A flat field comes from images or a folder of them, not from {given!r}.")
+    for number, one in enumerate(given, start=1):
         if isinstance(one, str | os.PathLike):
             one = Path(one)
-        if isinstance(one, Path | images.Source):
-            one = images.open_image(one)
+        if isinstance(one, Path | Source):
+            one = open_image(one)
         pixels = np.asarray(as_image(one, f"Image {number}", axes).data)
         if 0 in pixels.shape:
             raise InputError(f"Image {number} has no pixels: its shape is {pixels.shape}.")

@@ -30,9 +30,9 @@ from daskcell.errors import InputError
 from daskcell.preprocess.background import Background, Flat
 from daskcell.preprocess.block_stats import as_set, pixels_of
 from daskcell.preprocess.colors import auto_colors, mixing_weights
-from daskcell.preprocess.dask_graph import as_planes, frozen_lazily, map_frozen, map_step, read_again
+from daskcell.preprocess.dask_graph import as_planes, fit_lazily, map_delayed_step, map_step, read_again
 from daskcell.preprocess.dtypes import float_dtype
-from daskcell.preprocess.fit import check_reference, find_reference_stains, freeze, start_pass
+from daskcell.preprocess.fit import check_reference, find_reference_stains, fit_plan, start_pass
 from daskcell.preprocess.plan import Plan
 from daskcell.preprocess.stains import ColourCounts, separation
 from daskcell.preprocess.statistics import Equalizing, Referring, Stretching, first_pass, passes_needed
@@ -62,10 +62,10 @@ def correct_background(
 
     ====== ==================================================================================================
     flat   ``(x - dark) * mean(flat - dark) / (flat - dark)``
-    radius the picture less the ground that a disc rolls under it: the morphological opening of the means of
+    radius the image less the ground that a disc rolls under it: the morphological opening of the means of
            small cells (`dask_image.ndfilters.minimum_filter` and `maximum_filter`, as
            `skimage.morphology.opening`), spread linearly (`skimage.transform.resize`)
-    light  the same from above, for bright field: the picture is divided by it, and the ground becomes white
+    light  the same from above, for bright field: the image is divided by it, and the ground becomes white
     ====== ==================================================================================================
 
     Parameters
@@ -76,7 +76,7 @@ def correct_background(
     light : bool
         The ground is bright.
     flat : array ``(Y, X)`` or ``(C, Y, X)``, optional
-        The evenly lit, empty field, as the camera gave it (`estimate_flat` makes one from many pictures). As
+        The evenly lit, empty field, as the camera gave it (`estimate_flat` makes one from many images). As
         large as `x`, or a camera field that `x` consists of.
     dark : float
         What the camera gives without light, in `x` and in `flat`.
@@ -102,7 +102,7 @@ def correct_background(
 
         whole = field.to_delayed(optimize_graph=False).item()
         step = delayed(Flat.of, pure=True)(whole, float(dark), tuple(planes.shape), planes.dtype)
-        result = map_frozen(planes, step, planes.dtype)
+        result = map_delayed_step(planes, step, planes.dtype)
     if radius is not None:
         result = map_step(result, Background((planes.shape[1], planes.shape[2]), float(radius), light))
     return result[0] if np.ndim(x) == 2 else result
@@ -146,8 +146,8 @@ def adjust_stains(
     if method == "separate":
         return map_step(planes, separation())
     standard = None if reference is None else find_reference_stains(as_planes(reference))
-    step = frozen_lazily([planes], ColourCounts(standard=standard), 1)
-    return map_frozen(read_again(planes, step), step, planes.dtype)
+    step = fit_lazily([planes], ColourCounts(standard=standard), 1)
+    return map_delayed_step(read_again(planes, step), step, planes.dtype)
 
 
 def reconstruct(
@@ -157,7 +157,7 @@ def reconstruct(
     *,
     axes: str | None = None,
 ) -> da.Array:
-    """Rebuild the colour picture from one picture per stain, by adding their light.
+    """Rebuild the colour image from one image per stain, by adding their light.
 
     Every channel adds to red, green and blue what its colour has of them, times its ratio: cyan adds to
     green and blue.
@@ -232,7 +232,7 @@ def adjust_histogram(
     low, high : float
         Percentiles, 0-100 (stretch).
     linked : bool or "auto"
-        Give all channels the curve of their common histogram, which keeps the colours of a colour picture;
+        Give all channels the curve of their common histogram, which keeps the colours of a colour image;
         auto: for an `Image` that is one (``is_rgb``). An array does not say whether it is.
     reference : array ``(C, Y, X)`` or ``(Y, X)``, or list of such
         The image to match, or a set of them, whose pixels are counted together (match): same channels and
@@ -268,17 +268,17 @@ def adjust_histogram(
     else:
         if reference is None:
             raise InputError("Matching histograms needs a reference image: give reference=.")
-        others = [as_planes(picture, allow_2d=True) for picture in as_set(reference)]
+        others = [as_planes(image, allow_2d=True) for image in as_set(reference)]
         for other in others:
             check_reference(other, dtype, planes.shape[0])
         counting = first_pass(Referring(), dtype, planes.shape[0], pixels_of(others), linked)
-        frozen = frozen_lazily(others, counting, passes_needed(Referring, dtype))
-        state = delayed(start_pass, pure=True)(settings, dtype, planes.shape, linked, frozen)
+        fitted = fit_lazily(others, counting, passes_needed(Referring, dtype))
+        state = delayed(start_pass, pure=True)(settings, dtype, planes.shape, linked, fitted)
     passes = (
         3 if method == "clahe" else passes_needed(Stretching if method == "stretch" else Equalizing, dtype)
     )
-    step = frozen_lazily([planes], state, passes)
-    result = map_frozen(
+    step = fit_lazily([planes], state, passes)
+    result = map_delayed_step(
         read_again(planes, step), step, float_dtype(dtype) if method in ("equalize", "clahe") else dtype
     )
     return result[0] if np.ndim(x) == 2 else result
@@ -323,7 +323,7 @@ def prepare(image: Any, settings: PreprocessSettings | Plan | None = None) -> da
     Parameters
     ----------
     image : `Image`, or dask or numpy array ``(C, Y, X)``
-        An `Image` knows the names of its channels and whether it is a colour picture; an array has neither.
+        An `Image` knows the names of its channels and whether it is a colour image; an array has neither.
     settings : PreprocessSettings, optional
         Read for their statistics at once, block by block; or a `Plan`, whose numbers are known.
 
@@ -342,7 +342,7 @@ def prepare(image: Any, settings: PreprocessSettings | Plan | None = None) -> da
         plan = settings
     else:
         names = getattr(image, "channels", None)
-        plan = freeze(planes, settings, names, getattr(image, "is_rgb", False))
+        plan = fit_plan(planes, settings, names, getattr(image, "is_rgb", False))
     if tuple(planes.shape[1:]) != plan.shape or planes.shape[0] != plan.in_channels:
         raise InputError(
             f"The plan is for shape {(plan.in_channels, *plan.shape)}, but the image has {planes.shape}."

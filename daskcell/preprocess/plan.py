@@ -1,6 +1,6 @@
-"""What will be done to one image, with every global number frozen: the `Plan`, and `apply_block`.
+"""What will be done to one image, with every number known: the `Plan`, and `apply_block`.
 
-`freezing` makes plans; nothing here looks at a whole image.
+`fit` makes plans; nothing here reads a whole image.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _KINDS: dict[str, Any] = {
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Frozen preprocessing of one image."""
+    """The preprocessing of one image: steps with all their numbers."""
 
     shape: tuple[int, int]
     """Height and width of the whole image in pixels."""

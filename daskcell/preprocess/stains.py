@@ -34,7 +34,7 @@ Matrix = tuple[Colour, ...]
 
 @dataclass(frozen=True)
 class Stains(_Pointwise):
-    """``matrix @ density`` of every pixel of a colour picture ``(3, h, w)``.
+    """``matrix @ density`` of every pixel of a colour image ``(3, h, w)``.
 
     Back to colours of the same dtype, integers rounded, where a `target` is given; or left as densities of 0
     or more, float32 (float64 for float64).
@@ -102,10 +102,10 @@ class Palette:
     strengths: Colour
 
     def step_to(self, standard: Palette | None) -> Stains:
-        """The step that gives a picture the standard's light and densities, or without one white light.
+        """The step that gives an image the standard's light and densities, or without one white light.
 
         Each colour's density is multiplied by one number: glass stays glass, dark stays darker than pale, and
-        nothing is divided by the difference of two stains that a picture may not show.
+        nothing is divided by the difference of two stains that an image may not show.
         """
         if standard is None:
             return Stains(_matrix(np.eye(3)), self.white, 1 / 255, _WHITE)
@@ -118,7 +118,7 @@ class ColourCounts:
     """A pass that counts colours, in `LEVELS` levels of red, green and blue: ``(LEVELS ** 3,)``."""
 
     finding: bool = False
-    """Whether the picture is the standard of others, and not to be changed itself."""
+    """Whether the image is the standard of others, and not to be changed itself."""
     standard: Palette | None = None
 
     def count(self, block: np.ndarray, box: Box) -> np.ndarray:
@@ -135,7 +135,7 @@ class ColourCounts:
     def finish(self, total: np.ndarray) -> Stains | Palette:
         found = find_stains(total)
         if self.finding and found is None:
-            raise InputError("The reference shows no stains: give a picture with stained tissue.")
+            raise InputError("The reference shows no stains: give an image with stained tissue.")
         if found is None:
             # Bare glass stays as it is.
             return Stains(_matrix(np.eye(3)), (1.0,) * 3, 1e-6, (1.0,) * 3)
@@ -143,7 +143,7 @@ class ColourCounts:
 
 
 def find_stains(counts: np.ndarray) -> Palette | None:
-    """Light and densities of a picture, from how many pixels each colour has; None for bare glass.
+    """Light and densities of an image, from how many pixels each colour has; None for bare glass.
 
     As E. Reinhard et al., "Color transfer between images", IEEE CG&A 21 (2001) 34-41, one number a colour;
     but of densities, and of the tissue alone, so that it does not matter how much glass there is.

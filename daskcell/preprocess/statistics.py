@@ -2,7 +2,7 @@
 
 A *pass* counts something in every block; counts are merged by integer sums, minima and maxima, so the result
 depends neither on how the image is cut nor on the order; the merged counts finish the pass, which gives the
-next pass or the frozen step itself.
+next pass or the step itself.
 
     state = first pass
     while state is a pass:

@@ -1,4 +1,4 @@
-"""The arithmetic of preprocessing: steps with every global number frozen into them.
+"""The arithmetic of preprocessing: steps that hold every number they need, those of the whole image too.
 
 Each step maps a block ``(C, h, w)`` to ``(C', h, w)`` and knows the halo it needs. Pure numpy: no Dask, no
 files. The lazy functions and the engine both go through these, and through nothing else.
@@ -23,7 +23,7 @@ TRUNCATE = 4.0
 
 
 class Step(Protocol):
-    """One frozen step."""
+    """One step of a plan."""
 
     kind: ClassVar[str]
     placed: ClassVar[bool]
@@ -121,7 +121,7 @@ class Floor(_Pointwise):
 
 @dataclass(frozen=True)
 class Mix(_Pointwise):
-    """Colour picture from channels: three rows of one weight a channel."""
+    """Colour image from channels: three rows of one weight a channel."""
 
     kind: ClassVar[str] = "mix"
     weights: tuple[tuple[float, ...], ...]

@@ -35,7 +35,7 @@ def check_names(settings: PreprocessSettings) -> str | None:
 
 
 def named_files(settings: PreprocessSettings) -> list[tuple[str, str]]:
-    """Settings and the pictures they name."""
+    """Settings and the images they name."""
     files = []
     if settings.background is not None and settings.background.flat is not None:
         files.append(("background.flat", settings.background.flat))
