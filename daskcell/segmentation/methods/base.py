@@ -49,7 +49,8 @@ class Method:
 
     Blocks are labelled with a halo around them. A cell is taken from the block that holds its first pixel,
     and the halo is doubled as long as a cell comes within `reach` of its border; so the labels are those of
-    the whole image for any blocks, provided that `reach` is right.
+    the whole image for any blocks, provided that `reach` is right. Holes in cells are filled, as for all
+    methods, and cells below ``min_size`` pixels dropped.
 
     Attributes
     ----------
