@@ -24,4 +24,6 @@ from .preprocess import gaussian as gaussian
 from .preprocess import prepare as prepare
 from .preprocess import reconstruct as reconstruct
 from .render import overlay as overlay
+from .segmentation import expand as expand
+from .segmentation import pair as pair
 from .segmentation import segment as segment
