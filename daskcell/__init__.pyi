@@ -2,6 +2,7 @@ from ._version import __version__ as __version__
 from .clustering import ClusterModel as ClusterModel
 from .clustering import fit_clusters as fit_clusters
 from .clustering import load_clusters as load_clusters
+from .clustering import neighbours as neighbours
 from .config import Config as Config
 from .config import load_config as load_config
 from .errors import DaskcellError as DaskcellError

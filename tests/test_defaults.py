@@ -46,8 +46,8 @@ PAIRS = {
 }
 WITHOUT_SETTINGS = {
     "assign", "convert", "estimate_flat", "expand", "export_crops", "load_clusters", "load_config",
-    "load_encoder", "load_network", "measure", "open_image", "open_study", "overlay", "pair", "prepare",
-    "run",
+    "load_encoder", "load_network", "measure", "neighbours", "open_image", "open_study", "overlay", "pair",
+    "prepare", "run",
 }  # fmt: skip
 
 
