@@ -125,11 +125,11 @@ def stage(name: str) -> Callable[[Any], Any]:
         write = {
             "convert": [image / "0" / "c" / str(n) for n in range(FILES // 2)],
             "segment": [image / "labels" / "cells" / str(n) for n in range(FILES // 4)],
-            "describe": [study.table(slide), study.features(slide) / "zarr.json"],
-            "cluster": [study.clusters / "model.json"],
-            "assign": [study.clusters_table(slide)],
+            "describe": [study.paths.table(slide), study.paths.features(slide) / "zarr.json"],
+            "cluster": [study.paths.clusters / "model.json"],
+            "assign": [study.paths.clusters_table(slide)],
             "paint": [image / "labels" / "clusters" / "0"],
-            "report": [study.report],
+            "report": [study.paths.report],
         }
         for path in write.get(name, []):
             path.parent.mkdir(parents=True, exist_ok=True)

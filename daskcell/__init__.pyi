@@ -5,7 +5,17 @@ from .clustering import load_clusters as load_clusters
 from .clustering import neighbours as neighbours
 from .config import Config as Config
 from .config import load_config as load_config
+from .errors import ComputeError as ComputeError
+from .errors import ConfigError as ConfigError
 from .errors import DaskcellError as DaskcellError
+from .errors import DriftWarning as DriftWarning
+from .errors import ImageError as ImageError
+from .errors import IncompleteWarning as IncompleteWarning
+from .errors import InputError as InputError
+from .errors import InputWarning as InputWarning
+from .errors import MemoryWarning as MemoryWarning
+from .errors import StudyError as StudyError
+from .errors import WeightsError as WeightsError
 from .export import export_crops as export_crops
 from .features import embed as embed
 from .features import measure as measure
@@ -28,3 +38,4 @@ from .render import overlay as overlay
 from .segmentation import expand as expand
 from .segmentation import pair as pair
 from .segmentation import segment as segment
+from .study import Study as Study

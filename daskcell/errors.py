@@ -54,3 +54,7 @@ class MemoryWarning(UserWarning):
 
 class DriftWarning(UserWarning):
     """New cells lie far from those a model was fitted on: what their groups mean is in doubt."""
+
+
+class IncompleteWarning(UserWarning):
+    """Some slides of a study have no results yet, or were set aside, and are left out."""

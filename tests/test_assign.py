@@ -98,21 +98,21 @@ def test_cells_that_were_fitted_get_their_groups_again(fitted, folder, tmp_path)
     again = no_warning(folder / "old", tmp_path / "again", model=fitted.out, config=WHERE)
     for slide in fitted.slides:
         pd.testing.assert_frame_equal(again.cells(slide), fitted.cells(slide))
-    assert again.ledger(CLUSTERS).result("cluster")["given"] is True
+    assert again.record.ledger(CLUSTERS).result("cluster")["given"] is True
     for name in ("arrays.npz", "model.json"):
-        assert (again.clusters / name).read_bytes() == (fitted.clusters / name).read_bytes()
+        assert (again.paths.clusters / name).read_bytes() == (fitted.paths.clusters / name).read_bytes()
 
 
 def test_new_slides_are_made_as_the_models_and_only_once(fitted, folder, tmp_path, monkeypatch):
-    study = no_warning(folder / "new", tmp_path / "new", model=fitted.clusters, config=WHERE)
+    study = no_warning(folder / "new", tmp_path / "new", model=fitted.paths.clusters, config=WHERE)
     assert study.failures == []
     assert study.config.segment.method == "watershed"
     assert study.config.preprocess.histogram is None
-    model = load_clusters(fitted.clusters)
+    model = load_clusters(fitted.paths.clusters)
     for slide in ("d", "e"):
-        features = zarr.open_array(study.features(slide), mode="r")[:]
+        features = zarr.open_array(study.paths.features(slide), mode="r")[:]
         np.testing.assert_array_equal(groups_of(study, slide), model.predict(features))
-        assert (study.overlays / f"{slide}.png").exists()
+        assert (study.paths.overlays / f"{slide}.png").exists()
     monkeypatch.setattr(api.Run, "work", lambda self, jobs, workers: jobs and pytest.fail("works again"))
     no_warning(folder / "new", tmp_path / "new", model=fitted.out, config=WHERE)
     rows = report(study)["slides"]
@@ -121,7 +121,7 @@ def test_new_slides_are_made_as_the_models_and_only_once(fitted, folder, tmp_pat
 
 def test_an_assigned_study_is_a_model_too(fitted, folder, tmp_path):
     first = no_warning(folder / "new", tmp_path / "first", model=fitted.out, config=WHERE)
-    shutil.copytree(first.clusters, tmp_path / "saved")
+    shutil.copytree(first.paths.clusters, tmp_path / "saved")
     second = no_warning(folder / "new", tmp_path / "second", model=tmp_path / "saved", config=WHERE)
     pd.testing.assert_frame_equal(first.cells(), second.cells())
 
@@ -131,7 +131,7 @@ def test_another_model_gives_new_groups_and_keeps_the_features(fitted, folder, t
     no_warning(folder / "new", out, model=fitted.out, config=WHERE)
     made = [path for name in ("features", "tables/cells") for path in (out / name).rglob("*")]
     before = {path: path.stat().st_mtime_ns for path in made if path.is_file()}
-    model = load_clusters(fitted.clusters)
+    model = load_clusters(fitted.paths.clusters)
     for name in ("centers_", "reduced_centers_", "counts_", "spread_"):
         setattr(model, name, getattr(model, name)[::-1].copy())
     model.save(tmp_path / "turned")
@@ -165,7 +165,7 @@ def test_settings_that_would_change_what_features_mean_are_refused(
 def test_settings_that_say_what_the_model_says_are_taken(fitted, folder, tmp_path):
     same = SETTINGS | {"output": {"overlays": ["png"]}, "input": {"pixel_size": 0.5}}
     study = no_warning(folder / "new", tmp_path / "out", model=fitted.out, config=same)
-    assert not list(study.overlays.glob("*.tif"))
+    assert not list(study.paths.overlays.glob("*.tif"))
     assert "area_um2" in study.cells("d")
 
 
@@ -179,7 +179,7 @@ def test_features_of_an_encoder_of_the_same_name_but_other_weights_are_refused(
 
 
 def test_a_model_without_settings_takes_those_that_are_given(fitted, folder, tmp_path):
-    features = np.concatenate([zarr.open_array(fitted.features(s), mode="r")[:] for s in fitted.slides])
+    features = np.concatenate([zarr.open_array(fitted.paths.features(s), mode="r")[:] for s in fitted.slides])
     dc.fit_clusters(features, 3).save(tmp_path / "plain")
     study = dc.assign(folder / "new", tmp_path / "out", model=tmp_path / "plain", config=SETTINGS)
     assert study.failures == []
@@ -209,7 +209,7 @@ def test_cells_unlike_the_models_are_told_with_numbers(fitted, folder, tmp_path)
     assert values["far"] > 0.5
     assert len(values["far_by_cluster"]) == 3
     found = report(study)
-    assert found["model"] == str(fitted.clusters)
+    assert found["model"] == str(fitted.paths.clusters)
     assert found["drift"]["thin"] == values
     assert "thin: " in table(found)
     like = no_warning(folder / "new", tmp_path / "new", model=fitted.out, config=WHERE)
@@ -218,7 +218,7 @@ def test_cells_unlike_the_models_are_told_with_numbers(fitted, folder, tmp_path)
 
 
 def test_a_model_of_another_version_of_the_code_is_told(study, folder, tmp_path):
-    path = study.clusters / "model.json"
+    path = study.paths.clusters / "model.json"
     values = json.loads(path.read_text())
     values["origin"]["stages"]["describe"] -= 1
     path.write_text(json.dumps(values))
@@ -283,7 +283,7 @@ def split(study, group):
 
 
 def properties(study, slide: str) -> dict[int, str]:
-    group = zarr.open_group(study.image(slide) / "labels" / "clusters", mode="r")
+    group = zarr.open_group(study.paths.image(slide) / "labels" / "clusters", mode="r")
     found = group.attrs["ome"]["image-label"]
     assert [c["label-value"] for c in found["colors"]] == [p["label-value"] for p in found["properties"]]
     return {p["label-value"]: p["name"] for p in found["properties"]}
@@ -300,8 +300,8 @@ def test_names_and_merges_go_into_model_tables_labels_and_pictures(study):
         assert set(cells.loc[cells["cluster"] == 1, "cluster_name"]) == {"big ones"}
         assert set(cells.loc[cells["cluster"] == 0, "cluster_name"]) <= {"cluster 0"}
         assert properties(study, slide) == {1: "cluster 0", 2: "big ones"}
-        labels = read_labels(study.image(slide), "cells", Box(0, 0, 200, 200))
-        shown = read_labels(study.image(slide), "clusters", Box(0, 0, 200, 200))
+        labels = read_labels(study.paths.image(slide), "cells", Box(0, 0, 200, 200))
+        shown = read_labels(study.paths.image(slide), "clusters", Box(0, 0, 200, 200))
         np.testing.assert_array_equal(shown, np.append(0, cells["cluster"].to_numpy() + 1)[labels])
     after = contents(study)
     assert "clusters/names.json" in after
@@ -310,7 +310,7 @@ def test_names_and_merges_go_into_model_tables_labels_and_pictures(study):
     assert after["clusters/arrays.npz"] == before["clusters/arrays.npz"]
     assert after["overlays/a.png"] != before["overlays/a.png"]
     assert [row["parts"] for row in group_rows(study.out)] == [[0], [1, 2]]
-    model = load_clusters(study.clusters)
+    model = load_clusters(study.paths.clusters)
     assert 2 not in model.predict(model.centers_)
 
 
@@ -332,7 +332,7 @@ def test_a_later_run_keeps_names_and_makes_nothing_again(study, folder, monkeypa
     rename(study, 0, "round")
     monkeypatch.setattr(api.Run, "work", lambda self, jobs, workers: jobs and pytest.fail("works again"))
     api.run(folder / "old", study.out, SETTINGS)
-    assert load_clusters(study.clusters).naming.names == {0: "round"}
+    assert load_clusters(study.paths.clusters).naming.names == {0: "round"}
     assert all(state == "done" for row in report(study)["slides"] for state in row["stages"].values())
 
 
@@ -368,7 +368,7 @@ def test_a_new_fit_sets_the_named_groups_aside(study, folder):
     heard = Heard()
     api.run(folder / "old", study.out, SETTINGS | {"cluster": {"k": 2}}, progress=heard)
     assert "clusters-before" in heard.said
-    assert not load_clusters(study.clusters).naming
+    assert not load_clusters(study.paths.clusters).naming
     assert load_clusters(study.out / "clusters-before").naming.names == {0: "round"}
     assert set(study.cells()["cluster_name"]) <= {"cluster 0", "cluster 1"}
 
@@ -387,11 +387,11 @@ def test_new_slides_get_the_names_and_merges(study, folder, tmp_path):
 def test_names_are_refused_while_a_run_works(study):
     with Lock(study.out), pytest.raises(StudyError, match="Another run works"):
         rename(study, 0, "round")
-    assert not (study.clusters / "names.json").exists()
+    assert not (study.paths.clusters / "names.json").exists()
 
 
 def test_a_saved_model_can_be_named_too(fitted, tmp_path):
-    load_clusters(fitted.clusters).save(tmp_path / "model")
+    load_clusters(fitted.paths.clusters).save(tmp_path / "model")
     change_groups(tmp_path / "model", lambda naming, k: naming.merge([0, 1], k, "both"))
     assert load_clusters(tmp_path / "model").naming.titles(3) == ["both", None, "cluster 2"]
 

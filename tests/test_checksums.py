@@ -15,7 +15,7 @@ from daskcell.pipeline import run
 from daskcell.pipeline.progress import Progress
 from daskcell.pipeline.stages import STAGES
 from daskcell.pipeline.status import damages
-from daskcell.study.checksums import damaged, sums
+from daskcell.study.checksums import checksum, verify
 
 SETTINGS = {
     "segment": {"method": "watershed"},
@@ -30,14 +30,14 @@ def test_a_file_that_is_gone_cut_or_changed_is_named(tmp_path):
     for name, data in {"a/zarr.json": b"{}", "a/c/0": b"0123", "a/c/1": b"4567", "b.tif": b"tif"}.items():
         (tmp_path / name).write_bytes(data)
     (tmp_path / "a" / ".x.tmp").write_bytes(b"half")
-    files = sums(tmp_path, [tmp_path / "a", tmp_path / "b.tif", tmp_path / "absent"], Workers())
+    files = checksum(tmp_path, [tmp_path / "a", tmp_path / "b.tif", tmp_path / "absent"], Workers())
     assert list(files) == ["a/c/0", "a/c/1", "a/zarr.json", "b.tif"]
-    assert damaged(tmp_path, files, Workers()) == []
+    assert verify(tmp_path, files, Workers()) == []
     (tmp_path / "a/c/0").write_bytes(b"0124")
     (tmp_path / "a/c/1").write_bytes(b"456")
     (tmp_path / "b.tif").unlink()
-    assert damaged(tmp_path, files) == ["a/c/1", "b.tif"]
-    assert damaged(tmp_path, files, Workers()) == ["a/c/0", "a/c/1", "b.tif"]
+    assert verify(tmp_path, files) == ["a/c/1", "b.tif"]
+    assert verify(tmp_path, files, Workers()) == ["a/c/0", "a/c/1", "b.tif"]
 
 
 @pytest.fixture(scope="module")

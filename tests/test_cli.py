@@ -82,11 +82,11 @@ def fakes(monkeypatch):
 
     def outputs(study, slide):
         return {
-            "convert": study.image(slide) / "zarr.json",
-            "segment": study.image(slide) / "labels" / "cells" / "zarr.json",
-            "paint": study.image(slide) / "labels" / "clusters" / "zarr.json",
-            "describe": study.features(slide) / "zarr.json",
-            "cluster": study.clusters / "model.json",
+            "convert": study.paths.image(slide) / "zarr.json",
+            "segment": study.paths.image(slide) / "labels" / "cells" / "zarr.json",
+            "paint": study.paths.image(slide) / "labels" / "clusters" / "zarr.json",
+            "describe": study.paths.features(slide) / "zarr.json",
+            "cluster": study.paths.clusters / "model.json",
         }
 
     bad = set()
@@ -101,8 +101,8 @@ def fakes(monkeypatch):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text("{}")
             if stage.name == "describe":
-                study.table(slide).parent.mkdir(parents=True, exist_ok=True)
-                study.table(slide).write_text("")
+                study.paths.table(slide).parent.mkdir(parents=True, exist_ok=True)
+                study.paths.table(slide).write_text("")
             found = {"shape": [1, 20, 30], "cells": 7, "files": 1 if stage.name == "convert" else []}
             found |= {"conflicts": 0, "redone": 1, "plan": {}, "k": context.config.cluster.k}
             return stage.result.model_validate(found)

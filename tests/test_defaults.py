@@ -115,8 +115,10 @@ def test_the_readmes_python_gives_what_run_gives(kind, data_dir, tmp_path):
     (slide,) = study.slides
     labels = np.asarray(here["labels"])
     assert labels.max() >= 15
-    np.testing.assert_array_equal(labels, read_labels(study.image(slide), "cells", Box(0, 0, *labels.shape)))
-    np.testing.assert_array_equal(here["features"], zarr.open_array(study.features(slide))[:])
+    np.testing.assert_array_equal(
+        labels, read_labels(study.paths.image(slide), "cells", Box(0, 0, *labels.shape))
+    )
+    np.testing.assert_array_equal(here["features"], zarr.open_array(study.paths.features(slide))[:])
     table = study.cells()
     expected = here["cells"]
     shared = [name for name in table.columns if name in expected.columns]

@@ -57,7 +57,7 @@ def test_the_demo_finds_and_groups_the_cells(result):
     assert every["f1"] > 0.85
     assert every["ari"] > 0.25  # few cells of each type here; the full demo has more
     assert json.loads((result.study.out.parent / "scores.json").read_text()) == result.scores
-    assert str(result.study.overlays) in result.text
+    assert str(result.study.paths.overlays) in result.text
     assert "setB" in result.text
 
 
@@ -88,6 +88,6 @@ def test_what_to_open_first_is_named_first_by_a_whole_path(tmp_path):
 
     study = SimpleNamespace(report=tmp_path / "report.html", overlays=tmp_path / "overlays")
     assert open_first(study) == []
-    study.overlays.mkdir()
-    study.report.touch()
-    assert open_first(study) == [f"open first: {study.report}", f"overlays: {study.overlays}"]
+    study.paths.overlays.mkdir()
+    study.paths.report.touch()
+    assert open_first(study) == [f"open first: {study.paths.report}", f"overlays: {study.paths.overlays}"]

@@ -47,11 +47,11 @@ def study(tmp_path_factory):
 
 def crops_of(study, name) -> np.ndarray:
     """What the network was shown of each cell, by way of the Python function on the whole picture."""
-    shape = image_info(study.image(name)).shape
+    shape = image_info(study.paths.image(name)).shape
     whole = Box(0, 0, *shape[1:])
     plan = study.prepared(name).plan
-    picture = apply_block(read_block(study.image(name), whole), plan, whole)
-    labels = read_labels(study.image(name), "cells", whole)
+    picture = apply_block(read_block(study.paths.image(name), whole), plan, whole)
+    labels = read_labels(study.paths.image(name), "cells", whole)
     shown = embed(picture, labels, lambda batch: batch.reshape(len(batch), -1), size=64, batch_size=16)
     return np.rint(shown.reshape(-1, 3, 64, 64) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
 
@@ -192,7 +192,7 @@ def test_what_cannot_be_exported_is_refused(study, tmp_path):
         dc.export_crops(study, tmp_path / "out", slides=["c"])
     with pytest.raises(InputError, match="parquet"):
         dc.export_crops(study, tmp_path / "out", format="tif")
-    ledger = study.ledger("a")
+    ledger = study.record.ledger("a")
     kept = dict(ledger.stages)
     del ledger.stages["describe"]
     ledger.save()

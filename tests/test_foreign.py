@@ -130,7 +130,7 @@ def test_what_lies_in_a_folder_that_is_replaced_stops_its_slide_only(finished, s
     check(files)
     assert [failure["slide"] for failure in done.failures] == ["a"]
     assert "was not written by daskcell" in done.failures[0]["error"]
-    assert done.table("b").exists()
+    assert done.paths.table("b").exists()
     for file in files:
         file.unlink()
     shutil.rmtree(study / "images" / "a.zarr" / "labels" / "manual")

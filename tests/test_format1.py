@@ -82,7 +82,7 @@ def test_it_can_be_read_and_is_left_alone(old, fresh):
     found = report(study)
     assert all(set(row["stages"].values()) == {"done"} for row in found["slides"])
     assert found["totals"] == report(fresh)["totals"]
-    assert study.ledger(CLUSTERS).read(Clustered).k == 2
+    assert study.record.ledger(CLUSTERS).read(Clustered).k == 2
     assert study.prepared("one").plan == fresh.prepared("one").plan
     assert dc.export_crops(study, old / "crops") == len(study.cells())
     assert damages(study.out) == set()
@@ -95,7 +95,7 @@ def test_the_next_run_brings_it_up_to_date_and_does_nothing_again(old, fresh, ra
     assert ran == []
     assert study.record["format"] == 2
     for name in (*study.slides, CLUSTERS):
-        assert json.loads(study.ledger(name).path.read_text())["format"] == 2
+        assert json.loads(study.record.ledger(name).path.read_text())["format"] == 2
     assert damages(study.out) == set()
     pd.testing.assert_frame_equal(study.cells(), fresh.cells())
     folders = ("tables/cells", "tables/clusters", "features", "images")
@@ -118,7 +118,7 @@ def test_other_settings_redo_what_depends_on_them_only(old, ran, change, redone)
     assert {stage for _, stage in ran} == redone
     again = dc.run(old / "in", old / "again", settings)
     pd.testing.assert_frame_equal(study.cells(), again.cells())
-    assert not set(CLUSTER_COLUMNS) & set(pd.read_parquet(study.table("one")).columns)
+    assert not set(CLUSTER_COLUMNS) & set(pd.read_parquet(study.paths.table("one")).columns)
 
 
 def test_a_changed_input_is_found(old, ran):
@@ -165,7 +165,7 @@ def test_what_changed_its_results_since_is_done_again(old, fresh):
 
 
 def test_a_damaged_table_is_made_again(old, ran):
-    table = Study(old / "study").table("two")
+    table = Study(old / "study").paths.table("two")
     table.write_bytes(table.read_bytes()[:-7])
     study = dc.run(old / "in", old / "study", SETTINGS)
     assert study.failures == []

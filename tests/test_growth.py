@@ -62,7 +62,7 @@ def test_slides_whose_input_is_no_longer_given_stay_and_are_marked(fakes, tmp_pa
     assert study.failures == []
     ran = fakes.take()
     assert ("one", "assign") in ran, "all tables speak of the same groups"
-    assert study.table("one").exists()
+    assert study.paths.table("one").exists()
     rows = {row["slide"]: row["left"] for row in report(study)["slides"]}
     assert rows == {"one": True, "seven": False, "three": False}
     shown = CliRunner().invoke(app, ["status", str(study.out)]).output
@@ -135,16 +135,16 @@ def test_a_grown_study_is_what_a_new_one_would_be(tmp_path):
     assert grown.failures == []
     assert grown.left == ["a"]
     for name in ("arrays.npz", "model.json"):
-        assert (grown.clusters / name).read_bytes() == (new.clusters / name).read_bytes()
+        assert (grown.paths.clusters / name).read_bytes() == (new.paths.clusters / name).read_bytes()
     for name in "bc":
-        assert grown.table(name).read_bytes() == new.table(name).read_bytes()
+        assert grown.paths.table(name).read_bytes() == new.paths.table(name).read_bytes()
     assert sorted(grown.cells()["slide"].unique()) == ["a", "b", "c"]
-    key = grown.ledger("a").entry("assign")["key"]
-    assert "No longer among the inputs" in grown.report.read_text()
+    key = grown.record.ledger("a").entry("assign")["key"]
+    assert "No longer among the inputs" in grown.paths.report.read_text()
     given = assign(files[:1], tmp_path / "given", model=new.out)
-    assert grown.table("a").read_bytes() == given.table("a").read_bytes()
+    assert grown.paths.table("a").read_bytes() == given.paths.table("a").read_bytes()
     again = run(files[1:], tmp_path / "grown", SETTINGS)
-    assert again.ledger("a").entry("assign")["key"] == key
+    assert again.record.ledger("a").entry("assign")["key"] == key
     more = assign(files, tmp_path / "given", model=new.out)
     assert (more.slides, more.left) == (["a", "b", "c"], [])
     assert assign(files[:2], tmp_path / "given", model=new.out).left == ["c"]

@@ -301,11 +301,13 @@ def test_a_run_works_on_every_image_of_a_file_and_goes_on(tmp_path: Path) -> Non
     path = ome_tiff(tmp_path / "a.ome.tif")
     study = dc.run(path, tmp_path / "study", {**SETTINGS, "input": {"scenes": ["Pos B"]}})
     assert {name: len(study.cells(name)) for name in study.slides} == {"a_Pos_B": 3}
-    before = study.ledger("a_Pos_B").entry("segment")
+    before = study.record.ledger("a_Pos_B").entry("segment")
     study = dc.run(path, tmp_path / "all", SETTINGS)
     assert study.failures == []
     assert {n: len(study.cells(n)) for n in study.slides} == {"a_Pos_A": 2, "a_Pos_B": 3, "a_Pos_C": 4}
-    assert study.ledger("a_Pos_B").entry("segment")["key"] == before["key"]  # the choice changes no result
+    assert (
+        study.record.ledger("a_Pos_B").entry("segment")["key"] == before["key"]
+    )  # the choice changes no result
 
 
 def test_commands_say_which_images_a_file_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -140,10 +140,10 @@ def test_what_a_table_says_is_part_of_what_a_slide_depends_on(folder):
     study = run(table, folder / "out", SETTINGS)
     assert study.failures == []
     assert study.cells().groupby("group").size().to_dict() == {"one": 4}
-    before = {name: study.ledger(name).stages["convert"]["key"] for name in study.slides}
+    before = {name: study.record.ledger(name).stages["convert"]["key"] for name in study.slides}
     write(folder, "path,pixel_size,group\na.tif,0.25,one\nb.tif,0.5,two\n")
     study = run(table, folder / "out", SETTINGS)
-    after = {name: study.ledger(name).stages["convert"]["key"] for name in study.slides}
+    after = {name: study.record.ledger(name).stages["convert"]["key"] for name in study.slides}
     assert after["a"] != before["a"]
     assert after["b"] == before["b"]
     assert study.open_image("a").pixel_size == (0.25, 0.25)
@@ -168,7 +168,7 @@ def test_arrays_from_a_generator_are_kept_and_continued(folder):
     after = {name: (study.out / "ledger" / f"{name}.json").stat().st_mtime_ns for name in study.slides}
     assert after == before
     study = run(arrays(2), folder / "out", SETTINGS)
-    keys = [study.ledger(name).stages["convert"]["key"] for name in study.slides]
+    keys = [study.record.ledger(name).stages["convert"]["key"] for name in study.slides]
     assert study.failures == []
     assert len(set(keys)) == 2
     np.testing.assert_array_equal(np.asarray(study.open_image("stack").data)[1], picture(2))

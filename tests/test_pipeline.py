@@ -69,24 +69,24 @@ class Fakes:
         return Segmented(cells=self.cells)
 
     def describe(self, context):
-        self._write(context.study.table(context.slide))
-        self._write(context.study.features(context.slide) / "zarr.json")
+        self._write(context.study.paths.table(context.slide))
+        self._write(context.study.paths.features(context.slide) / "zarr.json")
         return Described()
 
     def export(self, context):
         return Exported()
 
     def cluster(self, context):
-        self._write(context.study.clusters / "centers.json")
+        self._write(context.study.paths.clusters / "centers.json")
         return Clustered(k=2)
 
     def assign(self, context):
-        self._write(context.study.clusters_table(context.slide))
+        self._write(context.study.paths.clusters_table(context.slide))
         return Assigned()
 
     def paint(self, context):
         self._write(context.image / "labels" / "clusters" / "zarr.json")
-        self._write(context.study.overlays / f"{context.slide}.tif")
+        self._write(context.study.paths.overlays / f"{context.slide}.tif")
         return Painted(files=[f"overlays/{context.slide}.tif"])
 
     def _write(self, path: Path):
@@ -407,7 +407,7 @@ def test_results_that_were_made_in_different_ways_are_named(fakes, folder, tmp_p
     fakes.raises["two", "describe"] = ImageError("two.tif is broken.")
     study = run(folder, tmp_path / "out", INLINE)
     ran = {"device": "cpu", "threads": 1, "precision": "float32"}
-    assert {name: entry.get("ran") for name, entry in study.ledger("one").stages.items()} == {
+    assert {name: entry.get("ran") for name, entry in study.record.ledger("one").stages.items()} == {
         "convert": None,
         "fit": None,
         "export": None,

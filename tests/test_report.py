@@ -107,7 +107,7 @@ def study(made, tmp_path):
 
 
 def page_of(study: Study) -> Page:
-    return Page(study.report.read_text(encoding="utf-8"))
+    return Page(study.paths.report.read_text(encoding="utf-8"))
 
 
 def test_a_run_leaves_a_page_that_needs_nothing_else(made):
@@ -130,7 +130,7 @@ def test_a_run_leaves_a_page_that_needs_nothing_else(made):
 
 def test_no_name_is_taken_for_markup(study):
     change_groups(study.out, lambda naming, k: naming.rename(1, "<script>alert(1)</script>", k))
-    html = study.report.read_text()
+    html = study.paths.report.read_text()
     assert "<script" not in html
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
 
@@ -204,21 +204,21 @@ def test_a_cell_is_shown_in_the_middle_with_its_outline(made):
 def test_the_same_results_give_the_same_bytes(made, tmp_path):
     inputs = Path(made.record["inputs"][0])
     again = run(inputs, tmp_path / "another" / "name", SETTINGS)
-    assert again.report.read_bytes() == made.report.read_bytes()
+    assert again.paths.report.read_bytes() == made.paths.report.read_bytes()
 
 
 def test_a_page_is_written_again_only_when_it_would_say_something_else(study):
     inputs = study.record["inputs"][0]
-    before = study.report.stat().st_mtime_ns
+    before = study.paths.report.stat().st_mtime_ns
     run(inputs, study.out, SETTINGS)
-    assert study.report.stat().st_mtime_ns == before
-    study.report.write_text("scribbled over")
+    assert study.paths.report.stat().st_mtime_ns == before
+    study.paths.report.write_text("scribbled over")
     run(inputs, study.out, SETTINGS)
-    assert study.report.stat().st_size > 10_000
+    assert study.paths.report.stat().st_size > 10_000
     change_groups(study.out, lambda naming, k: naming.rename(0, "lymphocyte", k))
     assert "lymphocyte" in page_of(study).words("groups")
     run(inputs, study.out, SETTINGS | {"output": {"overlays": [], "report": False}})
-    assert not study.report.exists()
+    assert not study.paths.report.exists()
 
 
 def test_groups_that_were_joined_are_shown_as_one(study):
@@ -253,13 +253,13 @@ def test_the_choice_of_the_number_of_groups_is_shown(study):
     again = run(study.record["inputs"][0], study.out, settings)
     found = gather(again)
     assert facts.best_of(found.curve) == len(found.groups)
-    html = again.report.read_text()
+    html = again.paths.report.read_text()
     lines = re.findall(r'<polyline points="([^"]+)"', html)
     assert [len(line.split()) for line in lines] == [len(found.curve)] * 3
 
 
 def test_seams_are_told(made):
-    reports = [made.ledger(name).result("segment") for name in ("one", "two", "three")]
+    reports = [made.record.ledger(name).result("segment") for name in ("one", "two", "three")]
     assert [report["blocks"] for report in reports] == [4, 4, 9]
     words = page_of(made).words("seams")
     assert f"{len(made.cells())} cells in 17 blocks" in words

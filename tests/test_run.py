@@ -68,10 +68,10 @@ def test_bad_pictures_are_set_aside_with_one_sentence_each(study):
 
 def test_nothing_of_a_bad_picture_looks_whole(study):
     for name in ("cut", "empty", "holes", "text"):
-        assert not study.image(name).exists()
-        assert not study.table(name).exists()
-        assert not study.features(name).exists()
-        assert not list(study.overlays.glob(f"{name}.*"))
+        assert not study.paths.image(name).exists()
+        assert not study.paths.table(name).exists()
+        assert not study.paths.features(name).exists()
+        assert not list(study.paths.overlays.glob(f"{name}.*"))
 
 
 def test_good_pictures_have_cells_groups_and_overlays(study):
@@ -80,29 +80,29 @@ def test_good_pictures_have_cells_groups_and_overlays(study):
         assert len(cells) == 9
         assert set(cells["cluster"]) <= {0, 1, 2}
         box = Box(0, 0, 160, 160)
-        labels = read_labels(study.image(name), "cells", box)
-        groups = read_labels(study.image(name), "clusters", box)
+        labels = read_labels(study.paths.image(name), "cells", box)
+        groups = read_labels(study.paths.image(name), "clusters", box)
         for label, cluster in zip(cells["label"], cells["cluster"], strict=True):
             assert set(groups[labels == label]) == {cluster + 1}
-        assert image_info(study.image(name)).labels == ("cells", "clusters")
-        assert tifffile.imread(study.overlays / f"{name}.tif").shape == (160, 160, 3)
-        assert (study.overlays / f"{name}.png").exists()
-        features = zarr.open_array(study.features(name), mode="r")
+        assert image_info(study.paths.image(name)).labels == ("cells", "clusters")
+        assert tifffile.imread(study.paths.overlays / f"{name}.tif").shape == (160, 160, 3)
+        assert (study.paths.overlays / f"{name}.png").exists()
+        features = zarr.open_array(study.paths.features(name), mode="r")
         assert features.shape[0] == 9
 
 
 def test_a_picture_without_cells_is_a_result(study):
-    assert study.ledger("blank").result("segment")["cells"] == 0
+    assert study.record.ledger("blank").result("segment")["cells"] == 0
     assert len(study.cells("blank")) == 0
     assert "cluster" in study.cells("blank")
-    assert zarr.open_array(study.features("blank"), mode="r").shape[0] == 0
-    assert tifffile.imread(study.overlays / "blank.tif").shape == (160, 160, 3)
-    assert read_labels(study.image("blank"), "clusters", Box(0, 0, 160, 160)).max() == 0
+    assert zarr.open_array(study.paths.features("blank"), mode="r").shape[0] == 0
+    assert tifffile.imread(study.paths.overlays / "blank.tif").shape == (160, 160, 3)
+    assert read_labels(study.paths.image("blank"), "clusters", Box(0, 0, 160, 160)).max() == 0
 
 
 def test_preprocessed_pictures_and_channels_are_written_when_asked(study):
-    assert tifffile.imread(study.preprocessed / "good1.tif").shape[:2] == (160, 160)
-    parts = list((study.channels / "good1").iterdir())
+    assert tifffile.imread(study.paths.preprocessed / "good1.tif").shape[:2] == (160, 160)
+    parts = list((study.paths.channels / "good1").iterdir())
     assert len(parts) == 1
     np.testing.assert_array_equal(tifffile.imread(parts[0]), spots(5))
 
@@ -133,7 +133,7 @@ def test_what_the_study_says_of_itself_can_be_read(study):
     assert record["config"]["segment"]["method"] == "watershed"
     assert record["versions"]["daskcell"]
     assert record["slides"] == sorted(record["slides"])
-    plan = study.ledger("good1").result("fit")["plan"]
+    plan = study.record.ledger("good1").result("fit")["plan"]
     assert plan["shape"] == [160, 160]
 
 
@@ -158,7 +158,7 @@ def test_the_block_size_changes_no_cell_and_no_group(tmp_path):
         study = run(tmp_path / "in", tmp_path / f"out{block}", settings)
         assert study.failures == []
         tables.append(study.cells("x"))
-        labels.append(read_labels(study.image("x"), "cells", Box(0, 0, 600, 620)))
+        labels.append(read_labels(study.paths.image("x"), "cells", Box(0, 0, 600, 620)))
     np.testing.assert_array_equal(labels[0], labels[1])
     pd.testing.assert_frame_equal(tables[0], tables[1])
 
@@ -215,5 +215,5 @@ def test_real_pictures_in_one_file_per_channel(data_dir, tmp_path):
     assert study.failures == []
     assert len(study.slides) == 1
     assert 15 <= len(study.cells()) <= 60
-    assert os.listdir(study.overlays)
+    assert os.listdir(study.paths.overlays)
     assert isinstance(study.out, Path)

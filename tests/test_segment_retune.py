@@ -85,7 +85,7 @@ def _real(data_dir, number=0):
 
 
 def _cells(study):
-    image = study.image("a")
+    image = study.paths.image("a")
     return read_labels(image, "cells", Box(0, 0, *image_info(image).shape[1:]))
 
 

@@ -15,7 +15,7 @@ from daskcell.errors import DaskcellError
 from daskcell.pipeline import run
 from daskcell.pipeline.status import report, table
 from daskcell.storage import atomic, paths
-from daskcell.study import Study
+from daskcell.study import Study, create_study
 
 PRINTABLE = [chr(code) for code in range(32, 127) if chr(code) != "/"]
 BEYOND = ["ü", "\N{GRINNING FACE}", "\n", "\t", "e\u0301"]
@@ -49,7 +49,9 @@ def test_a_run_whose_names_hold_every_character(tmp_path):
     assert study.failures == []
     assert len(study.slides) == 1
     assert study.cells(study.slides[0]).equals(plain.cells("plain"))
-    assert (study.clusters / "arrays.npz").read_bytes() == (plain.clusters / "arrays.npz").read_bytes()
+    assert (study.paths.clusters / "arrays.npz").read_bytes() == (
+        plain.paths.clusters / "arrays.npz"
+    ).read_bytes()
     assert table(report(study))
     before = (study.out / "ledger" / f"{study.slides[0]}.json").read_bytes()
     assert run([folder / f"{EVERYTHING}a.tif"], study.out, SETTINGS).failures == []
@@ -71,7 +73,7 @@ def test_a_name_is_a_name(tmp_path, name):
     assert dc.open_image(folder / f"{name}b.zarr").data.compute().any()
     assert [os.path.basename(found) for found in paths.matching(f"{folder}/*.tif")] == [source.name]
     atomic.write_json(folder / f"{name}.json", {name: name})
-    (study := Study.create(folder / f"{name}study", [source], run_config(), ["a"])).own("report.html")
+    (study := create_study(folder / f"{name}study", [source], run_config(), ["a"])).record.own("report.html")
     assert Study(study.out).record["inputs"] == [str(source)]
 
 

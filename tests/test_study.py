@@ -18,7 +18,7 @@ from daskcell.pipeline import stages
 from daskcell.pipeline.stages import CLUSTER, SLIDE_STAGES, STAGES, slide_keys
 from daskcell.storage import atomic, lock
 from daskcell.storage.lock import Lock
-from daskcell.study import Study, check_folder, sweep
+from daskcell.study import Study, check_folder, create_study, sweep
 from daskcell.study import keys as content_keys
 from daskcell.study.keys import identify, unchanged
 
@@ -161,10 +161,10 @@ def test_a_folder_counts_as_all_its_files(tmp_path):
 
 
 def test_a_finished_stage_is_done_under_its_key_alone(tmp_path):
-    study = Study.create(tmp_path / "s", ["in"], parse_config({}))
-    ledger = study.ledger("x")
+    study = create_study(tmp_path / "s", ["in"], parse_config({}))
+    ledger = study.record.ledger("x")
     ledger.finish("convert", "k1", {"shape": [1, 2, 3]}, 0.5)
-    again = study.ledger("x")
+    again = study.record.ledger("x")
     assert again.is_done("convert", "k1")
     assert not again.is_done("convert", "k2")
     assert not again.is_done("fit", "k1")
@@ -172,51 +172,51 @@ def test_a_finished_stage_is_done_under_its_key_alone(tmp_path):
 
 
 def test_beginning_a_stage_forgets_it_and_all_made_from_it(tmp_path):
-    study = Study.create(tmp_path / "s", ["in"], parse_config({}))
-    ledger = study.ledger("x")
+    study = create_study(tmp_path / "s", ["in"], parse_config({}))
+    ledger = study.record.ledger("x")
     for name in SLIDE_STAGES:
         ledger.finish(name, "k", needs=[need.name for need in STAGES[name].needs])
     assert ledger.dependents("segment") == {"describe", "assign", "paint"}
     assert ledger.dependents("export") == set()
     ledger.begin("describe")
-    assert set(study.ledger("x").stages) == {"convert", "fit", "segment", "export"}
+    assert set(study.record.ledger("x").stages) == {"convert", "fit", "segment", "export"}
 
 
 def test_a_ledger_that_cannot_be_read_says_nothing_is_done(tmp_path):
-    study = Study.create(tmp_path / "s", ["in"], parse_config({}))
-    ledger = study.ledger("x")
+    study = create_study(tmp_path / "s", ["in"], parse_config({}))
+    ledger = study.record.ledger("x")
     ledger.finish("convert", "k")
     ledger.path.write_text(ledger.path.read_text()[:20])
-    assert not study.ledger("x").is_done("convert", "k")
+    assert not study.record.ledger("x").is_done("convert", "k")
 
 
 @pytest.mark.parametrize("name", ["../precious", "images/../../precious", "/precious"])
 @pytest.mark.parametrize("held", [False, True])
 def test_a_ledger_that_names_files_outside_the_study_says_nothing_is_done(tmp_path, name, held):
     """Files of a stage that are not as they were are removed: a study from elsewhere must not choose them."""
-    study = Study.create(tmp_path / "s", ["in"], parse_config({}))
-    ledger = study.ledger("x")
+    study = create_study(tmp_path / "s", ["in"], parse_config({}))
+    ledger = study.record.ledger("x")
     ledger.finish("convert", "k", {"files": 1}, files={"images/x..zarr/zarr.json": [1, 2]})
-    assert study.ledger("x").is_done("convert", "k")
+    assert study.record.ledger("x").is_done("convert", "k")
     ledger.finish("convert", "k", files={name: [1, 2]})
     if held:
         ledger.invalidate("convert")
-    again = study.ledger("x")
-    assert (again.stages, again.held) == ({}, {})
+    again = study.record.ledger("x")
+    assert (again.stages, again.suspended) == ({}, {})
 
 
 def test_a_failure_counts_its_tries_and_goes_when_the_stage_succeeds(tmp_path):
-    study = Study.create(tmp_path / "s", ["in"], parse_config({}))
-    study.ledger("x").fail("segment", "no")
-    study.ledger("x").fail("segment", "no")
-    assert study.ledger("x").failure == {
+    study = create_study(tmp_path / "s", ["in"], parse_config({}))
+    study.record.ledger("x").fail("segment", "no")
+    study.record.ledger("x").fail("segment", "no")
+    assert study.record.ledger("x").failure == {
         "slide": "x",
         "stage": "segment",
         "error": "no",
         "tries": 2,
     }
-    study.ledger("x").finish("segment", "k")
-    assert study.ledger("x").failure is None
+    study.record.ledger("x").finish("segment", "k")
+    assert study.record.ledger("x").failure is None
 
 
 # ---------------------------------------------------------------------- folders
@@ -225,13 +225,13 @@ def test_a_failure_counts_its_tries_and_goes_when_the_stage_succeeds(tmp_path):
 def test_a_folder_that_holds_something_else_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.docx").write_text("precious")
     with pytest.raises(StudyError, match=r"holds something else \(thesis.docx\)"):
-        Study.create(tmp_path, ["in"], parse_config({}))
+        create_study(tmp_path, ["in"], parse_config({}))
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.docx"]
 
 
 def test_an_empty_folder_is_taken(tmp_path):
     (tmp_path / ".DS_Store").touch()
-    assert Study.create(tmp_path, ["in"], parse_config({})).slides == []
+    assert create_study(tmp_path, ["in"], parse_config({})).slides == []
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"format": 1}', "{"])
@@ -242,16 +242,16 @@ def test_a_study_json_that_is_not_ours_is_refused(tmp_path, text):
 
 
 def test_a_study_of_another_format_is_refused(tmp_path):
-    Study.create(tmp_path, ["in"], parse_config({})).update(format=99)
+    create_study(tmp_path, ["in"], parse_config({})).record.update(format=99)
     with pytest.raises(StudyError, match="format 99"):
         check_folder(tmp_path)
 
 
 def test_slides_that_are_no_longer_among_the_inputs_stay_and_are_marked(tmp_path):
-    assert Study.create(tmp_path / "s", ["a", "b"], parse_config({}), ["a", "b"]).left == []
-    grown = Study.create(tmp_path / "s", ["b", "c"], parse_config({}), ["b", "c"])
+    assert create_study(tmp_path / "s", ["a", "b"], parse_config({}), ["a", "b"]).left == []
+    grown = create_study(tmp_path / "s", ["b", "c"], parse_config({}), ["b", "c"])
     assert (grown.slides, grown.left) == (["a", "b", "c"], ["a"])
-    assert Study.create(tmp_path / "s", ["a"], parse_config({}), ["a"]).left == ["b", "c"]
+    assert create_study(tmp_path / "s", ["a"], parse_config({}), ["a"]).left == ["b", "c"]
 
 
 def test_a_file_as_output_is_refused(tmp_path):
@@ -266,10 +266,10 @@ def test_opening_what_is_no_study_is_an_error(tmp_path):
 
 
 def test_failures_are_replaced_and_removed_when_there_are_none(tmp_path):
-    study = Study.create(tmp_path / "s", ["in"], parse_config({}))
-    study.write_failures([{"slide": "x", "stage": "convert", "error": "é", "tries": 1}])
+    study = create_study(tmp_path / "s", ["in"], parse_config({}))
+    study.record.write_failures([{"slide": "x", "stage": "convert", "error": "é", "tries": 1}])
     assert study.failures == [{"slide": "x", "stage": "convert", "error": "é", "tries": 1}]
-    study.write_failures([])
+    study.record.write_failures([])
     assert study.failures == []
     assert not (study.out / "failures.jsonl").exists()
 
@@ -292,16 +292,16 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypat
 
 
 def test_leftovers_of_a_killed_run_are_swept(tmp_path):
-    study = Study.create(tmp_path / "s", ["in"], parse_config({}))
-    study.ledger("x").finish("convert", "k")
+    study = create_study(tmp_path / "s", ["in"], parse_config({}))
+    study.record.ledger("x").finish("convert", "k")
     (study.out / "ledger" / ".daskcell-0123abcd.tmp").touch()
-    study.clusters.mkdir()
-    (study.clusters / ".daskcell-0123abcd.tmp").touch()
-    (study.clusters / ".names.json.0123abcd.tmp").touch()  # somebody else's
-    (study.features("x").parent / ".daskcell-0123abcd.tmp" / "c").mkdir(parents=True)
+    study.paths.clusters.mkdir()
+    (study.paths.clusters / ".daskcell-0123abcd.tmp").touch()
+    (study.paths.clusters / ".names.json.0123abcd.tmp").touch()  # somebody else's
+    (study.paths.features("x").parent / ".daskcell-0123abcd.tmp" / "c").mkdir(parents=True)
     sweep(study.out)
-    assert list(study.features("x").parent.iterdir()) == []
-    assert [p.name for p in study.clusters.iterdir()] == [".names.json.0123abcd.tmp"]
+    assert list(study.paths.features("x").parent.iterdir()) == []
+    assert [p.name for p in study.paths.clusters.iterdir()] == [".names.json.0123abcd.tmp"]
     assert [p.name for p in (study.out / "ledger").iterdir()] == ["x.json"]
 
 

@@ -68,7 +68,7 @@ def labels_of(study, name):
     from daskcell.geometry import Box
     from daskcell.images import image_info, read_labels
 
-    path = study.image(name)
+    path = study.paths.image(name)
     return read_labels(path, "cells", Box(0, 0, *image_info(path).shape[1:]))
 
 

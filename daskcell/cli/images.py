@@ -182,7 +182,7 @@ def score(
 
         study = Study(found)
         print(tell(score_study(study, truth)))
-        if study.report.exists():
+        if study.paths.report.exists():
             from daskcell.pipeline.status import remarks
             from daskcell.report import write_report
 

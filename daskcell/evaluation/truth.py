@@ -97,8 +97,8 @@ def score_study(study: Study, truth: str | os.PathLike[str]) -> dict[str, Any]:
     dict
         ``ari``, ``nmi``, ``matched`` and ``cells`` (of the truth), over all slides; ``slides``: the same for
         each; ``types``, ``groups`` and ``contingency`` (a row a type, a column a group; numbers of cells);
-        ``grouping`` and ``assigned``: the clusters and cells that were compared (`Study.grouping`,
-        `Study.assigned_key`).
+        ``grouping`` and ``assigned``: the clusters and cells that were compared (`Record.clusters_key`,
+        `Record.assigned_key`).
 
     Raises
     ------
@@ -106,7 +106,7 @@ def score_study(study: Study, truth: str | os.PathLike[str]) -> dict[str, Any]:
         As `read_truth`; or the study has no groups yet.
     """
     table = read_truth(truth, study.slides)
-    if study.grouping is None:
+    if study.record.clusters_key is None:
         raise InputError(f"{study.out} has no groups yet. Please run it first.")
     types, groups, slides = [], [], {}
     for slide, known in table.groupby("slide", sort=True):
@@ -115,9 +115,9 @@ def score_study(study: Study, truth: str | os.PathLike[str]) -> dict[str, Any]:
         types.append(kinds)
         groups.append(found)
     kinds, found = np.concatenate(types), np.concatenate(groups)
-    clustered = study.ledger(CLUSTERS).read(Clustered)
+    clustered = study.record.ledger(CLUSTERS).read(Clustered)
     assert clustered is not None
-    titles = Naming.load(study.clusters).titles(clustered.k)
+    titles = Naming.load(study.paths.clusters).titles(clustered.k)
     rows, row = np.unique(kinds, return_inverse=True)
     columns, column = np.unique(found.astype(np.int64), return_inverse=True)
     counts = np.zeros((len(rows), len(columns)), np.int64)
@@ -129,16 +129,16 @@ def score_study(study: Study, truth: str | os.PathLike[str]) -> dict[str, Any]:
         "groups": [titles[i] for i in columns],
         "contingency": counts.tolist(),
         "truth": str(truth),
-        "grouping": study.grouping,
-        "assigned": study.assigned_key,
+        "grouping": study.record.clusters_key,
+        "assigned": study.record.assigned_key,
     }
-    write_json(study.own(FILE), result)
+    write_json(study.record.own(FILE), result)
     return result
 
 
 def _of_slide(study: Study, slide: str, known: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """Types and groups of the cells of one slide that were found and grouped."""
-    cells = study.cells(slide) if study.table(slide).exists() else None
+    cells = study.cells(slide) if study.record.ledger(slide).entry("describe") else None
     if cells is None or "cluster" not in cells:
         return np.zeros(0, object), np.zeros(0, np.int64)
     labels = known["label"].to_numpy(np.int64) if "label" in known else _labels_at(study, slide, known, cells)
@@ -157,7 +157,7 @@ def _labels_at(study: Study, slide: str, known: pd.DataFrame, cells: pd.DataFram
     from daskcell.geometry import Box
     from daskcell.images import image_info, read_labels
 
-    shape = image_info(study.image(slide)).shape[1:]
+    shape = image_info(study.paths.image(slide)).shape[1:]
     y, x = (np.floor(known[axis].to_numpy(float) + 0.5).astype(np.int64) for axis in ("y", "x"))
     labels = np.zeros(len(known), np.int64)
     inside = (y >= 0) & (y < shape[0]) & (x >= 0) & (x < shape[1])
@@ -165,7 +165,7 @@ def _labels_at(study: Study, slide: str, known: pd.DataFrame, cells: pd.DataFram
     for ty, tx in np.unique(tiles[inside], axis=0).tolist():
         box = Box(ty * _TILE, tx * _TILE, min((ty + 1) * _TILE, shape[0]), min((tx + 1) * _TILE, shape[1]))
         here = inside & (tiles == (ty, tx)).all(axis=1)
-        labels[here] = read_labels(study.image(slide), "cells", box)[y[here] - box.y0, x[here] - box.x0]
+        labels[here] = read_labels(study.paths.image(slide), "cells", box)[y[here] - box.y0, x[here] - box.x0]
     found = np.flatnonzero(labels)
     centers = cells[["centroid-0", "centroid-1"]].to_numpy()[labels[found] - 1]
     far = np.hypot(known["y"].to_numpy()[found] - centers[:, 0], known["x"].to_numpy()[found] - centers[:, 1])

@@ -88,7 +88,7 @@ def export_crops(
     for name in chosen:
         if name not in study.slides:
             raise InputError(f"{study.out} has no slide {name!r}.")
-        if study.ledger(name).entry("describe") is None or not study.table(name).exists():
+        if study.record.ledger(name).entry("describe") is None or not study.paths.table(name).exists():
             raise StudyError(f"The cells of {name} have not been described yet. Please run the study first.")
     unfinished = _begin(out, study, {"format": format, "size": size, "slides": chosen})
     count = sum(_export_slide(study, name, out, format, size, workers, progress) for name in chosen)
@@ -124,7 +124,7 @@ def _begin(out: Path, study: Study, asked: dict[str, Any]) -> Path:
 
 def _keys(study: Study, slide: str) -> dict[str, str]:
     """Content keys of what a slide's crops are made of."""
-    entries = {name: study.ledger(slide).entry(name) for name in ("describe", "assign")}
+    entries = {name: study.record.ledger(slide).entry(name) for name in ("describe", "assign")}
     return {name: entry["key"] for name, entry in entries.items() if entry}
 
 
@@ -153,14 +153,14 @@ def _export_slide(
     grid = Grid.regular(slide.shape, config.compute.block)
     scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=out))
     try:
-        records = find_cells(slide, grid, workers, scratch, study.index(name))
+        records = find_cells(slide, grid, workers, scratch, study.paths.index(name))
         way, _ = freeze(slide, records, workers)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     assert isinstance(way, CropVectors)
     framing = way.framing if size is None else dataclasses.replace(way.framing, size=size)
-    table = _read(study.table(name), _COLUMNS)
-    assigned = study.assigned_table(name)
+    table = _read(study.paths.table(name), _COLUMNS)
+    assigned = study.record.assigned_table(name)
     if assigned is None:
         table["cluster"] = np.full(len(table["centroid-0"]), -1, np.int32)
     else:

@@ -40,7 +40,7 @@ from daskcell.pipeline.upgrade import upgrade
 from daskcell.storage import paths
 from daskcell.storage.atomic import is_full, remove
 from daskcell.storage.lock import Lock
-from daskcell.study import Study, check_folder, read_record, sweep
+from daskcell.study import Study, check_folder, create_study, read_record, sweep
 from daskcell.study.keys import identify
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def _go(
         files = given
         if arrays is not None:
             stack.enter_context(lock)
-            study = Study.create(out, given, settings) if known is None else Study(out)
+            study = create_study(out, given, settings) if known is None else Study(out)
             files = keep_arrays(arrays, study, settings.input.axes, tell)
         sources = name_as_before(find_images(files, settings.input, tell), out, known)
         _check_readable(sources)
@@ -186,18 +186,18 @@ def _go(
         if arrays is None:
             stack.enter_context(lock)
         upgrade(out)
-        study = Study.create(out, given, settings, [source.name for source in sources])
+        study = create_study(out, given, settings, [source.name for source in sources])
         groups = {source.name: source.group for source in sources if source.group is not None}
         groups = {name: study.record.get("groups", {}).get(name) for name in study.left} | groups
         groups = {name: group for name, group in groups.items() if group is not None}
-        study.update(weights=weights, groups=groups)
+        study.record.update(weights=weights, groups=groups)
         if truth is not None:
-            study.own(SCORES)
+            study.record.own(SCORES)
         _tell_what_left(study, progress)
         if model is not None:
-            study.update(model=os.path.abspath(model.folder))
+            study.record.update(model=os.path.abspath(model.folder))
         Run(study, sources, settings, weights, lock, progress, retry_failed, model, verify).go(client)
-        if truth is not None and study.grouping is not None:
+        if truth is not None and study.record.clusters_key is not None:
             score_study(study, truth)
         sweep(out)
         bring_report_up_to_date(study)
@@ -279,7 +279,7 @@ def name_as_before(sources: Sequence[Source], out: Path, record: Mapping[str, An
     if not record or not record["slides"]:
         return list(sources)
     study = Study(out)
-    before = {name: study.ledger(name).files for name in study.slides}
+    before = {name: study.record.ledger(name).files for name in study.slides}
     made_from = {name: tuple(file["path"] for file in files) for name, files in before.items()}
     like = {name.lower(): name for name in before}  # a study may move to where letter case does not count
     owner = _only({files: name for name, files in made_from.items() if files}, made_from.values())

@@ -90,7 +90,7 @@ def keep_arrays(
                 written[file.name].write_bytes(data)
             # First the list: who is killed here leaves no file that is not in it.
             mine |= written.keys()
-            study.update(arrays=sorted(mine))
+            study.record.update(arrays=sorted(mine))
             for name, temporary in written.items():
                 os.replace(temporary, folder / name)
         finally:
@@ -109,7 +109,7 @@ def take_back_arrays(out: Path, record: dict[str, Any]) -> None:
 def _before_lists(study: Study) -> set[str]:
     """Files of arrays in a study that has no list of them yet: those its slides were made from."""
     folder = os.path.abspath(study.out / FOLDER)
-    files = [file["path"] for slide in study.slides for file in study.ledger(slide).files]
+    files = [file["path"] for slide in study.slides for file in study.record.ledger(slide).files]
     return {os.path.basename(file) for file in files if os.path.dirname(file) == folder}
 
 

@@ -31,13 +31,13 @@ class Groups:
         """Content key of the clusters of those of `slides` that are described."""
         if self.given is not None:
             return self.given.key
-        entries = ((name, self.study.ledger(name).entry("describe")) for name in slides)
+        entries = ((name, self.study.record.ledger(name).entry("describe")) for name in slides)
         described = sorted((name, entry["key"]) for name, entry in entries if entry)
         return STAGES[_NAME].key(described, self.config)
 
     def are_there(self, slides: list[str]) -> bool:
         """Whether the clusters of all slides are there, whole, and need no fit."""
-        ledger = self.study.ledger(CLUSTERS)
+        ledger = self.study.record.ledger(CLUSTERS)
         verify = {_NAME} if self.verify else set()
         files = damage(ledger, self.study, Workers(), verify).get(_NAME)
         if files:
@@ -49,10 +49,10 @@ class Groups:
         """Fit the clusters of all described slides, unless they are; whether there are any."""
         if not described:
             return False
-        ledger, key = self.study.ledger(CLUSTERS), self.key(described)
+        ledger, key = self.study.record.ledger(CLUSTERS), self.key(described)
         if ledger.is_done(_NAME, key):
             return True
-        cells = {name: counts(self.study.ledger(name))[1] for name in described}
+        cells = {name: counts(self.study.record.ledger(name))[1] for name in described}
         if self.given is None and not self._enough(sum(cells.values())):
             return False
         self.progress.working(_NAME)

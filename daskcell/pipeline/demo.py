@@ -113,10 +113,10 @@ def compare(study: Study, truth: Path) -> dict[str, dict[str, float]]:
     scores: dict[str, dict[str, float]] = {}
     total, all_types, all_groups = Counts(), [], []
     for name in study.slides:
-        if not study.table(name).exists():
+        if study.record.ledger(name).entry("describe") is None:
             continue
         true = tifffile.imread(truth / f"{name}.tif")
-        found = read_labels(study.image(name), "cells", Box(0, 0, *true.shape))
+        found = read_labels(study.paths.image(name), "cells", Box(0, 0, *true.shape))
         a, b = match_cells(true, found, 0.5)
         types = pd.read_csv(truth / f"{name}.csv")["type"].to_numpy()
         counts = Counts(len(a), int(found.max()) - len(a), len(types) - len(a))

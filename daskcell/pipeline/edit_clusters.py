@@ -20,7 +20,7 @@ from daskcell.pipeline.upgrade import upgrade
 from daskcell.pipeline.worker_pool import LazyWorkers
 from daskcell.storage.lock import Lock
 from daskcell.study import Study, read_record
-from daskcell.study.folder import FORMAT
+from daskcell.study.record import FORMAT
 
 
 def change_groups(
@@ -50,7 +50,7 @@ def change_groups(
     progress = progress or Progress()
     with Lock(study.out) as lock:
         upgrade(study.out)
-        study.update(format=FORMAT)
+        study.record.update(format=FORMAT)
         change(Naming.load(folder), _size(folder)).save(folder)
         regroup(study, lock, progress)
         bring_report_up_to_date(study)
@@ -60,14 +60,14 @@ def regroup(study: Study, lock: Lock, progress: Progress) -> None:
     """Bring every slide's table, labels and pictures to the present names, under the settings of the last
     run; slides that are not described yet wait for `run`."""
     weights = study.record.get("weights", {})
-    ledgers = {name: study.ledger(name) for name in study.slides}
+    ledgers = {name: study.record.ledger(name) for name in study.slides}
     sources = [
         Source(name, tuple(file["path"] for file in ledger.files))
         for name, ledger in ledgers.items()
         if ledger.entry("describe")
     ]
     run = Run(study, sources, study.config, weights, lock, progress, False)
-    jobs = [run.job(source.name, study.grouping) for source in sources]
+    jobs = [run.job(source.name, study.record.clusters_key) for source in sources]
     jobs = [job for job in jobs if missing_stages(job, study)]
     progress.begin(dict.fromkeys(run.sources, 1.0), {job.slide: list(job.stages) for job in jobs})
     with contextlib.ExitStack() as stack:

@@ -154,9 +154,9 @@ def make_plan(study: Study | None, out: Path, jobs: list[Job], config: Config) -
 
 def _slide(study: Study | None, job: Job, config: Config) -> SlidePlan:
     name = job.slide
-    ledger = study.ledger(name) if study else Ledger(Path("nowhere"), name)
+    ledger = study.record.ledger(name) if study else Ledger(Path("nowhere"), name)
     known = unchanged(job.source.files, ledger.files, job.source.said)
-    keys = slide_keys(config, ledger.files, job.weights, study.grouping if study else None)
+    keys = slide_keys(config, ledger.files, job.weights, study.record.clusters_key if study else None)
     damaged = damage(ledger, study) if study else {}
     reasons: dict[str, str] = {}
     for stage in (STAGES[stage] for stage in SLIDE_STAGES):
@@ -222,7 +222,7 @@ def _differences(before: Any, now: Any, name: str) -> Iterator[str]:
 
 def _clusters(study: Study | None, slides: list[SlidePlan], jobs: list[Job], config: Config) -> str:
     """Why the clusters are made; empty: they are there."""
-    ledger = study.ledger(CLUSTERS) if study else None
+    ledger = study.record.ledger(CLUSTERS) if study else None
     entry = ledger.entry(CLUSTER.name) if ledger else None
     if study is None or ledger is None or entry is None:
         return "not done yet"
@@ -231,7 +231,7 @@ def _clusters(study: Study | None, slides: list[SlidePlan], jobs: list[Job], con
         return f"{len(anew)} slide{'s are' if len(anew) != 1 else ' is'} described again"
     if entry["result"].get("given"):
         return ""
-    entries = ((job.slide, study.ledger(job.slide).entry("describe")) for job in jobs)
+    entries = ((job.slide, study.record.ledger(job.slide).entry("describe")) for job in jobs)
     described = sorted((name, found["key"]) for name, found in entries if found)
     if entry["key"] == CLUSTER.key(described, config):
         return ""
@@ -248,7 +248,7 @@ def _tiles(study: Study | None, ledger: Ledger, shape: tuple[int, int], config: 
         before = ledger.read(Segmented)
         diameter = before.diameter if before else None
         if diameter is None and study is not None:
-            results = (study.ledger(name).read(Segmented) for name in study.slides)
+            results = (study.record.ledger(name).read(Segmented) for name in study.slides)
             found = [result.diameter for result in results if result and result.diameter]
             diameter = median(found) if found else None
     return len(TileGrid.lay(shape, None if diameter is None else float(diameter)))
@@ -261,7 +261,7 @@ def _seconds(study: Study | None, todo: list[SlidePlan], config: Config) -> floa
     seconds: Counter[str] = Counter()
     pixels: Counter[str] = Counter()
     for name in study.slides:
-        ledger = study.ledger(name)
+        ledger = study.record.ledger(name)
         shape = ledger.result(CONVERT.name).get("shape")
         if shape is None:
             continue

@@ -12,9 +12,9 @@ from daskcell.study import CLUSTERS, Study
 def bring_report_up_to_date(study: Study) -> None:
     """Write ``report.html`` anew unless it is there and says what it should (``output.report``)."""
     if not study.config.output.report:
-        study.disown(study.report.name)
+        study.record.disown(study.paths.report.name)
         return
-    ledger, stage = study.ledger(CLUSTERS), STAGES["report"]
+    ledger, stage = study.record.ledger(CLUSTERS), STAGES["report"]
     if stage.name in damage(ledger, study):
         ledger.invalidate(stage.name)
     key = stage.key(page_inputs(study, remarks(study)), study.config)

@@ -137,11 +137,11 @@ class Given:
 
 def set_named_aside(study: Study, say: Callable[[str], None]) -> None:
     """Keep a model that somebody gave names to, before another takes its place: the groups differ."""
-    if (study.clusters / "names.json").exists():
+    if (study.paths.clusters / "names.json").exists():
         before, number = study.out / "clusters-before", 2
         while os.path.lexists(before):  # of earlier groups with names
             before, number = study.out / f"clusters-before-{number}", number + 1
-        study.clusters.rename(before)
+        study.paths.clusters.rename(before)
         say(f"The groups are made anew, so those with names are kept in {before}; please name the new ones.")
 
 

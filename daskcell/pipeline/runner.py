@@ -100,7 +100,7 @@ class Run:
 
     def go(self, client: Client | None) -> None:
         slides = sorted(self.sources)
-        before = {name: self.study.ledger(name).failure for name in slides}
+        before = {name: self.study.record.ledger(name).failure for name in slides}
         missing = {name: missing_stages(self.job(name), self.study) for name in slides}
         if self.retry_failed:
             others = [name for name in slides if missing[name] and not before[name]]
@@ -112,7 +112,7 @@ class Run:
         left = {name: [*stages, *LATE] for name, stages in missing.items() if stages}
         self.progress.begin({name: _weight(self.sources[name]) for name in slides}, left)
         for name in slides:
-            self.progress.counts(name, *counts(self.study.ledger(name)))
+            self.progress.counts(name, *counts(self.study.record.ledger(name)))
         with contextlib.ExitStack() as stack:
             workers = LazyWorkers(self.study.out, client, self.config, stack, self.tick, self.progress.say)
             try:
@@ -124,11 +124,11 @@ class Run:
                 late = [name for name in slides if missing[name] or name in self.looked]
                 lost = {name for name in late if missing_stages(self.job(name), self.study)}
                 for name in sorted(lost):
-                    if self.study.ledger(name).failure is None:
+                    if self.study.record.ledger(name).failure is None:
                         self.set_aside(self.job(name), InputError(_CHANGED))
                 described = [name for name in slides if name not in lost]
                 if self.groups.make(described, workers):
-                    key = self.study.grouping
+                    key = self.study.record.clusters_key
                     jobs = [self.job(name, key) for name in (*described, *self.left())]
                     self.work([job for job in jobs if missing_stages(job, self.study)], workers)
             except DaskcellError as error:
@@ -136,7 +136,7 @@ class Run:
                 raise
             finally:
                 self.stop.set()
-                self.study.tell(None)
+                self.study.record.write_progress(None)
                 if workers.started:
                     self.write_failures()
         self.write_failures()
@@ -147,7 +147,7 @@ class Run:
         described, and whole."""
         found = []
         for name in self.study.left:
-            ledger = self.study.ledger(name)
+            ledger = self.study.record.ledger(name)
             if ledger.entry("describe") and not damage(ledger, self.study):
                 self.sources[name] = Source(name, tuple(file["path"] for file in ledger.files))
                 found.append(name)
@@ -158,7 +158,7 @@ class Run:
         self.lock.check()
         if time.monotonic() - self.told > _TELL_SECONDS:
             self.told = time.monotonic()
-            self.study.tell(**self.progress.told)
+            self.study.record.write_progress(**self.progress.told)
         if self.stop.is_set():
             raise ComputeError("The run was stopped; the same command continues it.")
 
@@ -287,8 +287,8 @@ class Run:
         return error
 
     def set_aside(self, job: Job, error: BaseException) -> None:
-        ledger = self.study.ledger(job.slide)
-        stage = ledger.began or (missing_stages(job, self.study) or list(job.stages))[0]
+        ledger = self.study.record.ledger(job.slide)
+        stage = ledger.in_progress or (missing_stages(job, self.study) or list(job.stages))[0]
         ledger.fail(stage, sentence(error), trace(error))
         self.account(job, Outcome(job.slide, failure=ledger.failure))
 
@@ -311,16 +311,16 @@ class Run:
         """Remove what stages kept between their tasks, but that of slides that were set aside: the next run
         goes on from there."""
         scratch = self.study.out / "scratch"
-        unfinished = (name for name in self.sources if self.study.ledger(name).failure)
-        kept = {folder for name in unfinished for folder in self.study.scratches(name)}
+        unfinished = (name for name in self.sources if self.study.record.ledger(name).failure)
+        kept = {folder for name in unfinished for folder in self.study.paths.scratches(name)}
         if scratch.is_dir():
             remove(*(set(scratch.iterdir()) - kept))
             if not kept:
                 scratch.rmdir()
 
     def write_failures(self) -> None:
-        failures = [self.study.ledger(name).failure for name in sorted(self.sources)]
-        self.study.write_failures([failure for failure in failures if failure] + self.groups.failures)
+        failures = [self.study.record.ledger(name).failure for name in sorted(self.sources)]
+        self.study.record.write_failures([failure for failure in failures if failure] + self.groups.failures)
 
 
 def _weight(source: Source) -> float:

@@ -25,8 +25,7 @@ from daskcell.images.reader_process import open_safely
 from daskcell.pipeline.stages import EARLY, LATE, STAGES, Context, do, slide_keys
 from daskcell.storage.atomic import is_full, remove
 from daskcell.storage.paths import printable
-from daskcell.study import Ledger, Study
-from daskcell.study.checksums import damaged
+from daskcell.study import Ledger, Study, checksums
 from daskcell.study.keys import identify, unchanged
 from daskcell.study.results import Converted, Segmented
 
@@ -45,8 +44,8 @@ class Job:
     config: Config
     weights: Mapping[str, str]
     clusters: str | None = None
-    """Content key of the clusters (`Study.grouping`), for the stages that follow them. These read nothing of
-    the input, which may have gone since."""
+    """Content key of the clusters (`Record.clusters_key`), for the stages that follow them. These read
+    nothing of the input, which may have gone since."""
     verify: frozenset[str] = frozenset()
     """Stages whose checksums are compared where they are done; of the others, names and sizes."""
 
@@ -83,7 +82,7 @@ class Outcome:
 
 def missing_stages(job: Job, study: Study) -> list[str]:
     """Stages of `job` that are still to do, told by small files alone; all of them if the input changed."""
-    ledger = study.ledger(job.slide)
+    ledger = study.record.ledger(job.slide)
     if job.clusters is None and not unchanged(job.source.files, ledger.files, job.source.said):
         return list(job.stages)
     keys = job.keys(ledger)
@@ -100,7 +99,7 @@ def damage(
     stages `verify` by their checksums."""
     found = {}
     for stage, entry in ledger.stages.items():
-        files = damaged(study.out, entry["files"], workers if stage in verify else None)
+        files = checksums.verify(study.out, entry["files"], workers if stage in verify else None)
         if files:
             found[stage] = files
     return found
@@ -134,7 +133,7 @@ def process_slide(
         What is wrong concerns all slides: settings, weights, workers, disk.
     """
     study = Study(job.out)
-    ledger = study.ledger(job.slide)
+    ledger = study.record.ledger(job.slide)
     workers = workers or Workers()
     seconds: dict[str, float] = {}
     notes: list[str] = []

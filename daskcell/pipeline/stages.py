@@ -22,7 +22,7 @@ from daskcell.compute import Workers
 from daskcell.config import Config
 from daskcell.storage.atomic import remove
 from daskcell.study import CLUSTERS, Ledger, Study
-from daskcell.study.checksums import sums
+from daskcell.study.checksums import checksum
 from daskcell.study.keys import content_key, identity
 from daskcell.study.results import (
     Assigned,
@@ -82,7 +82,7 @@ class Context:
 
     @property
     def image(self) -> Path:
-        return self.study.image(self.slide)
+        return self.study.paths.image(self.slide)
 
     @property
     def plan(self) -> Plan:
@@ -187,8 +187,8 @@ def _convert(context: Context) -> Converted:
 
     image = context.image
     refuse_foreign(image)
-    labels, kept = image / "labels", context.study.scratch(context.slide, "labels", "0" * 16, 0)
-    if context.ledger.held and labels.is_dir():
+    labels, kept = image / "labels", context.study.paths.scratch(context.slide, "labels", "0" * 16, 0)
+    if context.ledger.suspended and labels.is_dir():
         # The image was damaged, not they: they stay if it becomes the same again.
         remove(kept)
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -255,9 +255,9 @@ def _export(context: Context) -> Exported:
     study, output, files = context.study, context.config.output, []
     if output.channels:
         # Under the slide's own folder: two slides may have channels of one name.
-        files += split_channels(context.image, study.channels / context.slide, overwrite=True)
+        files += split_channels(context.image, study.paths.channels / context.slide, overwrite=True)
     if output.preprocessed:
-        target = study.preprocessed / f"{context.slide}.tif"
+        target = study.paths.preprocessed / f"{context.slide}.tif"
         target.parent.mkdir(parents=True, exist_ok=True)
         write_prepared_tiff(study.prepared(context.slide), target)
         files.append(target)
@@ -324,7 +324,7 @@ def flows_folder(context: Context) -> Path:
     settings = {k: v for k, v in SEGMENT.settings(config).items() if k not in _ONLY_MASKS}
     settings["block"] = config.compute.block
     key = SEGMENT.key(needs, config, context.weights.get(SEGMENT.name, ""), settings)
-    return context.study.flows(context.slide) / key[:16]
+    return context.study.paths.flows(context.slide) / key[:16]
 
 
 def _segment(context: Context) -> Segmented:
@@ -344,7 +344,7 @@ def _segment(context: Context) -> Segmented:
         context.scratch,
         flows=flows if config.segment.keep_flows else None,
         device=config.compute.network_device,
-        index=study.index(context.slide),
+        index=study.paths.index(context.slide),
     )
     return Segmented.model_validate(report)
 
@@ -373,8 +373,8 @@ SEGMENT = Stage(
     _segment,
     lambda context, result: [
         context.image / "labels" / LABELS,
-        context.study.index(context.slide),
-        context.study.flows(context.slide),
+        context.study.paths.index(context.slide),
+        context.study.paths.flows(context.slide),
     ],
     Segmented,
     needs=(FIT,),
@@ -393,11 +393,11 @@ def _describe(context: Context) -> Described:
     from daskcell.storage.staging import remove_zarr
 
     study, slide, config = context.study, context.slide, context.config
-    table, features = study.table(slide), study.features(slide)
+    table, features = study.paths.table(slide), study.paths.features(slide)
     remove_zarr(features)
     remove(table)
-    if ASSIGN.name not in context.ledger.held:
-        remove(study.clusters_table(slide))  # its rows belong to those of the table
+    if ASSIGN.name not in context.ledger.suspended:
+        remove(study.paths.clusters_table(slide))  # its rows belong to those of the table
     for path in (table, features):
         path.parent.mkdir(parents=True, exist_ok=True)
     report = describe_slide(
@@ -410,7 +410,7 @@ def _describe(context: Context) -> Described:
         config.compute.block,
         context.scratch,
         device=config.compute.network_device,
-        index=study.index(slide),
+        index=study.paths.index(slide),
     )
     return Described.model_validate(report)
 
@@ -426,7 +426,10 @@ def _encoder(config: Config) -> Files | None:
 DESCRIBE = Stage(
     "describe",
     _describe,
-    lambda context, result: [context.study.table(context.slide), context.study.features(context.slide)],
+    lambda context, result: [
+        context.study.paths.table(context.slide),
+        context.study.paths.features(context.slide),
+    ],
     Described,
     needs=(SEGMENT,),
     version=2,
@@ -445,8 +448,8 @@ def _cluster(context: Context) -> Clustered:
     from daskcell.storage.atomic import write_atomic
 
     study, config = context.study, context.config
-    file, named = study.clusters / names.FILE, b""
-    if context.ledger.held.get(CLUSTER.name, {}).get("key") == context.key and file.exists():
+    file, named = study.paths.clusters / names.FILE, b""
+    if context.ledger.suspended.get(CLUSTER.name, {}).get("key") == context.key and file.exists():
         named = file.read_bytes()  # the damaged clusters come back as they were
     else:
         set_named_aside(study, context.say)
@@ -454,14 +457,14 @@ def _cluster(context: Context) -> Clustered:
         model = context.model.model
     else:
         model = fit_features(
-            [study.features(name) for name in context.slides],
+            [study.paths.features(name) for name in context.slides],
             config.cluster,
             context.workers,
             context.scratch,
-            [study.table(name) for name in context.slides],
+            [study.paths.table(name) for name in context.slides],
         )
         model.origin = origin(config, study.record.get("weights", {}))
-    model.save(study.clusters)
+    model.save(study.paths.clusters)
     if named:
         write_atomic(file, named)
     return Clustered(k=model.k, counts=model.counts_.tolist(), given=context.model is not None)
@@ -471,7 +474,7 @@ def _cluster_files(context: Context, result: Clustered) -> list[Path]:
     from daskcell.clustering import names
 
     # Not the names, which people change.
-    return [path for path in context.study.clusters.iterdir() if path.name != names.FILE]
+    return [path for path in context.study.paths.clusters.iterdir() if path.name != names.FILE]
 
 
 CLUSTER = Stage(
@@ -495,7 +498,10 @@ def _assign(context: Context) -> Assigned:
 
     study, slide = context.study, context.slide
     report = predict_slide(
-        study.features(slide), study.table(slide), study.clusters, study.clusters_table(slide)
+        study.paths.features(slide),
+        study.paths.table(slide),
+        study.paths.clusters,
+        study.paths.clusters_table(slide),
     )
     return Assigned.model_validate(report)
 
@@ -503,7 +509,7 @@ def _assign(context: Context) -> Assigned:
 ASSIGN = Stage(
     "assign",
     _assign,
-    lambda context, result: [context.study.clusters_table(context.slide)],
+    lambda context, result: [context.study.paths.clusters_table(context.slide)],
     Assigned,
     needs=(DESCRIBE, CLUSTER),
     version=2,
@@ -518,10 +524,10 @@ def _paint(context: Context) -> Painted:
     from daskcell.render import write_cluster_labels, write_overlay
 
     study, slide, config = context.study, context.slide, context.config
-    clustered = study.ledger(CLUSTERS).read(Clustered)
+    clustered = study.record.ledger(CLUSTERS).read(Clustered)
     assert clustered is not None
-    names = Naming.load(study.clusters).titles(clustered.k)
-    table, clusters = study.table(slide), study.clusters_table(slide)
+    names = Naming.load(study.paths.clusters).titles(clustered.k)
+    table, clusters = study.paths.table(slide), study.paths.clusters_table(slide)
     list_labels(context.image, LABELS)
     counts = write_cluster_labels(
         context.image, clusters, clustered.k, context.workers, config.compute.block, names=names
@@ -530,7 +536,7 @@ def _paint(context: Context) -> Painted:
         study.prepared(slide),
         table,
         clusters,
-        study.overlays,
+        study.paths.overlays,
         slide,
         clustered.k,
         context.workers,
@@ -574,7 +580,7 @@ def _report(context: Context) -> Reported:
 REPORT = Stage(
     "report",
     _report,
-    lambda context, result: [context.study.report],
+    lambda context, result: [context.study.paths.report],
     Reported,
     needs=(CLUSTER, PAINT),
     version=2,
@@ -609,7 +615,8 @@ def slide_keys(
     weights
         Digests of the files of stages, as `fingerprints` gives them.
     clusters
-        Key of the clusters (`Study.grouping`); None: there are none, so stages that need them have no key.
+        Key of the clusters (`Record.clusters_key`); None: there are none, so stages that need them have no
+        key.
     """
     known = {} if clusters is None else {CLUSTER.name: clusters}
     keys: dict[str, str] = {}
@@ -655,15 +662,17 @@ def do(
     start = time.perf_counter()
     ledger.begin(stage.name)
     slide = context.slide or CLUSTERS
-    scratch = study.scratch(slide, stage.name, key, context.config.compute.block)
-    remove(*(folder for folder in study.scratches(slide, stage.name) if folder != scratch))  # of other keys
+    scratch = study.paths.scratch(slide, stage.name, key, context.config.compute.block)
+    remove(
+        *(folder for folder in study.paths.scratches(slide, stage.name) if folder != scratch)
+    )  # of other keys
     team = context.workers
     if on_step is not None:
         on_step(0.0)
         team = team.metered(on_step)
     context = replace(context, key=key, scratch=scratch)
     result = stage.run(replace(context, workers=team))
-    files = sums(study.out, stage.outputs(context, result), context.workers)
+    files = checksum(study.out, stage.outputs(context, result), context.workers)
     remove(scratch)
     seconds = time.perf_counter() - start
     ledger.finish(

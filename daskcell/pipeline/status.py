@@ -13,7 +13,7 @@ from daskcell.pipeline.slide import counts as slide_counts
 from daskcell.pipeline.stages import SLIDE_STAGES, slide_keys
 from daskcell.storage.lock import holder
 from daskcell.study import CLUSTERS, Ledger, Study
-from daskcell.study.checksums import damaged
+from daskcell.study.checksums import verify
 from daskcell.study.ledger import FORMAT
 from daskcell.study.results import Assigned, Clustered, Converted
 
@@ -31,14 +31,14 @@ def report(study: Study) -> dict[str, Any]:
     """
     config, weights = study.config, study.record.get("weights", {})
     owner = holder(study.out)
-    told = study.told
+    told = study.record.read_progress()
     if told is not None:
         told["seconds_left"] = seconds_left(told, time.time())
-    clustered = study.ledger(CLUSTERS).read(Clustered)
-    cluster = study.grouping
+    clustered = study.record.ledger(CLUSTERS).read(Clustered)
+    cluster = study.record.clusters_key
     rows, left = [], set(study.left)
     for slide in study.slides:
-        ledger = study.ledger(slide)
+        ledger = study.record.ledger(slide)
         keys = slide_keys(config, ledger.files, weights, cluster)
         rows.append(
             {
@@ -71,8 +71,8 @@ def damages(out: str | Path, workers: Workers | None = None) -> set[str]:
     study = Study(out)
     found: set[str] = set()
     for name in (*study.slides, CLUSTERS):
-        for entry in study.ledger(name).stages.values():
-            found.update(damaged(study.out, entry.get("files", {}), workers or Workers()))
+        for entry in study.record.ledger(name).stages.values():
+            found.update(verify(study.out, entry.get("files", {}), workers or Workers()))
     return found
 
 
@@ -80,7 +80,7 @@ def drift(study: Study) -> dict[str, dict[str, Any]]:
     """By slide: how far its cells lie from those of the model they were assigned to."""
     if "model" not in study.record:
         return {}
-    found = {slide: study.ledger(slide).read(Assigned) for slide in study.slides}
+    found = {slide: study.record.ledger(slide).read(Assigned) for slide in study.slides}
     return {slide: assigned.drift for slide, assigned in found.items() if assigned and assigned.drift}
 
 
@@ -100,7 +100,7 @@ def mixed(study: Study) -> list[str]:
     precisions: such results differ in the last bits."""
     found: dict[str, Counter[str]] = {}
     for slide in study.slides:
-        for name, entry in study.ledger(slide).stages.items():
+        for name, entry in study.record.ledger(slide).stages.items():
             if ran := entry.get("ran"):
                 how = f"on {ran['device']} with {_many(ran['threads'], 'thread')} in {ran['precision']}"
                 found.setdefault(name, Counter())[how] += 1
@@ -125,7 +125,7 @@ def remarks(study: Study) -> list[str]:
 def _worst(study: Study, slide: str, values: dict[str, Any]) -> str:
     shares = values["far_by_cluster"]
     group = max(range(len(shares)), key=lambda i: shares[i] or 0.0)
-    assigned = study.ledger(slide).read(Assigned)
+    assigned = study.record.ledger(slide).read(Assigned)
     name = assigned and assigned.names.get(str(group))
     return f", most in group {group}{f' ({name})' if name else ''}: {100 * shares[group]:.0f} %"
 
@@ -135,11 +135,11 @@ def counts(study: Study) -> dict[str, int]:
     cells = pixels = failed = 0
     left = set(study.left)
     for slide in study.slides:
-        ledger = study.ledger(slide)
+        ledger = study.record.ledger(slide)
         some, more = slide_counts(ledger)
         pixels, cells = pixels + some, cells + more
         failed += ledger.failure is not None and slide not in left
-    clustered = study.ledger(CLUSTERS).read(Clustered)
+    clustered = study.record.ledger(CLUSTERS).read(Clustered)
     k = clustered.k if clustered else 0
     return {"slides": len(study.slides), "cells": cells, "pixels": pixels, "clusters": k, "failed": failed}
 
@@ -209,7 +209,7 @@ def table(found: dict[str, Any], limit: int | None = None) -> str:
 
 def open_first(study: Study) -> list[str]:
     """What to open of a study, the best of it first, as whole paths."""
-    named = [("open first", study.report), ("overlays", study.overlays)]
+    named = [("open first", study.paths.report), ("overlays", study.paths.overlays)]
     return [f"{name}: {path.resolve()}" for name, path in named if path.exists()]
 
 
@@ -229,7 +229,7 @@ def _state(stage: str, key: str | None, ledger: Ledger, owner: dict[str, Any] | 
     if entry is not None:
         # Keys of an older format are brought up to date by the next run.
         return "done" if entry["key"] == key or ledger.format != FORMAT else "old"
-    if owner is not None and ledger.began == stage:
+    if owner is not None and ledger.in_progress == stage:
         return "running"
     if ledger.failure is not None and ledger.failure["stage"] == stage:
         return "failed"

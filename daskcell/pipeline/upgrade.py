@@ -16,7 +16,7 @@ from daskcell.errors import ConfigError
 from daskcell.pipeline.stages import CLUSTER, EARLY, LATE, STAGES, slide_keys
 from daskcell.storage.atomic import replacing
 from daskcell.study import CLUSTERS, Ledger, Study, read_record
-from daskcell.study.checksums import damaged, sums
+from daskcell.study.checksums import checksum, verify
 from daskcell.study.format1 import NAMES
 from daskcell.study.keys import content_key, identity
 from daskcell.study.ledger import FORMAT
@@ -54,11 +54,11 @@ def upgrade(out: Path) -> None:
     before: dict[str, str] = {}
     now: dict[str, str] = {}
     for name in study.slides:
-        ledger = study.ledger(name)
+        ledger = study.record.ledger(name)
         keys, new = _slide_keys(old, ledger.files, weights), slide_keys(config, ledger.files, new_weights)
         if "describe" in _translated(ledger, keys, new, EARLY):
             before[name], now[name] = keys["describe"], new["describe"]
-    shared = study.ledger(CLUSTERS)
+    shared = study.record.ledger(CLUSTERS)
     fitted = shared.entry(CLUSTER.name)
     clusters: tuple[str, str] | None = None
     """Keys of the clusters, then and now."""
@@ -68,15 +68,15 @@ def upgrade(out: Path) -> None:
         elif fitted["result"].get("given"):
             clusters = fitted["key"], fitted["key"]
     for name in study.slides:
-        ledger = study.ledger(name)
+        ledger = study.record.ledger(name)
         if ledger.format == 1:
             keys = _slide_keys(old, ledger.files, weights)
             new = slide_keys(config, ledger.files, new_weights)
             if clusters is not None:
-                keys["assign"] = _key("assign", keys["describe"], study.named_key(clusters[0]))
+                keys["assign"] = _key("assign", keys["describe"], study.record.named_key(clusters[0]))
                 overlays = old["output"]["overlays"], old["output"]["overlay_side"]
                 keys["paint"] = _key("paint", keys["assign"], *overlays)
-                new = slide_keys(config, ledger.files, new_weights, study.named_key(clusters[1]))
+                new = slide_keys(config, ledger.files, new_weights, study.record.named_key(clusters[1]))
             _split_table(study, name, ledger)
             for stage, key in _translated(ledger, keys, new, (*EARLY, *LATE)).items():
                 ledger.stages[stage]["key"] = key
@@ -139,8 +139,8 @@ def _split_table(study: Study, slide: str, ledger: Ledger) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    described, table = ledger.entry("describe"), study.table(slide)
-    if described is None or damaged(study.out, described["files"], Workers()):
+    described, table = ledger.entry("describe"), study.paths.table(slide)
+    if described is None or verify(study.out, described["files"], Workers()):
         ledger.stages.pop("assign", None)
         return
     with pq.ParquetFile(table) as file:
@@ -148,7 +148,7 @@ def _split_table(study: Study, slide: str, ledger: Ledger) -> None:
         if "cluster" not in names:
             return
         columns = [name for name in names if name not in _CLUSTER_COLUMNS]
-        clusters = study.clusters_table(slide)
+        clusters = study.paths.clusters_table(slide)
         clusters.parent.mkdir(parents=True, exist_ok=True)
         with replacing(clusters) as temporary:
             moved = [name for name in _CLUSTER_COLUMNS if name in names]
@@ -159,6 +159,6 @@ def _split_table(study: Study, slide: str, ledger: Ledger) -> None:
             with pq.ParquetWriter(temporary, schema) as writer:
                 for batch in file.iter_batches(_ROWS, columns=columns):
                     writer.write_table(pa.Table.from_batches([batch]).cast(schema))
-    described["files"] |= sums(study.out, [table], Workers())
+    described["files"] |= checksum(study.out, [table], Workers())
     if "assign" in ledger.stages:
-        ledger.stages["assign"]["files"] = sums(study.out, [clusters], Workers())
+        ledger.stages["assign"]["files"] = checksum(study.out, [clusters], Workers())

@@ -108,14 +108,14 @@ class Facts:
 
 def gather(study: Study) -> Facts:
     """Read what a study holds; slides that were set aside and groups that are not there are left out."""
-    clustered = study.ledger(CLUSTERS).read(Clustered)
+    clustered = study.record.ledger(CLUSTERS).read(Clustered)
     k = clustered.k if clustered else 0
-    titles = titled(Naming.load(study.clusters).titles(k), k) if k else []
+    titles = titled(Naming.load(study.paths.clusters).titles(k), k) if k else []
     palette = colors(k)
     groups = [Group(i, title, "#" + bytes(palette[i]).hex()) for i, title in titles]
     rows, reports, grouped, sizes, ungrouped = [], [], [], [], 0
     for name in study.slides:
-        ledger = study.ledger(name)  # one at a time: thousands of them fill the memory
+        ledger = study.record.ledger(name)  # one at a time: thousands of them fill the memory
         converted, assigned = ledger.read(Converted), ledger.read(Assigned)
         if converted is None:
             continue
@@ -183,7 +183,7 @@ def seams(reports: Sequence[Segmented]) -> dict[str, Any]:
 def _curve(study: Study) -> list[dict[str, float]]:
     from daskcell.clustering import load_clusters
 
-    return list(load_clusters(study.clusters).curve_ or [])
+    return list(load_clusters(study.paths.clusters).curve_ or [])
 
 
 # -- cells -------------------------------------------------------------------------------------------------
@@ -248,7 +248,9 @@ def _look_at_cells(study: Study, slides: Sequence[str], facts: Facts) -> None:
         return
     area = "area_um2" if facts.unit == "µm" else "area"
     try:
-        columns = [name for name in shared_columns([study.table(name) for name in slides]) if name != "area"]
+        columns = [
+            name for name in shared_columns([study.paths.table(name) for name in slides]) if name != "area"
+        ]
     except InputError:  # slides with other channels, or none measured
         columns = []
     size = max(group.number for group in facts.groups) + 1
@@ -289,10 +291,10 @@ def _batches(study: Study, slide: str, columns: Sequence[str]) -> Iterator[tuple
     """Some rows of a slide's cells at a time, with their ``cluster`` and ``distance``."""
     import pyarrow.parquet as pq
 
-    assigned = study.assigned_table(slide)
+    assigned = study.record.assigned_table(slide)
     assert assigned is not None
     of_cluster = pq.read_table(assigned, columns=["cluster", "distance"]).combine_chunks()
-    with pq.ParquetFile(study.table(slide)) as table:
+    with pq.ParquetFile(study.paths.table(slide)) as table:
         names = set(table.schema_arrow.names) - set(of_cluster.column_names)
         start = 0
         for batch in table.iter_batches(_BATCH, columns=[name for name in columns if name in names]):

@@ -72,7 +72,7 @@ def write_report(study: Study, path: str | Path | None = None, warnings: Sequenc
         left=study.left,
     )
     if path is None:
-        target = study.own(study.report.name)
+        target = study.record.own(study.paths.report.name)
     else:
         target = Path(path)
         _refuse_other(target)
@@ -92,12 +92,12 @@ def _refuse_other(path: Path) -> None:
 def page_inputs(study: Study, warnings: Sequence[str] = ()) -> list[Any]:
     """All that the page of a study depends on (JSON-able), told by its small files alone."""
     keys = {  # one ledger at a time: thousands of them fill the memory
-        name: [entry["key"] for entry in study.ledger(name).stages.values()] for name in study.slides
+        name: [entry["key"] for entry in study.record.ledger(name).stages.values()] for name in study.slides
     }
     aside = ("config", "inputs", "owned", "arrays")
     said = {name: value for name, value in study.record.items() if name not in aside}
     config = {name: value for name, value in study.record["config"].items() if name != "compute"}
-    parts = [_title(study), keys, study.grouping, said, config]
+    parts = [_title(study), keys, study.record.clusters_key, said, config]
     return [*parts, study.scores, _failures(study), list(warnings)]
 
 
@@ -128,10 +128,10 @@ def _cards(
 
 def _slides(study: Study, facts: Facts, pictures: Pictures) -> list[tuple[SlideRow, bytes]]:
     """The first slides that are grouped, and their pictures."""
-    clustered = study.ledger(CLUSTERS).read(Clustered)
+    clustered = study.record.ledger(CLUSTERS).read(Clustered)
     k = clustered.k if clustered else 0
     palette = colors(k)
-    done = (row for row in facts.slides if study.assigned_table(row.name))
+    done = (row for row in facts.slides if study.record.assigned_table(row.name))
     return [(row, pictures.slide(row.name, palette)) for row in islice(done, _MOST_SLIDES)] if k else []
 
 
@@ -144,9 +144,9 @@ def _scores(study: Study) -> dict[str, Any] | None:
     for kind, counts in zip(scores["types"], scores["contingency"], strict=True):
         total = max(sum(counts), 1)
         rows.append((kind, sum(counts), [(count, count / total) for count in counts]))
-    clustered = study.ledger(CLUSTERS).read(Clustered)
+    clustered = study.record.ledger(CLUSTERS).read(Clustered)
     assert clustered is not None
-    shown = Naming.load(study.clusters).titles(clustered.k)
+    shown = Naming.load(study.paths.clusters).titles(clustered.k)
     palette = colors(len(shown))
     heads = [(title, "#" + bytes(palette[shown.index(title)]).hex()) for title in scores["groups"]]
     return scores | {"rows": rows, "heads": heads, "truth": Path(scores["truth"]).name}

@@ -56,7 +56,7 @@ class Pictures:
         level = max((i for i, shape in enumerate(levels) if max(shape) >= _SLIDE), default=0)
         whole = Box(0, 0, *levels[level])
         low, high = self._limits(name)
-        assigned = self._study.assigned_table(name)
+        assigned = self._study.record.assigned_table(name)
         assert assigned is not None
         painted = paint(
             as_rgb(image.read(whole, level), low, high),

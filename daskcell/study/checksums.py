@@ -22,7 +22,7 @@ _TASK_BYTES = 256 << 20
 _TASK_FILES = 256
 
 
-def sums(out: Path, roots: Iterable[Path], workers: Workers) -> dict[str, list[int]]:
+def checksum(out: Path, roots: Iterable[Path], workers: Workers) -> dict[str, list[int]]:
     """Size and CRC-32 of every file at or under `roots`, by path in the study `out`; temporary ones left out.
 
     Large folders are read by all `workers`.
@@ -40,7 +40,7 @@ def sums(out: Path, roots: Iterable[Path], workers: Workers) -> dict[str, list[i
     return dict(sorted(found.items()))
 
 
-def damaged(out: Path, files: Files, workers: Workers | None = None) -> list[str]:
+def verify(out: Path, files: Files, workers: Workers | None = None) -> list[str]:
     """Files that are missing or of another size than they were; with `workers`, or of other bytes."""
     wrong, left = [], {}
     for name, was in files.items():

@@ -42,15 +42,15 @@ class Ledger:
             self.stages: dict[str, dict[str, Any]] = values["stages"]
             self.failure: dict[str, Any] | None = values.get("failure")
             self.tries: int = values.get("tries", 0)
-            self.began: str | None = values.get("began")
-            self.held: dict[str, dict[str, Any]] = values.get("held", {})
-            _refuse_strange_paths(self.stages, self.held)
+            self.in_progress: str | None = values.get("began")
+            self.suspended: dict[str, dict[str, Any]] = values.get("held", {})
+            _refuse_strange_paths(self.stages, self.suspended)
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             # A ledger that cannot be read, or names files elsewhere, says nothing is done: work is repeated,
             # never a result invented.
             self.format = FORMAT
             self.files, self.stages, self.failure, self.tries = [], {}, None, 0
-            self.began, self.held = None, {}
+            self.in_progress, self.suspended = None, {}
 
     def entry(self, stage: str) -> dict[str, Any] | None:
         return self.stages.get(stage)
@@ -58,7 +58,7 @@ class Ledger:
     @property
     def entered(self) -> set[str]:
         """Files, as paths in the study, that stages which are done have written."""
-        entries = (*self.stages.values(), *self.held.values())
+        entries = (*self.stages.values(), *self.suspended.values())
         return {file for entry in entries for file in entry.get("files", ())}
 
     def result(self, stage: str) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class Ledger:
 
     def dependents(self, stage: str) -> set[str]:
         """Stages that were made, at first or second hand, from the output of `stage`."""
-        needs = {name: set(entry["needs"]) for name, entry in (self.held | self.stages).items()}
+        needs = {name: set(entry["needs"]) for name, entry in (self.suspended | self.stages).items()}
         found: set[str] = set()
         while more := {name for name, of in needs.items() if of & (found | {stage})} - found:
             found |= more
@@ -85,12 +85,12 @@ class Ledger:
     def begin(self, stage: str) -> None:
         """Forget `stage` and all that was made from it. Call before its output is touched."""
         doomed = {stage} | self.dependents(stage)
-        changed = doomed & set(self.stages) or self.began != stage
+        changed = doomed & set(self.stages) or self.in_progress != stage
         self.stages = {name: entry for name, entry in self.stages.items() if name not in doomed}
-        if stage not in self.held:
-            self.held = {name: entry for name, entry in self.held.items() if name not in doomed}
+        if stage not in self.suspended:
+            self.suspended = {name: entry for name, entry in self.suspended.items() if name not in doomed}
         if changed:
-            self.began = stage
+            self.in_progress = stage
             self.save()
 
     def finish(
@@ -128,7 +128,7 @@ class Ledger:
             entry["version"] = version
         self.stages[stage] = entry
         self._restore(stage)
-        self.began = None if then in self.stages else then
+        self.in_progress = None if then in self.stages else then
         if self.failure is not None and self.failure["stage"] == stage:
             self.failure, self.tries = None, 0
         self.save()
@@ -137,36 +137,38 @@ class Ledger:
         """Take out `stage`, whose files were damaged, and hold what was made from it."""
         for name in {stage} | self.dependents(stage):
             if name in self.stages:
-                self.held[name] = self.stages.pop(name) | {"damaged": False}
-        if stage in self.held:
-            self.held[stage]["damaged"] = True
+                self.suspended[name] = self.stages.pop(name) | {"damaged": False}
+        if stage in self.suspended:
+            self.suspended[stage]["damaged"] = True
         self.save()
 
     def _restore(self, stage: str) -> None:
         """Restore what is held with `stage`, now done anew, if its files are the same; else forget it."""
-        before, entry = self.held.pop(stage, None), self.stages[stage]
+        before, entry = self.suspended.pop(stage, None), self.stages[stage]
         if before is None:
             return
         if (before["key"], before["files"]) != (entry["key"], entry["files"]):
             doomed = self.dependents(stage)
-            self.held = {name: kept for name, kept in self.held.items() if name not in doomed}
+            self.suspended = {name: kept for name, kept in self.suspended.items() if name not in doomed}
             return
         while ready := [
             name
-            for name, kept in self.held.items()
+            for name, kept in self.suspended.items()
             if not kept["damaged"] and set(kept["needs"]) & set(self.stages) and self._whole(kept)
         ]:
             for name in ready:
-                self.stages[name] = {key: v for key, v in self.held.pop(name).items() if key != "damaged"}
+                self.stages[name] = {
+                    key: v for key, v in self.suspended.pop(name).items() if key != "damaged"
+                }
 
     def _whole(self, entry: Mapping[str, Any]) -> bool:
         """Whether nothing that an entry was made from waits to be made anew."""
-        return not set(entry["needs"]) & set(self.held)
+        return not set(entry["needs"]) & set(self.suspended)
 
     def fail(self, stage: str, error: str, trace: str = "") -> None:
         """Enter why `stage` could not be done; `trace` is for errors that are no user's."""
         self.tries += 1
-        self.began = None
+        self.in_progress = None
         self.failure = {"slide": self.slide, "stage": stage, "error": error, "tries": self.tries}
         if trace:
             self.failure["trace"] = trace
@@ -177,12 +179,12 @@ class Ledger:
             "format": self.format,
             "files": self.files,
             "stages": self.stages,
-            "began": self.began,
+            "began": self.in_progress,
             "failure": self.failure,
             "tries": self.tries,
         }
-        if self.held:
-            values["held"] = self.held
+        if self.suspended:
+            values["held"] = self.suspended
         write_json(self.path, values, indent=None)
 
 

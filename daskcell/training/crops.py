@@ -148,8 +148,8 @@ def _slides(study: Study) -> list[tuple[str, int]]:
     """Slides that are described, and how many cells each has."""
     import pyarrow.parquet as pq
 
-    done = [name for name in study.slides if "describe" in study.ledger(name).stages]
-    return [(name, pq.read_metadata(study.table(name)).num_rows) for name in done]
+    done = [name for name in study.slides if "describe" in study.record.ledger(name).stages]
+    return [(name, pq.read_metadata(study.paths.table(name)).num_rows) for name in done]
 
 
 def _fair(counts: Sequence[int], total: int) -> int:
@@ -163,11 +163,11 @@ def _fair(counts: Sequence[int], total: int) -> int:
 
 def _slide_cells(study: Study, name: str, count: int) -> SlideCells:
     settings = study.config.features
-    entry = study.ledger(name).entry("segment")
+    entry = study.record.ledger(name).entry("segment")
     assert entry is not None
     cut: list[Any] = [_VERSION, entry["key"], count, settings.margin, settings.window, settings.channels]
     key = hashlib.sha256(json.dumps(cut).encode()).hexdigest()[:32]
-    return SlideCells(study.prepared(name), study.table(name), settings, count, key)
+    return SlideCells(study.prepared(name), study.paths.table(name), settings, count, key)
 
 
 class _Crops:
