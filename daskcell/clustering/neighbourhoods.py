@@ -50,6 +50,21 @@ class Neighbours:
         """``(types, types)`` float64: standard deviations above the expected count; NaN if it cannot vary."""
         return (self.counts - self.expected) / self.variance.where(self.variance > 0) ** 0.5
 
+    def table(self) -> pd.DataFrame:
+        """The same as rows: ``type``, ``other``, ``count``, ``expected``, ``variance``."""
+        import pandas as pd
+
+        names = self.counts.index
+        return pd.DataFrame(
+            {
+                "type": np.repeat(names, len(names)),
+                "other": np.tile(names, len(names)),
+                "count": self.counts.to_numpy().ravel(),
+                "expected": self.expected.to_numpy().ravel(),
+                "variance": self.variance.to_numpy().ravel(),
+            }
+        )
+
 
 def neighbours(
     labels: Any, types: Any, radius: float | None = None, *, k: int | None = None, gap: float | None = None
