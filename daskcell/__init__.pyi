@@ -2,6 +2,7 @@ from ._version import __version__ as __version__
 from .clustering import ClusterModel as ClusterModel
 from .clustering import fit_clusters as fit_clusters
 from .clustering import load_clusters as load_clusters
+from .clustering import neighbours as neighbours
 from .config import Config as Config
 from .config import load_config as load_config
 from .errors import ComputeError as ComputeError
@@ -34,5 +35,7 @@ from .preprocess import gaussian as gaussian
 from .preprocess import prepare as prepare
 from .preprocess import reconstruct as reconstruct
 from .render import overlay as overlay
+from .segmentation import expand as expand
+from .segmentation import pair as pair
 from .segmentation import segment as segment
 from .study import Study as Study

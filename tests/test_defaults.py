@@ -45,8 +45,9 @@ PAIRS = {
     "reconstruct": (config.ReconstructSettings, {"channels"}, set()),
 }
 WITHOUT_SETTINGS = {
-    "assign", "convert", "estimate_flat", "export_crops", "load_clusters", "load_config", "load_encoder",
-    "load_network", "measure", "open_image", "open_study", "overlay", "prepare", "run",
+    "assign", "convert", "estimate_flat", "expand", "export_crops", "load_clusters", "load_config",
+    "load_encoder", "load_network", "measure", "neighbours", "open_image", "open_study", "overlay", "pair",
+    "prepare", "run",
 }  # fmt: skip
 
 

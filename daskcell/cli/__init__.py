@@ -14,7 +14,7 @@ import sys
 from typing import Any, NoReturn
 
 # The commands enter themselves into `app`.
-from daskcell.cli import clusters, doctor, exports, images, networks, studies
+from daskcell.cli import clusters, doctor, exports, images, neighbours, networks, studies
 from daskcell.cli.app import app
 from daskcell.errors import DaskcellError
 
@@ -69,4 +69,4 @@ def _terminated(signum: int, frame: Any) -> NoReturn:
     raise SystemExit(128 + signum)
 
 
-__all__ = ["app", "clusters", "doctor", "exports", "images", "main", "networks", "studies"]
+__all__ = ["app", "clusters", "doctor", "exports", "images", "main", "neighbours", "networks", "studies"]

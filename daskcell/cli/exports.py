@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from daskcell.cli.app import app
+from daskcell.export.registry import exporters
 
 export = typer.Typer(help="Write a study's results for other programs.", no_args_is_help=True)
 app.add_typer(export, name="export")
@@ -41,3 +42,25 @@ def crops(
             workers=workers.claim(out, print),
         )
     print(f"{out}: {count:,} cells")
+
+
+def _add(name: str, what: str) -> None:
+    """A command for a format that has no options of its own."""
+
+    def write(
+        study: Annotated[Path, typer.Argument(help="Folder of a study.")],
+        out: Annotated[Path, typer.Option("--out", "-o", help="New folder for the files.")],
+        slide: Annotated[list[str] | None, typer.Option(help="Only this slide; may be given again.")] = None,
+    ) -> None:
+        from daskcell.export import export_study
+
+        def say(file: str, cells: int) -> None:
+            print(f"{file}: {cells:,} cells")
+
+        say(str(out), export_study(study, out, name, slides=slide, progress=say))
+
+    export.command(name, help=f"Write {what}")(write)
+
+
+for _name, _what in exporters().items():
+    _add(_name, _what)

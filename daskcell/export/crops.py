@@ -7,18 +7,18 @@ passes through this process.
 from __future__ import annotations
 
 import io
-import json
 import os
 import shutil
 import tempfile
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from daskcell.errors import InputError, StudyError
-from daskcell.storage.atomic import refuse_impossible, remove, temporaries, write_atomic, write_json
+from daskcell.errors import InputError
+from daskcell.export.folder import SCRATCH, begin, choose
+from daskcell.storage.atomic import write_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from daskcell.study import Study
 
 _SHARD = 4096  # cells at least in a shard
-_SCRATCH = ".daskcell-export-"
 _LIST = ".daskcell-"  # and the name of a task: its pictures
 _COLUMNS = ["centroid-0", "centroid-1"]
 
@@ -89,52 +88,15 @@ def export_crops(
         raise InputError(f"format must be 'parquet' or 'png', not {format!r}.")
     if size is not None and (isinstance(size, bool) or not isinstance(size, Integral) or size < 1):
         raise InputError(f"size must be a number of pixels from 1 on, not {size!r}.")
-    if isinstance(slides, str):
-        slides = [slides]
     study = study if isinstance(study, Study) else Study(Path(study))
     out = Path(out)
-    chosen = study.slides if slides is None else list(slides)
-    for name in chosen:
-        if name not in study.slides:
-            raise InputError(f"{study.out} has no slide {name!r}.")
-        if study.record.ledger(name).entry("describe") is None or not study.paths.table(name).exists():
-            raise StudyError(f"The cells of {name} have not been described yet. Please run the study first.")
-    unfinished = _begin(out, study, {"format": format, "size": size, "slides": chosen})
+    chosen = choose(study, slides)
+    unfinished = begin(out, study, {"format": format, "size": size, "slides": chosen})
     count = sum(_export_slide(study, name, out, format, size, workers, progress) for name in chosen)
     if format == "png":
         _gather_lists(out)
     unfinished.unlink()
     return count
-
-
-def _begin(out: Path, study: Study, asked: dict[str, Any]) -> Path:
-    """The note in `out` of what is being exported, there until all is: who finds his own goes on."""
-    refuse_impossible(out)
-    note = out / ".unfinished.json"
-    content = asked | {
-        "study": str(study.out.absolute()),
-        "keys": {name: _keys(study, name) for name in asked["slides"]},
-        "block": study.config.compute.block,  # which cells are in which task
-    }
-    if note.exists() and json.loads(note.read_text()) != content:
-        raise InputError(
-            f"{out} holds an export that was not finished, of other cells or with other options. Please "
-            "remove it or choose another name."
-        )
-    if not note.exists():
-        # A run that was killed at its very start has left nothing but half a note.
-        if os.path.lexists(out) and (not out.is_dir() or set(out.iterdir()) - set(temporaries(out))):
-            raise InputError(f"{out} exists already. Please remove it or choose another name.")
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(note, content)
-    remove(*out.glob(f"{_SCRATCH}*"), *temporaries(out))
-    return note
-
-
-def _keys(study: Study, slide: str) -> dict[str, str]:
-    """Content keys of what a slide's crops are made of."""
-    entries = {name: study.record.ledger(slide).entry(name) for name in ("describe", "assign")}
-    return {name: entry["key"] for name, entry in entries.items() if entry}
 
 
 def _export_slide(
@@ -160,7 +122,7 @@ def _export_slide(
         settings = settings.model_copy(update={"pooling": "crop"})
     slide = Slide(study.prepared(name), "cells", settings_spec(settings), settings)
     grid = Grid.regular(slide.shape, config.compute.block)
-    scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=out))
+    scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=out))
     try:
         records = find_cells(slide, grid, workers, scratch, study.paths.index(name))
         embedder, _ = fit_embedder(slide, records, workers)

@@ -194,6 +194,60 @@ class Study:
             )
         return da.concatenate(arrays)
 
+    def anndata(self, slides: Iterable[str] | None = None) -> Any:
+        """Cells and features as an `anndata.AnnData`, for scanpy and squidpy.
+
+        Parameters
+        ----------
+        slides : list of str, optional
+            None: all that have cells.
+
+        Returns
+        -------
+        AnnData ``(n_cells, d)``
+            ``X`` the features, a lazy dask array; ``obs`` the columns of `cells`, with ``slide`` and
+            ``cluster`` as categories and names ``<slide>-<label>``; ``obsm["spatial"]`` the centres (x, y) in
+            pixels; ``uns["cluster_colors"]`` the colours of the clusters.
+
+        Raises
+        ------
+        StudyError
+            If anndata is not installed, or a slide has no cells yet.
+        """
+        try:
+            from anndata import AnnData
+        except ImportError:
+            raise StudyError(
+                "Study.anndata needs anndata, which is not installed: pip install 'daskcell[anndata]'."
+            ) from None
+        import dask.array as da
+        import pandas as pd
+
+        names = self._described() if slides is None else list(slides)
+        table = pd.concat([self.cells(name).assign(slide=name) for name in names], ignore_index=True)
+        features = da.concatenate([self.features(name) for name in names])
+        # As objects: AnnData's files have no strings of pandas 3.
+        table.index = pd.Index((table["slide"] + "-" + table["label"].astype(str)).tolist(), dtype=object)
+        table["slide"] = pd.Categorical(table["slide"], pd.Index(names, dtype=object))
+        for column in table.select_dtypes(["object", "string"]):
+            table[column] = pd.Categorical(table[column].astype(object))
+        places = table[["centroid-1", "centroid-0"]].to_numpy()
+        found = AnnData(features, obs=table, obsm={"spatial": places})
+        encoder = self.config.features.encoder
+        found.var_names = pd.Index([f"{encoder}-{i}" for i in range(features.shape[1])], dtype=object)
+        if "cluster" in table:
+            from daskcell.render import colors
+
+            known = sorted(table["cluster"].unique())
+            found.obs["cluster"] = pd.Categorical(
+                [str(i) for i in table["cluster"]], pd.Index([str(i) for i in known], dtype=object)
+            )
+            palette = colors(max(known, default=-1) + 1)
+            found.uns["cluster_colors"] = [
+                "#{:02x}{:02x}{:02x}".format(*(palette[i] if i >= 0 else (128, 128, 128))) for i in known
+            ]
+        return found
+
     # ------------------------------------------------------------------ images
 
     def image(self, slide: str, level: int = 0) -> da.Array:
