@@ -24,7 +24,7 @@ from daskcell.errors import DaskcellError, MemoryWarning, warn
 from daskcell.geometry import Box, Grid
 from daskcell.images import metadata, store
 from daskcell.images.levels import Level, downscale_block, halved_box, plan_levels
-from daskcell.images.pixel_stats import Part, Summary, describe, remember
+from daskcell.images.pixel_stats import BlockStats, PixelStats, block_stats, record_hash
 from daskcell.images.pyramid import halve_mean
 from daskcell.images.reader_process import MEMORY_BYTES, open_safely
 from daskcell.images.readers import Reader
@@ -91,18 +91,18 @@ def convert_slide(
         chunks = (1, store.CHUNK, store.CHUNK)
         for level in levels:
             store.create_level(group, level.number, (count, *level.shape), level.files, chunks, dtype)
-        summary = Summary(count, dtype)
+        stats = PixelStats(count, dtype)
         pixels = sum(math.prod(level.shape) for level in levels if level.stored or not level.in_hand)
         stages = _stages(source, identity, staging.work, levels, strips, count * dtype.itemsize)
         for tasks in map(list, stages):
             share = math.prod(levels[tasks[0][0][0]].shape) / pixels  # of one level each
             for _, part in run_tasks(workers and workers.part(share, len(tasks)), tasks):
-                summary.add(part)
-        summary.check(source, header.channels)
-        fingerprint = summary.fingerprint(header.channels, dtype, (height, width))
-        windows = summary.windows(lambda: np.asarray(store.level_of(group, -1)))
-        if summary.histograms is not None:
-            store.write_histograms(group, summary.histograms, summary.first)
+                stats.add(part)
+        stats.check(source, header.channels)
+        fingerprint = stats.fingerprint(header.channels, dtype, (height, width))
+        windows = stats.windows(lambda: np.asarray(store.level_of(group, -1)))
+        if stats.histograms is not None:
+            store.write_histograms(group, stats.histograms, stats.first)
         method = None if any(level.stored for level in levels[1:]) else "mean"
         metadata.write(group, header, [level.shape for level in levels], windows, fingerprint, method)
         staging.commit()
@@ -115,7 +115,7 @@ def convert_slide(
         "channels": list(header.channels),
         "pixel_size": header.pixel_size,
         "is_rgb": header.is_rgb,
-        "files": summary.files,
+        "files": stats.files,
         "fingerprint": fingerprint,
     } | ({"notes": list(notes)} if notes else {})
 
@@ -182,25 +182,25 @@ def _run_here(tasks: Iterable[Task]) -> Iterator[tuple[Any, Any]]:
 
 def _convert_run(
     source: Source, identity: str, path: str, level: int, last: int, boxes: tuple[Box, ...]
-) -> Part:
+) -> BlockStats:
     """Read a run of blocks that lie side by side; write each as one file of every level up to `last`."""
     run = Box(boxes[0].y0, boxes[0].x0, boxes[-1].y1, boxes[-1].x1)
     with _reading:
         pixels = cached_reader(source, identity).read(level, run)
     hashes: dict[Position, bytes] = {}
-    look = partial(remember, hashes) if level == 0 else None
+    on_chunk = partial(record_hash, hashes) if level == 0 else None
     files = 0
     for box in boxes:
         part = pixels[(slice(None), *box.within(run))]
-        files += write_box(_array(path, level), box, part, look)
+        files += write_box(_array(path, level), box, part, on_chunk)
         for smaller in range(level + 1, last + 1):
             part, box = halve_mean(part), halved_box(box)
             files += write_box(_array(path, smaller), box, part)
-    return describe(pixels, hashes, files) if level == 0 else Part(files)
+    return block_stats(pixels, hashes, files) if level == 0 else BlockStats(files)
 
 
-def _downscale(path: str, level: int, box: Box) -> Part:
-    return Part(downscale_block(path, level, box, "mean"))
+def _downscale(path: str, level: int, box: Box) -> BlockStats:
+    return BlockStats(downscale_block(path, level, box, "mean"))
 
 
 @lru_cache(maxsize=2)
