@@ -378,5 +378,5 @@ def test_scenes_of_a_czi_without_names_are_all_read(tmp_path: Path) -> None:
 
 def test_scenes_of_a_czi_without_names_and_of_several_sizes_say_what_to_do(tmp_path: Path) -> None:
     path = czi_without_names(tmp_path / "a.czi", list(POSITIONS.values()))
-    with pytest.raises(ImageError, match="holds 3 scenes, .* name 1. Please name the scenes in ZEN"):
+    with pytest.raises(ImageError, match=r"holds 3 scenes, .* name 1\. Please name the scenes in ZEN"):
         open_image(path)

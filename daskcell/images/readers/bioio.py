@@ -62,7 +62,7 @@ class BioioReader:
         if not of_one_size or not hasattr(reader, "_scenes"):
             raise ImageError(
                 f"Cannot read {path}: it holds {count} scenes, of which its metadata name "
-                f"{len(self.scenes)}. Please name the scenes in ZEN and save it again, or export it as OME-TIFF."
+                f"{len(self.scenes)}. Please name the scenes in ZEN, or export it as OME-TIFF."
             )
         reader._scenes = tuple(map(str, range(count)))
         self.scenes = ("",) * count
