@@ -16,7 +16,7 @@ from daskcell.storage import paths
 
 @dataclass(frozen=True)
 class Source:
-    """One image to be read: which files, and how. Small and picklable; nothing is open."""
+    """One image to be read: which files, and how. Small and picklable; no file is open."""
 
     name: str
     """Unique among the images of a run and fit for a file name."""
@@ -35,13 +35,13 @@ class Source:
     scene: int = 0
     """Position of the image in a file that holds several."""
     part: str = ""
-    """What tells it from the other images of its file: the name of a scene, or its number."""
+    """Name or number of the scene, in a file that holds several."""
     condition: str | None = None
-    """What a manifest says it belongs to, such as a treatment; changes nothing."""
+    """Condition by the manifest, such as a treatment; does not affect results."""
     companions: tuple[str, ...] = ()
-    """Files that are read besides, since `files` name them: those of a multi-file OME-TIFF, of a slide."""
+    """Other files that `files` refer to and that are read too, as in a multi-file OME-TIFF."""
     said: tuple[str, ...] = ()
-    """What else a manifest says of it and the settings do not: part of the content keys."""
+    """Further parts of the content keys, which the manifest says instead of the settings."""
 
     def file_of(self, channel: str) -> str:
         """The file that holds a channel."""
