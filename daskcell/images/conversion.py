@@ -20,7 +20,7 @@ import numpy as np
 import zarr
 
 from daskcell.config import InputSettings
-from daskcell.errors import DaskcellError, MemoryWarning, warn
+from daskcell.errors import MemoryWarning, warn
 from daskcell.geometry import Box, Grid
 from daskcell.images import metadata, store
 from daskcell.images.levels import Level, downscale_block, halved_box, plan_levels
@@ -228,6 +228,3 @@ def _runs(grid: Grid, pixel_bytes: int) -> list[tuple[Box, ...]]:
         for i in range(down)
         for first in range(0, across, most)
     ]
-
-
-__all__ = ["DaskcellError", "convert_slide"]

@@ -110,7 +110,12 @@ def find_images(
                 find_channel(name, source.file_channels, source)
     sources = []
     for source, may_be_several in _marked(whole):
-        for scene in _scenes(source, may_be_several, settings):
+        scenes = _scenes(source, may_be_several, settings)
+        if scenes is None:  # converting it reports the error, for this image alone
+            # If it can be read by then, it must not be another scene than the manifest's.
+            unread = replace(source, scene=-1) if source.part else source
+            sources += _planes(unread, False, settings)
+        for scene in scenes or ():
             sources += _planes(scene, may_be_several, settings)
     unique = names.unique_names(source.name for source in sources)
     return [replace(source, name=name) for source, name in zip(sources, unique, strict=True)]
@@ -160,11 +165,11 @@ def _marked(sources: list[Source]) -> list[tuple[Source, bool]]:
         return list(zip(sources, pool.map(may_be_stack, first), strict=True))
 
 
-def _scenes(source: Source, may_be_several: bool, settings: InputSettings) -> list[Source]:
-    """One source for each scene that a manifest says, or else the settings."""
+def _scenes(source: Source, may_be_several: bool, settings: InputSettings) -> list[Source] | None:
+    """One source for each scene that a manifest says, or else the settings; None if it cannot be read."""
     if source.part:
         found = split_scenes(source, [source.part], required="its row of the manifest")
-        return [replace(found[0], name=source.name)] if len(found) == 1 else found
+        return [replace(found[0], name=source.name)] if found and len(found) == 1 else found
     return split_scenes(source, settings.scenes) if may_be_several else [source]
 
 

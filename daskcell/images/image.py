@@ -206,6 +206,3 @@ def _read_chunk(source: Source, identity: str, block_info: Any = None) -> Any:
 
     (y0, y1), (x0, x1) = block_info[None]["array-location"][-2:]
     return cached_reader(source, identity).read(0, Box(y0, x0, y1, x1))
-
-
-__all__ = ["Image", "convert", "find_image", "open_image"]

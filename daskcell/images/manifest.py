@@ -19,7 +19,7 @@ import glob
 import os
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from daskcell.errors import ImageError
 from daskcell.images.filename_channels import stem
@@ -207,6 +207,3 @@ def _pixel_size(where: str, values: dict[str, str]) -> tuple[float, float] | Non
     if not all(0 < size < float("inf") for size in sizes):
         raise ImageError(f"{where}: {names[0]} must be micrometres above 0, not {texts[0]!r}.")
     return sizes[0], sizes[1]
-
-
-__all__: list[Any] = ["is_manifest", "read_manifest"]

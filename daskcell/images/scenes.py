@@ -20,13 +20,14 @@ SHOWN = 8
 """Number of names that a message lists."""
 
 
-def split_scenes(source: Source, chosen: Chosen = "all", *, required: str | None = None) -> list[Source]:
+def split_scenes(
+    source: Source, chosen: Chosen = "all", *, required: str | None = None
+) -> list[Source] | None:
     """One source for each image that the file of `source` holds, or for those that are chosen; of each, the
     `Source.companions` are known.
 
     If there are several, each is named after the file and the scene: by its name, or else by its number,
-    counted from 0. `source` itself is returned if there is one, or if the file cannot be read, which is
-    reported when it is converted.
+    counted from 0; if there is one, it is `source` itself. None if the file cannot be read.
 
     Parameters
     ----------
@@ -51,7 +52,7 @@ def split_scenes(source: Source, chosen: Chosen = "all", *, required: str | None
             names, companions = _contents(replace(source, files=(first,), file_channels=None, take=None))
             source = replace(source, companions=companions)
     except DaskcellError:
-        return [source]
+        return None
     labels = scene_labels(names)
     if len(names) < 2 and not folders:
         if required:

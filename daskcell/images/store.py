@@ -478,6 +478,3 @@ def assert_aligned(box: Box, array: zarr.Array) -> None:
                 f"{box} does not fit the files of {shard[0]} x {shard[1]} pixels of an image of "
                 f"{shape[0]} x {shape[1]}: two tasks would write one file, and one would be lost."
             )
-
-
-__all__ = ["ImageInfo", "image_info", "read_block"]
