@@ -40,7 +40,7 @@ RESULTS = (
 """Words that follow an image's name, in any letter case, after ``_``, ``-``, ``.`` or a space."""
 FOLDERS = frozenset(
     ("masks", "mask", "labels", "label", "segmentation", "segmentations", "outlines", "annotations", "gt",
-     "ground_truth", "groundtruth", "predictions", "cp_masks", "thumbs", "thumbnails")
+     "ground_truth", "groundtruth", "truth", "predictions", "cp_masks", "thumbs", "thumbnails")
 )  # fmt: skip
 """Folders whose images are results if they have the names of images beside the folder."""
 _IMAGES = frozenset(("images", "image", "imgs", "img", "raw"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,7 +75,7 @@ def split_channels(image: str | Path | Source, folder: str | Path, *, overwrite:
                 resolutionunit="CENTIMETER" if resolution else None,
                 description=reader.channels[channel].encode("ascii", "replace").decode(),
                 metadata=None,
-                software=mark("channel", stem(source.files[0])),
+                software=mark("channel", _file_name(source)),
                 bigtiff=height * width * reader.dtype.itemsize > 2**32 - 2**25,
             )
     reader.close()
@@ -88,6 +88,12 @@ def channel_files(source: Source, folder: str | Path) -> list[Path]:
     reader.close()
     names = unique_names(f"{safe_name(source.name)}_{channel}" for channel in reader.channels)
     return [Path(folder, f"{name}.tif") for name in names]
+
+
+def _file_name(source: Source) -> str:
+    """Name of the file, or of the OME-Zarr that holds the image, by which a search finds it."""
+    file = source.files[0]
+    return stem(next((part for part in PurePath(file).parts if part.endswith(".zarr")), file))
 
 
 def _tiles(reader: Reader, channel: int) -> Iterator[NDArray]:
