@@ -62,13 +62,14 @@ def flat(
     """Estimate the flat field of a microscope from many images, for preprocess.background.flat."""
     import tifffile
 
+    from daskcell.images import find_images
     from daskcell.images.derived import mark
     from daskcell.preprocess import estimate_flat
     from daskcell.storage.atomic import atomic_path
     from daskcell.storage.staging import refuse_existing
 
     refuse_existing(out)
-    field = estimate_flat(images, dark)
+    field = estimate_flat(find_images(images, tell=partial(print, file=sys.stderr)), dark)
     with atomic_path(out) as part:
         tifffile.imwrite(
             part,

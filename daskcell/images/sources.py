@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from daskcell.errors import ImageError, InputError
+from daskcell.errors import InputError
 from daskcell.images.filename_channels import matching_channels
 from daskcell.images.readers import ZChoice
 from daskcell.storage import paths
@@ -55,15 +55,18 @@ class Source:
         return self.files + self.companions
 
     def identity(self) -> str:
-        """Hash of what decides the pixels: all files (name, size, time or ETag) and how they are read."""
+        """Hash of the files (name, size, time or ETag) and of how they are read, for caches of open readers.
+
+        Of Zarr, whose chunks are not cached, only the metadata; `study.keys` covers every chunk.
+        """
         parts: list[str] = [
             repr((self.file_channels, self.take, self.pixel_size, self.t, self.z, self.axes, self.scene))
         ]
         for file in self.all_files:
-            with contextlib.suppress(
-                FileNotFoundError, ImageError
-            ):  # what is missing is said when it is read
-                parts.append(repr((PurePath(file).name, sorted(paths.versions_below(file).items()))))
+            names = ("zarr.json", ".zattrs") if paths.is_folder(file) else ()
+            for one in [paths.join(file, name) for name in names] or [file]:
+                with contextlib.suppress(FileNotFoundError):
+                    parts.append(" ".join(map(str, (PurePath(one).name, *paths.version(one)))))
         return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()
 
 

@@ -223,15 +223,10 @@ def version(path: str) -> tuple[int, int | str]:
 
 
 def versions_below(path: str) -> dict[str, tuple[int, int | str]]:
-    """`version` of every file below the folder `path` by its relative name; of a file, its own as ``""``.
+    """`version` of every file below a remote folder by its relative name; of a file, its own as ``""``.
 
     A web server lists no folder: there, a Zarr image consists of the metadata and chunks of its levels.
     """
-    if not is_remote(path):
-        if not os.path.isdir(path):
-            return {"": version(path)}
-        files = [join(folder, name) for folder, _, names in os.walk(path) for name in names]
-        return {os.path.relpath(file, path): version(file) for file in sorted(files)}
     if _is_web(path):
         files = _zarr_files(path) or [""]
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
