@@ -132,9 +132,7 @@ def test_a_missing_channel_is_named_not_filled(tmp_path: Path) -> None:
 
 def test_a_channel_that_is_there_twice_is_named(tmp_path: Path) -> None:
     make(tmp_path, "s_red.tif", "s_green.tif", "s_red.tiff")
-    with pytest.raises(
-        ImageError, match=r"'red' of image 's' is there twice: .*s_red\.tif and .*s_red\.tiff"
-    ):
+    with pytest.raises(ImageError, match=r"'red' of image 's' exists twice: .*s_red\.tif and .*s_red\.tiff"):
         find_images(tmp_path)
 
 

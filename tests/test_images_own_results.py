@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+import zarr
 from typer.testing import CliRunner
 
 from daskcell.cli import app
@@ -63,6 +64,31 @@ def test_split_channels_of_a_set_of_files_are_left_out(tmp_path: Path) -> None:
     names, said = found(tmp_path)
     assert names == ["s"]
     assert "s_red.tif" in said
+
+
+def test_split_channels_of_a_plate_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "p.zarr"
+    group = zarr.open_group(path, mode="w", zarr_format=3)
+    group.attrs.put({"ome": {"version": "0.5", "bioformats2raw.layout": 3}})
+    tifffile.imwrite(tmp_path / "a.tif", RNG.integers(0, 250, (40, 50), np.uint8))
+    for name in "01":
+        convert(tmp_path / "a.tif", path / name)
+    (tmp_path / "a.tif").unlink()
+    command("channels", path, "--split", tmp_path / "split")
+    names, said = found(tmp_path)
+    assert names == ["p_0", "p_1"]
+    assert "p_0_" in said
+    assert "p_1_" in said
+
+
+def test_true_labels_beside_images_are_left_out(tmp_path: Path) -> None:
+    """As `daskcell demo` writes them."""
+    for name in ("pictures/f_red.tif", "pictures/f_green.tif", "truth/f.tif"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        tifffile.imwrite(tmp_path / name, RNG.integers(0, 250, (40, 50), np.uint8))
+    names, said = found(tmp_path)
+    assert names == ["pictures_f"]
+    assert "truth" in said
 
 
 def test_a_flat_field_is_left_out(folder: Path) -> None:

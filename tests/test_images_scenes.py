@@ -352,14 +352,33 @@ def test_there_is_no_image_beyond_the_last(tmp_path: Path) -> None:
         open_reader(path, scene=3)
 
 
-def test_scenes_of_a_czi_that_nobody_names_are_not_left_out(tmp_path: Path) -> None:
+def czi_without_names(path: Path, scenes: list[np.ndarray]) -> Path:
     """pylibCZIrw writes no names of scenes, and bioio then says that there is one."""
     pytest.importorskip("bioio_czi")
     czi = pytest.importorskip("pylibCZIrw.czi")
-    with czi.create_czi(str(tmp_path / "a.czi")) as file:
-        for scene, pixels in enumerate(POSITIONS.values()):
+    with czi.create_czi(str(path)) as file:
+        for scene, pixels in enumerate(scenes):
             plane = {"C": 0, "Z": 0, "T": 0}
             file.write(data=pixels[..., None], plane=plane, scene=scene, location=(500 * scene, 0))
         file.write_metadata(document_name="a", channel_names={0: "DAPI"}, scale_x=2.5e-7, scale_y=5e-7)
-    with pytest.raises(ImageError, match="holds 3 scenes, of which its metadata name 1"):
-        open_image(tmp_path / "a.czi")
+    return path
+
+
+def test_scenes_of_a_czi_without_names_are_all_read(tmp_path: Path) -> None:
+    scenes = [pixels[:96, :96] for pixels in POSITIONS.values()]
+    path = czi_without_names(tmp_path / "a.czi", scenes)
+    found = find_images(path)
+    assert [source.name for source in found] == ["a_0", "a_1", "a_2"]
+    for source, pixels in zip(found, scenes, strict=True):
+        image = open_image(source)
+        assert image.channels == ("DAPI",)
+        assert image.pixel_size == (0.5, 0.25)
+        np.testing.assert_array_equal(image.data.compute()[0], pixels)
+    with pytest.raises(ImageError, match="holds 3 images"):
+        open_image(path)
+
+
+def test_scenes_of_a_czi_without_names_and_of_several_sizes_say_what_to_do(tmp_path: Path) -> None:
+    path = czi_without_names(tmp_path / "a.czi", list(POSITIONS.values()))
+    with pytest.raises(ImageError, match=r"holds 3 scenes, .* name 1\. Please name the scenes in ZEN"):
+        open_image(path)

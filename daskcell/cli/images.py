@@ -24,7 +24,7 @@ from daskcell.cli.app import (
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="An image, or a folder with one file per channel.")],
+    source: Annotated[str, typer.Argument(help="An image file, or a folder with one file per channel.")],
     target: Annotated[
         str, typer.Argument(help="OME-Zarr to write, such as slide.zarr or s3://bucket/slide.zarr.")
     ],
@@ -43,7 +43,7 @@ def convert(
     settings = read_settings(config, changes, {"input.ome_zarr": ome_zarr})
     found = _one_image(source, settings)
     refuse_existing(target)
-    open_safely(found).close()  # what cannot be read is told before workers are started
+    open_safely(found).close()  # report an unreadable file before starting workers
     with start_workers(settings.compute) as workers:
         report = convert_slide(found, target, workers, settings.input)
     print(*(f"{note}\n" for note in report.get("notes", ())), sep="", end="", file=sys.stderr)
@@ -52,20 +52,23 @@ def convert(
 
 @app.command()
 def flat(
-    images: Annotated[str, typer.Argument(help="Folder or pattern of images one camera took.")],
+    images: Annotated[str, typer.Argument(help="Folder or pattern of images that one camera took.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Image to write.")] = Path("flat.tif"),
-    dark: Annotated[float, typer.Option(min=0.0, help="What the camera gives without light.")] = 0.0,
+    dark: Annotated[
+        float, typer.Option(min=0.0, help="Intensity that the camera gives without light.")
+    ] = 0.0,
 ) -> None:
-    """Find how a microscope's light falls off, from many images; for preprocess.background.flat."""
+    """Estimate the flat field of a microscope from many images, for preprocess.background.flat."""
     import tifffile
 
+    from daskcell.images import find_images
     from daskcell.images.derived import mark
     from daskcell.preprocess import estimate_flat
     from daskcell.storage.atomic import atomic_path
     from daskcell.storage.staging import refuse_existing
 
     refuse_existing(out)
-    field = estimate_flat(images, dark)
+    field = estimate_flat(find_images(images, tell=partial(print, file=sys.stderr)), dark)
     with atomic_path(out) as part:
         tifffile.imwrite(
             part,
@@ -80,7 +83,7 @@ def flat(
 
 @app.command()
 def segment(
-    source: Annotated[str, typer.Argument(help="An image, or a folder with one file per channel.")],
+    source: Annotated[str, typer.Argument(help="An image file, or a folder with one file per channel.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="OME-Zarr to write; the cells are labels/cells.")],
     config: ConfigFile = None,
     changes: Changes = None,
@@ -151,7 +154,7 @@ def channels(
         from daskcell.images.export_channels import channel_files, split_channels
         from daskcell.storage.staging import refuse_existing
 
-        for source in sources:  # all are looked at before the first is written
+        for source in sources:  # check all before writing the first
             for path in channel_files(source, split):
                 refuse_existing(path)
         for source in sources:
@@ -170,7 +173,7 @@ def score(
         ),
     ],
     segment: Annotated[
-        bool, typer.Option("--segment", help="The first folder holds images: find their cells first.")
+        bool, typer.Option("--segment", help="The first folder holds images: segment them first.")
     ] = False,
     index: Annotated[
         Path | None, typer.Option(help="CSV with columns name and category; rows are pooled by category.")
@@ -181,7 +184,7 @@ def score(
     model: Model = None,
     diameter: Diameter = None,
 ) -> None:
-    """Compare found cells with known ones: AP, precision, recall and F1 at IoU 0.5 and 0.75.
+    """Compare cells with known ones: AP, precision, recall and F1 at IoU 0.5 and 0.75.
 
     Or a study's clusters with known types: ARI, NMI, and how the types fall into the clusters.
     """
@@ -215,7 +218,7 @@ def score(
 
 
 def _method(settings: Any) -> Any:
-    """From an image ``(C, Y, X)`` to its cells, as a run with these settings finds them."""
+    """A function that segments an image ``(C, Y, X)`` as a run with these settings does."""
     import numpy as np
 
     from daskcell.preprocess import apply_block, fit_plan

@@ -1,9 +1,9 @@
-"""Arrays as users have them, as plain NumPy or Dask arrays: what they say of themselves is kept or refused.
+"""Conversion of arrays of any library to NumPy or Dask arrays, with what they say of their axes.
 
-xarray's dimensions and channel coordinates, and the dimension names of Zarr arrays, say what the axes are;
-arrays on disk (Zarr, HDF5) are read lazily, tensors of torch are taken from any device. Masked arrays,
-quantities with units, sparse arrays, tables and arrays of no numbers are refused: as plain numbers they would
-mean something else.
+The dimensions and channel coordinates of xarray, and the dimension names of Zarr arrays, name the axes.
+Arrays on disk (Zarr, HDF5) are read lazily, and tensors of torch are copied from any device. Masked arrays,
+quantities with units, sparse arrays, tables and arrays of other values than numbers are refused, since they
+would mean something else as plain numbers.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from daskcell.images.axes import axes_of_names, choose_axes, dimension_names, no
 
 @dataclass(frozen=True)
 class NamedArray:
-    """An array that was given, and what it says of itself."""
+    """An array, and the names of its axes and channels."""
 
     data: Any
     """NumPy or Dask array of booleans, integers or floats."""
     dims: tuple[Any, ...] | None = None
-    """Names of its axes; None: it has none."""
+    """Names of its axes, if it has any."""
     channels: tuple[str, ...] | None = None
-    """Names along its axis of channels."""
+    """Names of its channels, if it has any."""
 
 
 def as_image(
     value: Any, what: str = "The image", axes: str | None = None, *, like: tuple[int, ...] | None = None
 ) -> NamedArray:
-    """An array of a user's as a NumPy or Dask array ``(C, Y, X)``, and the names of its channels.
+    """Any array that holds an image as a NumPy or Dask array ``(C, Y, X)``, with the names of its channels.
 
     Parameters
     ----------
     what
-        Names the array in errors, as the beginning of a sentence.
+        Name of the array in errors, as the beginning of a sentence.
     axes
-        Where the user says them, such as ``"YXC"``.
+        Order of the axes, if the user gives it, such as ``"YXC"``.
     like
-        ``(Y, X)`` of labels that the image must have: tells where the channels are.
+        Shape ``(Y, X)`` of the labels of the image, which shows where its channels are.
 
     Raises
     ------
     InputError
-        For an array that is no image, or whose axes nothing tells.
+        For an array that is no image, or whose axes are ambiguous.
     """
     given = value if isinstance(value, NamedArray) else plain(value, what)
     shape = given.data.shape
@@ -97,12 +97,12 @@ _NUMBER_COLOURS = (
 
 
 def as_values(value: Any, what: str) -> Any:
-    """Values of cells as a NumPy or Dask array; a table or a column of one gives its numbers."""
+    """Values of cells as a NumPy or Dask array; of a table or a column of one, its numbers."""
     return plain(value.to_numpy() if hasattr(value, "to_numpy") else value, what).data
 
 
 def plain(value: Any, what: str = "The array") -> NamedArray:
-    """An array of a user's as a NumPy or Dask array, with its axes in their order."""
+    """Any array as a NumPy or Dask array, with its axes in their order."""
     module = type(value).__module__.partition(".")[0]
     if module == "xarray":
         return _from_xarray(value, what)
@@ -156,7 +156,7 @@ def _from_torch(value: Any, what: str) -> Any:
 
 
 def _refuse(value: Any, module: str, what: str) -> None:
-    """Raise `InputError` for kinds of arrays whose meaning would be lost as plain numbers."""
+    """Raise `InputError` for kinds of arrays that would mean something else as plain numbers."""
     module = module.partition(".")[0]
     if isinstance(value, np.ma.MaskedArray):
         if not np.ma.is_masked(value) and value.size:

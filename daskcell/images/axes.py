@@ -1,9 +1,8 @@
-"""Which axis of an array is what: one rule for arrays, NumPy and Zarr files, and TIFF files that do not say.
+"""The axes of arrays: one rule for arrays in memory, NumPy and Zarr files, and TIFF files without metadata.
 
 Axes are letters, as in tifffile: T frames, C channels, Z planes, Y rows, X columns, S samples of a colour
-image. Where nothing names them, a shape of two is ``YX`` and one of three ``CYX``; or ``YXC`` if the last
-axis is at most `CHANNELS` and the two before it are at least `SIDE` long. What could be either, and more
-axes, are refused.
+image. If nothing names them, two axes are ``YX`` and three are ``CYX``; or ``YXC`` if the last is at most
+`CHANNELS` and the other two are at least `SIDE` long. Ambiguous shapes, and more axes, are refused.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from daskcell.config import check_axes
 from daskcell.errors import InputError
 
 CHANNELS = 4
-"""Longest last axis that is taken for channels."""
+"""Longest last axis that is interpreted as channels."""
 SIDE = 16
 """Shortest side of an image whose channels come last."""
 MOST_CHANNELS = 64
@@ -37,14 +36,14 @@ def choose_axes(shape: Sequence[int], what: str, axes: str | None = None) -> str
     Parameters
     ----------
     what
-        Names the array in errors, such as a file.
+        Name of the array in errors, such as that of its file.
     axes
-        As the array's metadata or the user say.
+        From the metadata of the array or the user.
 
     Raises
     ------
     InputError
-        For axes that do not fit the shape, and where the shape alone does not tell.
+        For axes that do not fit the shape, and for an ambiguous shape.
     """
     shape = tuple(int(side) for side in shape)
     if axes is not None:
@@ -75,7 +74,7 @@ _REMEDY = 'please name the axes, such as axes="YXC" in Python or the setting inp
 
 
 def note_of(shape: Sequence[int], axes: str, what: str) -> str | None:
-    """What to tell of axes that were chosen by a shape alone; None where there was no choice."""
+    """A message about axes that were chosen by the shape alone; None if there was no choice."""
     if axes != "YXC":
         return None
     return (

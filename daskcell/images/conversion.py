@@ -1,7 +1,7 @@
-"""Microscope files to OME-Zarr: one task writes whole files of the result, each once.
+"""Conversion of microscope files to OME-Zarr: each task writes whole files of the result, each once.
 
-While pixels pass by, their histograms and a fingerprint are made, so that later stages need no second
-reading. What has the final name is complete (see `target`).
+Histograms and a fingerprint are made of the pixels meanwhile, so that later stages need not read them again.
+The result gets its name when it is complete (`daskcell.storage.staging`).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import numpy as np
 import zarr
 
 from daskcell.config import InputSettings
-from daskcell.errors import DaskcellError, MemoryWarning, warn
+from daskcell.errors import MemoryWarning, warn
 from daskcell.geometry import Box, Grid
 from daskcell.images import metadata, store
 from daskcell.images.levels import Level, downscale_block, halved_box, plan_levels
-from daskcell.images.pixel_stats import Part, Summary, describe, remember
+from daskcell.images.pixel_stats import BlockStats, PixelStats, block_stats, record_hash
 from daskcell.images.pyramid import halve_mean
 from daskcell.images.reader_process import MEMORY_BYTES, open_safely
 from daskcell.images.readers import Reader
@@ -36,9 +36,9 @@ from daskcell.storage.staging import begin, refuse_existing
 Task = tuple[Any, Callable[..., Any], tuple[Any, ...]]
 
 THREADS = 4
-"""Blocks at work at the same time, where there are no workers."""
+"""Number of blocks at the same time, if there are no workers."""
 _reading = Lock()
-"""Readers are no friends of threads, and the process that opens files answers one question at a time."""
+"""Readers are not thread-safe, and the reader process answers one request at a time."""
 
 
 def convert_slide(
@@ -91,18 +91,18 @@ def convert_slide(
         chunks = (1, store.CHUNK, store.CHUNK)
         for level in levels:
             store.create_level(group, level.number, (count, *level.shape), level.files, chunks, dtype)
-        summary = Summary(count, dtype)
+        stats = PixelStats(count, dtype)
         pixels = sum(math.prod(level.shape) for level in levels if level.stored or not level.in_hand)
         stages = _stages(source, identity, staging.work, levels, strips, count * dtype.itemsize)
         for tasks in map(list, stages):
             share = math.prod(levels[tasks[0][0][0]].shape) / pixels  # of one level each
             for _, part in run_tasks(workers and workers.part(share, len(tasks)), tasks):
-                summary.add(part)
-        summary.check(source, header.channels)
-        fingerprint = summary.fingerprint(header.channels, dtype, (height, width))
-        windows = summary.windows(lambda: np.asarray(store.level_of(group, -1)))
-        if summary.histograms is not None:
-            store.write_histograms(group, summary.histograms, summary.first)
+                stats.add(part)
+        stats.check(source, header.channels)
+        fingerprint = stats.fingerprint(header.channels, dtype, (height, width))
+        windows = stats.windows(lambda: np.asarray(store.level_of(group, -1)))
+        if stats.histograms is not None:
+            store.write_histograms(group, stats.histograms, stats.first)
         method = None if any(level.stored for level in levels[1:]) else "mean"
         metadata.write(group, header, [level.shape for level in levels], windows, fingerprint, method)
         staging.commit()
@@ -115,13 +115,13 @@ def convert_slide(
         "channels": list(header.channels),
         "pixel_size": header.pixel_size,
         "is_rgb": header.is_rgb,
-        "files": summary.files,
+        "files": stats.files,
         "fingerprint": fingerprint,
     } | ({"notes": list(notes)} if notes else {})
 
 
 def _announce(source: Source, reader: Reader) -> None:
-    """Warn of a file that is one large compressed piece: a worker must hold all of it, at any block size."""
+    """Warn of a file that is one large compressed piece, which a worker must decode whole for any block."""
     height, width = reader.piece
     size = height * width * len(reader.channels) * reader.dtype.itemsize
     whole = height >= reader.levels[0][0] and width >= reader.levels[0][1]
@@ -136,7 +136,7 @@ def _announce(source: Source, reader: Reader) -> None:
 def _stages(
     source: Source, identity: str, path: str, levels: list[Level], strips: bool, pixel_bytes: int
 ) -> Iterator[Iterable[Task]]:
-    """The tasks of each level, largest first: those of a level may read the one before."""
+    """The tasks of each level, largest first: those of a level may read the previous one."""
     for level in levels:
         grid, number = level.grid, level.number
         if level.stored:
@@ -151,7 +151,7 @@ def _stages(
 
 
 def run_tasks(workers: Any, tasks: Iterable[Task]) -> Iterator[tuple[Any, Any]]:
-    """Run tasks on workers, a few at a time, or in threads here; yields key and result as they come."""
+    """Run tasks on workers, a few at a time, or else in threads; yields key and result as they complete."""
     if workers is None:
         yield from _run_here(tasks)
         return
@@ -162,7 +162,7 @@ def run_tasks(workers: Any, tasks: Iterable[Task]) -> Iterator[tuple[Any, Any]]:
 
 
 def _run_here(tasks: Iterable[Task]) -> Iterator[tuple[Any, Any]]:
-    """One thread for each core, up to `THREADS`: while one waits for pixels, another encodes."""
+    """Run tasks in a thread for each core, up to `THREADS`: while one reads, another encodes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     waiting = iter(tasks)
     running: dict[Future[Any], Any] = {}
@@ -182,25 +182,25 @@ def _run_here(tasks: Iterable[Task]) -> Iterator[tuple[Any, Any]]:
 
 def _convert_run(
     source: Source, identity: str, path: str, level: int, last: int, boxes: tuple[Box, ...]
-) -> Part:
-    """Read a run of blocks that lie side by side; write each as one file of every level up to `last`."""
+) -> BlockStats:
+    """Read a row of adjacent blocks; write each as one file of every level up to `last`."""
     run = Box(boxes[0].y0, boxes[0].x0, boxes[-1].y1, boxes[-1].x1)
     with _reading:
         pixels = cached_reader(source, identity).read(level, run)
     hashes: dict[Position, bytes] = {}
-    look = partial(remember, hashes) if level == 0 else None
+    on_chunk = partial(record_hash, hashes) if level == 0 else None
     files = 0
     for box in boxes:
         part = pixels[(slice(None), *box.within(run))]
-        files += write_box(_array(path, level), box, part, look)
+        files += write_box(_array(path, level), box, part, on_chunk)
         for smaller in range(level + 1, last + 1):
             part, box = halve_mean(part), halved_box(box)
             files += write_box(_array(path, smaller), box, part)
-    return describe(pixels, hashes, files) if level == 0 else Part(files)
+    return block_stats(pixels, hashes, files) if level == 0 else BlockStats(files)
 
 
-def _downscale(path: str, level: int, box: Box) -> Part:
-    return Part(downscale_block(path, level, box, "mean"))
+def _downscale(path: str, level: int, box: Box) -> BlockStats:
+    return BlockStats(downscale_block(path, level, box, "mean"))
 
 
 @lru_cache(maxsize=2)
@@ -219,7 +219,7 @@ def _opened(path: str, level: int, stamp: tuple[int | str, ...]) -> zarr.Array:
 
 
 def _runs(grid: Grid, pixel_bytes: int) -> list[tuple[Box, ...]]:
-    """Blocks that one task reads together, so that a strip as wide as the image is decoded once."""
+    """Adjacent blocks that one task reads together, so that strips as wide as the image are decoded once."""
     down, across = grid.counts
     height, width = grid.core((0, 0)).shape
     most = max(1, store.SHARD_BYTES // (height * width * pixel_bytes))
@@ -228,6 +228,3 @@ def _runs(grid: Grid, pixel_bytes: int) -> list[tuple[Box, ...]]:
         for i in range(down)
         for first in range(0, across, most)
     ]
-
-
-__all__ = ["DaskcellError", "convert_slide"]

@@ -37,10 +37,10 @@ RESULTS = (
     # MetaXpress
     "thumb",
 )  # fmt: skip
-"""What is added to an image's name, in any letter case and after ``_``, ``-``, ``.`` or a space."""
+"""Words that follow an image's name, in any letter case, after ``_``, ``-``, ``.`` or a space."""
 FOLDERS = frozenset(
     ("masks", "mask", "labels", "label", "segmentation", "segmentations", "outlines", "annotations", "gt",
-     "ground_truth", "groundtruth", "predictions", "cp_masks", "thumbs", "thumbnails")
+     "ground_truth", "groundtruth", "truth", "predictions", "cp_masks", "thumbs", "thumbnails")
 )  # fmt: skip
 """Folders whose images are results if they have the names of images beside the folder."""
 _IMAGES = frozenset(("images", "image", "imgs", "img", "raw"))
@@ -53,7 +53,7 @@ _CROPS = re.compile(r"[0-9a-f]{32}\.npy")
 
 
 def results_beside(files: Sequence[str]) -> set[str]:
-    """Those of the files of one folder that are results of others."""
+    """Those files of one folder that are results of other programs."""
     found = {file: match for file in files if (match := _RESULT.fullmatch(_name(file)))}
     if not found:
         return set()
@@ -132,7 +132,7 @@ def own_zarrs(files: Iterable[str]) -> set[str]:
 
 
 def own_result(folder: str, folders: Sequence[str], files: Sequence[str]) -> str | None:
-    """What of daskcell a folder is, given what lies in it: None for a folder that may hold images."""
+    """What a folder that daskcell wrote is, by its content; None for a folder that may hold images."""
     if "study.json" in files and ("ledger" in folders or _is_record(paths.join(folder, "study.json"))):
         return "a study of daskcell"
     if "cells.csv" in files and any(name.startswith("cluster-") for name in folders):
@@ -180,7 +180,7 @@ def _is_record(path: str) -> bool:
 
 
 def _images(files: Iterable[str]) -> set[str]:
-    """Names that a result may have before its word: of the files, and of the images they are channels of."""
+    """Names that may precede the word of a result: of files, and of images that they are channels of."""
     names: set[str] = set()
     for file in files:
         name = _name(file)

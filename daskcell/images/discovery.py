@@ -1,4 +1,4 @@
-"""From what a user names (files, folders, patterns) to images to be read: `find_images`."""
+"""Which images are meant by files, folders and patterns: `find_images`."""
 
 from __future__ import annotations
 
@@ -30,21 +30,30 @@ def find_images(
     settings: InputSettings | None = None,
     tell: Tell | None = None,
 ) -> list[Source]:
-    """All images among `inputs`: files, folders (searched to the bottom), patterns with ``*``, OME-Zarr, and
-    tables of images (`daskcell.images.manifest`).
+    """All images among `inputs`.
 
-    In folders and for patterns these are left out, unless they are named themselves: studies and other
+    In folders and for patterns, these are left out unless they are named themselves: studies and other
     results of daskcell, hidden files, and segmentations beside their images (`daskcell.images.derived`).
 
     Parameters
     ----------
-    tell
-        Called with a sentence about what is left out; None: warned of (`InputWarning`).
+    inputs : path or sequence of paths
+        Files, folders (searched recursively), patterns with ``*``, OME-Zarr, URLs, and tables of images
+        (`daskcell.images.manifest`).
+    settings : InputSettings, optional
+        Pattern of names, channels, scenes, planes and pixel size.
+    tell : callable, optional
+        Called with a sentence about what is left out; by default it is an `InputWarning`.
+
+    Returns
+    -------
+    list of Source
+        One for each image, with names that are unique and safe as file names; nothing is open.
 
     Raises
     ------
     ImageError
-        If there is none, a name does not exist, or a channel is missing or there twice.
+        If there is no image, a path does not exist, or a channel is missing or exists twice.
     """
     settings = settings or InputSettings()
     tiffpeek.peek.cache_clear()
@@ -101,16 +110,26 @@ def find_images(
                 find_channel(name, source.file_channels, source)
     sources = []
     for source, may_be_several in _marked(whole):
-        for scene in _scenes(source, may_be_several, settings):
+        scenes = _scenes(source, may_be_several, settings)
+        if scenes is None:  # converting it reports the error, for this image alone
+            # If it can be read by then, it must not be another scene than the manifest's.
+            unread = replace(source, scene=-1) if source.part else source
+            sources += _planes(unread, False, settings)
+        for scene in scenes or ():
             sources += _planes(scene, may_be_several, settings)
     unique = names.unique_names(source.name for source in sources)
     return [replace(source, name=name) for source, name in zip(sources, unique, strict=True)]
 
 
 def describe_sources(sources: Sequence[Source]) -> list[dict[str, str]]:
-    """Which file became what: a row for each file, with ``image``, ``channel`` and ``file``.
+    """Which file is which channel of which image.
 
-    Files that hold all channels are opened to say which; one that cannot be read says so instead.
+    Files that hold all channels are opened to name these.
+
+    Returns
+    -------
+    list of dict
+        One for each file, with ``image``, ``channel`` and ``file``.
     """
     rows = []
     for source in sources:
@@ -138,7 +157,7 @@ def _channels_inside(source: Source) -> str:
 
 
 def _marked(sources: list[Source]) -> list[tuple[Source, bool]]:
-    """Each source, and whether it must be opened to know how many images it holds."""
+    """Each source, and whether it must be opened to find out how many images it holds."""
     first = [source.files[0] for source in sources]
     if not any(paths.is_remote(file) for file in first):
         return [(source, may_be_stack(file)) for source, file in zip(sources, first, strict=True)]
@@ -146,16 +165,16 @@ def _marked(sources: list[Source]) -> list[tuple[Source, bool]]:
         return list(zip(sources, pool.map(may_be_stack, first), strict=True))
 
 
-def _scenes(source: Source, may_be_several: bool, settings: InputSettings) -> list[Source]:
-    """One source for each scene that a manifest says, or else the settings."""
+def _scenes(source: Source, may_be_several: bool, settings: InputSettings) -> list[Source] | None:
+    """One source for each scene that a manifest says, or else the settings; None if it cannot be read."""
     if source.part:
         found = split_scenes(source, [source.part], required="its row of the manifest")
-        return [replace(found[0], name=source.name)] if len(found) == 1 else found
+        return [replace(found[0], name=source.name)] if found and len(found) == 1 else found
     return split_scenes(source, settings.scenes) if may_be_several else [source]
 
 
 def _planes(source: Source, is_stack: bool, settings: InputSettings) -> list[Source]:
-    """One source for each time point and plane that the settings want."""
+    """One source for each time point and plane that the settings choose."""
     z: ZChoice = 0 if settings.z == "all" else settings.z
     t = 0 if settings.t == "all" else settings.t
     chosen = replace(source, t=t, z=z)
@@ -164,7 +183,7 @@ def _planes(source: Source, is_stack: bool, settings: InputSettings) -> list[Sou
     try:
         reader = open_safely(replace(chosen, files=source.files[:1], file_channels=None, take=None, t=0, z=0))
     except DaskcellError:
-        return [chosen]  # says so itself when it is converted, and does not stop the others
+        return [chosen]  # converting it reports the error, for this image alone
     sizes = reader.sizes
     reader.close()
     times = range(sizes["t"]) if settings.t == "all" else [t]
@@ -179,12 +198,12 @@ def _planes(source: Source, is_stack: bool, settings: InputSettings) -> list[Sou
 
 
 def _may_be_folder(file: str) -> bool:
-    """False only where asking would be a request for each of many files."""
+    """False for remote files with a suffix of images, to save a request for each."""
     return not (paths.is_remote(file) and file.lower().endswith(suffixes()))
 
 
 def _matched(pattern: str, found: Iterable[str], tell: Tell) -> dict[str, list[str]]:
-    """Images among the paths that fit a pattern, by folder."""
+    """Images among the paths that match a pattern, by folder."""
     fixed = os.path.dirname(
         pattern[: min(pattern.find(mark) % len(pattern) for mark in "*?[" if mark in pattern)]
     )
@@ -208,7 +227,7 @@ def _matched(pattern: str, found: Iterable[str], tell: Tell) -> dict[str, list[s
 
 
 def _in_folder(folder: str, pattern: str | None, tell: Tell) -> list[names.FileSet]:
-    """Images in a folder and below; channels are looked for in each folder by itself."""
+    """Images in a folder and below; channels are matched within each folder."""
     by_folder = _images_below(folder, tell)
     if pattern is not None:
         relative = {_below(f, folder): f for files in by_folder.values() for f in files}
@@ -258,7 +277,7 @@ def _images_below(folder: str, tell: Tell) -> dict[str, list[str]]:
 
 
 def _each_once(by_folder: dict[str, list[str]], tell: Tell) -> dict[str, list[str]]:
-    """Without links to files that are there themselves, or that another link leads to."""
+    """Without links to files that are found by another name too."""
     taken: dict[str, str] = {}
     links: list[tuple[str, str]] = []
     for parent, files in by_folder.items():
@@ -307,7 +326,7 @@ def _below(path: str, folder: str) -> str:
 
 
 def _file_sets(files: list[str]) -> list[names.FileSet]:
-    """Images among the files of one folder: what says itself what it holds first, the rest by the names."""
+    """Images among the files of one folder: multi-file OME-TIFF by its metadata, the rest by the names."""
     file_sets: list[names.FileSet] = []
     rest = files
     taken: set[str] = set()
@@ -321,7 +340,7 @@ def _file_sets(files: list[str]) -> list[names.FileSet]:
 
 
 def _spans(file: str) -> tuple[str, ...]:
-    """All files of a multi-file OME-TIFF; of anything else, or what cannot be read, nothing."""
+    """All files of a multi-file OME-TIFF; none for other files, and those that cannot be read."""
     if not file.lower().endswith((".ome.tif", ".ome.tiff")):
         return ()
     try:

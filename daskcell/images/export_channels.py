@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +22,29 @@ TILE = 512
 
 
 def split_channels(image: str | Path | Source, folder: str | Path, *, overwrite: bool = False) -> list[Path]:
-    """Write each channel as ``<image>_<channel>.tif`` into `folder`; returns the files in channel order.
+    """Write each channel of an image as ``<image>_<channel>.tif``.
 
-    Tiled, compressed without loss, with the pixel size, and BigTIFF beyond 4 GB. A row of tiles is in
-    memory at a time. Raises `ImageError` if the image cannot be read, or there is a file of one of these
-    names, unless it is to be overwritten.
+    The files are tiled, compressed without loss, have the pixel size, and are BigTIFF beyond 4 GB. One row of
+    tiles is in memory at a time. They are marked: `find_images` leaves them out beside the image.
+
+    Parameters
+    ----------
+    image : path or Source
+        Any readable image.
+    folder : path
+        Where to write, made where it does not exist.
+    overwrite : bool
+        Replace files of these names.
+
+    Returns
+    -------
+    list of pathlib.Path
+        The files, in the order of the channels.
+
+    Raises
+    ------
+    ImageError
+        If the image cannot be read, or a file exists and may not be replaced.
     """
     import tifffile
 
@@ -57,7 +75,7 @@ def split_channels(image: str | Path | Source, folder: str | Path, *, overwrite:
                 resolutionunit="CENTIMETER" if resolution else None,
                 description=reader.channels[channel].encode("ascii", "replace").decode(),
                 metadata=None,
-                software=mark("channel", stem(source.files[0])),
+                software=mark("channel", _file_name(source)),
                 bigtiff=height * width * reader.dtype.itemsize > 2**32 - 2**25,
             )
     reader.close()
@@ -65,15 +83,21 @@ def split_channels(image: str | Path | Source, folder: str | Path, *, overwrite:
 
 
 def channel_files(source: Source, folder: str | Path) -> list[Path]:
-    """The files that `split_channels` writes, one a channel."""
+    """The files that `split_channels` writes, one for each channel."""
     reader = open_safely(source)
     reader.close()
     names = unique_names(f"{safe_name(source.name)}_{channel}" for channel in reader.channels)
     return [Path(folder, f"{name}.tif") for name in names]
 
 
+def _file_name(source: Source) -> str:
+    """Name of the file, or of the OME-Zarr that holds the image, by which a search finds it."""
+    file = source.files[0]
+    return stem(next((part for part in PurePath(file).parts if part.endswith(".zarr")), file))
+
+
 def _tiles(reader: Reader, channel: int) -> Iterator[NDArray]:
-    """Tiles of one channel in reading order, those at the border filled up with zeros."""
+    """Tiles of one channel in reading order, padded with zeros at the border."""
     height, width = reader.levels[0]
     for y in range(0, height, TILE):
         strip = reader.read(0, Box(y, 0, min(y + TILE, height), width))[channel]

@@ -1,9 +1,8 @@
-"""Which files are which image: one file per channel recognised by name, everything else one image a file.
+"""Which files belong to one image, by their names: one file per channel, or one file per image.
 
-File names only, mostly: pixels are read by `readers`. A set of files is taken for channels only where the
-names leave no doubt: the same name but for one word that can be a channel (a colour or stain, ``ch2``,
-``w1``, ...), and most images having all channels. Where names are of another kind a pattern says it:
-``{field}_{channel}.tif``.
+Files are taken for channels only if their names leave no doubt: they differ in one word that can name a
+channel (a colour, a stain, ``ch2``, ``w1``, ...), and most images have all channels. For other names, a
+pattern such as ``{field}_{channel}.tif`` says what they mean.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from pathlib import PurePath
 from daskcell.errors import ConfigError, ImageError
 
 COLOURS = ("red", "green", "blue", "cyan", "magenta", "yellow", "farred", "ir", "grey", "gray")
-"""Channel names with an order of their own; it is the order in which colour images are rebuilt."""
+"""Channel names in the order in which they make a colour image."""
 _STAINS = """
 dapi hoechst draq5 pi sytox syto syto14 fitc tritc rhodamine rhod txred texasred gfp egfp yfp
 cfp rfp mcherry cherry tomato tdtomato mkate cy2 cy3 cy5 cy7 alexa488 alexa568 alexa594 alexa647
@@ -26,9 +25,9 @@ af488 af568 af594 af647 a488 a568 a594 a647 dna rna er agp mito actin tubulin me
 nucleus cytoplasm brightfield bf dic phase phasecontrast pc mitotracker phalloidin cona wga
 """
 STAINS = frozenset((*_STAINS.split(), "bright field", "phase contrast"))
-"""Stains and structures that are taken for channel names."""
+"""Stains and structures that are recognised as channel names."""
 LETTERS = "RGBCMYDFHTK"
-"""Letters that stand for a colour or stain at the end of a name (D: DAPI, F: FITC, R: rhodamine or red)."""
+"""Letters that are recognised as a channel at the end of a name (D: DAPI, F: FITC, R: rhodamine or red)."""
 
 _NAMES = "|".join(sorted((*COLOURS, *STAINS), key=len, reverse=True))
 _KINDS: tuple[tuple[str, re.Pattern[str]], ...] = (
@@ -52,7 +51,7 @@ _WITH_CHANNEL = (
     # Cytation: so does the number of the read: B2_02_2_1_GFP_001.tif
     (re.compile(r"(?<![A-Za-z0-9])([A-P]\d{1,2}_-?\d+)_\d+(?=_\d+_[A-Za-z][A-Za-z0-9 ]*_\d{3}$)"), r"\1"),
 )
-"""Parts of a name that say no more than the channel does."""
+"""Numbers in a name that change with the channel."""
 _NAME_BYTES = 120
 _ID = re.compile(
     r"\{?(?:[0-9A-F]{8}(?:-[0-9A-F]{4}){3}-[0-9A-F]{12}|[0-9A-F]{32})\}?(?![0-9A-F])"
@@ -72,7 +71,7 @@ class FileSet:
 
 
 def file_sets_by_name(files: Sequence[str]) -> list[FileSet]:
-    """Images among the files of one folder, channels recognised by their names.
+    """The images among the files of one folder, with channels recognised by their names.
 
     Raises
     ------
@@ -90,9 +89,9 @@ def file_sets_by_name(files: Sequence[str]) -> list[FileSet]:
                 if not _is_convincing(kind, images, len(files)):
                     continue
                 if stems is not plain and any(len(f) > 1 for by in images.values() for f in by.values()):
-                    continue  # the ids are what tells these images apart
+                    continue  # these images differ in their ids only
                 named = {_field_name(key): by for key, by in images.items()}
-                if len(named) < len(images):  # names that differ only in what joins them
+                if len(named) < len(images):  # names that differ only in separators
                     named = {key.replace("\0", ""): by for key, by in images.items()}
                 grouped = {name: {words[w]: f for w, f in by.items()} for name, by in named.items()}
                 return [*_complete(grouped), *(FileSet(plain[f], (f,)) for f in files if f not in matches)]
@@ -102,7 +101,7 @@ def file_sets_by_name(files: Sequence[str]) -> list[FileSet]:
 def _table(
     stems: Mapping[str, str], matches: Mapping[str, list[re.Match[str]]], position: int
 ) -> tuple[Mapping[str, Mapping[str, list[str]]], dict[str, str]]:
-    """Files by what is left of their name and by channel (in lower case); and the channels as written."""
+    """Files by the name without its channel and by channel (in lower case); and the channels as written."""
     images: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     words: dict[str, str] = {}
     for file, found in matches.items():
@@ -114,18 +113,18 @@ def _table(
 
 
 def without_ids(text: str) -> str:
-    """A stem without GUIDs and other long hexadecimal numbers; as it is if nothing else is left."""
+    """A stem without GUIDs and other long hexadecimal numbers, unless it consists of them."""
     return _ID.sub("", text).strip("_-. ") or text
 
 
 def without_channel(text: str) -> set[str]:
-    """What may be left of a stem without its channel: names of the image that it may be a channel of."""
+    """A stem without each word that may be its channel: possible names of the image."""
     matches = (match for _, pattern in _KINDS for match in pattern.finditer(text))
     return {_field_name(f"{text[: match.start()]}\0{text[match.end() :]}") for match in matches}
 
 
 def _without_ids(stems: Mapping[str, str]) -> dict[str, str]:
-    """The stems without ids that no two files share, and without what only follows the channel."""
+    """The stems without ids that no two files share, and without `_WITH_CHANNEL`."""
     counts = Counter(found.upper() for text in stems.values() for found in set(_ID.findall(text)))
 
     def own(match: re.Match[str]) -> str:
@@ -136,7 +135,7 @@ def _without_ids(stems: Mapping[str, str]) -> dict[str, str]:
         for pattern, replacement in _WITH_CHANNEL:
             text = pattern.sub(replacement, text)
         shorter = _ID.sub(own, text)
-        # What joined the id to the rest goes with it.
+        # The separator of the id is removed with it.
         result[file] = re.sub(r"([_\-. ])[_\-. ]+", r"\1", shorter).strip("_-. ") if shorter != text else text
     return result
 
@@ -185,7 +184,7 @@ def matching_names(files: Mapping[str, str], pattern: str) -> dict[str, str]:
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """``{field}_{channel}.tif`` as a regular expression; raises `ConfigError` for one that cannot work."""
+    """``{field}_{channel}.tif`` as a regular expression; raises `ConfigError` for an invalid pattern."""
     names = re.findall(r"\{([^{}]*)\}", pattern)
     wrong = [name for name in names if not name.isidentifier()]
     if wrong:
@@ -211,9 +210,9 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
 
 
 def name_channels(given: Sequence[str | None], count: int) -> tuple[str, ...]:
-    """Names of `count` channels, all different: those `given`, doubles numbered, ``channel 3`` for none.
+    """Names of `count` channels, all different: those `given`, numbered if repeated, ``channel 3`` if empty.
 
-    More names than channels belong to something else, and none of them is taken.
+    If more names than channels are given, they belong to something else, and none is used.
     """
     known = [(name or "").strip() for name in given] if len(given) <= count else []
     known += [""] * (count - len(known))
@@ -230,10 +229,10 @@ def name_channels(given: Sequence[str | None], count: int) -> tuple[str, ...]:
 
 
 def matching_channels(name: str, available: Sequence[str]) -> list[int]:
-    """Positions of the channels that `name` may mean: the same name, else but for letter case, else names
-    that begin with it, else names that contain it. More than one is ambiguous.
+    """Positions of the channels that `name` may mean; several if it is ambiguous.
 
-    A number counts as a whole: ``w1`` is no part of ``w10``.
+    Those of that very name; else regardless of letter case; else those that begin with it; else those that
+    contain it. Numbers are compared whole: ``w10`` does not contain ``w1``.
     """
     part = re.escape(name)
     part = (r"(?<!\d)" if name[:1].isdigit() else "") + part + (r"(?!\d)" if name[-1:].isdigit() else "")
@@ -255,9 +254,9 @@ def natural_key(text: str) -> tuple[tuple[int, int, str], ...]:
 
 
 def safe_name(name: str) -> str:
-    """`name` without what file systems or shells cannot bear; never empty."""
+    """`name` without characters that are special to file systems or shells; never empty."""
     name = re.sub(r"[^\w.+()-]+", "_", unicodedata.normalize("NFC", name)).strip("._- ")
-    # File systems count bytes, mostly 255 with what is put around the name.
+    # Most file systems allow 255 bytes, and prefixes and suffixes are added.
     return name.encode()[:_NAME_BYTES].decode(errors="ignore") or "image"
 
 
@@ -267,10 +266,10 @@ def _is_convincing(kind: str, images: Mapping[str, Mapping[str, list[str]]], tot
         return False
     files = sum(len(by) for by in images.values())
     several = [by for by in images.values() if len(by) > 1]
-    # Most of the table image x channel must be filled, or the word is just part of independent names.
+    # Most images must have all channels, or the word is just part of independent names.
     if len(several) * 2 < len(images) or files < 0.6 * len(images) * len(channels):
         return False
-    # Weak words must explain every file of the folder.
+    # Words of less certain meaning must explain every file of the folder.
     return (
         kind in ("name", "channel", "ch")
         or sum(len(f) for by in images.values() for f in by.values()) == total
@@ -278,14 +277,14 @@ def _is_convincing(kind: str, images: Mapping[str, Mapping[str, list[str]]], tot
 
 
 def _complete(images: Mapping[str, Mapping[str, list[str]]]) -> list[FileSet]:
-    """File sets with all channels in order; raises `ImageError` if one is missing or there twice."""
+    """File sets with all channels in order; raises `ImageError` if one is missing or exists twice."""
     channels = in_order({channel for by in images.values() for channel in by})
     file_sets = []
     for name, by in images.items():
         for channel, files in by.items():
             if len(files) > 1:
                 raise ImageError(
-                    f"Channel '{channel}' of image '{name}' is there twice: {' and '.join(sorted(files))}."
+                    f"Channel '{channel}' of image '{name}' exists twice: {' and '.join(sorted(files))}."
                 )
         missing = [channel for channel in channels if channel not in by]
         if missing:
@@ -299,7 +298,7 @@ def _complete(images: Mapping[str, Mapping[str, list[str]]]) -> list[FileSet]:
 
 
 def in_order(channels: Iterable[str]) -> list[str]:
-    """Colours in the order red, green, blue, cyan ...; anything else by name, numbers by value."""
+    """Colours in the order red, green, blue, cyan ...; other channels by name, numbers by value."""
     names = sorted(channels, key=natural_key)
     for order in (COLOURS, ("r", "g", "b", "c", "m", "y")):
         if all(name.lower() in order for name in names):
@@ -322,7 +321,7 @@ def stem(file: str) -> str:
 
 
 def unique_names(names: Iterable[str]) -> list[str]:
-    """File-system safe names, all different even where letter case does not count."""
+    """Names that are safe as file names, all different even regardless of letter case."""
     taken: set[str] = set()
     result = []
     for name in names:

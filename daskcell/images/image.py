@@ -1,4 +1,4 @@
-"""`open_image` and `convert`: the public way to images."""
+"""The public functions `open_image` and `convert`."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     import dask.array as da
 
 BLOCK = 2048
-"""Side in pixels of the blocks of a lazily read file, in whole tiles of it."""
+"""Side in pixels of the chunks of a lazily read file, rounded down to whole tiles."""
 BLOCK_BYTES = 64 * 2**20
-"""Largest block of a file of strips."""
+"""Size of the largest chunk of a file that is stored in strips."""
 
 
 @dataclass(frozen=True)
 class Image:
-    """An image whose pixels are read when they are needed."""
+    """An image whose pixels are read when they are computed."""
 
     data: da.Array
     """``(C, Y, X)``."""
@@ -39,7 +39,7 @@ class Image:
     name: str
     path: str
     is_rgb: bool
-    """A colour image of three channels, such as a stained slide; not three stains in three channels."""
+    """Whether it is a colour image, as of a stained slide, rather than three fluorescence channels."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -65,14 +65,23 @@ def open_image(
 
     Parameters
     ----------
-    scene
-        Name, or number counted from 0, of the image to open in a file that holds several (scenes, positions,
-        series, fields of a plate).
+    path : path or sequence of paths
+        A file, folder, pattern or URL.
+    settings : InputSettings, optional
+        Which channels, time point and plane to take, and what the file does not say.
+    scene : str or int, optional
+        Name, or number counted from 0, of the image in a file that holds several (scenes, positions, series,
+        fields of a plate).
+
+    Returns
+    -------
+    Image
+        ``.data`` is a Dask array ``(C, Y, X)``; ``.pixel_size`` is ``(y, x)`` in micrometres, or None.
 
     Raises
     ------
     ImageError
-        If it cannot be read, or is several images: the sentence names them.
+        If it cannot be read, or holds several images, which the message names.
     """
     source = find_image(path, settings, scene)
     reader = open_safely(source)
@@ -93,23 +102,32 @@ def convert(
     version: Literal["0.5", "0.4"] = "0.5",
     scene: str | int | None = None,
 ) -> Image:
-    """Write any readable image as OME-Zarr at `dst` and open that.
+    """Write any readable image as OME-Zarr, with channel names, pixel size and pyramid.
 
     Parameters
     ----------
-    client
-        A Dask client, a cluster or a scheduler's address to work on; None: this process.
-    version
-        Of OME-Zarr; 0.4 for viewers that know no other, with a file for every 512 x 512 pixels of a channel.
-    scene
+    src : path or sequence of paths
         As for `open_image`.
+    dst : path
+        Folder to write, such as ``slide.zarr`` or ``s3://bucket/slide.zarr``.
+    client : distributed.Client, cluster or str, optional
+        Dask client, cluster or address of a scheduler to use; by default this process does the work.
+    version : {"0.5", "0.4"}
+        Of OME-Zarr. 0.4 is for older viewers, and has a file for every 512 x 512 pixels of a channel.
+    scene : str or int, optional
+        As for `open_image`.
+
+    Returns
+    -------
+    Image
+        What ``open_image(dst)`` returns.
 
     Raises
     ------
     ImageError
-        If `src` cannot be read or is several images, or `dst` exists.
+        If `src` cannot be read or holds several images, or `dst` exists.
     InputError
-        If the version is another.
+        For any other version.
     """
     from daskcell.images.conversion import convert_slide
 
@@ -188,6 +206,3 @@ def _read_chunk(source: Source, identity: str, block_info: Any = None) -> Any:
 
     (y0, y1), (x0, x1) = block_info[None]["array-location"][-2:]
     return cached_reader(source, identity).read(0, Box(y0, x0, y1, x1))
-
-
-__all__ = ["Image", "convert", "find_image", "open_image"]

@@ -1,15 +1,15 @@
-"""A table of images, CSV or Parquet: which file is what, told rather than guessed.
+"""Manifests: tables of images, CSV or Parquet, that say which file is what.
 
-    path            file, from the table's folder or from the root
-    image           its name; files of one name are one image, with one file a channel
-    channel         what the file shows, where there is one file a channel
+    path            file, absolute or relative to the folder of the table
+    image           name of the image; files with the same name are the channels of one image
+    channel         name of the channel, where there is one file for each
     channels        the channels to take of a file with several: ``DNA;actin``
     scene           name, or number counted from 0, of an image in a file that holds several
     pixel_size      micrometres; or ``pixel_size_y`` and ``pixel_size_x``
     condition       anything, such as a treatment: comes back as a column of the cells
 
-Only `path` is needed. Letter case, spaces, hyphens and a unit in parentheses do not matter in a header, and
-`COLUMNS` lists other names of each column. What is not understood is left alone, and told.
+Only `path` is required. Letter case, spaces, hyphens and a unit in parentheses do not matter in a header, and
+`COLUMNS` lists other names of each column. Columns that are not used are named in a message.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import glob
 import os
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from daskcell.errors import ImageError
 from daskcell.images.filename_channels import stem
@@ -51,7 +51,7 @@ COLUMNS = {
     "pixel_size_x": ("pixel_size_x", "pixelsize_x", "pixel_size_x_um", "mpp_x"),
     "condition": ("condition", "treatment", "group"),
 }
-"""Names of each column; the first that a table has counts."""
+"""Names of each column; of several that a table has, the first is used."""
 
 
 def is_manifest(path: str) -> bool:
@@ -63,13 +63,20 @@ def read_manifest(path: str, tell: Callable[[str], None] | None = None) -> list[
 
     Parameters
     ----------
-    tell
+    path : str
+        CSV (with commas, semicolons or tabs) or Parquet.
+    tell : callable, optional
         Called with a sentence that names the columns that are not used.
+
+    Returns
+    -------
+    list of Source
+        One for each image; `Source.part` is the scene.
 
     Raises
     ------
     ImageError
-        For a table without a column of paths, or a row that cannot be, with its number.
+        For a table without a column of paths, or an invalid row, with its number.
     """
     table = _read(path)
     table = table.rename(columns=_understood(path, [str(name) for name in table.columns], tell))
@@ -94,7 +101,7 @@ def read_manifest(path: str, tell: Callable[[str], None] | None = None) -> list[
 
 
 def _understood(path: str, header: list[str], tell: Callable[[str], None] | None) -> dict[str, str]:
-    """Which column of a header is which of `COLUMNS`."""
+    """Names of `COLUMNS` by the names in the header."""
     written: dict[str, str] = {}
     for name in header:
         plain = _plain(name)
@@ -124,7 +131,7 @@ def _understood(path: str, header: list[str], tell: Callable[[str], None] | None
 
 
 def _plain(name: str) -> str:
-    """A header without letter case, byte order mark, what is in parentheses, and what joins its words."""
+    """A header in lower case, with ``_`` between words, without byte order mark and parentheses."""
     text = re.sub(r"[(\[].*?[)\]]", "", name.lstrip("\ufeff"))
     return re.sub(r"[\s_.-]+", "_", text.strip().casefold()).strip("_")
 
@@ -140,7 +147,7 @@ def _read(path: str) -> pd.DataFrame:
             lines = start.decode(encoding, "ignore").splitlines()
             said = re.fullmatch(r"sep=(.)\s*", lines[0]) if lines else None  # Excel's too
             separator = said[1] if said else max(",;\t", key=(lines or [""])[0].count)
-            # As text throughout: a field called 007 stays one.
+            # All columns as text, so that a field called 007 keeps its name.
             table = pd.read_csv(
                 path,
                 dtype=str,
@@ -149,7 +156,7 @@ def _read(path: str) -> pd.DataFrame:
                 encoding=encoding,
                 skiprows=1 if said else 0,
             )
-            if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first values for an index
+            if not isinstance(table.index, pd.RangeIndex):  # pandas uses the first values as an index
                 raise ValueError("its rows have more values than its header has names")
             return table
         return pd.read_parquet(path).astype(object).where(lambda t: t.notna(), "")
@@ -200,6 +207,3 @@ def _pixel_size(where: str, values: dict[str, str]) -> tuple[float, float] | Non
     if not all(0 < size < float("inf") for size in sizes):
         raise ImageError(f"{where}: {names[0]} must be micrometres above 0, not {texts[0]!r}.")
     return sizes[0], sizes[1]
-
-
-__all__: list[Any] = ["is_manifest", "read_manifest"]

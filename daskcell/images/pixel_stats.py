@@ -1,6 +1,6 @@
-"""What is learnt about the pixels while they pass by: histograms, a fingerprint, and what is no number.
+"""Statistics of the pixels, gathered while an image is written: histograms, a fingerprint, non-finite values.
 
-Made from the pieces in any order, and the same whatever the pieces are.
+They are the same however the image is divided into blocks, and in whatever order these come.
 """
 
 from __future__ import annotations
@@ -18,77 +18,79 @@ from daskcell.images.sources import Source
 
 
 @dataclass(frozen=True)
-class Part:
-    """What is known of one piece: small, to be sent from a worker."""
+class BlockStats:
+    """Statistics of one block, small enough to be sent from a worker."""
 
     files: int
-    """How many were written."""
+    """Number of files written."""
     hashes: Mapping[Position, bytes] = field(default_factory=dict)
-    """Of chunks, by their place."""
-    bad: Sequence[int] = ()
-    """Pixels of each channel that are no numbers."""
+    """Of the chunks, by their position."""
+    non_finite: Sequence[int] = ()
+    """Number of NaN and infinite pixels of each channel."""
     histograms: Sequence[tuple[NDArray, NDArray] | None] = ()
 
 
-def remember(hashes: dict[Position, bytes], position: Position, chunk: NDArray) -> None:
-    """Enter the hash of a chunk; a `shards.Look`, when the first argument is given."""
+def record_hash(hashes: dict[Position, bytes], position: Position, chunk: NDArray) -> None:
+    """Enter the hash of a chunk; with `hashes` given, a `shards.ChunkCallback`."""
     hashes[position] = hashlib.sha256(chunk.data).digest()[:16]
 
 
-def describe(pixels: NDArray, hashes: Mapping[Position, bytes] | None = None, files: int = 0) -> Part:
-    """Look at ``(C, h, w)`` pixels."""
-    bad = [int(c.size - np.isfinite(c).sum()) if c.dtype.kind == "f" else 0 for c in pixels]
-    return Part(files, hashes or {}, bad, [_histogram(channel) for channel in pixels])
+def block_stats(
+    pixels: NDArray, hashes: Mapping[Position, bytes] | None = None, files: int = 0
+) -> BlockStats:
+    """Statistics of a block ``(C, h, w)``."""
+    non_finite = [int(c.size - np.isfinite(c).sum()) if c.dtype.kind == "f" else 0 for c in pixels]
+    return BlockStats(files, hashes or {}, non_finite, [_histogram(channel) for channel in pixels])
 
 
-class Summary:
-    """What is learnt about the pixels while they are written, gathered from all pieces in any order."""
+class PixelStats:
+    """Statistics of an image ``(C, Y, X)``, gathered from those of its blocks in any order."""
 
     def __init__(self, channels: int, dtype: np.dtype) -> None:
         self.files = 0
         self.hashes: dict[Position, bytes] = {}
-        self.bad = [0] * channels
+        self.non_finite = [0] * channels
         self.first = 0
-        """Value of the first column of the histograms."""
+        """Pixel value that the first column of the histograms counts."""
         self.histograms: NDArray | None = None
         """Number of pixels ``(C, values)`` of each value, for integers of at most 16 bits."""
         if dtype.kind in "iu" and dtype.itemsize <= 2:
             self.first = int(np.iinfo(dtype).min)
             self.histograms = np.zeros((channels, 2 ** (8 * dtype.itemsize)), np.int64)
 
-    def add(self, part: Part) -> None:
-        self.files += part.files
-        self.hashes.update(part.hashes)
-        for k, bad in enumerate(part.bad):
-            self.bad[k] += bad
-        for k, histogram in enumerate(part.histograms):
+    def add(self, block: BlockStats) -> None:
+        self.files += block.files
+        self.hashes.update(block.hashes)
+        for k, non_finite in enumerate(block.non_finite):
+            self.non_finite[k] += non_finite
+        for k, histogram in enumerate(block.histograms):
             if histogram is not None and self.histograms is not None:
                 values, counts = histogram
                 self.histograms[k, values.astype(np.int64) - self.first] += counts
 
     def check(self, source: Source, channels: Sequence[str]) -> None:
-        """Refuse pixels that are no numbers: they would spread through filters, percentiles and features."""
-        for channel, bad in zip(channels, self.bad, strict=True):
-            if bad:
+        """Raise `ImageError` for NaN and infinite pixels, which would spread through filters and features."""
+        for channel, non_finite in zip(channels, self.non_finite, strict=True):
+            if non_finite:
                 raise ImageError(
-                    f"{source.file_of(channel)} holds {bad} pixels that are not finite numbers (NaN or "
-                    "infinite); please replace them first."
+                    f"{source.file_of(channel)} holds {non_finite} pixels that are NaN or infinite. Please "
+                    "replace them first."
                 )
 
     def fingerprint(self, channels: Sequence[str], dtype: np.dtype, shape: tuple[int, int]) -> str:
-        """Hash of all pixels and the channels' names."""
+        """Hash of all pixels and of the names of the channels."""
         total = hashlib.sha256(repr((tuple(channels), dtype.str, shape)).encode())
         for key in sorted(self.hashes):
             total.update(repr(key).encode() + self.hashes[key])
         return total.hexdigest()
 
     def windows(self, smallest: Callable[[], NDArray]) -> list[tuple[float, float, float, float]]:
-        """``(min, max, low, high)`` of each channel: extremes and the 0.1 and 99.9 percentiles.
+        """Display windows ``(min, max, low, high)`` of the channels: extremes, 0.1 and 99.9 percentiles.
 
-        Exact for integers of at most 16 bits, by their histograms; from the `smallest` level for others.
+        Exact for integers of at most 16 bits, which have histograms; of the `smallest` level for others.
         """
         windows = []
-        for k in range(len(self.bad)):
+        for k in range(len(self.non_finite)):
             if self.histograms is None:
                 values: NDArray = np.sort(smallest()[k].ravel())
                 counts = np.ones(len(values), np.int64)
@@ -103,7 +105,7 @@ class Summary:
 
 
 def _histogram(channel: NDArray) -> tuple[NDArray, NDArray] | None:
-    """Values that occur and how often, for integers of at most 16 bits."""
+    """Values that occur and their numbers of pixels; None unless integers of at most 16 bits."""
     if channel.dtype.kind not in "iu" or channel.dtype.itemsize > 2:
         return None
     bits = 8 * channel.dtype.itemsize

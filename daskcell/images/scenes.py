@@ -17,16 +17,17 @@ from daskcell.storage import paths
 
 Chosen = Literal["all"] | Sequence[str | int]
 SHOWN = 8
-"""Names that a sentence lists."""
+"""Number of names that a message lists."""
 
 
-def split_scenes(source: Source, chosen: Chosen = "all", *, required: str | None = None) -> list[Source]:
+def split_scenes(
+    source: Source, chosen: Chosen = "all", *, required: str | None = None
+) -> list[Source] | None:
     """One source for each image that the file of `source` holds, or for those that are chosen; of each, the
     `Source.companions` are known.
 
-    Where there are several, each is named after the file and the scene: its name where it has one of its own,
-    else its number, counted from 0. `source` itself is returned where there is one, or the file cannot be
-    read, which is said when it is converted.
+    If there are several, each is named after the file and the scene: by its name, or else by its number,
+    counted from 0; if there is one, it is `source` itself. None if the file cannot be read.
 
     Parameters
     ----------
@@ -51,7 +52,7 @@ def split_scenes(source: Source, chosen: Chosen = "all", *, required: str | None
             names, companions = _contents(replace(source, files=(first,), file_channels=None, take=None))
             source = replace(source, companions=companions)
     except DaskcellError:
-        return [source]
+        return None
     labels = scene_labels(names)
     if len(names) < 2 and not folders:
         if required:
@@ -65,7 +66,7 @@ def split_scenes(source: Source, chosen: Chosen = "all", *, required: str | None
             files = tuple(paths.join(file, *names[number].split("/")) for file in source.files)
             found.append(replace(scene, files=files))
         else:
-            # Of which scene a slide is made is part of its keys, as what a manifest says.
+            # The scene is part of the content keys, as what a manifest says.
             found.append(replace(scene, scene=number, said=(*source.said, f"scene {number}")))
     return found
 
@@ -84,7 +85,7 @@ def _contents(source: Source) -> tuple[Sequence[str], tuple[str, ...]]:
 
 
 def scene_labels(names: Sequence[str]) -> list[str]:
-    """What each scene is called: its name, or its number where it has none or shares it; all differ."""
+    """Labels of the scenes, all different: the name, or the number if it has none or not one of its own."""
     safe = [safe_name(name).lower() if name.strip() else "" for name in names]
     own = [bool(text) and safe.count(text) == 1 for text in safe]
     return unique_names(
@@ -93,7 +94,7 @@ def scene_labels(names: Sequence[str]) -> list[str]:
 
 
 def list_scenes(names: Sequence[str]) -> str:
-    """The names of scenes for a sentence, the first of many."""
+    """The names of scenes, the first `SHOWN` of many, for a message."""
     shown = ", ".join(names[:SHOWN])
     return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN} more"
 

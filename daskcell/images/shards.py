@@ -1,9 +1,9 @@
-"""Writing whole files of an array: encoded here chunk by chunk, put in place once.
+"""Writing whole files (shards) of a Zarr array, each once.
 
-zarr-python goes through several copies, an event loop and a thread for every chunk, which costs as much as a
-fast codec; and `zarrs`, which reads faster, leaves out a shard of nothing but zeros, so that "not written"
-and "empty" look alike. So files are put together here by the rules of the format
-(https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/), and read by zarr.
+zarr-python needs several copies, an event loop and a thread for every chunk, which takes as long as a fast
+codec; and `zarrs` leaves out a shard of zeros only, which then cannot be told from one that was not written.
+So files are assembled here as the format says
+(https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/).
 
     | chunk | chunk | ... | chunk | index: (offset, length) of each chunk, 64 bits | CRC-32C |
 """
@@ -21,18 +21,18 @@ from numpy.typing import NDArray
 from daskcell.geometry import Box
 
 Position = tuple[int, ...]
-Look = Callable[[Position, NDArray], None]
+ChunkCallback = Callable[[Position, NDArray], None]
 _SHUFFLE = {"noshuffle": 0, "shuffle": 1, "bitshuffle": 2}
 
 
-def write_box(array: zarr.Array, box: Box, pixels: NDArray, look: Look | None = None) -> int:
+def write_box(array: zarr.Array, box: Box, pixels: NDArray, on_chunk: ChunkCallback | None = None) -> int:
     """Write ``(..., h, w)`` `pixels` into `box`, which must be whole files of `array`, each once.
 
     Parameters
     ----------
-    look
-        Called with the position (in chunks of the array) and the pixels of every chunk, filled up with
-        zeros at the image's border; only to look at, they change after.
+    on_chunk
+        Called with the position (in chunks of the array) and the pixels of every chunk, padded with zeros at
+        the border of the image. The array is reused for the next chunk.
 
     Returns
     -------
@@ -56,7 +56,7 @@ def write_box(array: zarr.Array, box: Box, pixels: NDArray, look: Look | None = 
         start = (*corner[:-2], corner[-2] + box.y0, corner[-1] + box.x0)
         encoded = [
             b"" if chunk is None else encode(chunk)
-            for chunk in _chunks(part, files, array.chunks, start, look)
+            for chunk in _chunks(part, files, array.chunks, start, on_chunk)
         ]
         content = encoded[0] if array.shards is None else b"".join([*encoded, _index(encoded)])
         _put(array, tuple(low // step for low, step in zip(start, files, strict=True)), content)
@@ -65,9 +65,9 @@ def write_box(array: zarr.Array, box: Box, pixels: NDArray, look: Look | None = 
 
 
 def encoder(array: zarr.Array) -> Callable[[NDArray], bytes | bytearray]:
-    """What turns a chunk into its bytes, as the metadata of `array` say: zstd, or Blosc in one thread.
+    """The function that encodes a chunk as the metadata of `array` say: zstd, or Blosc in one thread.
 
-    Blosc with threads of its own would put its blocks into the file in the order they get ready.
+    With several threads, Blosc would write its blocks in the order in which they are ready.
     """
     import imagecodecs
     from numcodecs import zstd
@@ -89,11 +89,11 @@ def encoder(array: zarr.Array) -> Callable[[NDArray], bytes | bytearray]:
 
 
 def _chunks(
-    part: NDArray, file: Position, shape: Position, start: Position, look: Look | None
+    part: NDArray, file: Position, shape: Position, start: Position, on_chunk: ChunkCallback | None
 ) -> Iterator[NDArray | None]:
-    """Chunks of one file in the order of its index: at the image's border filled up, None beyond it.
+    """Chunks of one file in the order of its index: padded at the border of the image, None beyond it.
 
-    All in the same memory: fresh memory for each, cleared by the system, takes longer than the copy.
+    All share one buffer, since allocating new memory takes longer than the copy.
     """
     chunk = np.empty(shape, part.dtype)
     for corner in product(*(range(0, side, step) for side, step in zip(file, shape, strict=True))):
@@ -104,8 +104,8 @@ def _chunks(
         if piece.shape != shape:
             chunk.fill(0)
         chunk[tuple(slice(0, side) for side in piece.shape)] = piece
-        if look is not None:
-            look(tuple((s + c) // step for s, c, step in zip(start, corner, shape, strict=True)), chunk)
+        if on_chunk is not None:
+            on_chunk(tuple((s + c) // step for s, c, step in zip(start, corner, shape, strict=True)), chunk)
         yield chunk
 
 
@@ -120,7 +120,7 @@ def _index(encoded: list[bytes | bytearray]) -> bytes:
 
 
 def _put(array: zarr.Array, position: Position, content: bytes | bytearray) -> None:
-    """Give a file its name when it is whole: stores write beside it first."""
+    """Write one file; stores write to a temporary name and rename it."""
     from zarr.core.buffer import default_buffer_prototype
     from zarr.core.sync import sync
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from daskcell.errors import ImageError, InputError
+from daskcell.errors import InputError
 from daskcell.images.filename_channels import matching_channels
 from daskcell.images.readers import ZChoice
 from daskcell.storage import paths
@@ -16,7 +16,7 @@ from daskcell.storage import paths
 
 @dataclass(frozen=True)
 class Source:
-    """One image to be read: which files, and how. Small and picklable; nothing is open."""
+    """One image to be read: which files, and how. Small and picklable; no file is open."""
 
     name: str
     """Unique among the images of a run and fit for a file name."""
@@ -35,13 +35,13 @@ class Source:
     scene: int = 0
     """Position of the image in a file that holds several."""
     part: str = ""
-    """What tells it from the other images of its file: the name of a scene, or its number."""
+    """Name or number of the scene, in a file that holds several."""
     condition: str | None = None
-    """What a manifest says it belongs to, such as a treatment; changes nothing."""
+    """Condition by the manifest, such as a treatment; does not affect results."""
     companions: tuple[str, ...] = ()
-    """Files that are read besides, since `files` name them: those of a multi-file OME-TIFF, of a slide."""
+    """Other files that `files` refer to and that are read too, as in a multi-file OME-TIFF."""
     said: tuple[str, ...] = ()
-    """What else a manifest says of it and the settings do not: part of the content keys."""
+    """Further parts of the content keys, which the manifest says instead of the settings."""
 
     def file_of(self, channel: str) -> str:
         """The file that holds a channel."""
@@ -55,15 +55,18 @@ class Source:
         return self.files + self.companions
 
     def identity(self) -> str:
-        """Hash of what decides the pixels: all files (name, size, time or ETag) and how they are read."""
+        """Hash of the files (name, size, time or ETag) and of how they are read, for caches of open readers.
+
+        Of Zarr, whose chunks are not cached, only the metadata; `study.keys` covers every chunk.
+        """
         parts: list[str] = [
             repr((self.file_channels, self.take, self.pixel_size, self.t, self.z, self.axes, self.scene))
         ]
         for file in self.all_files:
-            with contextlib.suppress(
-                FileNotFoundError, ImageError
-            ):  # what is missing is said when it is read
-                parts.append(repr((PurePath(file).name, sorted(paths.versions_below(file).items()))))
+            names = ("zarr.json", ".zattrs") if paths.is_folder(file) else ()
+            for one in [paths.join(file, name) for name in names] or [file]:
+                with contextlib.suppress(FileNotFoundError):
+                    parts.append(" ".join(map(str, (PurePath(one).name, *paths.version(one)))))
         return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()
 
 

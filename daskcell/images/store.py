@@ -113,13 +113,12 @@ def _codec(dtype: np.dtype, labels: bool) -> ZstdCodec | BloscCodec:
 
 
 class OmeZarr:
-    """An OME-Zarr image (0.1 to 0.5), opened for reading; a small thing that is kept once per process.
+    """An OME-Zarr image (0.1 to 0.5), opened for reading; small, and kept once per process.
 
-    Of a ``t`` or ``z`` axis the first point is read unless another is chosen. What the pixels do not need
-    (names, colours, sizes, smaller levels) may be missing or broken.
+    Metadata that the pixels do not need (names, colours, sizes, smaller levels) may be missing or broken.
     """
 
-    def __init__(self, path: str, t: int = 0, z: int = 0, scene: int = 0) -> None:
+    def __init__(self, path: str, scene: int = 0) -> None:
         self.path = path
         try:
             # Consolidated metadata may be older than what they are a copy of.
@@ -145,7 +144,6 @@ class OmeZarr:
             raise ImageError(
                 f"{path} has broken OME-Zarr metadata: {type(error).__name__} {error}."
             ) from error
-        self.t, self.z = t, z
 
     def _read_metadata(self, scale: dict[str, Any]) -> None:
         self.name = str(scale.get("name") or Path(self.path).name.removesuffix(".zarr").removesuffix(".ome"))
@@ -207,11 +205,11 @@ class OmeZarr:
         """Length of an axis, 1 where there is none."""
         return self.arrays[0].shape[self.axes.index(axis)] if axis in self.axes else 1
 
-    def read(self, level: int, box: Box) -> NDArray:
-        """Pixels ``(C, h, w)`` of `box`, which must lie inside the level."""
+    def read(self, level: int, box: Box, *, t: int = 0, z: int = 0) -> NDArray:
+        """Pixels ``(C, h, w)`` of `box`, which must lie inside the level, at one time point and plane."""
         check_inside(box, self.levels[level], f"level {level} of {self.path}")
         rows, columns = box.slices
-        chosen: dict[str, Any] = {"t": self.t, "z": self.z, "-": 0, "c": slice(None), "y": rows, "x": columns}
+        chosen: dict[str, Any] = {"t": t, "z": z, "-": 0, "c": slice(None), "y": rows, "x": columns}
         pixels = np.asarray(self.arrays[level][tuple(chosen[axis] for axis in self.axes)])
         left = [axis for axis in self.axes if axis in "cyx"]
         pixels = pixels.transpose([left.index(axis) for axis in "cyx" if axis in left])
@@ -480,6 +478,3 @@ def assert_aligned(box: Box, array: zarr.Array) -> None:
                 f"{box} does not fit the files of {shard[0]} x {shard[1]} pixels of an image of "
                 f"{shape[0]} x {shape[1]}: two tasks would write one file, and one would be lost."
             )
-
-
-__all__ = ["ImageInfo", "image_info", "read_block"]

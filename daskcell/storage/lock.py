@@ -1,9 +1,10 @@
 """One run at a time on a study: a lock file with an owner and a heartbeat.
 
-The file is linked into place, which holds on shared file systems too, and touched while its owner lives. A
-lock is stale when its owner is a process of this host that has gone, or when nobody touched it for
-`STALE_SECONDS`. A stale lock is broken under a guard (a folder, which only one can make) and only if it is
-still the one that was found stale: of two who break the same lock, the later finds another's and is refused.
+The file is created by a hard link, which is atomic on shared file systems too, and its owner touches it
+regularly. A lock is stale if its owner was a process of this host that has ended, or if it was not touched
+for `STALE_SECONDS`. A stale lock is removed under a guard (a folder, which only one process can create),
+and only if it is still the same one: of two processes that find it stale, the later finds a new lock and is
+refused.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Lock:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self.lost = False
-        """The lock was broken by someone who took us for dead (a suspended machine): stop writing."""
+        """Whether another run took the lock, because this one did not touch it (on a suspended machine)."""
 
     def __enter__(self) -> Lock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +74,7 @@ class Lock:
         """Raise `StudyError` if the lock is no longer ours."""
         if self.lost:
             raise StudyError(
-                f"Another run took over {self.path.parent} while this one slept; this one stops."
+                f"Another run took over {self.path.parent} while this one was suspended; this one stops."
             )
 
     def _create(self) -> bool:
@@ -83,7 +84,7 @@ class Lock:
             "host": socket.gethostname(),
             "born": _born(os.getpid()),
         }
-        # Written under a name of its own and linked into place: nobody ever reads half a lock.
+        # Written under another name and linked, so that no process reads a half-written lock.
         mine = self.path.with_name(f".lock-{self.token}")
         mine.write_text(json.dumps(values))
         try:
@@ -111,7 +112,7 @@ class Lock:
 
     def _is_stale(self, holder: dict[str, Any]) -> bool:
         if holder.get("host") == socket.gethostname() and isinstance(holder.get("pid"), int):
-            # A process number may be used again: the time it was born tells the two apart.
+            # A process number may be used again, by a process that started at another time.
             return _born(holder["pid"]) is None or _born(holder["pid"]) != holder.get("born")
         try:
             age = self._now() - self.path.stat().st_mtime
@@ -120,7 +121,7 @@ class Lock:
         return age > STALE_SECONDS
 
     def _now(self) -> float:
-        """The file system's clock, which need not be ours."""
+        """The time by the clock of the file system, which may differ from that of this host."""
         probe = self.path.with_name(f".lock-{self.token}")
         probe.touch()
         try:
@@ -129,7 +130,7 @@ class Lock:
             probe.unlink(missing_ok=True)
 
     def _break(self, holder: dict[str, Any] | None) -> None:
-        """Remove the lock of `holder`, one breaker at a time: nobody else removes what is not his own."""
+        """Remove the stale lock of `holder`, one process at a time."""
         if holder is None:
             return
         guard = self.path.with_name(".lock-breaking")
@@ -137,7 +138,9 @@ class Lock:
             guard.mkdir()
         except FileExistsError:
             with contextlib.suppress(OSError):
-                if self._now() - guard.stat().st_mtime > STALE_SECONDS:  # its maker died in these few lines
+                if (
+                    self._now() - guard.stat().st_mtime > STALE_SECONDS
+                ):  # the process that made it died meanwhile
                     guard.rmdir()
             time.sleep(0.05)
             return
@@ -161,7 +164,7 @@ class Lock:
 
 
 def holder(folder: str | Path) -> dict[str, Any] | None:
-    """Who works on a folder now; None if nobody does."""
+    """The content of the lock of a run that works on a folder now; None if there is none."""
     lock = Lock(folder)
     found = lock._read()
     return found if found and _is_ours(found) and not lock._is_stale(found) else None
@@ -172,7 +175,7 @@ def _is_ours(holder: dict[str, Any]) -> bool:
 
 
 def _born(pid: int) -> str | None:
-    """When a process of this host began (in ticks since boot); None if there is no such process."""
+    """Start time of a process of this host, in ticks since boot; None if there is no such process."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
         fields = text.rpartition(")")[2].split()
@@ -181,7 +184,7 @@ def _born(pid: int) -> str | None:
         pass
     if Path("/proc/self/stat").exists():
         return None
-    try:  # no /proc (macOS): alive or not is all there is to know
+    try:  # no /proc (macOS): only whether it is alive can be found out
         os.kill(pid, 0)
     except ProcessLookupError:
         return None

@@ -223,23 +223,18 @@ def version(path: str) -> tuple[int, int | str]:
 
 
 def versions_below(path: str) -> dict[str, tuple[int, int | str]]:
-    """`version` of every file below the folder `path` by its relative name; of a file, its own as ``""``.
+    """`version` of every file below a remote folder by its relative name; of a file, its own as ``""``.
 
     A web server lists no folder: there, a Zarr image consists of the metadata and chunks of its levels.
     """
-    if not is_remote(path):
-        if not os.path.isdir(path):
-            return {"": version(path)}
-        files = [join(folder, name) for folder, _, names in os.walk(path) for name in names]
-        return {os.path.relpath(file, path): version(file) for file in sorted(files)}
     if _is_web(path):
-        files = _zarr_files(path) or [""]
+        files = _zarr_files(path)
+        if not files:
+            with remote_errors(path):
+                return {"": version(path)}
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-            versions = pool.map(lambda name: _version_or_none(join(path, name) if name else path), files)
-            found = {name: one for name, one in zip(files, versions, strict=True) if one is not None}
-        if not found:
-            raise ImageError(f"There is no file or folder {path}.")
-        return found
+            versions = pool.map(lambda name: _version_or_none(join(path, name)), files)
+            return {name: one for name, one in zip(files, versions, strict=True) if one is not None}
     with remote_errors(path):
         fs, inner = _at(path)
         found = fs.find(inner, detail=True)
@@ -398,8 +393,8 @@ def _zarr_files(path: str) -> list[str]:
             levels = [str(level["path"]) for scale in scales for level in scale["datasets"]]
             arrays = {level: node[level] for level in levels if level in node}
         for level, array in arrays.items():
-            files = [*(ZARR_NAMES if level else ()), *_chunk_names(array)]
-            names += [join(level, name) if level else name for name in files]
+            own = sorted(holding(join(path, level), ZARR_NAMES)) if level else []
+            names += [join(level, name) if level else name for name in (*own, *_chunk_names(array))]
     return names
 
 
@@ -412,7 +407,7 @@ def _chunk_names(array: Any) -> Iterator[str]:
 def _version_or_none(path: str) -> tuple[int, int | str] | None:
     try:
         return version(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, ImageError):  # some servers forbid what is not there
         return None
 
 

@@ -1,4 +1,4 @@
-"""Reading any microscope file: one small protocol, one module per kind of file.
+"""Readers of microscope files: one small protocol, and a module for each kind of file.
 
 A reader is opened on the worker that reads and is never pickled. Which reader opens a file is decided by the
 file's content, in this order: readers registered by other packages under the entry point group
@@ -25,7 +25,7 @@ ZChoice = int | Literal["max"]
 
 
 class MissingScene(ImageError):
-    """One of the images of a file is not there; others are."""
+    """One of the images of a file is missing; others may exist."""
 
 
 @runtime_checkable
@@ -45,12 +45,12 @@ class Reader(Protocol):
     sizes: dict[str, int]
     """Number of time points and planes: ``{"t": 1, "z": 1}``."""
     files: tuple[str, ...]
-    """All files that are read (real paths or URLs): several where one file names others."""
+    """All files that are read (real paths or URLs): several if one refers to others."""
     scenes: tuple[str, ...]
-    """Names of all images that the file holds (scenes, positions, series), empty where one has none; this is
-    one of them. Readers of other packages may leave it out."""
+    """Names of all images that the file holds (scenes, positions, series), empty for those without; this is
+    one of them. Readers of other packages may omit it."""
     piece: tuple[int, int]
-    """Height and width of what the file can give at once (its tiles or strips): read in multiples of it."""
+    """Height and width of the tiles or strips of the file: reads should be multiples of them."""
 
     def read(self, level: int, box: Box) -> NDArray:
         """Pixels ``(C, h, w)`` of `box`, which lies inside the level."""
@@ -93,12 +93,12 @@ def kinds() -> tuple[Any, ...]:
 
 @cache
 def suffixes() -> tuple[str, ...]:
-    """Endings of the files that a folder is searched for; a file that is named may have any."""
+    """Suffixes of the files that are looked for in folders; a file that is named may have any."""
     return tuple(suffix for kind in kinds() for suffix in getattr(kind, "SUFFIXES", ()))
 
 
 def may_be_stack(path: str) -> bool:
-    """Whether a file may hold several scenes, times or planes; by its name or a glance where that does."""
+    """Whether a file may hold several scenes, times or planes; by its name or first bytes."""
     for kind in kinds():
         if path.lower().endswith(tuple(kind.SUFFIXES)):
             look = getattr(kind, "may_be_stack", None)
@@ -125,7 +125,7 @@ def open_reader(
 
 
 def is_zarr_folder(path: str) -> bool:
-    """Whether `path` is a folder that the readers of Zarr here open, and no other package's."""
+    """Whether `path` is a folder that is opened by the readers of Zarr here, not by another package's."""
     from daskcell.images.readers import array, omezarr
 
     return paths.is_folder(path) and omezarr.is_zarr(path) and _kind_of(path) in (omezarr, array)
@@ -140,7 +140,7 @@ def _kind_of(path: str) -> Any:
 
 
 def guarded(path: str, action: Callable[[], Any]) -> Any:
-    """Run `action`; whatever a codec throws becomes one sentence that names the file."""
+    """Run `action`; errors of codecs are raised as `ImageError` that names the file."""
     try:
         return action()
     except DaskcellError:

@@ -1,4 +1,4 @@
-"""Plain arrays, ``.npy`` files and Zarr arrays, read in parts; `images.axes` tells which axis is what."""
+"""Plain arrays, ``.npy`` files and Zarr arrays, read in parts; for their axes see `images.axes`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ArrayReader:
     ----------
     array : NumPy or Zarr array
     axes : str, optional
-        Order of its axes; None: told by the shape.
+        Order of its axes; None: chosen by the shape.
     """
 
     def __init__(

@@ -23,12 +23,9 @@ class BioioReader:
 
         self.image: Any = BioImage(path)
         self.scenes = tuple(str(name) for name in self.image.scenes)
-        stored = _scenes_of_czi(path)
+        stored, of_one_size = _scenes_of_czi(path)
         if stored > len(self.scenes):
-            raise ImageError(
-                f"Cannot read {path}: it holds {stored} scenes, of which its metadata name "
-                f"{len(self.scenes)}; please save them under names, or as OME-TIFF."
-            )
+            self._number_scenes(path, stored, of_one_size)
         if not 0 <= scene < len(self.scenes):
             raise InputError(f"{path} holds {len(self.scenes)} images; there is none with number {scene}.")
         self.image.set_scene(scene)
@@ -55,6 +52,20 @@ class BioioReader:
         self.files = (paths.realpath(path),)
         chunks = self.image.dask_data.chunksize
         self.piece = (int(chunks[self.axes.index("Y")]), int(chunks[self.axes.index("X")]))
+
+    def _number_scenes(self, path: str, count: int, of_one_size: bool) -> None:
+        """Let bioio read all scenes of a file whose metadata name fewer, which it does by their position.
+
+        Raises `ImageError` for scenes of different sizes: aicspylibczi crashes on those.
+        """
+        reader = getattr(self.image.reader, "_implementation", self.image.reader)
+        if not of_one_size or not hasattr(reader, "_scenes"):
+            raise ImageError(
+                f"Cannot read {path}: it holds {count} scenes, of which its metadata name "
+                f"{len(self.scenes)}. Please name the scenes in ZEN, or export it as OME-TIFF."
+            )
+        reader._scenes = tuple(map(str, range(count)))
+        self.scenes = ("",) * count
 
     def _levels(self) -> tuple[tuple[int, int], ...]:
         dims = self.image.resolution_level_dims
@@ -84,15 +95,17 @@ class BioioReader:
         self.image = None
 
 
-def _scenes_of_czi(path: str) -> int:
-    """How many scenes the pixels of a CZI file are of; bioio believes its metadata, which may name fewer."""
+def _scenes_of_czi(path: str) -> tuple[int, bool]:
+    """Number of scenes in the pixel data of a CZI file, and whether they have one size; bioio goes by the
+    metadata, which may name fewer."""
     if not path.lower().endswith(".czi"):
-        return 0
+        return 0, True
     try:
         from aicspylibczi import CziFile
     except ImportError:
-        return 0
-    return max((part.get("S", (0, 1))[1] for part in CziFile(path).get_dims_shape()), default=0)
+        return 0, True
+    shapes = CziFile(path).get_dims_shape()
+    return max((shape.get("S", (0, 1))[1] for shape in shapes), default=0), len(shapes) == 1
 
 
 def open(path: str, *, t: int = 0, z: ZChoice = "max", scene: int = 0) -> BioioReader:

@@ -1,10 +1,10 @@
-"""Kinds of files that other libraries read, each an extra of daskcell: told apart by content and name.
+"""Kinds of files that other libraries read, each an extra of daskcell; recognised by content and name.
 
     openslide   MRXS, VMS, VMU, SVSLIDE and other slides that tifffile does not read
     wsidicom    slides in DICOM, one file each
     bioio       CZI, ND2, LIF
 
-None is imported before a file of its kind comes. Where it is not installed, one sentence says which extra to.
+A library is imported when a file of its kind is opened; if it is missing, the error names the extra.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Extra:
     module
         What must be importable.
     starts
-        First bytes of its files, with the place where they stand; empty: the suffix tells.
+        First bytes of its files, with their offsets; empty: the suffix decides.
     """
 
     def __init__(

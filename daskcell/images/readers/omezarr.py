@@ -115,7 +115,7 @@ class OmeZarrReader:
             raise InputError(f"{path} has {self.sizes['t']} time points; there is none with number {t}.")
         if z != "max" and not 0 <= z < self.sizes["z"]:
             raise InputError(f"{path} has {self.sizes['z']} planes; there is none with number {z}.")
-        self.image.t = t
+        self.t = t
         self.planes = range(self.sizes["z"]) if z == "max" else [z]
         self.piece = self.image.piece
         self.files = (paths.realpath(path),)
@@ -123,8 +123,7 @@ class OmeZarrReader:
     def read(self, level: int, box: Box) -> NDArray:
         pixels: NDArray | None = None
         for plane in self.planes:
-            self.image.z = plane
-            one = self.image.read(level, box)
+            one = self.image.read(level, box, t=self.t, z=plane)
             pixels = one if pixels is None else np.maximum(pixels, one)
         assert pixels is not None
         return pixels

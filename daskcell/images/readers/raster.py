@@ -107,7 +107,7 @@ _LOSSLESS = {0xC3, 0xC7, 0xCB, 0xCF}
 
 
 def _deep(content: bytes) -> tuple[int, int, int] | None:
-    """Height, width and samples of what Pillow would narrow to 8 bits, or cannot decode; None of all else."""
+    """Height, width and samples of files that Pillow would reduce to 8 bits or cannot decode; else None."""
     if content.startswith(_PNG) and len(content) > 26:
         width, height, bits, kind = struct.unpack_from(">IIBB", content, 16)
         return (height, width, {2: 3, 4: 2, 6: 4}[kind]) if bits == 16 and kind in (2, 4, 6) else None
@@ -119,7 +119,7 @@ def _deep(content: bytes) -> tuple[int, int, int] | None:
 
 
 def _decode_deep(content: bytes, path: str, shape: tuple[int, int, int]) -> NDArray:
-    """Pixels of all their bits, turned as the file says."""
+    """Pixels in their full depth, oriented as the file says."""
     import imagecodecs
     from PIL import Image as Pillow
 
@@ -141,7 +141,7 @@ _ORIENTATION = 0x0112
 
 
 def orient(pixels: NDArray, orientation: int) -> NDArray:
-    """``(Y, X, ...)`` as EXIF says that it is to be seen; 1 and what is unknown is as stored."""
+    """``(Y, X, ...)`` in the orientation that EXIF gives; 1 and unknown values are as stored."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):

@@ -1,4 +1,4 @@
-"""TIFF and what is built on it: OME-TIFF, BigTIFF, ImageJ, SVS, NDPI, SCN, QPTIFF, through tifffile.
+"""TIFF and formats based on it: OME-TIFF, BigTIFF, ImageJ, SVS, NDPI, SCN, QPTIFF, through tifffile.
 
 Reads only the tiles or strips that a box touches. What the file stores is turned into intensities:
 
@@ -49,7 +49,7 @@ SUFFIXES = (
     ".scn",
     *_SINGLE,
 )
-logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what is wrong is told by errors
+logging.getLogger("tifffile").addHandler(logging.NullHandler())  # errors report what is wrong
 
 TAKES_AXES = True
 PAGES_AS_CHANNELS = 8
@@ -116,7 +116,7 @@ class TiffReader:
     """One image of a TIFF file, at one time point."""
 
     rearranged: ArrayReader | None = None
-    """Reads the file instead, if its pages are not planes of an image: channels that come last, say."""
+    """Reads the file instead, if its pages are not planes of an image, as with channels last."""
 
     def __init__(
         self, path: str, t: int = 0, z: ZChoice = "max", axes: str | None = None, scene: int = 0
@@ -189,7 +189,7 @@ class TiffReader:
         self.files = (self.path,) if self.remote else tuple(sorted(os.path.realpath(p) for p in named))
 
     def _name_axes(self, series: Any, said: str | None) -> str:
-        """Axes of the whole, as the file says them or, where it does not, as `said` or as its shape tells."""
+        """Axes of the whole: those in the file, or else `said`, or else by its shape."""
         stated, pages = tiffmeta.stated_axes(self.file, series), self.keyframe.axes
         if stated is not None or series.ndim == len(pages):
             return stated or str(series.axes)
@@ -203,7 +203,7 @@ class TiffReader:
         return str(series.axes) if said is None and found == "CYX" else found
 
     def _rearrange(self, scene: _Scene, t: int, z: ZChoice, said: str | None) -> None:
-        """Read a file whose pages are no planes, such as one of channels that come last, as a whole."""
+        """Read a file whose pages are no planes, such as one with channels last, as a whole."""
         if int(self.keyframe.photometric) not in (_BLACK_IS_ZERO, _RGB):
             raise ImageError(
                 f"Cannot read {self.path}: its pages are no planes of an image (axes {self.axes})."
@@ -264,7 +264,7 @@ class TiffReader:
         return {image: own[page] for image, page in enumerate(first) if page in own}
 
     def _of_one_size(self, scenes: list[_Scene]) -> list[_Scene]:
-        """The largest, and those whose pixels are of the same size: other areas of one glass."""
+        """The largest, and those with the same pixel size, which are other areas of the slide."""
         largest = max(scenes, key=lambda one: math.prod(_yx(one.series)))
         size = tiffmeta.pixel_size(self.file, largest.series.keyframe)
         if not self.file.is_scn or size is None:  # of the others tifffile gives one image, and its company
@@ -272,7 +272,7 @@ class TiffReader:
         return [s for s in scenes if tiffmeta.pixel_size(self.file, s.series.keyframe) == size]
 
     def _lay_out(self, series: Any) -> None:
-        """Which pages are which channel, plane and time point."""
+        """Assign the pages to channels, planes and time points."""
         page_axes = self.keyframe.axes
         self.leading = len(self.axes) - len(page_axes)
         self.samples = self.keyframe.samplesperpixel

@@ -1,6 +1,6 @@
-"""What is wrong with a TIFF file, found before anything is decoded.
+"""Checks of TIFF files before anything is decoded.
 
-tifffile opens many damaged files, and gives zeros for what is not there: that must not pass for an image.
+tifffile opens many damaged files, and gives zeros for what is not there: that must not be taken for pixels.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _KNOWN = {
 _RGB, _PALETTE, _YCBCR = 2, 3, 6
 _FAX = {2, 3, 4}
 _PRIVATE = 32768
-"""Tags from here on are given to anybody who asks."""
+"""Tags from this number on are private."""
 _SLACK = 64
-"""Bytes that a piece may hold beyond its pixels, and an eighth of them."""
+"""Bytes that a strip or tile may hold beyond its pixels and an eighth of them."""
 
 
 Form = tuple[int, ...]

@@ -1,4 +1,4 @@
-"""What a TIFF file says about its pixels: their size in micrometres and the names of the channels."""
+"""Metadata of TIFF files: pixel size in micrometres, names of channels and scenes, axes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _OME_BYTES = {
     "float": 4,
     "double": 8,
 }
-"""Size of a pixel of each type; whether it has a sign is told by the pages."""
+"""Bytes per pixel of each type; the pages say whether it is signed."""
 MOST_PLANES = 2**20
 """Channels, planes and time points together."""
 
@@ -66,7 +66,7 @@ def check_description(file: Any, path: str) -> None:
 
 
 def check_counts(file: Any, series: Any, image: int, path: str, forms: Forms) -> None:
-    """Refuse a file whose metadata speak of other pages than there are; `forms` are those of its pages.
+    """Refuse a file whose metadata describe other pages than it has; `forms` are those of its pages.
 
     `image` is the position of the series among the images of the metadata.
     """
@@ -109,7 +109,7 @@ def _check_ome(file: Any, series: Any, pixels: Any, path: str, forms: Forms) -> 
 
 
 def stated_axes(file: Any, series: Any) -> str | None:
-    """The axes of a series where its metadata say them; None for pages that nothing speaks of."""
+    """The axes of a series by its metadata; None for pages without."""
     if series.kind == "shaped":
         try:
             said = json.loads(series.keyframe.shaped_description or "{}").get("axes")
@@ -159,7 +159,7 @@ def _sound(size: tuple[float, float] | None) -> tuple[float, float] | None:
 
 
 def ome_images(file: Any) -> list[str]:
-    """Names of the images that OME-XML speaks of, empty where one has none; none without OME-XML."""
+    """Names of the images in OME-XML, empty for those without; none without OME-XML."""
     return [image.get("Name", "") for image, _ in _ome_images(file)]
 
 

@@ -1,8 +1,8 @@
-"""Whether the compressed bytes of one tile or strip are all there.
+"""Checks that the compressed bytes of a tile or strip are complete.
 
 Decoders of JPEG, JPEG 2000, WebP and fax do not mind data that end early or have holes (of a file copied in
 blocks, some of which never came): they fill up with grey or white, which would pass for an image. What has a
-checksum (deflate, PNG, LZMA) or a length that tells (LZW, PackBits, Zstandard) is told by decoding.
+checksum (deflate, PNG, LZMA) or a length (LZW, PackBits, Zstandard) is checked by decoding.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from numpy.typing import NDArray
 
 MOST_PADDING = 64
-"""Zeros in a row that are let pass, as filling up at the end; more were never written."""
+"""Consecutive zeros that are accepted as padding at the end; more were never written."""
 TAIL = 512
-"""Bytes after the end of a JPEG stream that are let pass."""
+"""Bytes after the end of a JPEG stream that are accepted."""
 
 _RLE, _FAX3, _FAX4, _LZW, _PACKBITS = 2, 3, 4, 5, 32773
 _JPEG = {7, 33007, 34892}
@@ -36,7 +36,7 @@ _ZEROS_OF_A_CODE = 4
 def defect(
     data: bytes, compression: int, size: int, *, reverse_bits: bool, abbreviated: bool, tables: bytes = b""
 ) -> str:
-    """What is wrong with `data`, as the end of a sentence; empty if nothing can be told.
+    """What is wrong with `data`, as the end of a sentence; empty if nothing is found.
 
     Parameters
     ----------
