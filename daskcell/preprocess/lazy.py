@@ -28,7 +28,7 @@ from daskcell.config import (
 )
 from daskcell.errors import InputError
 from daskcell.preprocess.background import Background, Flat
-from daskcell.preprocess.block_stats import as_set, pixels_of
+from daskcell.preprocess.block_stats import as_set
 from daskcell.preprocess.colors import auto_colors, mixing_weights
 from daskcell.preprocess.dask_graph import as_planes, fit_lazily, map_delayed_step, map_step, read_again
 from daskcell.preprocess.dtypes import float_dtype
@@ -271,7 +271,7 @@ def adjust_histogram(
         others = [as_planes(image, allow_2d=True) for image in as_set(reference)]
         for other in others:
             check_reference(other, dtype, planes.shape[0])
-        counting = first_pass(Referring(), dtype, planes.shape[0], pixels_of(others), linked)
+        counting = first_pass(Referring(), dtype, planes.shape[:1], linked)
         fitted = fit_lazily(others, counting, passes_needed(Referring, dtype))
         state = delayed(start_pass, pure=True)(settings, dtype, planes.shape, linked, fitted)
     passes = (

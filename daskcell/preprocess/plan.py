@@ -56,6 +56,11 @@ class Plan:
         return dtype
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of how the numbers were found. Of a plan that was just fitted only."""
+        return tuple(note for step in self.steps if isinstance(step, Stretch) for note in step.notes)
+
+    @property
     def key(self) -> str:
         """Hash of all that decides the result (sha256)."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()

@@ -93,12 +93,12 @@ def _contrast(method: CellposeMethod, parts: list[np.ndarray]) -> list[float]:
     deviation = [float(np.std(part.astype(np.float32))) for part in parts]
     if method.normalize != "signal":
         return deviation
-    counts = [tiles_of(part, Box(0, 0, *part.shape[1:])) for part in parts]
+    counts = [tiles_of(part, Box(0, 0, *part.shape[1:]), part.shape[1:]) for part in parts]
     cores = np.zeros(len(parts))
     for channel, total in enumerate(np.sum(counts, axis=0)):
         signal = find_signal(total, bin_values(parts[0].dtype))
         if signal is not None and signal.is_sparse:
-            cores += [signal.count_cores(part[channel]) for part in counts]
+            cores += [signal.count_cell_tiles(part[channel]) for part in counts]
     return list(cores) if cores.any() else deviation
 
 

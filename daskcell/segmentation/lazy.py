@@ -17,7 +17,7 @@ from daskcell.config import SegmentSettings
 from daskcell.errors import InputError
 from daskcell.geometry import Box, Grid
 from daskcell.images.arrays import as_image
-from daskcell.preprocess.signal import TILE, aligned
+from daskcell.preprocess.signal import SPAN, aligned
 from daskcell.segmentation.cells import Cells, check_block, number, refuse_too_many
 from daskcell.segmentation.methods import BlockMethod, CellposeMethod, Method, network_source
 from daskcell.segmentation.ownership import Candidates, Thresholds, own_labels
@@ -144,7 +144,7 @@ def segment(
         touching = chunks.touching(box)
         return [chunks.core(at) for at in touching], [(image.name, 0, *at) for at in touching]
 
-    whole_tiles = image.rechunk((-1, *aligned(image.chunks[1:], TILE)))  # the same image where they are
+    whole_tiles = image.rechunk((-1, *aligned(image.chunks[1:], SPAN)))  # the same image where they are
     parts_seen = Grid.from_chunks(whole_tiles.chunks[1:])
     seen = [
         graph.add(

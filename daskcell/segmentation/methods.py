@@ -21,7 +21,7 @@ from tlz import partition_all
 
 from daskcell.errors import InputError
 from daskcell.geometry import Box
-from daskcell.preprocess.signal import TILE, count_tiles
+from daskcell.preprocess.signal import count_tiles
 from daskcell.segmentation import dynamics
 from daskcell.segmentation.image_params import Globals, find_bounds, merge_observed, sampling_step
 from daskcell.segmentation.network import (
@@ -81,7 +81,7 @@ class CellposeMethod:
 
     def observe(self, part: np.ndarray, box: Box, shape: tuple[int, int]) -> list[np.ndarray]:
         refuse_unusable(part, box)
-        tiles = tiles_of(part, box) if self.normalize == "signal" else np.zeros(0, np.int64)
+        tiles = tiles_of(part, box, shape) if self.normalize == "signal" else np.zeros(0, np.int64)
         return [*sample(part, box, shape), tiles]
 
     def freeze(self, observed: list[list[np.ndarray]], shape: tuple[int, int]) -> Globals:
@@ -156,10 +156,9 @@ def sample(part: np.ndarray, box: Box, shape: tuple[int, int]) -> list[np.ndarra
     return [plane[-box.y0 % step[0] :: step[0], -box.x0 % step[1] :: step[1]].ravel() for plane in part]
 
 
-def tiles_of(part: np.ndarray, box: Box) -> np.ndarray:
-    """Counts of the tiles of the block at `box`, which must begin at multiples of `TILE` pixels."""
-    assert box.y0 % TILE == box.x0 % TILE == 0, f"tiles are cut by the block at {box}"
-    return count_tiles(part.astype(np.uint8) if part.dtype.kind == "b" else part)
+def tiles_of(part: np.ndarray, box: Box, shape: tuple[int, int]) -> np.ndarray:
+    """Counts of the tiles of the block at `box`, which must begin at multiples of `signal.SPAN` pixels."""
+    return count_tiles(part.astype(np.uint8) if part.dtype.kind == "b" else part, box, shape)
 
 
 def network_source(model: Any, device: str, precision: str | None = None) -> Any:

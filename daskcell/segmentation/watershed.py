@@ -79,7 +79,7 @@ class WatershedMethod:
     def observe(self, part: np.ndarray, box: Box, shape: tuple[int, int]) -> list[np.ndarray]:
         refuse_unusable(part, box)
         grey = gray(part)[None]
-        return [*sample(grey, box, shape), tiles_of(grey, box)]
+        return [*sample(grey, box, shape), tiles_of(grey, box, shape)]
 
     def freeze(self, observed: list[list[np.ndarray]], shape: tuple[int, int]) -> WatershedGlobals:
         """Range, polarity and Otsu's threshold of the whole picture (of a strided sample, if it is large).
@@ -107,7 +107,7 @@ class WatershedMethod:
             threshold = float(threshold_otsu(1 - scaled if dark else scaled))
             if signal is not None:
                 level = low + (1 - threshold if dark else threshold) * (high - low)
-                if sparse or (signal.even and abs(level - signal.ground) < SIGMAS * signal.noise):
+                if sparse or (signal.even and abs(level - signal.background) < SIGMAS * signal.noise):
                     threshold = _half_way(signal, low, high, bool(dark))
         return WatershedGlobals(shape, low, high, bool(dark), threshold)
 
@@ -121,10 +121,10 @@ class WatershedMethod:
 
 def _half_way(signal: Signal, low: float, high: float, dark: bool) -> float:
     """Threshold on the 0-1 scale between the ground and the cells; 1 where there are none."""
-    core = signal.core(50, dark=dark)
+    core = signal.cell_level(50, dark=dark)
     if core is None:
         return 1.0
-    level = ((signal.ground + core) / 2 - low) / (high - low)
+    level = ((signal.background + core) / 2 - low) / (high - low)
     return float(np.clip(1 - level if dark else level, 0, 1))
 
 
