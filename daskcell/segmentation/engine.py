@@ -111,7 +111,15 @@ def segment_slide(
     scratch = Path(scratch)
     keep = flows is not None
     flows = scratch / "flows" if flows is None else Path(flows)
-    job = Job(PreparedImage(str(path), plan), name, settings, block, str(scratch), str(flows), device)
+    job = Job(
+        PreparedImage(str(path), plan.kept_in(scratch)),
+        name,
+        settings,
+        block,
+        str(scratch),
+        str(flows),
+        device,
+    )
     for kind in ("samples", "labels", "further", "cells", "ids", "records"):
         (scratch / kind).mkdir(parents=True, exist_ok=True)
     (flows / "tiles").mkdir(parents=True, exist_ok=True)
