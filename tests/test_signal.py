@@ -13,6 +13,7 @@ import daskcell as dc
 from daskcell.config import PreprocessSettings
 from daskcell.geometry import Box, Grid
 from daskcell.images import Image
+from daskcell.pipeline.progress import Progress
 from daskcell.preprocess import Plan, fit_plan
 from daskcell.preprocess.signal import ROWS, SPAN, TILE, aligned, bin_values, count_tiles, find_signal
 from daskcell.preprocess.steps import Stretch
@@ -313,6 +314,24 @@ def test_what_the_limits_leave_out_is_told():
     plan = fit_plan(np.stack([field, field + 5]), PreprocessSettings(reconstruct=None))
     assert [note.split(":")[0] for note in plan.notes] == ["channel 1", "channel 2"]
     assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_a_run_and_its_report_tell_what_the_limits_leave_out(tmp_path):
+    said: list[str] = []
+    progress = Progress()
+    progress.say = said.append  # type: ignore[method-assign]
+    field, patch = dark_field(320)
+    image, _ = padded(field + np.uint16(1000), patch, 0, 32, 32)
+    chosen = {
+        "segment": {"method": "watershed"},
+        "features": {"encoder": "tiny"},
+        "cluster": {"k": 2},
+        "compute": {"kind": "inline", "block": 512},
+    }
+    study = dc.run([("mosaic", image)], tmp_path / "study", chosen, progress=progress)
+    told = "mosaic: 30.6 % of the image is padding (value 0)"
+    assert any(told in sentence for sentence in said)
+    assert told in study.report.read_text()
 
 
 @settings(deadline=None, max_examples=15)

@@ -23,28 +23,38 @@ _LEAST = 3
 
 
 def estimate_flat(images: Any, dark: float = 0.0) -> np.ndarray:
-    """How the light of one microscope falls off towards the corners, from images of different places.
+    """Estimate the flat field of a microscope's camera from images of different places.
 
-    Each image is averaged over small cells and divided by its own mean light; of every cell the median over
-    all images is taken, so that what lies there in a few of them does not count, and smoothed. More
+    Each image is averaged over small squares and divided by its mean; of every square the median over all
+    images is taken, so that what lies there in a few of them does not count, and the result is smoothed. More
     images give a better field: dozens where cells are sparse, hundreds where they are dense.
 
     Parameters
     ----------
-    images : path of a folder or a pattern, or an iterable of arrays ``(C, Y, X)`` or paths
-        Of one size and as many channels; read one at a time, in any order.
+    images : path of a folder or a pattern, or an iterable of arrays ``(C, Y, X)``, ``(Y, X)`` or paths
+        Of one size and number of channels; read one at a time, in any order.
     dark : float
-        What the camera gives without light.
+        What the camera records without light.
 
     Returns
     -------
     array ``(C, Y, X)`` float32
-        An empty field as the camera would see it, `dark` included: the ``flat`` of `correct_background`.
+        An empty field as the camera would record it, `dark` included: the ``flat`` of `correct_background`.
 
     Raises
     ------
     InputError
         For fewer than three images, images of different sizes, or without light.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> lamp = np.linspace(1.0, 0.5, 64) * np.ones((64, 1))
+    >>> field = estimate_flat([level * lamp for level in (100, 200, 300)])
+    >>> field.shape, field.dtype
+    ((1, 64, 64), dtype('float32'))
+    >>> bool(field[0, 0, 0] > 1.8 * field[0, 0, -1])
+    True
     """
     means: list[np.ndarray] = []
     levels: list[np.ndarray] = []
