@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,10 +25,11 @@ from test_preprocess import chunkings, random_image
 import daskcell as dc
 from daskcell import images
 from daskcell.compute import Workers
-from daskcell.config import PreprocessSettings
+from daskcell.config import HistogramSettings, PreprocessSettings
+from daskcell.errors import InputError
 from daskcell.geometry import Box
 from daskcell.images.pyramid import halve_mean
-from daskcell.preprocess import PreparedArray, PreparedImage, apply_block, fit_plan, fit_slide
+from daskcell.preprocess import PreparedArray, PreparedImage, apply_block, block_stats, fit_plan, fit_slide
 from daskcell.preprocess.background import Background
 from daskcell.preprocess.steps import Gaussian
 from daskcell.render import colors, write_overlay
@@ -171,6 +174,44 @@ def test_plans_are_applied_to_parts_in_one_place():
     assert found == {"prepared.py"}
     found = {file.name for file in package.rglob("*.py") if "Plan.from_json(" in file.read_text("utf-8")}
     assert found == {"results.py"}
+
+
+@pytest.mark.parametrize("method", ["equalize", "match", "clahe", "stretch"])
+def test_no_task_carries_a_large_table(method, tmp_path, monkeypatch):
+    """Of three 16-bit channels with every value; neither the tasks that count nor those that read."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 1 << 16, (3, 512, 512)).astype(np.uint16)
+    histogram = HistogramSettings(method=method, reference="given" if method == "match" else None)
+    chosen = PreprocessSettings(reconstruct=None, histogram=histogram)
+    sent = []
+    count_block = block_stats._count_block
+
+    def counted(image, core, counting):
+        sent.append(len(pickle.dumps(counting)))
+        return count_block(image, core, counting)
+
+    monkeypatch.setattr(block_stats, "_count_block", counted)
+    plan = fit_plan(x, chosen, reference=x[:, ::-1] // 2 if method == "match" else None)
+    if method != "clahe":  # whose last pass needs the curves of all tiles
+        assert max(sent) < 50_000
+    image = PreparedArray.of(np.zeros((3, 0, 0), np.uint16), plan.kept_in(tmp_path))
+    job = pickle.dumps(image)
+    assert len(job) < 50_000
+    again = pickle.loads(job).plan
+    assert again == plan
+    np.testing.assert_array_equal(apply_block(x, again), apply_block(x, plan))
+    assert pickle.loads(pickle.dumps(again.at_level(1, (256, 256)))) == plan.at_level(1, (256, 256))
+    assert len(list(tmp_path.iterdir())) == (method != "stretch")
+
+
+def test_a_plan_in_another_plans_file_is_refused(tmp_path):
+    x = np.random.default_rng(0).integers(0, 1 << 16, (1, 512, 512)).astype(np.uint16)
+    chosen = PreprocessSettings(histogram=HistogramSettings(method="equalize"))
+    job = pickle.dumps(fit_plan(x, chosen).kept_in(tmp_path))
+    (file,) = tmp_path.iterdir()
+    file.write_text(json.dumps(fit_plan(x // 2, chosen).to_json()))
+    with pytest.raises(InputError, match="another image"):
+        pickle.loads(job)
 
 
 # -- the lazy functions against the steps the engine applies ---------------------------------------

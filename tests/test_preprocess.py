@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import pickle
 import weakref
@@ -29,6 +30,8 @@ from daskcell.preprocess import (
     prepare,
     reconstruct,
 )
+from daskcell.preprocess import flatfield as flatfield_module
+from daskcell.preprocess import lazy as lazy_module
 from daskcell.preprocess.colors import color_rgb
 
 DTYPES = [np.uint8, np.uint16, np.int16, np.int32, np.float32, np.float64]
@@ -492,3 +495,10 @@ def test_a_plan_refuses_another_number_of_channels():
     x, plan, _ = make_plan("stretch", np.uint8)
     with pytest.raises(InputError, match="4 channel"):
         apply_block(x[:3], plan)
+
+
+@pytest.mark.parametrize("module", [lazy_module, flatfield_module], ids=lambda module: module.__name__)
+def test_the_examples_run(module):
+    result = doctest.testmod(module)
+    assert result.failed == 0
+    assert result.attempted > 4

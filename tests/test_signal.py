@@ -5,15 +5,17 @@ from __future__ import annotations
 import dask.array as da
 import numpy as np
 import pytest
+import skimage.draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import daskcell as dc
-from daskcell.config import WatershedSettings
-from daskcell.geometry import Box
+from daskcell.config import PreprocessSettings, WatershedSettings
+from daskcell.geometry import Box, Grid
 from daskcell.images import Image
-from daskcell.preprocess import fit_plan
-from daskcell.preprocess.signal import TILE, aligned, bin_values, count_tiles, find_signal
+from daskcell.pipeline.progress import Progress
+from daskcell.preprocess import Plan, fit_plan
+from daskcell.preprocess.signal import ROWS, SPAN, TILE, aligned, bin_values, count_tiles, find_signal
 from daskcell.preprocess.steps import Stretch
 from daskcell.segmentation.methods import CellposeMethod, WatershedMethod
 
@@ -65,15 +67,17 @@ AROUND = {
 }
 
 
-@pytest.fixture(params=AROUND)
-def around(request):
-    return AROUND[request.param]
+WHITE = {
+    "white rim": lambda image, patch: padded(image, patch, np.iinfo(image.dtype).max, 67, 130),
+    "white side": lambda image, patch: (np.pad(image, ((0, 0), (0, 170)), constant_values=250), patch),
+}
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint8, np.float32, np.int32], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("around", AROUND | WHITE)
 def test_percentiles_are_those_of_the_cells_and_not_of_the_noise(around, dtype):
     field = dark_field(1024, np.uint8 if dtype == np.uint8 else np.uint16)
-    image, _patch = around(*field)
+    image, _patch = (AROUND | WHITE)[around](*field)
     alone = field[0][field[1]].astype(dtype)
     (stretch,) = fit_plan(image[None].astype(dtype)).steps
     (expected,) = fit_plan(alone[None]).steps
@@ -88,16 +92,21 @@ def test_percentiles_are_those_of_the_cells_and_not_of_the_noise(around, dtype):
     assert low == pytest.approx(low_alone, abs=0.03 * width)
 
 
+def count_whole(image):
+    return count_tiles(image, Box(0, 0, *image.shape[1:]), image.shape[1:])
+
+
 def bounds(image, normalize="signal"):
     method, box = CellposeMethod(None, normalize=normalize), Box(0, 0, *image.shape[1:])
     return method.fit(method.observe(image, box, box.shape), box.shape).bounds
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint8], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("around", AROUND)
 def test_the_watershed_finds_the_cells_of_the_patch_alone(around, dtype):
     field, patch = dark_field(1024, dtype)
     alone = dc.segment(dc.prepare(field[patch][None]), method="watershed").compute(scheduler="synchronous")
-    image, patch = around(field, patch)
+    image, patch = AROUND[around](field, patch)
     found = dc.segment(dc.prepare(image[None]), method="watershed").compute(scheduler="synchronous")
     assert found.max() == alone.max() == len(CENTRES)
     assert_alike(found[patch], alone)
@@ -187,6 +196,143 @@ def test_cells_that_saturate_the_camera_are_no_padding(dtype, full, side):
     assert (labels > 0)[image == full].mean() > 0.8
 
 
+def discs(image, value, radius=14, count=12, seed=0):
+    """Flat cells that do not touch."""
+    side = len(image) // 4
+    for place in np.random.default_rng(seed).permutation(16)[:count]:
+        y, x = place // 4 * side + side // 2 - 3, place % 4 * side + side // 2 + 5
+        image[skimage.draw.disk((y, x), radius, shape=image.shape)] = value
+    return image
+
+
+@pytest.mark.parametrize(("dtype", "ground"), [(np.uint8, 200), (np.uint16, 30000), (np.float32, 0.8)])
+@pytest.mark.parametrize("radius", [6, 14, 30])
+def test_flat_dark_cells_on_a_bright_ground_are_no_padding(dtype, ground, radius):
+    noise = np.random.default_rng(0).normal(ground, 0.02 * ground, (300, 300))
+    image = discs(noise.astype(dtype), 0, radius)
+    (stretch,) = fit_plan(image[None]).steps
+    assert stretch.low == (0,)
+    labels = dc.segment(dc.prepare(image[None]), method="watershed").compute(scheduler="synchronous")
+    assert labels.max() == 12
+    assert (labels > 0)[image == 0].mean() > 0.8
+
+
+def test_a_round_aperture_is_padding():
+    image = discs(np.random.default_rng(0).normal(100, 5, (400, 400)).astype(np.uint8), 180)
+    yy, xx = np.mgrid[:400, :400] - 200
+    image[np.hypot(yy, xx) > 200] = 0
+    (stretch,) = fit_plan(image[None]).steps
+    assert (stretch.low[0], stretch.high[0]) == tuple(np.percentile(image[image > 0], (0.2, 99.8)))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_padding_of_any_form_changes_nothing(data):
+    """The limits are those of the pixels that are no padding, in every bit."""
+    dtype = data.draw(st.sampled_from([np.uint8, np.uint16]))
+    top = np.iinfo(dtype).max
+    ground, cells = data.draw(st.sampled_from([(0.3, 0.6), (0.6, 0.9), (0.7, 0.3)]))
+    side = data.draw(st.integers(230, 280))
+    noise = np.random.default_rng(data.draw(st.integers(0, 9))).normal(ground, 0.02, (side, side))
+    image = np.clip(noise * top, 1, top - 1).astype(dtype)
+    image = discs(image, cells * top, radius=13)
+    image += np.random.default_rng(1).integers(0, 9, image.shape).astype(dtype)  # not flat
+    value = data.draw(st.sampled_from([0, top]))
+    width = data.draw(st.integers(20, 200))
+    form = data.draw(st.sampled_from(["rim", "side", "corner", "gap", "strip"]))
+    seen = np.ones(image.shape, bool)
+    if form in ("rim", "side"):
+        around = (
+            width
+            if form == "rim"
+            else data.draw(st.sampled_from([((width, 0), (0, 0)), ((0, 0), (0, width))]))
+        )
+        image = np.pad(image, around, constant_values=value)
+        seen = np.pad(seen, around)
+    elif form == "corner":
+        seen[: side // 2, : side // 3] = False
+    elif form == "gap":
+        seen[21 : side // 2 + 50, 37 : side // 2 + 65] = False
+    else:
+        seen[:, 54:85] = False
+    image[~seen] = value
+    (stretch,) = fit_plan(image[None]).steps
+    assert (stretch.low[0], stretch.high[0]) == tuple(np.percentile(image[seen], (0.2, 99.8)))
+
+
+def count_by_hand(image):
+    """What `count_tiles` counts of a plane, tile by tile."""
+    height, width = (side // TILE for side in image.shape)
+    counts = np.zeros((ROWS, 1 << (8 * image.dtype.itemsize)), np.int64)
+    counts[0] = np.bincount(image.ravel(), minlength=counts.shape[1])
+    flat = {}
+    for y in range(height):
+        for x in range(width):
+            tile = image[TILE * y : TILE * y + TILE, TILE * x : TILE * x + TILE]
+            at_rim = y in (0, height - 1) or x in (0, width - 1)
+            counts[2, tile.min()] += 1
+            counts[3, tile.max()] += 1
+            counts[4, tile[0, 0]] += at_rim
+            if tile.min() == tile.max():
+                flat[y, x] = int(tile[0, 0])
+                counts[1, tile[0, 0]] += 1
+                counts[5, tile[0, 0]] += at_rim
+    for y in range(height - 1):
+        for x in range(width - 1):
+            if (TILE * y + TILE) % SPAN == 0 or (TILE * x + TILE) % SPAN == 0:
+                continue  # between squares of SPAN pixels nothing is compared
+            four = [flat.get(place) for place in ((y, x), (y, x + 1), (y + 1, x + 1), (y + 1, x))]
+            for value in {*four} - {None}:
+                where = [i for i, one in enumerate(four) if one == value]
+                if len(where) < 4:
+                    beside = len(where) == 2 and where[1] - where[0] != 2
+                    counts[6, value] += 1 if beside else -20
+    return counts
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.data())
+def test_counts_are_those_of_every_tile(data):
+    shape = data.draw(st.tuples(st.integers(1, 70), st.integers(1, 70)))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    image = np.kron(rng.integers(0, 3, (18, 18)), np.ones((TILE, TILE))).astype(np.uint8)[
+        : shape[0], : shape[1]
+    ]
+    image[rng.random(shape) < 0.01] = 7
+    np.testing.assert_array_equal(count_whole(image[None])[0], count_by_hand(image))
+
+
+def test_what_the_limits_leave_out_is_told():
+    field, patch = dark_field(512)
+    assert fit_plan(field[patch][None]).notes == ()
+    told = fit_plan(padded(field, patch, 65535, 64, 64)[0][None]).notes
+    assert len(told) == 2
+    assert told[0].startswith("36 % of the image is padding (value 65535)")
+    assert "noise" in told[1]
+    assert "white is" in told[1]
+    plan = fit_plan(np.stack([field, field + 5]), PreprocessSettings(reconstruct=None))
+    assert [note.split(":")[0] for note in plan.notes] == ["channel 1", "channel 2"]
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_a_run_and_its_report_tell_what_the_limits_leave_out(tmp_path):
+    said: list[str] = []
+    progress = Progress()
+    progress.say = said.append  # type: ignore[method-assign]
+    field, patch = dark_field(320)
+    image, _ = padded(field + np.uint16(1000), patch, 0, 32, 32)
+    chosen = {
+        "segment": {"method": "watershed"},
+        "features": {"encoder": "tiny"},
+        "cluster": {"k": 2},
+        "compute": {"kind": "inline", "block": 512},
+    }
+    study = dc.run([("mosaic", image)], tmp_path / "study", chosen, progress=progress)
+    told = "mosaic: 30.6 % of the image is padding (value 0)"
+    assert any(told in sentence for sentence in said)
+    assert told in study.report.read_text()
+
+
 @settings(deadline=None, max_examples=15)
 @given(st.data())
 def test_counts_do_not_depend_on_chunks(data):
@@ -202,11 +348,13 @@ def test_counts_do_not_depend_on_chunks(data):
     lazy = dc.adjust_histogram(da.from_array(image, chunks=chunks))
     np.testing.assert_array_equal(lazy.compute(), dc.adjust_histogram(image).compute())
     assert fit_plan(da.from_array(image, chunks=chunks)[None]) == whole
-    cut = aligned(chunks, TILE)
+    cut = aligned(chunks, SPAN)
     assert all(sum(sides) == side for sides, side in zip(cut, shape, strict=True))
-    assert all(end % TILE == 0 for sides in cut for end in np.cumsum(sides)[:-1])
-    total = sum(count_tiles(np.asarray(block)[None]) for block in da.from_array(image, cut).blocks.ravel())
-    np.testing.assert_array_equal(total, count_tiles(image[None]))
+    assert all(end % SPAN == 0 for sides in cut for end in np.cumsum(sides)[:-1])
+    grid = Grid.from_chunks(cut)
+    parts = (grid.core(at) for at in grid)
+    total = sum(count_tiles(image[None][(slice(None), *part.slices)], part, shape) for part in parts)
+    np.testing.assert_array_equal(total, count_whole(image[None]))
 
 
 def test_an_image_kept_with_its_histogram_gives_the_plan_of_its_pixels(tmp_path):
@@ -222,7 +370,7 @@ def test_an_image_kept_with_its_histogram_gives_the_plan_of_its_pixels(tmp_path)
 
 def test_one_value_is_no_signal():
     assert (
-        find_signal(count_tiles(np.full((1, 64, 64), 7, np.uint8))[0], bin_values(np.dtype(np.uint8))) is None
+        find_signal(count_whole(np.full((1, 64, 64), 7, np.uint8))[0], bin_values(np.dtype(np.uint8))) is None
     )
     assert dc.segment(np.full((64, 64), 7, np.uint8), method="watershed").compute().max() == 0
 

@@ -112,7 +112,7 @@ def describe_slide(
 
     spec = settings_spec(settings, device)
     info = image_info(zarr_path)
-    slide = Slide(PreparedImage(str(zarr_path), plan), "cells", spec, settings)
+    slide = Slide(PreparedImage(str(zarr_path), plan.kept_in(scratch)), "cells", spec, settings)
     folder = Path(scratch, str(block))  # blocks of another size are other files
     folder.mkdir(parents=True, exist_ok=True)
     grid = Grid.regular(slide.shape, block)

@@ -82,7 +82,7 @@ def _fit(context: Context) -> Fitted:
     from daskcell.preprocess import fit_slide
 
     plan = fit_slide(context.image, context.config.preprocess, context.workers)
-    return Fitted(plan=plan.to_json())
+    return Fitted(plan=plan.to_json(), notes=tuple(f"{context.slide}: {note}." for note in plan.notes))
 
 
 def _reference_images(config: Config) -> Files | None:
@@ -98,7 +98,7 @@ FIT = Stage(
     lambda context, result: [],
     Fitted,
     needs=(CONVERT,),
-    version=2,
+    version=3,
     weight=0.02,
     section="preprocess",
     settings=lambda config: _dump(config.preprocess),

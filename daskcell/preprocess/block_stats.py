@@ -21,7 +21,7 @@ from daskcell.preprocess.dask_graph import count_lazily
 from daskcell.preprocess.dtypes import all_values
 from daskcell.preprocess.plan import Plan
 from daskcell.preprocess.prepared import PreparedArray, PreparedImage
-from daskcell.preprocess.statistics import ExactCounts, Extremes, Pass, SignalCounts
+from daskcell.preprocess.statistics import ExactCounts, Extremes, Pass, SignalCounts, for_blocks
 from daskcell.preprocess.steps import Step
 
 if TYPE_CHECKING:
@@ -46,11 +46,6 @@ def as_set(reference: Any) -> list[Any]:
     if not images:
         raise InputError("Matching histograms needs a reference image, but the set is empty.")
     return images
-
-
-def pixels_of(images: Sequence[Any]) -> int:
-    """Pixels of one channel of all images together."""
-    return sum(int(np.prod(image.shape[1:])) for image in images)
 
 
 def count_set(images: Sequence[Any], counting: Pass, steps: tuple[Step, ...]) -> Any:
@@ -91,13 +86,13 @@ def count_slide(
 
 
 def _count(image: PreparedImage, counting: Pass, workers: Workers | None) -> Any:
-    grid = Grid.regular(image.shape, COUNT_BLOCK)
+    grid, counter = Grid.regular(image.shape, COUNT_BLOCK), for_blocks(counting)
     if workers is None:
-        parts = (_count_block(image, grid.core(index), counting) for index in grid)
+        parts = (_count_block(image, grid.core(index), counter) for index in grid)
     else:
         window = workers.part(0.5, len(grid)).window()  # there may be two
         for index in grid:
-            window.submit(index, _count_block, image, grid.core(index), counting)
+            window.submit(index, _count_block, image, grid.core(index), counter)
         parts = (part for _, part in window)
     return reduce(counting.merge, parts)
 

@@ -21,8 +21,8 @@ from daskcell.images.arrays import NamedArray, as_image, plain
 from daskcell.preprocess.background import Background
 from daskcell.preprocess.dtypes import to_dtype, working_dtype
 from daskcell.preprocess.plan import apply_steps
-from daskcell.preprocess.signal import TILE, aligned
-from daskcell.preprocess.statistics import Pass
+from daskcell.preprocess.signal import SPAN, aligned
+from daskcell.preprocess.statistics import Pass, for_blocks
 from daskcell.preprocess.steps import Gaussian, Step
 
 if TYPE_CHECKING:
@@ -146,11 +146,12 @@ def count_lazily(x: Any, counting: Any, steps: tuple[Step, ...] = ()) -> Any:
     x = as_planes(x)
     for step in steps:
         x = map_step(x, step)
-    x = x.rechunk((-1, *aligned(x.chunks[1:], TILE)))  # for passes that count tiles
+    x = x.rechunk((-1, *aligned(x.chunks[1:], SPAN)))  # for passes that count tiles
     grid = Grid.from_chunks(x.chunks[1:])
     blocks = x.to_delayed(optimize_graph=False)[0]
     count = delayed(_count, pure=True)
-    parts = [count(counting, blocks[index], grid.core(index)) for index in grid]
+    counter = delayed(for_blocks, pure=True)(counting)
+    parts = [count(counter, blocks[index], grid.core(index)) for index in grid]
     while len(parts) > 1:
         groups = [parts[i : i + _FAN_IN] for i in range(0, len(parts), _FAN_IN)]
         parts = [delayed(_merge, pure=True)(counting, group) for group in groups]

@@ -21,7 +21,6 @@ from daskcell.preprocess.block_stats import (
     count_array,
     count_set,
     count_slide,
-    pixels_of,
     run_passes,
 )
 from daskcell.preprocess.clahe import ClaheAim
@@ -271,7 +270,7 @@ def start_pass(
     else:
         assert reference is not None
         aim = Matching(reference)
-    return first_pass(aim, dtype, shape[0], shape[1] * shape[2], linked)
+    return first_pass(aim, dtype, shape, linked)
 
 
 def _fit_reference(
@@ -293,7 +292,7 @@ def _fit_reference(
         check_reference(image, kind, channels)
     for step in steps:
         kind, count = step.dtype(kind), step.channels(count)
-    state = first_pass(Referring(), kind, count, pixels_of(images), linked)
+    state = first_pass(Referring(), kind, (count,), linked)
     return run_passes(state, lambda counting: count_set(images, counting, steps))
 
 

@@ -51,6 +51,16 @@ def estimate_flat(images: Any, dark: float = 0.0, *, axes: str | None = None) ->
     InputError
         For fewer than three images, images of different sizes or without light, arrays that are no images,
         and where nothing tells which of their axes is which.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> lamp = np.linspace(1.0, 0.5, 64) * np.ones((64, 1))
+    >>> field = estimate_flat([level * lamp for level in (100, 200, 300)])
+    >>> field.shape, field.dtype
+    ((1, 64, 64), dtype('float32'))
+    >>> bool(field[0, 0, 0] > 1.8 * field[0, 0, -1])
+    True
     """
     means: list[np.ndarray] = []
     levels: list[np.ndarray] = []

@@ -5,7 +5,7 @@ Lazy: nothing is computed before the result is asked for. All take dask or numpy
 arrays. The arithmetic is that of the steps the engine applies, so both give the same bits, for every
 chunking.
 
-``axes`` says the order of the axes of `x`, such as ``"YXC"``; None: as the array says (xarray, Zarr), else
+``axes`` is the order of the axes of an array, such as ``"YXC"``; None: as the array says (xarray, Zarr), else
 ``CYX``, or ``YXC`` where the last axis is one of up to 4 channels, with a warning (`images.axes`).
 """
 
@@ -28,7 +28,7 @@ from daskcell.config import (
 )
 from daskcell.errors import InputError
 from daskcell.preprocess.background import Background, Flat
-from daskcell.preprocess.block_stats import as_set, pixels_of
+from daskcell.preprocess.block_stats import as_set
 from daskcell.preprocess.colors import auto_colors, mixing_weights
 from daskcell.preprocess.dask_graph import as_planes, fit_lazily, map_delayed_step, map_step, read_again
 from daskcell.preprocess.dtypes import float_dtype
@@ -58,38 +58,55 @@ def correct_background(
     dark: float = _BACKGROUND.dark,
     axes: str | None = None,
 ) -> da.Array:
-    """Take uneven light out of every channel: by a flat field, by what lies below the cells, or by both.
+    """Correct uneven illumination of every channel: by a flat field, by a rolling background, or by both.
 
     ====== ==================================================================================================
     flat   ``(x - dark) * mean(flat - dark) / (flat - dark)``
-    radius the image less the ground that a disc rolls under it: the morphological opening of the means of
-           small cells (`dask_image.ndfilters.minimum_filter` and `maximum_filter`, as
-           `skimage.morphology.opening`), spread linearly (`skimage.transform.resize`)
-    light  the same from above, for bright field: the image is divided by it, and the ground becomes white
+    radius the image less its background, the morphological opening by a disc [1]_ of the means of small
+           squares (`dask_image.ndfilters.minimum_filter` and `maximum_filter`, as
+           `skimage.morphology.opening`), interpolated linearly (`skimage.transform.resize`)
+    light  for bright field: the closing, by which the image is divided, so that its background becomes white
     ====== ==================================================================================================
 
     Parameters
     ----------
     x : dask or numpy array ``(C, Y, X)`` or ``(Y, X)``
+        Integers or floats.
     radius : float, optional
         Of the disc in pixels, 1 or more, and more than that of the largest clump of cells.
     light : bool
-        The ground is bright.
+        Whether the background is bright.
     flat : array ``(Y, X)`` or ``(C, Y, X)``, optional
-        The evenly lit, empty field, as the camera gave it (`estimate_flat` makes one from many images). As
-        large as `x`, or a camera field that `x` consists of.
+        The evenly lit, empty field, as the camera recorded it (`estimate_flat` makes one from many images).
+        As large as `x`, or of the size of the camera fields that `x` was stitched from.
     dark : float
-        What the camera gives without light, in `x` and in `flat`.
+        What the camera records without light, in `x` and in `flat`.
+    axes : str, optional
+        Order of the axes of `x`, such as ``"YXC"``; see the module.
 
     Returns
     -------
     dask array of the same shape and dtype
-        Integers are rounded to nearest and cut at what their type holds; floats may go below 0.
+        Integers are rounded to nearest and clipped to the range of their type; floats may go below 0.
 
     Raises
     ------
     InputError
-        For neither a flat field nor a radius, or values and shapes that cannot be.
+        For neither a flat field nor a radius, values out of range, or a flat field that does not fit.
+
+    References
+    ----------
+    .. [1] S. R. Sternberg, "Biomedical image processing", Computer 16 (1983) 22-34.
+
+    Examples
+    --------
+    The left half of the field is lit twice as brightly:
+
+    >>> import numpy as np
+    >>> image = np.array([[20, 10], [40, 20]], np.uint8)
+    >>> correct_background(image, flat=np.array([[2.0, 1.0], [2.0, 1.0]])).compute()
+    array([[15, 15],
+           [30, 30]], dtype=uint8)
     """
     given = None if flat is None else "given"
     values = {"flat": given, "dark": dark, "radius": radius, "light": light}
@@ -115,13 +132,13 @@ def adjust_stains(
     reference: Any = _STAINS.reference,
     axes: str | None = None,
 ) -> da.Array:
-    """Bring the light and the stains of a colour slide to a standard, or take the stains apart.
+    """Normalise the illumination and the stains of a colour slide, or separate the stains.
 
     ========= ============================================================================ ==================
     method    what                                                                         dtype of the result
     ========= ============================================================================ ==================
-    normalize glass becomes white; with a reference, the light and the mean density of     as given
-              the tissue in red, green and blue become the reference's
+    normalize glass becomes white; with a reference, the illumination and the mean         as given
+              density of the tissue in red, green and blue become the reference's [1]_
     separate  densities of haematoxylin, eosin and DAB, as `skimage.color.rgb2hed`         float32 (float64
                                                                                            for float64)
     ========= ============================================================================ ==================
@@ -129,14 +146,36 @@ def adjust_stains(
     Parameters
     ----------
     x : dask or numpy array ``(3, Y, X)``
-        Red, green and blue on a bright ground; white is the largest integer, or 1.0.
+        Red, green and blue on a bright background; white is the largest integer, or 1.0.
+    method : {"normalize", "separate"}
     reference : array ``(3, Y, X)``, optional
-        The slide whose colours are the standard (normalize); read at once.
+        The slide whose colours are the standard (normalize). It is read when this function is called.
+    axes : str, optional
+        Order of the axes of `x`, such as ``"YXC"``; see the module.
+
+    Returns
+    -------
+    dask array ``(3, Y, X)``
 
     Raises
     ------
     InputError
         For another method, an image or reference that is not in three colours, a reference without stains.
+
+    References
+    ----------
+    .. [1] E. Reinhard et al., "Color transfer between images", IEEE CG&A 21 (2001) 34-41.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> slide = np.full((3, 4, 4), 250, np.uint8)
+    >>> slide[:, 1, 1] = 120, 60, 160
+    >>> densities = adjust_stains(slide, "separate")
+    >>> densities.shape, densities.dtype
+    ((3, 4, 4), dtype('float32'))
+    >>> bool(densities[0, 1, 1] > densities[0, 0, 0])
+    True
     """
     named = None if reference is None else "given"
     _checked(StainSettings, "adjust_stains", {"method": method, "reference": named})
@@ -164,12 +203,14 @@ def reconstruct(
 
     Parameters
     ----------
-    channels : dask or numpy array ``(C, Y, X)``, an `Image`, or a list of ``(Y, X)``
+    channels : dask or numpy array ``(C, Y, X)``, an `Image`, or a list of arrays ``(Y, X)``
     colors : one colour a channel, or "auto"
         Any matplotlib name, or ``"#rrggbb"``; ``"green"`` is full green ``(0, 1, 0)``. auto: from the names
         of an `Image`'s channels, else red, green, blue, cyan.
-    ratio : one weight of 0 or more a channel
-        None: equal.
+    ratio : sequence of float, optional
+        One weight of 0 or more a channel; None: 1 for each.
+    axes : str, optional
+        Order of the axes of `channels`, such as ``"YXC"``; see the module.
 
     Returns
     -------
@@ -180,6 +221,17 @@ def reconstruct(
     ------
     InputError
         Naming the colour, ratio or count that does not fit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> channels = np.zeros((2, 4, 4), np.uint8)
+    >>> channels[0, 0, 0], channels[1, 1, 1] = 200, 100
+    >>> rgb = reconstruct(channels, colors=("red", "cyan"))
+    >>> rgb.shape, rgb.dtype
+    ((3, 4, 4), dtype('uint8'))
+    >>> rgb[:, 1, 1].compute()
+    array([  0, 100, 100], dtype=uint8)
     """
     x = as_planes(channels, axes=axes)
     count = int(x.shape[0])
@@ -229,8 +281,12 @@ def adjust_histogram(
     Parameters
     ----------
     x : dask or numpy array ``(C, Y, X)`` or ``(Y, X)``, or an `Image`
+        Integers or floats.
+    method : {"stretch", "equalize", "clahe", "match"}
     low, high : float
-        Percentiles, 0-100 (stretch).
+        Percentiles, 0-100 (stretch), of the pixels that are no padding. Where cells cover so little of the
+        image that a percentile lies in the noise of the background, a level of the cells is taken in its
+        place (`daskcell.preprocess.signal` says when).
     linked : bool or "auto"
         Give all channels the curve of their common histogram, which keeps the colours of a colour image;
         auto: for an `Image` that is one (``is_rgb``). An array does not say whether it is.
@@ -241,11 +297,30 @@ def adjust_histogram(
         Tiles along each side: more adapt to smaller structures (clahe).
     clip_limit : float
         0-1; high gives more contrast, and more noise (clahe).
+    bins : int
+        Of the histogram (equalize of types wider than 16 bits, clahe).
+    axes : str, optional
+        Order of the axes of `x`, such as ``"YXC"``; see the module.
+
+    Returns
+    -------
+    dask array of the shape of `x`
 
     Raises
     ------
     InputError
         For settings out of range or a missing reference; when computed, for NaN pixels.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> image = np.arange(100, 200, dtype=np.uint8).reshape(10, 10)
+    >>> adjust_histogram(image, low=0, high=100)[0, :4].compute()
+    array([0, 2, 5, 7], dtype=uint8)
+    >>> float(adjust_histogram(image, "equalize")[9, 9].compute())
+    1.0
+    >>> adjust_histogram(image, "match", reference=image // 2)[0, :4].compute()
+    array([50, 50, 50, 51], dtype=uint8)
     """
     from dask.delayed import delayed
 
@@ -271,7 +346,7 @@ def adjust_histogram(
         others = [as_planes(image, allow_2d=True) for image in as_set(reference)]
         for other in others:
             check_reference(other, dtype, planes.shape[0])
-        counting = first_pass(Referring(), dtype, planes.shape[0], pixels_of(others), linked)
+        counting = first_pass(Referring(), dtype, planes.shape[:1], linked)
         fitted = fit_lazily(others, counting, passes_needed(Referring, dtype))
         state = delayed(start_pass, pure=True)(settings, dtype, planes.shape, linked, fitted)
     passes = (
@@ -294,8 +369,11 @@ def gaussian(x: Any, sigma: float = _GAUSSIAN.sigma, *, axes: str | None = None)
     Parameters
     ----------
     x : dask or numpy array ``(C, Y, X)`` or ``(Y, X)``
+        Integers or floats.
     sigma : float
         Standard deviation in pixels, above 0.
+    axes : str, optional
+        Order of the axes of `x`, such as ``"YXC"``; see the module.
 
     Returns
     -------
@@ -306,6 +384,14 @@ def gaussian(x: Any, sigma: float = _GAUSSIAN.sigma, *, axes: str | None = None)
     ------
     InputError
         For a sigma of 0 or less, or that is no number.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> image = np.zeros((5, 5), np.uint8)
+    >>> image[2, 2] = 100
+    >>> gaussian(image, sigma=1.0)[2].compute()
+    array([ 2, 10, 16, 10,  2], dtype=uint8)
     """
     try:
         good = math.isfinite(sigma) and sigma > 0
@@ -318,24 +404,33 @@ def gaussian(x: Any, sigma: float = _GAUSSIAN.sigma, *, axes: str | None = None)
 
 
 def prepare(image: Any, settings: PreprocessSettings | Plan | None = None) -> da.Array:
-    """All steps before segmentation, as `run` takes them.
+    """All preprocessing before segmentation, as a study with these settings does it.
 
     Parameters
     ----------
     image : `Image`, or dask or numpy array ``(C, Y, X)``
         An `Image` knows the names of its channels and whether it is a colour image; an array has neither.
-    settings : PreprocessSettings, optional
-        Read for their statistics at once, block by block; or a `Plan`, whose numbers are known.
+    settings : PreprocessSettings or Plan, optional
+        With settings, the image is read for its statistics when this function is called, block by block; a
+        `Plan` has all its numbers. None: the default settings.
 
     Returns
     -------
     dask array ``(C, Y, X)``
-        The same bits as a study with these settings segments.
+        The same bits as such a study segments.
 
     Raises
     ------
     InputError
         For settings or a plan that do not fit the image, or NaN pixels where a histogram is adjusted.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from daskcell.config import GaussianSettings, PreprocessSettings
+    >>> image = np.arange(100, 200, dtype=np.uint8).reshape(1, 10, 10)
+    >>> prepare(image, PreprocessSettings(gaussian=GaussianSettings(sigma=2.0)))
+    dask.array<to_dtype, shape=(1, 10, 10), dtype=uint8, chunksize=(1, 10, 10), chunktype=numpy.ndarray>
     """
     planes = as_planes(image)
     if isinstance(settings, Plan):

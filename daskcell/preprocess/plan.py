@@ -9,6 +9,8 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,10 +22,13 @@ from daskcell.preprocess.clahe import Clahe
 from daskcell.preprocess.dtypes import working_dtype
 from daskcell.preprocess.stains import Stains
 from daskcell.preprocess.steps import Curve, Floor, Gaussian, Mix, Step, Stretch
+from daskcell.storage.atomic import write_json
 
 _KINDS: dict[str, Any] = {
     step.kind: step for step in (FlatFile, Background, Stains, Floor, Mix, Stretch, Curve, Clahe, Gaussian)
 }
+_LARGE = 20_000
+"""Characters of JSON from which on a plan goes to workers by a file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +40,8 @@ class Plan:
     in_channels: int
     in_dtype: np.dtype
     steps: tuple[Step, ...] = ()
+    file: str = ""
+    """Where the plan can be read again; see `kept_in`."""
 
     @property
     def halo(self) -> int:
@@ -56,6 +63,11 @@ class Plan:
         return dtype
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of how the numbers were found. Of a plan that was just fitted only."""
+        return tuple(note for step in self.steps if isinstance(step, Stretch) for note in step.notes)
+
+    @cached_property
     def key(self) -> str:
         """Hash of all that decides the result (sha256)."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
@@ -66,12 +78,32 @@ class Plan:
     def __hash__(self) -> int:
         return hash(self.key)
 
+    def kept_in(self, folder: str | Path) -> Plan:
+        """The same plan; if it is large, tasks get the name of a file in `folder` in its place.
+
+        Curves of 16-bit images have 65536 points a channel. Every task that is given a `PreparedImage` would
+        carry them. The folder is one that all workers see, and is there as long as their tasks are.
+        """
+        values = self.to_json()
+        if len(json.dumps(values)) < _LARGE:
+            return self
+        file = Path(folder, f"plan-{self.key[:16]}.json")
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, values)
+        return replace(self, file=str(file))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.file:
+            return _read_plan, (self.file, self.key)
+        return Plan, (self.shape, self.in_channels, self.in_dtype, self.steps)
+
     def at_level(self, level: int, shape: tuple[int, int]) -> Plan:
         """The plan for a level of the image's pyramid, of `shape` ``(Y, X)``; level 0 is the image."""
         if not level:
             return self
         coarse = (step.at_level(level, shape) for step in self.steps)
-        return replace(self, shape=shape, steps=tuple(step for step in coarse if step is not None))
+        return replace(self, shape=shape, steps=tuple(step for step in coarse if step is not None), file="")
 
     def to_json(self) -> dict[str, Any]:
         """The plan as values that `json` writes; floats and arrays come back bit for bit."""
@@ -90,6 +122,14 @@ class Plan:
         assert isinstance(values, dict)
         steps = tuple(_KINDS[step["kind"]].from_json(step) for step in values["steps"])
         return cls(tuple(values["shape"]), values["channels"], np.dtype(values["dtype"]), steps)
+
+
+@lru_cache(maxsize=4)
+def _read_plan(file: str, key: str) -> Plan:
+    plan = Plan.from_json(Path(file).read_text(encoding="utf-8"))
+    if plan.key != key:
+        raise InputError(f"{file} holds the plan of another image.")
+    return replace(plan, file=file)
 
 
 def apply_block(block: np.ndarray, plan: Plan, box: Box | None = None) -> np.ndarray:

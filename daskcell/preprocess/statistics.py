@@ -24,7 +24,16 @@ import numpy as np
 
 from daskcell.geometry import Box
 from daskcell.preprocess.dtypes import all_values, check_finite, float_dtype, is_small
-from daskcell.preprocess.signal import PIXELS, TILE, Signal, bin_values, count_tiles, find_signal, may_matter
+from daskcell.preprocess.signal import (
+    PIXELS,
+    ROWS,
+    Limits,
+    Signal,
+    bin_values,
+    count_tiles,
+    find_signal,
+    may_matter,
+)
 from daskcell.preprocess.steps import Curve, Step, Stretch
 
 DIGIT = 16
@@ -157,29 +166,29 @@ class ExactCounts:
 
 @dataclass(frozen=True, eq=False)
 class SignalCounts:
-    """Percentiles of the signal: pixels and tiles, one bin a value: counts ``(C, 4, 256 or 65536)``."""
+    """Percentiles of the signal: pixels and tiles, one bin a value: counts ``(C, ROWS, 256 or 65536)``."""
 
     aim: Stretching
     dtype: np.dtype
+    shape: tuple[int, int]
+    """Height and width of the whole image."""
     linked: bool = False
 
     def count(self, block: np.ndarray, box: Box) -> np.ndarray:
-        assert box.y0 % TILE == box.x0 % TILE == 0, f"tiles are cut by the block at {box}"
-        return count_tiles(block)
+        return count_tiles(block, box, self.shape)
 
     def merge(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return a + b
 
     def finish(self, total: np.ndarray) -> Stretch:
-        limits = [self._limits(counts) for counts in pool(total, self.linked)]
-        return Stretch(tuple(a for a, _ in limits), tuple(b for _, b in limits))
+        return stretch([self._limits(counts) for counts in pool(total, self.linked)], self.linked)
 
-    def _limits(self, counts: np.ndarray) -> tuple[float, float]:
+    def _limits(self, counts: np.ndarray) -> Limits:
         values = all_values(self.dtype)
         signal = find_signal(counts, values)
         pixels = counts[PIXELS] if signal is None else signal.pixels
-        low, high = ExactCounts._limits(values, pixels, self.aim)
-        return (low, high) if signal is None else signal.widen(low, high)
+        usual = ExactCounts._limits(values, pixels, self.aim)
+        return Limits(*usual) if signal is None else signal.limits(*usual)
 
     def of_pixels(self, counts: np.ndarray) -> np.ndarray | None:
         """The counts that known pixels ``(C, bins)`` lead to the same limits with; None: tiles must be
@@ -188,7 +197,7 @@ class SignalCounts:
         for pixels in pool(counts, self.linked)[: 1 if self.linked else None]:
             if may_matter(pixels, values, *ExactCounts._limits(values, pixels, self.aim)):
                 return None
-        total = np.zeros((len(counts), 4, counts.shape[1]), np.int64)
+        total = np.zeros((len(counts), ROWS, counts.shape[1]), np.int64)
         total[:, PIXELS] = counts
         return total
 
@@ -242,11 +251,13 @@ class Target:
 class Selection:
     """Exact order statistics, 16 bits a pass (radix selection): counts ``(C, targets, 65536)``.
 
-    The first pass counts tiles too, in four more rows, for the limits of the signal.
+    The first pass counts tiles too, in `ROWS` more rows, for the limits of the signal.
     """
 
     aim: Stretching
     dtype: np.dtype
+    shape: tuple[int, int]
+    """Height and width of the whole image."""
     size: int
     """Pixels of a channel, or of all linked ones."""
     linked: bool = False
@@ -258,10 +269,19 @@ class Selection:
     """Per channel, after the first pass."""
 
     @classmethod
-    def start(cls, aim: Stretching, dtype: np.dtype, channels: int, size: int, linked: bool) -> Selection:
-        size *= channels if linked else 1
+    def start(cls, aim: Stretching, dtype: np.dtype, shape: tuple[int, ...], linked: bool) -> Selection:
+        channels, height, width = shape
+        size = height * width * (channels if linked else 1)
         ranks = [0, *rank_of(aim.low, size)[:2], *rank_of(aim.high, size)[:2], size - 1]
-        return cls(aim, dtype, size, linked, 0, (tuple(Target(0, rank) for rank in ranks),) * channels)
+        return cls(
+            aim,
+            dtype,
+            (height, width),
+            size,
+            linked,
+            0,
+            (tuple(Target(0, rank) for rank in ranks),) * channels,
+        )
 
     @property
     def _shift(self) -> int:
@@ -279,8 +299,7 @@ class Selection:
                     seen[target.prefix] = self._digits(keys, target.prefix)
                 row[...] = seen[target.prefix]
         if not self.known:
-            assert box.y0 % TILE == box.x0 % TILE == 0, f"tiles are cut by the block at {box}"
-            out = np.concatenate([out, count_tiles(block)], axis=1)
+            out = np.concatenate([out, count_tiles(block, box, self.shape)], axis=1)
         return out
 
     def _digits(self, keys: np.ndarray, prefix: int) -> np.ndarray:
@@ -296,7 +315,7 @@ class Selection:
         signals = self.signals
         if not self.known:
             values = bin_values(self.dtype)
-            signals = tuple(find_signal(counts[-4:], values) for counts in total)
+            signals = tuple(find_signal(counts[-ROWS:], values) for counts in total)
         found = tuple(
             tuple(self._narrow(target, row) for target, row in zip(targets, counts, strict=False))
             for targets, counts in zip(self.targets, total, strict=True)
@@ -304,8 +323,7 @@ class Selection:
         narrowed = replace(self, known=self.known + 1, targets=found, signals=signals)
         if self._shift:
             return narrowed
-        limits = [narrowed._limits(*one) for one in zip(found, signals, strict=True)]
-        return Stretch(tuple(a for a, _ in limits), tuple(b for _, b in limits))
+        return stretch([narrowed._limits(*one) for one in zip(found, signals, strict=True)], self.linked)
 
     @staticmethod
     def _narrow(target: Target, counts: np.ndarray) -> Target:
@@ -314,7 +332,7 @@ class Selection:
         before = int(until[digit - 1]) if digit else 0
         return Target((target.prefix << DIGIT) | digit, target.rank - before)
 
-    def _limits(self, targets: Sequence[Target], signal: Signal | None) -> tuple[float, float]:
+    def _limits(self, targets: Sequence[Target], signal: Signal | None) -> Limits:
         smallest, *around, largest = (unsortable(target.prefix, self.dtype) for target in targets)
         if self.dtype.kind != "f":
             smallest, *around, largest = (int(value) for value in (smallest, *around, largest))
@@ -323,7 +341,7 @@ class Selection:
         low, high = _apart(low, high, smallest, largest)
         if signal is not None and signal.padding.any():
             low, high = (signal.percentile(part) for part in (self.aim.low, self.aim.high))
-        return (low, high) if signal is None else signal.widen(low, high)
+        return Limits(low, high) if signal is None else signal.limits(low, high)
 
 
 # -- wide types: curves from bins between the extremes ----------------------------------------------
@@ -391,17 +409,34 @@ class BinCounts:
         return Curve(found, _matched(reached, self.aim.reference), to_float=False)
 
 
+def stretch(limits: Sequence[Limits], linked: bool) -> Stretch:
+    """The step that makes the limits of every channel black and white."""
+    notes = [
+        note if linked or len(limits) == 1 else f"channel {number}: {note}"
+        for number, one in enumerate(limits[: 1 if linked else None], start=1)
+        for note in one.notes
+    ]
+    return Stretch(tuple(one.low for one in limits), tuple(one.high for one in limits), tuple(notes))
+
+
 def first_pass(
-    aim: Aim, dtype: np.dtype, channels: int, size: int, linked: bool = False
+    aim: Aim, dtype: np.dtype, shape: tuple[int, ...], linked: bool = False
 ) -> ExactCounts | SignalCounts | Selection | Extremes:
-    """Where counting starts for `aim` on an image of `channels` with `size` pixels each."""
+    """Where counting starts for `aim` on an image of `shape` ``(C, Y, X)`` (``(C,)`` without percentiles)."""
+    if not isinstance(aim, Stretching):
+        return (ExactCounts if is_small(dtype) else Extremes)(aim, dtype, linked)
     if is_small(dtype):
-        if isinstance(aim, Stretching):
-            return SignalCounts(aim, dtype, linked)
-        return ExactCounts(aim, dtype, linked)
-    if isinstance(aim, Stretching):
-        return Selection.start(aim, dtype, channels, size, linked)
-    return Extremes(aim, dtype, linked)
+        return SignalCounts(aim, dtype, (shape[1], shape[2]), linked)
+    return Selection.start(aim, dtype, shape, linked)
+
+
+def for_blocks(counting: Pass) -> Pass:
+    """A pass without what only `Pass.finish` needs: what is sent along with every block."""
+    if isinstance(counting, Selection):
+        return replace(counting, signals=())
+    if isinstance(counting, ExactCounts | BinCounts | Extremes):
+        return replace(counting, aim=Referring())
+    return counting
 
 
 def passes_needed(aim: type, dtype: np.dtype) -> int:

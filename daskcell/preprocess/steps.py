@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Protocol, Self
 
@@ -149,6 +149,8 @@ class Stretch(_Pointwise):
     kind: ClassVar[str] = "stretch"
     low: tuple[float, ...]
     high: tuple[float, ...]
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """How the limits differ from percentiles over all pixels, in words; not kept with the plan."""
 
     def apply(self, block: np.ndarray, box: Box) -> np.ndarray:
         out = np.empty_like(block)

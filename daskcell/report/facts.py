@@ -13,7 +13,7 @@ from daskcell.clustering.tables import shared_columns
 from daskcell.errors import InputError
 from daskcell.render.paint import colors, titled
 from daskcell.study import CLUSTERS, Study
-from daskcell.study.results import Assigned, Clustered, Converted, Segmented
+from daskcell.study.results import Assigned, Clustered, Converted, Fitted, Segmented
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -96,6 +96,8 @@ class Facts:
     seams: dict[str, Any]
     curve: list[dict[str, float]]
     """Scores by number of clusters, if ``cluster.k`` was ``auto``."""
+    notes: list[str] = field(default_factory=list)
+    """What the preprocessing of slides left out, such as padding."""
 
     @property
     def cells(self) -> int:
@@ -114,12 +116,15 @@ def gather(study: Study) -> Facts:
     palette = colors(k)
     clusters = [Cluster(i, title, "#" + bytes(palette[i]).hex()) for i, title in titles]
     rows, reports, assigned_slides, sizes, unassigned = [], [], [], [], 0
+    notes: list[str] = []
     for name in study.slides:
         ledger = study.record.ledger(name)  # one at a time: thousands of them fill the memory
         converted, assigned = ledger.read(Converted), ledger.read(Assigned)
         if converted is None:
             continue
         reports.append(ledger.read(Segmented) or Segmented())
+        fitted = ledger.read(Fitted)
+        notes += fitted.notes if fitted else ()
         counts = assigned.counts if assigned else (0,) * k
         rows.append(
             SlideRow(name, 1, reports[-1].cells, [counts[g.number] for g in clusters], converted.pixels / 1e6)
@@ -141,6 +146,7 @@ def gather(study: Study) -> Facts:
         "px" if None in sizes else "µm",
         seams(reports),
         _curve(study) if k else [],
+        notes,
     )
     _add_cells(study, assigned_slides, facts)
     return facts

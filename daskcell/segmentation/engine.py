@@ -111,7 +111,13 @@ def segment_slide(
     keep = flows is not None
     flows = scratch / "flows" if flows is None else Path(flows)
     slide = SlideBlocks(
-        PreparedImage(str(path), plan), name, settings, block, str(scratch), str(flows), device
+        PreparedImage(str(path), plan.kept_in(scratch)),
+        name,
+        settings,
+        block,
+        str(scratch),
+        str(flows),
+        device,
     )
     for kind in ("samples", "candidates", "extra_tiles", "cells", "ids", "records"):
         (scratch / kind).mkdir(parents=True, exist_ok=True)

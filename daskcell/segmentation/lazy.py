@@ -17,7 +17,7 @@ from daskcell.config import SegmentSettings
 from daskcell.errors import InputError
 from daskcell.geometry import Box, Grid
 from daskcell.images.arrays import as_image
-from daskcell.preprocess.signal import TILE, aligned
+from daskcell.preprocess.signal import SPAN, aligned
 from daskcell.segmentation import blocks
 from daskcell.segmentation.core.cells import Cells, check_block, number, refuse_too_many
 from daskcell.segmentation.core.ownership import Candidates
@@ -161,7 +161,7 @@ def _lay_graph(
         return [chunks.core(at) for at in touching], [(image.name, 0, *at) for at in touching]
 
     # Facts of the whole image, from chunks that begin where tiles of pixels do.
-    aligned_image = image.rechunk((-1, *aligned(image.chunks[1:], TILE)))
+    aligned_image = image.rechunk((-1, *aligned(image.chunks[1:], SPAN)))
     parts_seen = Grid.from_chunks(aligned_image.chunks[1:])
     observed = [
         graph.add(

@@ -19,7 +19,7 @@ import numpy as np
 
 from daskcell.errors import InputError
 from daskcell.geometry import Box
-from daskcell.preprocess.signal import TILE, count_tiles
+from daskcell.preprocess.signal import count_tiles
 from daskcell.segmentation.core import dynamics
 from daskcell.segmentation.core.ownership import Thresholds
 from daskcell.segmentation.core.tiles import TileGrid
@@ -101,7 +101,7 @@ class Method:
         block : (C, h, w) array
             Preprocessed pixels, without NaN or infinity. Every pixel of the image is in one block.
         box : Box
-            Where the block lies; it begins at multiples of 4 pixels.
+            Where the block lies; it begins at multiples of 16 pixels.
         shape : (Y, X)
             Size of the whole image in pixels.
 
@@ -245,11 +245,9 @@ def sample(block: np.ndarray, box: Box, shape: tuple[int, int]) -> list[np.ndarr
     return [plane[-box.y0 % step[0] :: step[0], -box.x0 % step[1] :: step[1]].ravel() for plane in block]
 
 
-def count_values(block: np.ndarray, box: Box) -> np.ndarray:
-    """Counts of pixels and tiles (`daskcell.preprocess.signal`) of a block that begins at multiples of
-    `TILE` pixels."""
-    assert box.y0 % TILE == box.x0 % TILE == 0, f"tiles are cut by the block at {box}"
-    return count_tiles(block.astype(np.uint8) if block.dtype.kind == "b" else block)
+def count_values(block: np.ndarray, box: Box, shape: tuple[int, int]) -> np.ndarray:
+    """Counts of pixels and tiles of a block that begins at multiples of `daskcell.preprocess.signal.SPAN`."""
+    return count_tiles(block.astype(np.uint8) if block.dtype.kind == "b" else block, box, shape)
 
 
 def refuse_unusable(block: np.ndarray, box: Box) -> None:

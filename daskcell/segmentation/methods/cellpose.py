@@ -83,12 +83,14 @@ class CellposeMethod(Method):
         There, a hot pixel has more deviation than a cell.
         """
         if self.normalize == "signal":
-            counts = [count_values(window, Box(0, 0, *window.shape[1:])) for window in windows]
+            counts = [
+                count_values(window, Box(0, 0, *window.shape[1:]), window.shape[1:]) for window in windows
+            ]
             cores = np.zeros(len(windows))
             for channel, total in enumerate(np.sum(counts, axis=0)):
                 signal = find_signal(total, bin_values(windows[0].dtype))
                 if signal is not None and signal.is_sparse:
-                    cores += [signal.count_cores(part[channel]) for part in counts]
+                    cores += [signal.count_cell_tiles(part[channel]) for part in counts]
             if cores.any():
                 return list(cores)
         return super().contrast(windows)
@@ -104,7 +106,7 @@ class CellposeMethod(Method):
         return TileGrid.lay(shape, self.diameter)
 
     def observe(self, block: np.ndarray, box: Box, shape: tuple[int, int]) -> list[np.ndarray]:
-        counts = count_values(block, box) if self.normalize == "signal" else np.zeros(0, np.int64)
+        counts = count_values(block, box, shape) if self.normalize == "signal" else np.zeros(0, np.int64)
         return [*sample(block, box, shape), counts]
 
     def merge(self, observed: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:

@@ -54,7 +54,7 @@ class WatershedMethod(Method):
 
     def observe(self, block: np.ndarray, box: Box, shape: tuple[int, int]) -> list[np.ndarray]:
         grey = gray(block)[None]
-        return [*sample(grey, box, shape), count_values(grey, box)]
+        return [*sample(grey, box, shape), count_values(grey, box, shape)]
 
     def merge(self, observed: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
         return merge_observed(observed)
@@ -85,7 +85,7 @@ class WatershedMethod(Method):
             threshold = float(threshold_otsu(1 - scaled if dark else scaled))
             if signal is not None:
                 level = low + (1 - threshold if dark else threshold) * (high - low)
-                if sparse or (signal.even and abs(level - signal.ground) < SIGMAS * signal.noise):
+                if sparse or (signal.even and abs(level - signal.background) < SIGMAS * signal.noise):
                     threshold = _half_way(signal, low, high, bool(dark))
         return WatershedParams(shape, low, high, bool(dark), threshold)
 
@@ -108,10 +108,10 @@ class WatershedMethod(Method):
 
 def _half_way(signal: Signal, low: float, high: float, dark: bool) -> float:
     """Threshold on the 0-1 scale between the ground and the cells; 1 where there are none."""
-    core = signal.core(50, dark=dark)
+    core = signal.cell_level(50, dark=dark)
     if core is None:
         return 1.0
-    level = ((signal.ground + core) / 2 - low) / (high - low)
+    level = ((signal.background + core) / 2 - low) / (high - low)
     return float(np.clip(1 - level if dark else level, 0, 1))
 
 
