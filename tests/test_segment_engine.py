@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import traceback
 from collections import Counter
 from functools import wraps
 from typing import ClassVar
@@ -128,6 +129,33 @@ def test_every_tile_is_computed_once_and_blocks_take_few_tasks(slide, tmp_path, 
     assert 0 < counts.counts["check_blocks"] < blocks, "some checks a task"
     assert counts.counts.total() <= 4 * blocks, counts.counts
     assert not list((tmp_path / "scratch-256").rglob("tiles/*.npy")), "tiles are removed when used"
+
+
+def test_few_calls_lead_from_the_engine_to_the_network(slide, tmp_path, monkeypatch):
+    frames = []
+
+    class Network:
+        device, dtype = "cpu", None
+
+        def eval(self):
+            pass
+
+        def forward(self):
+            """Asked for by name alone."""
+
+        def __call__(self, tiles):
+            import torch
+
+            stack = [frame.filename for frame in traceback.extract_stack()]
+            frames.append(
+                sum("daskcell/segmentation" in name or "daskcell/storage" in name for name in stack)
+            )
+            return (torch.zeros(len(tiles), 3, 256, 256),)
+
+    monkeypatch.setattr(installed, "network_source", lambda model, device, *_: Network())
+    segment(slide, tmp_path)
+    assert frames
+    assert max(frames) <= 5
 
 
 def test_a_slide_of_four_blocks_takes_sixteen_tasks(slide, tmp_path, picture, monkeypatch):
