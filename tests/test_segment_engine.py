@@ -218,9 +218,9 @@ def test_the_network_computes_in_the_precision_that_is_asked_for(slide, tmp_path
 
 def test_glass_is_skipped_and_tissue_stays_the_same(tmp_path):
     rng = np.random.default_rng(0)
-    picture = np.full((1200, 1300, 3), 240, np.float32)
-    cells = blobs((500, 500), 3, radius=10)
-    picture[:500, :500] -= np.stack([150 * cells, 180 * cells, 60 * cells], -1)
+    picture = np.full((760, 800, 3), 240, np.float32)
+    cells = blobs((300, 300), 3, radius=8)
+    picture[:300, :300] -= np.stack([150 * cells, 180 * cells, 60 * cells], -1)
     picture = np.clip(picture + rng.normal(0, 2, picture.shape), 0, 255).astype(np.uint8)
     tifffile.imwrite(tmp_path / "slide.tif", picture, photometric="rgb")
     dc.convert(tmp_path / "slide.tif", tmp_path / "slide.zarr")
@@ -231,11 +231,11 @@ def test_glass_is_skipped_and_tissue_stays_the_same(tmp_path):
         SegmentSettings(diameter=None, tissue_mask=True),
         scratch=tmp_path / "b",
     )
-    assert everything[:480, :480].max() > 50
-    cells = np.unique(everything[:500, :500])
+    assert everything[:280, :280].max() > 20
+    cells = np.unique(everything[:300, :300])
     assert same_cells(masked, np.where(np.isin(everything, cells), everything, 0))[0] == len(cells) - 1
     assert 0.4 < report["skipped_fraction"] < 0.9
-    assert report["tiles"] + report["skipped"] == 36 + 6
+    assert report["tiles"] + report["skipped"] == 4 * 4
 
 
 def test_the_network_runs_on_gpu_workers_and_everything_else_on_cpu_workers(slide, tmp_path, monkeypatch):
