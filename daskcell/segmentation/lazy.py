@@ -200,7 +200,7 @@ def _lay_graph(
         for at in grid:
             owned = tiles.owned(grid.core(at))
             owner.update(dict.fromkeys(owned, at))
-            boxes, parts = chunks_of(_around([tiles.to_image(tiles.box(tile)) for tile in owned]))
+            boxes, parts = chunks_of(Box.hull(tiles.to_image(tiles.box(tile)) for tile in owned))
             run = partial(_run_tiles, tiles=owned, boxes=boxes)
             networks[at] = graph.add("network", at, run, shared, params, parts)
 
@@ -373,7 +373,7 @@ def _check(method: Method, steps: int, labelled: tuple[Candidates, SeamReport]) 
 
 def _facts(cells: Cells, *, grid: Grid, at: tuple[int, int]) -> tuple[np.ndarray, Cells | None]:
     """Anchors; and all cells if one reaches beyond the neighbouring blocks."""
-    reach = _around([grid.core(other) for other in _neighbours(grid, at)])
+    reach = Box.hull(grid.core(other) for other in _neighbours(grid, at))
     return cells.anchors, None if (cells.reach & reach) == cells.reach else cells
 
 
@@ -420,15 +420,6 @@ def _neighbours(grid: Grid, at: tuple[int, int]) -> list[tuple[int, int]]:
         for i in range(max(0, at[0] - 1), min(down, at[0] + 2))
         for j in range(max(0, at[1] - 1), min(across, at[1] + 2))
     ]
-
-
-def _around(boxes: list[Box]) -> Box:
-    if not boxes:
-        return Box(0, 0, 0, 0)
-    return Box(
-        min(box.y0 for box in boxes), min(box.x0 for box in boxes),
-        max(box.y1 for box in boxes), max(box.x1 for box in boxes),
-    )  # fmt: skip
 
 
 def _assemble(boxes: list[Box], parts: list[np.ndarray], box: Box) -> np.ndarray:
