@@ -247,13 +247,12 @@ def test_folding_keeps_distances():
     assert ratio.std() < 0.15
 
 
-def test_what_shows_no_stages_is_refused(tmp_path):
+def test_what_has_no_feature_maps_is_refused():
     image, labels = field((80, 80), 3)
     with pytest.raises(InputError, match="accessible feature maps"):
         embed(image, labels, lambda batch: batch[:, 0, 0], pooling="mask")
-    torch.jit.script(torch.nn.Flatten()).save(tmp_path / "net.pt")
     with pytest.raises(InputError, match="accessible feature maps"):
-        embed(image, labels, tmp_path / "net.pt", pooling="mask")
+        embed(image, labels, torch.nn.Flatten(), pooling="mask")
     with pytest.raises(InputError, match="layer and size are for pooling='crop'"):
         embed(image, labels, "tiny", pooling="mask", size=64)
 
