@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,8 +10,10 @@ import time
 
 import numpy as np
 import pytest
+import test_images_reader_process
+import tifffile
 import torch
-from skimage.io import imsave
+from skimage.io import imread, imsave
 
 from daskcell import models
 from daskcell.errors import ComputeError, ImageError, InputError, WeightsError
@@ -38,6 +41,9 @@ SMALL = Recipe(
     warmup=2,
     average=0.5,
 )
+
+
+evil = test_images_reader_process.evil
 
 
 @pytest.fixture(scope="module")
@@ -444,6 +450,33 @@ def test_unusable_folders_are_refused_by_name(folder, fault):
         imsave(mask, np.zeros((200, 240), np.uint16), check_contrast=False)
     kind = ImageError if fault == "unreadable" else InputError
     with pytest.raises(kind, match=str(folder)):
+        read_samples([folder])
+
+
+@pytest.mark.alone
+@pytest.mark.skipif(os.name != "posix", reason="limits of processes are POSIX")
+@pytest.mark.parametrize("which", ["images/lab_1.png", "masks/lab_1.tif"])
+@pytest.mark.parametrize(("words", "reason"), [("crash", "SIGSEGV"), ("fine hang", "not come to an end")])
+def test_a_file_whose_decoder_crashes_or_hangs_is_one_sentence(folder, evil, which, words, reason):
+    content = (folder / which).read_bytes()
+    (folder / which).write_text(f"EVIL {words}")
+    with pytest.raises(ImageError, match=f"{which}.*{reason}"):
+        read_samples([folder])
+    (folder / which).write_bytes(content)
+    assert len(read_samples([folder])) == 1, "and the next file is read"
+
+
+def test_grey_saved_as_colour_is_grey_and_several_planes_are_refused(folder):
+    image = folder / "images" / "lab_1.png"
+    grey = imread(image)
+    imsave(image, np.stack([grey] * 3, -1), check_contrast=False)
+    (one,) = read_samples([folder])
+    assert (one.kind, one.channels.shape) == ("grey", (1, *grey.shape))
+    planes = np.ones((3, *grey.shape), np.uint16)
+    tifffile.imwrite(
+        folder / "masks" / "lab_1.tif", planes, metadata={"axes": "ZYX"}, photometric="minisblack"
+    )
+    with pytest.raises(ImageError, match=r"lab_1\.tif holds several planes"):
         read_samples([folder])
 
 
