@@ -5,8 +5,6 @@ from __future__ import annotations
 import dask.array as da
 import numpy as np
 import pytest
-import torch
-import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +26,9 @@ def field(cells: int = 5, side: int = 24) -> tuple[np.ndarray, np.ndarray]:
     return rng.random((3, *labels.shape)).astype(np.float32), labels
 
 
-def small_network() -> torch.nn.Module:
+def small_network():
+    import torch
+
     torch.manual_seed(0)
     return torch.nn.Sequential(
         torch.nn.Conv2d(3, 16, 3),
@@ -58,10 +58,15 @@ def weights_home(tmp_path, monkeypatch):
 
 
 def find_encoder_url(name: str) -> str:
+    import torchvision
+
     return torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
 
 
-def save_random(name: str, folder) -> torch.nn.Module:
+def save_random(name: str, folder):
+    import torch
+    import torchvision
+
     torch.manual_seed(1)
     model = torchvision.models.get_model(name, weights=None).eval()
     url = find_encoder_url(name)
@@ -73,6 +78,9 @@ def save_random(name: str, folder) -> torch.nn.Module:
     ("name", "pooled"), [("resnet18", 512), pytest.param("resnet152", 2048, marks=pytest.mark.slow)]
 )
 def test_equals_torchvision_on_the_same_crops(weights_home, name, pooled):
+    import torch
+    import torchvision
+
     model = save_random(name, weights_home)
     image, labels = field(2)
     crops = plain_crops(image, labels, 224)
@@ -109,6 +117,8 @@ def test_weights_of_another_network_are_refused(weights_home):
 
 
 def test_a_pickle_in_place_of_weights_is_not_run(weights_home, tmp_path):
+    import torch
+
     class Trap:
         def __reduce__(self):
             return (open, (str(tmp_path / "sprung"), "w"))
@@ -130,6 +140,8 @@ def test_files_that_may_hold_code_are_refused_with_the_way_to_convert_them(tmp_p
 
 def test_weights_of_your_own_come_with_the_name_of_their_network(tmp_path):
     """As the refusal of other files says to save them; with as many outputs as they have."""
+    import torch
+    import torchvision
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
@@ -153,6 +165,9 @@ def test_weights_of_your_own_come_with_the_name_of_their_network(tmp_path):
 
 
 def test_timm_networks_take_weights_from_a_file(tmp_path, monkeypatch):
+    import torch
+    import torchvision
+
     timm = pytest.importorskip("timm")
     from safetensors.torch import save_file
 
@@ -226,6 +241,8 @@ def test_no_bit_depends_on_the_chunks(rows, columns, planes):
 
 def test_without_a_fixed_batch_bits_would_depend_on_it():
     """Control: the reason for padding."""
+    import torch
+
     torch.manual_seed(0)
     layer = torch.nn.Linear(512, 100)
     inputs = torch.rand(64, 512)
@@ -234,6 +251,8 @@ def test_without_a_fixed_batch_bits_would_depend_on_it():
 
 
 def test_a_module_and_a_function_agree():
+    import torch
+
     image, labels = field()
     network = small_network()
     crops = plain_crops(image, labels, 40)
@@ -257,6 +276,8 @@ def test_a_model_is_built_once_per_process(weights_home):
 
 
 def test_replaced_weights_are_loaded_anew(weights_home):
+    import torch
+
     save_random("resnet18", weights_home)
     before = encoder_spec("resnet18")
     file = next(weights_home.iterdir())

@@ -15,11 +15,10 @@ from daskcell.errors import InputError, WeightsError
 from daskcell.features import embed, engine, measure
 from daskcell.features.engine import describe_slide
 from daskcell.geometry import Grid
-from daskcell.models import load_encoder
 from daskcell.preprocess import apply_block, freeze_slide
 
 SIDES = (900, 700)
-WIDTH = load_encoder("tiny").dim
+WIDTH = 96
 SETTINGS = PreprocessSettings.model_validate({"gaussian": {"sigma": 1.5}})
 
 

@@ -17,7 +17,7 @@ from skimage.io import imread, imsave
 
 from daskcell import models
 from daskcell.errors import ComputeError, ImageError, InputError, WeightsError
-from daskcell.models import arrays
+from daskcell.models import weights_file
 from daskcell.models.unet import KIND, TinyUNet
 from daskcell.training import segmenter, segmenter_data, trainer
 from daskcell.training.augment import _density, tile
@@ -232,7 +232,7 @@ def test_training_learns_and_gives_usable_weights(tmp_path):
     )  # fmt: skip
     done = train_segmenter([], tmp_path, recipe, report=lambda line: None)
     assert done.steps == 150
-    assert "step 150" in arrays.load_arrays(done.path, KIND)[2]
+    assert "step 150" in weights_file.load_weights(done.path, KIND)[2]
     trained = models.load_network(done.path)
     assert trained.widths == (8, 16, 24)
     fresh = TinyUNet((8, 16, 24), (1, 1)).eval()
@@ -287,7 +287,7 @@ def test_the_weights_that_validate_best_are_kept(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(segmenter.np, "mean", lambda values: next(losses))
     validated(tmp_path / "a", folder)
     monkeypatch.undo()
-    assert "step 4," in arrays.load_arrays(tmp_path / "a" / "segmenter.npz", KIND)[2]
+    assert "step 4," in weights_file.load_weights(tmp_path / "a" / "segmenter.npz", KIND)[2]
 
 
 def test_training_stops_when_validation_has_not_gained_for_long(tmp_path, folder, monkeypatch):
@@ -322,7 +322,7 @@ def test_interrupted_validated_training_equals_an_undisturbed_one(tmp_path, fold
 def test_training_goes_on_from_given_weights(tmp_path):
     recipe = Recipe(**{**vars(SMALL), "start": "tiny", "steps": 1, "rate": 0.0, "batch": 1})
     done = train_segmenter([], tmp_path, recipe, report=lambda line: None)
-    new, old = (arrays.load_arrays(models.find_network(name))[0] for name in (done.path, "tiny"))
+    new, old = (weights_file.load_weights(models.find_network(name))[0] for name in (done.path, "tiny"))
     assert new.keys() == old.keys()
     assert all(np.array_equal(new[k], old[k]) for k in old if k.endswith("weight") and old[k].ndim == 4)
 

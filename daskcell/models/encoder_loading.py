@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from daskcell.errors import InputError, WeightsError
-from daskcell.models import arrays
+from daskcell.models import weights_file
 from daskcell.models.installed import installed_fingerprint, make_installed
 from daskcell.models.loading import cached, check_device, file_fingerprint, fill
 from daskcell.models.registry import encoder_kind, find_encoder, split_weights, torchvision_release
@@ -107,7 +107,7 @@ def _build_own(name: str, _: str) -> torch.nn.Module:
     from daskcell.models.encoder import KIND, TinyEncoder
 
     path = find_encoder(name)
-    weights, _, _ = arrays.load_arrays(path, KIND)
+    weights, _, _ = weights_file.load_weights(path, KIND)
     try:
         widths = tuple(len(weights[f"blocks.{i}.first.weight"]) for i in range(4))
         net = TinyEncoder(widths, len(weights["turn"]))

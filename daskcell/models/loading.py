@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from daskcell.errors import ComputeError, WeightsError
-from daskcell.models import arrays
+from daskcell.models import weights_file
 from daskcell.models.registry import find_network
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def file_fingerprint(path: Path) -> str:
 @lru_cache(maxsize=64)
 def _hashed(path: Path, _changed: int, _size: int) -> str:
     if zipfile.is_zipfile(path) and path.suffix == ".npz":
-        return arrays.fingerprint(arrays.load_arrays(path)[0])
+        return weights_file.fingerprint(weights_file.load_weights(path)[0])
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -126,6 +126,15 @@ def check_device(device: str) -> None:
         raise ComputeError(
             "A CUDA device was asked for, but torch finds none. Please use 'cpu', or check the driver."
         )
+
+
+def has_bfloat16(device: str) -> bool:
+    """Whether a device computes in bfloat16 itself. Others emulate it, some ten times slower than float32."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _build_network(path: Path, device: str, dtype: Any) -> torch.nn.Module:
@@ -157,7 +166,7 @@ def read_unet(path: Path) -> TinyUNet:
     """
     from daskcell.models.unet import KIND, TinyUNet
 
-    weights, _, _ = arrays.load_arrays(path, KIND)
+    weights, _, _ = weights_file.load_weights(path, KIND)
     net = TinyUNet(*_unet_sizes(weights, path))
     fill(net, weights, path)
     return net
