@@ -246,8 +246,9 @@ class SegmentSettings(Settings):
 
 class FeatureSettings(Settings):
     encoder: str = "tiny"
-    """``tiny`` (embedded), any torchvision name (``resnet152``), ``timm:NAME``, or a TorchScript or
-    torch.export file."""
+    """``tiny`` (embedded), a file of weights (``.npz``), a network of torchvision (``resnet152``) or timm
+    (``timm:NAME``), one with weights of your own (``resnet50@weights.safetensors``), or the name of an
+    installed encoder (entry point ``daskcell.encoders``)."""
     layer: Literal["output", "pool"] = "output"
     """The network's outputs (1000 for ImageNet's), or the vector before its last layer (2048)."""
     size: Annotated[int, Field(ge=8)] | None = None

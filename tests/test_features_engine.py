@@ -15,11 +15,10 @@ from daskcell.errors import InputError, WeightsError
 from daskcell.features import embed, engine, measure
 from daskcell.features.engine import describe_slide
 from daskcell.geometry import Grid
-from daskcell.models import load_encoder
 from daskcell.preprocess import apply_block, fit_slide
 
 SIDES = (900, 700)
-WIDTH = load_encoder("tiny").dim
+WIDTH = 96
 SETTINGS = PreprocessSettings.model_validate({"gaussian": {"sigma": 1.5}})
 
 
@@ -113,11 +112,15 @@ def test_maps_pooled_over_cells_equal_the_python_function_for_any_blocks(slide, 
         assert report["features"] == features.shape[1]
 
 
-def test_a_network_without_stages_is_refused_before_any_work(slide, tmp_path):
-    (tmp_path / "net.pt").write_bytes(b"x")
+def test_a_network_without_feature_maps_is_refused_before_any_work(slide, tmp_path, monkeypatch):
+    from daskcell.models.registry import torch_folder, torchvision_release
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    torch_folder().mkdir(parents=True)
+    (torch_folder() / torchvision_release("alexnet")[2].rsplit("/", 1)[1]).write_bytes(b"x")
     with pytest.raises(InputError, match="accessible feature maps"):
-        describe(slide, tmp_path, encoder=str(tmp_path / "net.pt"), pooling="mask")
-    assert [path.name for path in tmp_path.iterdir()] == ["net.pt"]
+        describe(slide, tmp_path, encoder="alexnet", pooling="mask")
+    assert [path.name for path in tmp_path.iterdir()] == ["torch"]
 
 
 def test_no_bit_depends_on_the_workers(slide, described, tmp_path, monkeypatch):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dask.array as da
 import numpy as np
 import pytest
-import torch
-import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,18 +16,23 @@ from daskcell.features.tiles import MARGIN, Tiling
 from daskcell.geometry import Box, Grid
 
 
-class Small(torch.nn.Module):
-    """Two stages, at a half and a quarter of the image's sides."""
+def small_network():
+    import torch
 
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first = torch.nn.Conv2d(3, 6, 3, stride=2, padding=1)
-        self.second = torch.nn.Conv2d(6, 80, 3, stride=2, padding=1)
+    class Small(torch.nn.Module):
+        """Two stages, at a half and a quarter of the image's sides."""
 
-    def stages(self, x):
-        first = torch.relu(self.first(x))
-        return [first, torch.relu(self.second(first))]
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first = torch.nn.Conv2d(3, 6, 3, stride=2, padding=1)
+            self.second = torch.nn.Conv2d(6, 80, 3, stride=2, padding=1)
+
+        def stages(self, x):
+            first = torch.relu(self.first(x))
+            return [first, torch.relu(self.second(first))]
+
+    return Small()
 
 
 def field(shape=(760, 900), count=120, seed=0) -> tuple[np.ndarray, np.ndarray]:
@@ -46,8 +49,10 @@ def field(shape=(760, 900), count=120, seed=0) -> tuple[np.ndarray, np.ndarray]:
     return image.astype(np.float32), labels
 
 
-def plain(image: np.ndarray, labels: np.ndarray, network: Small, mask: bool = True) -> np.ndarray:
+def plain(image: np.ndarray, labels: np.ndarray, network, mask: bool = True) -> np.ndarray:
     """Scale 1, one cell and one pixel after another; the tiles of the global grid laid by hand."""
+    import torch
+
     height, width = labels.shape
     frame = [min(512, -(-(side + 2 * MARGIN) // 32) * 32) for side in labels.shape]
     core = [side - 2 * MARGIN for side in frame]
@@ -102,14 +107,14 @@ def plain(image: np.ndarray, labels: np.ndarray, network: Small, mask: bool = Tr
 @pytest.fixture(scope="module")
 def pooled():
     image, labels = field()
-    return image, labels, embed(image, labels, Small(), pooling="mask", scale=1)
+    return image, labels, embed(image, labels, small_network(), pooling="mask", scale=1)
 
 
 @pytest.mark.parametrize("mask", [True, False])
 def test_equals_a_loop_over_the_whole_image(mask):
     image, labels = field()
-    got = embed(image, labels, Small(), pooling="mask", scale=1, mask=mask)
-    expected = plain(image, labels, Small(), mask)
+    got = embed(image, labels, small_network(), pooling="mask", scale=1, mask=mask)
+    expected = plain(image, labels, small_network(), mask)
     there = np.unique(labels)[1:] - 1
     assert got.shape == (121, 6 * (6 + WIDTH))
     np.testing.assert_allclose(got[there], expected, atol=2e-4)
@@ -120,11 +125,11 @@ def test_equals_a_loop_over_the_whole_image(mask):
 @settings(max_examples=6, deadline=None)
 def test_no_bit_depends_on_the_chunks(rows, columns, scale):
     image, labels = field((600, 700), 60)
-    expected = embed(image, labels, Small(), pooling="mask", scale=scale)
+    expected = embed(image, labels, small_network(), pooling="mask", scale=scale)
     cut = embed(
         da.from_array(image, chunks=(3, columns, rows)),
         da.from_array(labels, chunks=(rows, columns)),
-        Small(),
+        small_network(),
         pooling="mask",
         scale=scale,
     )
@@ -137,7 +142,7 @@ def test_tiles_laid_from_each_block_would_show(pooled):
     half = labels[:, 450:]
     inside = np.setdiff1d(np.unique(half), np.unique(labels[:, :450]))
     inside = inside[inside > 0] - 1
-    part = embed(image[:, :, 450:], half, Small(), pooling="mask", scale=1)
+    part = embed(image[:, :, 450:], half, small_network(), pooling="mask", scale=1)
     assert np.abs(part[inside] - whole[inside]).max() > 1e-3
 
 
@@ -174,6 +179,8 @@ def test_cores_cover_the_image(scale, height, width):
 @pytest.mark.parametrize("scale", [0.37, 0.5, 1.0, 1.7])
 def test_a_tile_is_the_image_resized(scale):
     """As torch resizes the whole image, away from its border; background beyond it."""
+    import torch
+
     rng = np.random.default_rng(0)
     image = rng.random((2, 700, 640)).astype(np.float32)
     tiling = Tiling((700, 640), scale)
@@ -209,12 +216,15 @@ def test_automatic_scale_shows_the_median_cell_at_the_networks_size():
         labels[i * 40 : i * 40 + 20, 10:30] = i + 1
     assert natural_scale(block_records(labels), 32) == pytest.approx(32 / np.sqrt(400 * 4 / np.pi))
     image = np.random.default_rng(0).random((3, 400, 400)).astype(np.float32)
-    auto = embed(image, labels, Small(), pooling="mask", scale="auto")
-    told = embed(image, labels, Small(), pooling="mask", scale=48 / np.sqrt(400 * 4 / np.pi))
+    auto = embed(image, labels, small_network(), pooling="mask", scale="auto")
+    told = embed(image, labels, small_network(), pooling="mask", scale=48 / np.sqrt(400 * 4 / np.pi))
     np.testing.assert_array_equal(auto, told)
 
 
 def test_resnets_show_the_stages_of_torchvision():
+    import torch
+    import torchvision
+
     torch.manual_seed(0)
     model = torchvision.models.resnet18(weights=None).eval()
     image = np.random.default_rng(0).random((3, 64, 96)).astype(np.float32)
@@ -237,6 +247,8 @@ def test_resnets_show_the_stages_of_torchvision():
 
 
 def test_folding_keeps_distances():
+    import torch
+
     rng = np.random.default_rng(0)
     maps = torch.from_numpy(rng.normal(size=(1, 2048, 1, 60)).astype(np.float32))
     folded = feature_maps._fold(maps)
@@ -247,13 +259,14 @@ def test_folding_keeps_distances():
     assert ratio.std() < 0.15
 
 
-def test_what_shows_no_stages_is_refused(tmp_path):
+def test_what_has_no_feature_maps_is_refused():
+    import torch
+
     image, labels = field((80, 80), 3)
     with pytest.raises(InputError, match="accessible feature maps"):
         embed(image, labels, lambda batch: batch[:, 0, 0], pooling="mask")
-    torch.jit.script(torch.nn.Flatten()).save(tmp_path / "net.pt")
     with pytest.raises(InputError, match="accessible feature maps"):
-        embed(image, labels, tmp_path / "net.pt", pooling="mask")
+        embed(image, labels, torch.nn.Flatten(), pooling="mask")
     with pytest.raises(InputError, match="layer and size are for pooling='crop'"):
         embed(image, labels, "tiny", pooling="mask", size=64)
 

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 from daskcell import models, training
 from daskcell.errors import WeightsError
@@ -17,6 +16,7 @@ from daskcell.errors import WeightsError
 def small_network(monkeypatch):
     """cellpose's own class around a tiny vision transformer."""
     import cellpose.vit
+    import torch
     from segment_anything.modeling import ImageEncoderViT
 
     def build(checkpoint):
@@ -35,6 +35,7 @@ def small_network(monkeypatch):
 
 @pytest.fixture
 def checkpoint(tmp_path):
+    import torch
     from cellpose.vit import CPSAM
 
     torch.manual_seed(0)
@@ -44,6 +45,8 @@ def checkpoint(tmp_path):
 
 
 def test_loaded_network_answers_as_cellposes_own(checkpoint):
+    import torch
+
     path, original = checkpoint
     net = models.load_network(path, dtype=torch.float32)
     x = torch.rand(2, 3, 256, 256)
@@ -56,6 +59,7 @@ def test_loaded_network_answers_as_cellposes_own(checkpoint):
 
 
 def test_runs_through_cellpose_in_bfloat16_by_default(checkpoint):
+    import torch
     from cellpose.core import run_net
 
     net = models.load_network(checkpoint[0])
@@ -66,12 +70,16 @@ def test_runs_through_cellpose_in_bfloat16_by_default(checkpoint):
 
 
 def test_found_by_name_in_cellposes_folder(checkpoint, monkeypatch):
+    import torch
+
     monkeypatch.setenv("DASKCELL_WEIGHTS", str(checkpoint[0].parent / "nothing"))
     monkeypatch.setenv("CELLPOSE_LOCAL_MODELS_PATH", str(checkpoint[0].parent))
     assert models.load_network("cpsam_v2").dtype == torch.bfloat16
 
 
 def test_file_of_several_processes_loads(checkpoint, tmp_path):
+    import torch
+
     _, original = checkpoint
     torch.save({f"module.{k}": v for k, v in original.state_dict().items()}, tmp_path / "parallel")
     net = models.load_network(tmp_path / "parallel", dtype=torch.float32)
@@ -79,6 +87,8 @@ def test_file_of_several_processes_loads(checkpoint, tmp_path):
 
 
 def _change(state, how):
+    import torch
+
     if how == "missing":
         del state["encoder.blocks.1.attn.qkv.bias"]
     elif how == "unknown":
@@ -95,6 +105,8 @@ def _change(state, how):
     [("missing", "qkv.bias"), ("unknown", "encoder.extra"), ("shape", "out.bias"), ("dino", "DINO")],
 )
 def test_other_checkpoints_are_refused(checkpoint, tmp_path, how, words):
+    import torch
+
     state = _change(dict(checkpoint[1].state_dict()), how)
     torch.save(state, tmp_path / "wrong")
     with pytest.raises(WeightsError, match=words) as error:
@@ -104,18 +116,24 @@ def test_other_checkpoints_are_refused(checkpoint, tmp_path, how, words):
 
 def test_cellpose_takes_the_checkpoint_we_refuse(checkpoint, tmp_path):
     """The control: with cellpose's own loader a file that lacks weights goes unnoticed."""
+    import torch
+
     state = _change(dict(checkpoint[1].state_dict()), "missing")
     torch.save(state, tmp_path / "wrong")
     type(checkpoint[1])().load_model(tmp_path / "wrong", device=torch.device("cpu"))
 
 
 def test_records_of_the_training_set_may_be_missing(checkpoint, tmp_path):
+    import torch
+
     state = {k: v for k, v in checkpoint[1].state_dict().items() if not k.startswith("diam_")}
     torch.save(state, tmp_path / "old")
     assert float(models.load_network(tmp_path / "old", dtype=torch.float32).diam_mean) == 30
 
 
 def test_weights_are_fine_tuned_by_the_command_that_trains_the_embedded_ones(checkpoint, tmp_path):
+    import torch
+
     path, original = checkpoint
     before = path.read_bytes()
     recipe = training.Recipe(
@@ -137,6 +155,8 @@ class _Evil:
 
 @pytest.mark.parametrize("content", ["list", "other tensors", "code", "bytes"])
 def test_files_of_something_else_are_refused(tmp_path, content, capsys):
+    import torch
+
     path = tmp_path / "file.pt"
     things = {"list": [1, 2], "other tensors": {"weight": torch.zeros(2)}, "code": {"W2": _Evil()}}
     if content == "bytes":

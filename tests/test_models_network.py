@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from daskcell import models
 from daskcell.evaluation import score_pair
 from daskcell.evaluation.generated import synthesize_field
-from daskcell.models.unet import TinyUNet, fold_batch_norms
 from daskcell.segmentation import segment
 from daskcell.training.segmenter_data import read_samples
 
@@ -20,6 +18,8 @@ def tiny():
 
 
 def test_forward_gives_flows_and_a_style_of_zeros(tiny):
+    import torch
+
     y, style = tiny(torch.rand(2, 3, 256, 256))
     assert y.shape == (2, 3, 256, 256)
     assert style.shape == (2, 256)
@@ -45,6 +45,8 @@ def test_runs_through_cellposes_tiles(tiny, shape):
 
 
 def test_same_answer_twice_and_from_a_fresh_copy(tiny):
+    import torch
+
     x = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
     first = tiny(x)[0]
     models.clear_networks()
@@ -52,6 +54,8 @@ def test_same_answer_twice_and_from_a_fresh_copy(tiny):
 
 
 def test_bfloat16_weights_are_possible():
+    import torch
+
     net = models.load_network("tiny", dtype=torch.bfloat16)
     assert net.dtype == torch.bfloat16
     y, style = net(torch.rand(1, 3, 64, 64, dtype=torch.bfloat16))
@@ -69,6 +73,8 @@ def average_precision(truth, image, network="tiny", diameter=None):
 
 
 def test_an_untrained_network_fails_where_the_embedded_one_succeeds():
+    from daskcell.models.unet import TinyUNet
+
     field = synthesize_field((384, 384), seed=2026)
     assert average_precision(field.labels, usual_colors(field)) > 0.87
     assert average_precision(field.labels, usual_colors(field), TinyUNet().eval()) < 0.15
@@ -112,6 +118,10 @@ def test_finds_nuclei_in_real_images(data_dir):
 
 
 def test_batch_normalisation_folded_into_the_convolutions_is_the_same_network():
+    import torch
+
+    from daskcell.models.unet import TinyUNet, fold_batch_norms
+
     torch.manual_seed(0)
     net = TinyUNet((8, 12, 16), (1, 1)).eval()
     for part in net.modules():

@@ -14,7 +14,7 @@ import pytest
 
 from daskcell import models
 from daskcell.errors import ComputeError, WeightsError
-from daskcell.models import arrays, registry
+from daskcell.models import registry, weights_file
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def test_embedded_weights_are_small_and_hold_no_pickle():
     assert {"tiny.npz", "tiny_encoder.npz"} <= {f.name for f in files}
     assert sum(f.stat().st_size for f in files) < 8e6
     for file in files:
-        weights, kind, note = arrays.load_arrays(file)  # allow_pickle=False inside
+        weights, kind, note = weights_file.load_weights(file)  # allow_pickle=False inside
         assert kind.startswith("daskcell-")
         assert note
         assert all(np.isfinite(a).all() for a in weights.values())
@@ -135,32 +135,32 @@ def test_damaged_or_foreign_files_are_refused_in_one_sentence(tmp_path, content)
 
 
 def test_missing_tensor_and_nan_are_refused(tmp_path):
-    weights, kind, _ = arrays.load_arrays(registry.EMBEDDED / "tiny.npz")
+    weights, kind, _ = weights_file.load_weights(registry.EMBEDDED / "tiny.npz")
     lacking = {k: v for k, v in weights.items() if k != "out.bias"}
     with pytest.raises(WeightsError, match="out"):
-        models.load_network(arrays.save_arrays(tmp_path / "a.npz", lacking, kind))
+        models.load_network(weights_file.save_weights(tmp_path / "a.npz", lacking, kind))
     broken = dict(weights, **{"out.bias": np.full(3, np.nan, np.float32)})
     with pytest.raises(WeightsError, match="finite"):
-        models.load_network(arrays.save_arrays(tmp_path / "b.npz", broken, kind))
+        models.load_network(weights_file.save_weights(tmp_path / "b.npz", broken, kind))
 
 
 def test_fingerprint_is_of_the_values_not_of_the_file(tmp_path):
-    weights, kind, note = arrays.load_arrays(registry.EMBEDDED / "tiny.npz")
-    copy = arrays.save_arrays(
+    weights, kind, note = weights_file.load_weights(registry.EMBEDDED / "tiny.npz")
+    copy = weights_file.save_weights(
         tmp_path / "copy.npz", dict(reversed(list(weights.items()))), kind, note + " copied"
     )
     assert models.network_fingerprint(copy) == models.network_fingerprint("tiny")
     changed = dict(weights, **{"out.bias": weights["out.bias"] + 1})
-    other = arrays.save_arrays(tmp_path / "other.npz", changed, kind)
+    other = weights_file.save_weights(tmp_path / "other.npz", changed, kind)
     assert models.network_fingerprint(other) != models.network_fingerprint("tiny")
 
 
 def test_a_file_written_anew_is_loaded_anew(tmp_path):
-    weights, kind, _ = arrays.load_arrays(registry.EMBEDDED / "tiny.npz")
-    path = arrays.save_arrays(tmp_path / "net.npz", weights, kind)
+    weights, kind, _ = weights_file.load_weights(registry.EMBEDDED / "tiny.npz")
+    path = weights_file.save_weights(tmp_path / "net.npz", weights, kind)
     first = models.load_network(path)
     assert models.load_network(path) is first
-    arrays.save_arrays(path, dict(weights, **{"out.bias": weights["out.bias"] + 1}), kind, "longer")
+    weights_file.save_weights(path, dict(weights, **{"out.bias": weights["out.bias"] + 1}), kind, "longer")
     second = models.load_network(path)
     assert second is not first
     assert not np.allclose(second.out.bias.numpy(), first.out.bias.numpy())

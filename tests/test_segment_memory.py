@@ -69,10 +69,10 @@ def test_networks_count_as_much_as_blocks():
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_networks_count_where_every_worker_loads_them(device, tmp_path):
     (tmp_path / "network").write_bytes(b"x" * 1000)
-    (tmp_path / "encoder.pt").write_bytes(b"x" * 200)
+    (tmp_path / "encoder.npz").write_bytes(b"x" * 200)
     paths = {
         "segment": {"model": str(tmp_path / "network")},
-        "features": {"encoder": str(tmp_path / "encoder.pt")},
+        "features": {"encoder": str(tmp_path / "encoder.npz")},
     }
     config = parse_config(paths | {"compute": {"device": device}})
     assert networks_bytes(config) == (1200 if device == "cpu" else 0)

@@ -11,7 +11,6 @@ import tracemalloc
 import numpy as np
 import pytest
 import tifffile
-import torch
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score
@@ -25,9 +24,7 @@ from daskcell.compute import threads_limited
 from daskcell.errors import ComputeError, StudyError, WeightsError
 from daskcell.evaluation.generated import CHANNELS, synthesize_field
 from daskcell.preprocess import apply_block
-from daskcell.training import encoder
 from daskcell.training.crops import Joined, _fair, join, study_crops
-from daskcell.training.encoder import EncoderRecipe, train_encoder
 
 SETTINGS = {
     "preprocess": {"reconstruct": {"colors": list(CHANNELS)}},
@@ -36,7 +33,7 @@ SETTINGS = {
     "compute": {"kind": "inline", "block": 256},
     "output": {"overlays": []},
 }
-SMALL = EncoderRecipe(steps=12, batch=16, widths=(8, 8, 8, 8), dim=12, warmup=2, save_minutes=0.0)
+SMALL = {"steps": 12, "batch": 16, "widths": (8, 8, 8, 8), "dim": 12, "warmup": 2, "save_minutes": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -170,12 +167,16 @@ with threads_limited(1):
 
 @pytest.mark.slow
 def test_a_killed_training_ends_with_the_same_bits(study, tmp_path):
+    import torch
+
+    from daskcell.training.encoder import EncoderRecipe, train_encoder
+
     made, _ = study
     sets, _ = study_crops([made], tmp_path / "crops", report=lambda line: None)
     np.save(tmp_path / "x.npy", sets[0][:64])
     crops = np.load(tmp_path / "x.npy", mmap_mode="r")
     with threads_limited(1):
-        whole = train_encoder(crops, tmp_path / "whole", SMALL, report=lambda line: None)
+        whole = train_encoder(crops, tmp_path / "whole", EncoderRecipe(**SMALL), report=lambda line: None)
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(tmp_path / "x.npy"), str(tmp_path / "killed")]
     )
@@ -190,27 +191,37 @@ def test_a_killed_training_ends_with_the_same_bits(study, tmp_path):
     assert 0 < reached < 12
     lines: list[str] = []
     with threads_limited(1):
-        killed = train_encoder(crops, tmp_path / "killed", SMALL, report=lines.append)
+        killed = train_encoder(crops, tmp_path / "killed", EncoderRecipe(**SMALL), report=lines.append)
     assert f"from step {reached}" in lines[0]
     assert models.encoder_fingerprint(killed.path) == models.encoder_fingerprint(whole.path)
 
 
 def test_a_checkpoint_of_other_cells_is_refused(tmp_path):
+    from daskcell.training.encoder import EncoderRecipe, train_encoder
+
     crops = np.random.default_rng(0).integers(0, 255, (20, 3, 64, 64)).astype(np.uint8)
-    recipe = {**vars(SMALL), "steps": 1}
+    recipe = {**SMALL, "steps": 1}
     train_encoder(crops, tmp_path, EncoderRecipe(**recipe), report=lambda line: None)
     with pytest.raises(WeightsError, match="another cells"):
         train_encoder(crops, tmp_path, EncoderRecipe(**{**recipe, "cells": "others"}))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_an_error(tmp_path):
+def test_a_gpu_that_is_not_there_is_an_error(tmp_path, monkeypatch):
+    import torch
+
+    from daskcell.training.encoder import EncoderRecipe, train_encoder
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ComputeError, match="no GPU"):
-        train_encoder(np.zeros((20, 3, 64, 64), np.uint8), tmp_path, SMALL, device="cuda")
+        train_encoder(np.zeros((20, 3, 64, 64), np.uint8), tmp_path, EncoderRecipe(**SMALL), device="cuda")
 
 
 def test_nothing_is_made_on_another_device_than_the_cells():
     """Whatever forgets its device is made on `meta` here, and cannot meet a real tensor."""
+    import torch
+
+    from daskcell.training import encoder
+
     crops = np.random.default_rng(0).integers(0, 255, (8, 3, 64, 64)).astype(np.uint8)
     x = torch.from_numpy(crops).float() / 255
     net = models.encoder.TinyEncoder((8, 8, 8, 8), 12)
@@ -254,6 +265,9 @@ def ari(study, weights) -> float:
 
 @pytest.mark.slow
 def test_training_on_the_study_groups_its_cells_better(study, tmp_path, monkeypatch):
+    from daskcell.training import encoder
+    from daskcell.training.encoder import EncoderRecipe, train_encoder
+
     made, _ = study
     sets, _ = study_crops([made], tmp_path / "crops", report=lambda line: None)
     recipe = {"batch": 48, "widths": (16, 32, 48, 64), "dim": 64, "warmup": 5, "rate": 2e-3}

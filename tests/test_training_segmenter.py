@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,16 +10,14 @@ import time
 
 import numpy as np
 import pytest
-import torch
-from skimage.io import imsave
+import test_images_reader_process
+import tifffile
+from skimage.io import imread, imsave
 
 from daskcell import models
 from daskcell.errors import ComputeError, ImageError, InputError, WeightsError
-from daskcell.models import arrays
-from daskcell.models.unet import KIND, TinyUNet
-from daskcell.training import segmenter, segmenter_data, trainer
-from daskcell.training.augment import _density, tile
-from daskcell.training.segmenter import Recipe, image_weights, segmenter_loss, train_segmenter
+from daskcell.models import weights_file
+from daskcell.training import segmenter_data
 from daskcell.training.segmenter_data import (
     draw_membranes,
     draw_samples,
@@ -27,17 +26,13 @@ from daskcell.training.segmenter_data import (
     read_samples,
 )
 
-SMALL = Recipe(
-    steps=8,
-    batch=2,
-    side=64,
-    generated=1,
-    generated_side=96,
-    widths=(4, 8),
-    blocks=(1,),
-    warmup=2,
-    average=0.5,
-)
+SMALL = {
+    "steps": 8, "batch": 2, "side": 64, "generated": 1, "generated_side": 96, "widths": (4, 8),
+    "blocks": (1,), "warmup": 2, "average": 0.5,
+}  # fmt: skip
+
+
+evil = test_images_reader_process.evil
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +50,8 @@ def discs(shape=(200, 240), radius=12):
 
 
 def test_tile_depends_on_its_seed_only(sample):
+    from daskcell.training.augment import tile
+
     a, b = (tile(sample, np.random.default_rng(5), 96) for _ in range(2))
     c = tile(sample, np.random.default_rng(6), 96)
     assert np.array_equal(a[0], b[0])
@@ -67,6 +64,8 @@ def test_turned_flows_still_lead_to_the_cells():
     """Whatever turn, mirror and scale a tile has: walking along its flows ends in one point per cell."""
     from cellpose import dynamics
     from skimage.measure import label
+
+    from daskcell.training.augment import tile
 
     labels, grey = discs()
     disc_sample = make_sample("discs", grey[None], labels, "all", "grey")
@@ -89,6 +88,8 @@ def test_turned_flows_still_lead_to_the_cells():
 
 
 def test_flows_are_unit_vectors_in_cells_and_zero_outside(sample):
+    from daskcell.training.augment import tile
+
     _, y = tile(sample, np.random.default_rng(0), 128)
     length = np.hypot(y[0], y[1])
     assert np.median(length[y[2] > 0]) == pytest.approx(1, abs=0.05)
@@ -96,6 +97,8 @@ def test_flows_are_unit_vectors_in_cells_and_zero_outside(sample):
 
 
 def test_beyond_the_image_tiles_are_zero_as_cellpose_pads():
+    from daskcell.training.augment import tile
+
     small = np.full((40, 40), 100, np.uint8)
     small[10:30, 10:30] = 200
     one = make_sample("small", small[None], (small == 200).astype(int), "all", "grey")
@@ -110,6 +113,8 @@ def test_beyond_the_image_tiles_are_zero_as_cellpose_pads():
 def test_scales_are_wide_around_thirty_pixels():
     """Cells in tiles are between 0.3 and 3 times 30 pixels across, and about 30 in the middle."""
     from skimage.measure import label, regionprops
+
+    from daskcell.training.augment import tile
 
     labels, grey = discs(radius=15)
     disc_sample = make_sample("discs", grey[None], labels, "all", "grey")
@@ -139,6 +144,8 @@ def test_cells_removed_from_the_labels_are_no_cells():
 def test_groups_are_balanced(sample):
     import dataclasses
 
+    from daskcell.training.segmenter import image_weights
+
     def of(group):
         return dataclasses.replace(sample, group=group)
 
@@ -162,6 +169,8 @@ def stained(shape=(90, 100)):
 
 @pytest.mark.parametrize("kind", ["colour", "smear"])
 def test_another_stain_keeps_glass_clear_and_the_order_of_densities(kind):
+    from daskcell.training.augment import _density
+
     image, glass = stained()
     changed, hues = 0, []
     for seed in range(30):
@@ -180,6 +189,8 @@ def test_another_stain_keeps_glass_clear_and_the_order_of_densities(kind):
 
 
 def test_another_stain_changes_each_pixel_by_itself():
+    from daskcell.training.augment import _density
+
     image, _ = stained()
     change = _density(image, "colour", np.random.default_rng(0))
     whole = change(image)
@@ -192,6 +203,8 @@ def test_another_stain_changes_each_pixel_by_itself():
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
 def test_brightness_and_depth_of_the_pixels_do_not_matter(dtype):
     """8, 12 and 16 bits, dim or not: the same tile, up to rounding."""
+    from daskcell.training.augment import tile
+
     labels, grey = discs()
     tiles = []
     for factor in (1, 16, 200) if dtype != np.uint8 else (1,):
@@ -212,6 +225,10 @@ def test_sheets_show_membranes_between_cells_that_touch():
 
 
 def test_loss_is_least_for_the_truth():
+    import torch
+
+    from daskcell.training.segmenter import segmenter_loss
+
     truth = torch.zeros(1, 3, 8, 8)
     truth[:, 0, 2:5, 2:5], truth[:, 2, 2:5, 2:5] = 1, 1
     right = torch.cat([5 * truth[:, :2], 20 * truth[:, 2:] - 10], 1)
@@ -220,13 +237,19 @@ def test_loss_is_least_for_the_truth():
 
 
 def test_training_learns_and_gives_usable_weights(tmp_path):
+    import torch
+
+    from daskcell.models.unet import KIND, TinyUNet
+    from daskcell.training.augment import tile
+    from daskcell.training.segmenter import Recipe, segmenter_loss, train_segmenter
+
     recipe = Recipe(
         steps=150, batch=4, side=64, generated=2, generated_side=128, widths=(8, 16, 24), blocks=(1, 1),
         warmup=5, average=0.9, rate=5e-3,
     )  # fmt: skip
     done = train_segmenter([], tmp_path, recipe, report=lambda line: None)
     assert done.steps == 150
-    assert "step 150" in arrays.load_arrays(done.path, KIND)[2]
+    assert "step 150" in weights_file.load_weights(done.path, KIND)[2]
     trained = models.load_network(done.path)
     assert trained.widths == (8, 16, 24)
     fresh = TinyUNet((8, 16, 24), (1, 1)).eval()
@@ -238,9 +261,10 @@ def test_training_learns_and_gives_usable_weights(tmp_path):
     assert losses[0] < 0.95 * losses[1]
 
 
-def test_interrupted_training_equals_an_undisturbed_one(tmp_path):
-    whole = train_segmenter([], tmp_path / "whole", SMALL, report=lambda line: None)
-    half = Recipe(**{**vars(SMALL), "steps": 4})
+def test_interrupted_training_equals_an_undisturbed_one(trained, tmp_path):
+    from daskcell.training.segmenter import Recipe, train_segmenter
+
+    half = Recipe(**{**SMALL, "steps": 4})
     # The schedule looks at the share done: the first half is stopped by hand, as a kill would.
     from daskcell.training.trainer import Trainer
 
@@ -258,14 +282,16 @@ def test_interrupted_training_equals_an_undisturbed_one(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_learn", until_four)
         with pytest.raises(Stop):
-            train_segmenter([], tmp_path / "parts", SMALL, report=lambda line: None)
-    parts = train_segmenter([], tmp_path / "parts", SMALL, report=lambda line: None)
-    assert parts.steps == whole.steps == 8
-    assert models.network_fingerprint(parts.path) == models.network_fingerprint(whole.path)
+            train_segmenter([], tmp_path / "parts", Recipe(**SMALL), report=lambda line: None)
+    parts = train_segmenter([], tmp_path / "parts", Recipe(**SMALL), report=lambda line: None)
+    assert parts.steps == 8
+    assert models.network_fingerprint(parts.path) == models.network_fingerprint(trained / "segmenter.npz")
 
 
 def validated(tmp_path, folder, **settings):
-    recipe = Recipe(**{**vars(SMALL), "validate_steps": 2, **settings})
+    from daskcell.training.segmenter import Recipe, train_segmenter
+
+    recipe = Recipe(**{**SMALL, "validate_steps": 2, **settings})
     return train_segmenter(
         [],
         tmp_path,
@@ -277,14 +303,19 @@ def validated(tmp_path, folder, **settings):
 
 
 def test_the_weights_that_validate_best_are_kept(tmp_path, folder, monkeypatch):
+    from daskcell.models.unet import KIND
+    from daskcell.training import segmenter
+
     losses = iter([3.0, 1.0, 2.0, 1.5])
     monkeypatch.setattr(segmenter.np, "mean", lambda values: next(losses))
     validated(tmp_path / "a", folder)
     monkeypatch.undo()
-    assert "step 4," in arrays.load_arrays(tmp_path / "a" / "segmenter.npz", KIND)[2]
+    assert "step 4," in weights_file.load_weights(tmp_path / "a" / "segmenter.npz", KIND)[2]
 
 
 def test_training_stops_when_validation_has_not_gained_for_long(tmp_path, folder, monkeypatch):
+    from daskcell.training import segmenter
+
     monkeypatch.setattr(segmenter, "segmenter_loss", lambda y, truth: y.square().mean() * 0 + 1)
     done = validated(tmp_path / "a", folder, steps=40, patience=3)
     assert done.steps == 8, "the first validation is a gain, three more are none"
@@ -293,6 +324,10 @@ def test_training_stops_when_validation_has_not_gained_for_long(tmp_path, folder
 
 
 def test_interrupted_validated_training_equals_an_undisturbed_one(tmp_path, folder, monkeypatch):
+    import torch
+
+    from daskcell.training import trainer
+
     whole = validated(tmp_path / "whole", folder)
     learn = trainer.Trainer._learn
 
@@ -314,23 +349,31 @@ def test_interrupted_validated_training_equals_an_undisturbed_one(tmp_path, fold
 
 
 def test_training_goes_on_from_given_weights(tmp_path):
-    recipe = Recipe(**{**vars(SMALL), "start": "tiny", "steps": 1, "rate": 0.0, "batch": 1})
+    from daskcell.training.segmenter import Recipe, train_segmenter
+
+    recipe = Recipe(**{**SMALL, "start": "tiny", "steps": 1, "rate": 0.0, "batch": 1})
     done = train_segmenter([], tmp_path, recipe, report=lambda line: None)
-    new, old = (arrays.load_arrays(models.find_network(name))[0] for name in (done.path, "tiny"))
+    new, old = (weights_file.load_weights(models.find_network(name))[0] for name in (done.path, "tiny"))
     assert new.keys() == old.keys()
     assert all(np.array_equal(new[k], old[k]) for k in old if k.endswith("weight") and old[k].ndim == 4)
 
 
 def test_no_steps_give_the_weights_it_starts_from(tmp_path):
-    recipe = Recipe(**{**vars(SMALL), "steps": 0, "start": "tiny"})
+    from daskcell.training.segmenter import Recipe, train_segmenter
+
+    recipe = Recipe(**{**SMALL, "steps": 0, "start": "tiny"})
     done = train_segmenter([], tmp_path, recipe, report=lambda line: None)
     assert models.network_fingerprint(done.path) == models.network_fingerprint("tiny")
 
 
 def test_a_gpu_that_is_not_there_is_refused(tmp_path, monkeypatch):
+    import torch
+
+    from daskcell.training.segmenter import Recipe, train_segmenter
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ComputeError, match="GPU"):
-        train_segmenter([], tmp_path, SMALL, device="cuda")
+        train_segmenter([], tmp_path, Recipe(**SMALL), device="cuda")
 
 
 def test_flows_are_prepared_once(folder, tmp_path, monkeypatch):
@@ -347,6 +390,10 @@ def test_flows_are_prepared_once(folder, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_killed_training_continues(tmp_path):
+    import torch
+
+    from daskcell.training.segmenter import Recipe, train_segmenter
+
     code = (
         "from daskcell.training.segmenter import *\n"
         "r = Recipe(steps=100000, batch=1, side=32, generated=1, generated_side=64, widths=(4, 8),\n"
@@ -386,6 +433,11 @@ def test_killed_training_continues(tmp_path):
 
 
 def test_bfloat16_is_used_where_the_processor_has_it_or_it_is_asked_for(monkeypatch):
+    import torch
+
+    from daskcell.training import trainer
+    from daskcell.training.segmenter import Recipe
+
     for has in (False, True):
         monkeypatch.setattr(trainer, "has_bfloat16", lambda device, has=has: has)
         for wanted, used in ((None, has), (False, False), (True, True)):
@@ -394,22 +446,34 @@ def test_bfloat16_is_used_where_the_processor_has_it_or_it_is_asked_for(monkeypa
             assert product.dtype == (torch.bfloat16 if used else torch.float32)
 
 
-def test_finished_training_is_not_repeated(tmp_path):
-    train_segmenter([], tmp_path, SMALL, report=lambda line: None)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a finished training; tests that change it take a copy."""
+    from daskcell.training.segmenter import Recipe, train_segmenter
+
+    folder = tmp_path_factory.mktemp("trained")
+    train_segmenter([], folder, Recipe(**SMALL), report=lambda line: None)
+    return folder
+
+
+def test_finished_training_is_not_repeated(trained):
+    from daskcell.training.segmenter import Recipe, train_segmenter
+
     lines: list[str] = []
-    again = train_segmenter([], tmp_path, SMALL, report=lines.append)
+    again = train_segmenter([], trained, Recipe(**SMALL), report=lines.append)
     assert again.steps == 8
     assert not lines
 
 
-def test_checkpoint_of_other_settings_or_damaged_is_refused(tmp_path):
-    train_segmenter([], tmp_path, SMALL, report=lambda line: None)
+def test_checkpoint_of_other_settings_or_damaged_is_refused(trained, tmp_path):
+    from daskcell.training.segmenter import Recipe, train_segmenter
+
     with pytest.raises(WeightsError, match="another batch and seed"):
-        train_segmenter([], tmp_path, Recipe(**{**vars(SMALL), "seed": 1, "batch": 3}))
-    checkpoint = tmp_path / "checkpoint.pt"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+        train_segmenter([], trained, Recipe(**{**SMALL, "seed": 1, "batch": 3}))
+    content = (trained / "checkpoint.pt").read_bytes()
+    (tmp_path / "checkpoint.pt").write_bytes(content[:1000])
     with pytest.raises(WeightsError, match="cannot be read"):
-        train_segmenter([], tmp_path, SMALL)
+        train_segmenter([], tmp_path, Recipe(**SMALL))
 
 
 @pytest.fixture
@@ -423,10 +487,12 @@ def folder(tmp_path):
 
 
 def test_a_folder_of_images_and_masks_is_read(folder):
+    from daskcell.training.segmenter import Recipe, train_segmenter
+
     (one,) = read_samples([folder])
     assert (one.name, one.kind, one.group) == ("lab_1", "grey", "lab")
     assert len(one.centres) == 5
-    assert train_segmenter([folder], folder / "out", SMALL, report=lambda line: None).steps == 8
+    assert train_segmenter([folder], folder / "out", Recipe(**SMALL), report=lambda line: None).steps == 8
 
 
 @pytest.mark.parametrize("fault", ["no images", "no mask", "other size", "unreadable", "no cell"])
@@ -444,6 +510,33 @@ def test_unusable_folders_are_refused_by_name(folder, fault):
         imsave(mask, np.zeros((200, 240), np.uint16), check_contrast=False)
     kind = ImageError if fault == "unreadable" else InputError
     with pytest.raises(kind, match=str(folder)):
+        read_samples([folder])
+
+
+@pytest.mark.alone
+@pytest.mark.skipif(os.name != "posix", reason="limits of processes are POSIX")
+@pytest.mark.parametrize("which", ["images/lab_1.png", "masks/lab_1.tif"])
+@pytest.mark.parametrize(("words", "reason"), [("crash", "SIGSEGV"), ("fine hang", "not come to an end")])
+def test_a_file_whose_decoder_crashes_or_hangs_is_one_sentence(folder, evil, which, words, reason):
+    content = (folder / which).read_bytes()
+    (folder / which).write_text(f"EVIL {words}")
+    with pytest.raises(ImageError, match=f"{which}.*{reason}"):
+        read_samples([folder])
+    (folder / which).write_bytes(content)
+    assert len(read_samples([folder])) == 1, "and the next file is read"
+
+
+def test_grey_saved_as_colour_is_grey_and_several_planes_are_refused(folder):
+    image = folder / "images" / "lab_1.png"
+    grey = imread(image)
+    imsave(image, np.stack([grey] * 3, -1), check_contrast=False)
+    (one,) = read_samples([folder])
+    assert (one.kind, one.channels.shape) == ("grey", (1, *grey.shape))
+    planes = np.ones((3, *grey.shape), np.uint16)
+    tifffile.imwrite(
+        folder / "masks" / "lab_1.tif", planes, metadata={"axes": "ZYX"}, photometric="minisblack"
+    )
+    with pytest.raises(ImageError, match=r"lab_1\.tif holds several planes"):
         read_samples([folder])
 
 
@@ -497,5 +590,7 @@ def test_a_grey_image_is_no_smear(folder):
 
 
 def test_nothing_to_train_on_is_refused(tmp_path):
+    from daskcell.training.segmenter import Recipe, train_segmenter
+
     with pytest.raises(InputError, match="nothing to train on"):
-        train_segmenter([], tmp_path, Recipe(**{**vars(SMALL), "generated": 0}))
+        train_segmenter([], tmp_path, Recipe(**{**SMALL, "generated": 0}))

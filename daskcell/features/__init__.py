@@ -1,8 +1,8 @@
 """Every cell described: where it is, its shape and brightness, and a network's vector of its crop.
 
-    objects ──> measurements, textures ──────────────────┐
-       ├──────> crops ──> encoders ────────┐             ├──> lazy (arrays in, table or array out)
-       └──────> tiles ──> stages, pooling ─┴─> vectors ──┴──> engine, files (OME-Zarr in, files out), export
+    cell_index ──> measurements, textures ─────────────────────────┐
+       ├─────────> crops ──> encoders ─────────────┐               ├──> tasks ──┬──> array_tasks, lazy
+       └─────────> tiles ──> feature_maps, pooling ┴──> embedders ─┘            └──> engine, writers
 
 A cell is described by the one block that owns its anchor, or the one tile that holds its middle, from pixels
 that hold the whole cell, so nothing depends on where the blocks are cut.

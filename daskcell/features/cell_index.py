@@ -24,7 +24,7 @@ from daskcell.geometry import Box, Grid
 from daskcell.segmentation.index import RECORD, block_records, merge_records
 
 _ROWS = 1_000_000
-"""So many rows a table may always have."""
+"""A table may always have this many rows."""
 
 
 def refuse_far_labels(records: np.ndarray) -> None:
@@ -121,4 +121,5 @@ __all__ = [
     "merge_records",
     "owners",
     "plan_reads",
+    "refuse_far_labels",
 ]

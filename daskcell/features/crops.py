@@ -78,7 +78,7 @@ def crop_batches(
     box : Box
         Where the block lies in the whole image. It must reach as far around the cells as their crops do, or
         to the image's border: what is outside is taken to be background.
-    records : (n,) array of `objects.RECORD`
+    records : (n,) array of `cell_index.RECORD`
 
     Yields
     ------

@@ -14,10 +14,11 @@ import numpy as np
 
 from daskcell.features.cell_index import ReadPlan, plan_reads
 from daskcell.features.crops import BackgroundSample, Framing, cut_cells, fit_framing, resize
-from daskcell.features.encoders import Batches, Encoder, EncoderSpec, kind_of, load
+from daskcell.features.encoders import Batches, Encoder, EncoderSpec, load
 from daskcell.features.feature_maps import FeatureMaps, load_feature_maps
 from daskcell.features.tiles import Tiling
 from daskcell.geometry import Grid
+from daskcell.models.registry import encoder_kind
 
 Network = EncoderSpec | Encoder | FeatureMaps
 _CELL = {"own": 48.0}  # diameters at which networks are shown cells; ImageNet's: as small as they bear
@@ -165,7 +166,7 @@ def make_embedder(
         cell = (
             network.cell
             if isinstance(network, FeatureMaps)
-            else _CELL.get(kind_of(network.name), _OTHER_CELL)
+            else _CELL.get(encoder_kind(network.name), _OTHER_CELL)
         )
         scale = natural_scale(records, cell)
     return MaskEmbedder(network, framing, Tiling(shape, scale))

@@ -1,19 +1,13 @@
 """Networks that turn an image of a cell into a vector.
 
-An encoder is named ``tiny`` (embedded), by a torchvision classification model (``resnet152``), by one of timm
-(``timm:NAME``), or by a file: TorchScript, or ``torch.export`` (``.pt2``). In Python it may also be a torch
-module or any callable from ``(n, 3, size, size)`` float32 to ``(n, d)``.
+Loading is the business of `daskcell.models`; here is how a loaded network is fed.
 
 A network's answer changes in the last bits with the number of crops in a batch. So a batch always has the
 same number, the last filled up with zeros; then a cell's vector does not depend on the cells beside it.
-
-A file cannot bring along code that is run (see `archives`). Such a network still computes whatever it was
-made to.
 """
 
 from __future__ import annotations
 
-import inspect
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,14 +20,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
-from daskcell.errors import ComputeError, InputError, WeightsError
+from daskcell.errors import InputError
+from daskcell.models.encoder_loading import check_layer, encoder_fingerprint, load_encoder
+from daskcell.models.registry import encoder_kind
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 Precision = Literal["float32", "bfloat16"]
@@ -204,14 +198,9 @@ def encoder_spec(
     WeightsError
         No encoder has this name, or its weights are not on this machine; says how to fetch them.
     """
-    from daskcell.models import encoder_fingerprint
-
     name = os.fspath(name)
     fingerprint = encoder_fingerprint(name)
-    if layer == "pool" and kind_of(name) not in {"torchvision", "timm"}:
-        raise InputError(
-            f"layer='pool' is for torchvision's and timm's networks; the encoder {name} has one output only."
-        )
+    check_layer(name, layer)
     if pooling == "mask":
         if not has_feature_maps(name):
             raise InputError(
@@ -226,7 +215,7 @@ def encoder_spec(
 def has_feature_maps(name: str) -> bool:
     """Whether the feature maps of an encoder are accessible: the embedded kind's and torchvision ResNets'."""
     bare = name.partition("@")[0]
-    kind = kind_of(name)
+    kind = encoder_kind(name)
     return kind == "own" or (kind == "torchvision" and bare.startswith(("resnet", "resnext", "wide_resnet")))
 
 
@@ -241,36 +230,15 @@ _loading = threading.Lock()
 
 @lru_cache(maxsize=2)
 def _load(spec: EncoderSpec) -> Encoder:
-    module, size, mean, std = build(spec)
-    return Encoder(
-        name=spec.name,
-        function=_module_function(module, spec.device, spec.precision),
-        size=spec.size or size,
+    encoder = as_encoder(
+        load_encoder(spec.name, spec.device, layer=spec.layer),
+        size=spec.size,
         batch_size=spec.batch_size,
-        mean=mean,
-        std=std,
-        fingerprint=spec.fingerprint,
         device=spec.device,
+        precision=spec.precision,
     )
-
-
-def build(spec: EncoderSpec) -> tuple[Any, int, tuple[float, ...] | None, tuple[float, ...] | None]:
-    """The torch module of a spec, the side of its crops, and the mean and deviation of its inputs."""
-    import torch
-
-    if spec.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ComputeError(f"The device {spec.device} was asked for, but torch finds no CUDA GPU here.")
-    kind = kind_of(spec.name)
-    if kind == "own":
-        from daskcell.models import load_encoder
-
-        own: Any = load_encoder(spec.name, spec.device)
-        return own, own.size, own.mean, own.std
-    if kind == "archive":
-        from daskcell.features.safe_load import open_archive
-
-        return open_archive(spec.name), 224, IMAGENET_MEAN, IMAGENET_STD
-    return _timm(spec) if kind == "timm" else _torchvision(spec)
+    encoder.name, encoder.fingerprint = spec.name, spec.fingerprint
+    return encoder
 
 
 def as_encoder(
@@ -282,7 +250,10 @@ def as_encoder(
     device: str = "cpu",
     precision: Precision = "float32",
 ) -> Encoder:
-    """Encoder from a name, a file, a torch module or a callable (given raw crops from 0 to 1, 224 pixels)."""
+    """`Encoder` of a name, a torch module, or a function of crops from 0 to 1.
+
+    The module or function may have the attributes ``size`` (else 224), ``mean`` and ``std``.
+    """
     if isinstance(encoder, Encoder):
         return encoder
     if isinstance(encoder, str | Path):
@@ -324,9 +295,7 @@ def _module_function(
 ) -> Callable[[Any], np.ndarray]:
     import torch
 
-    module = module.to(device)
-    if not isinstance(module, torch.fx.GraphModule):  # an exported graph has one mode only
-        module.eval()
+    module = module.to(device).eval()
 
     def function(crops: np.ndarray | torch.Tensor) -> np.ndarray:
         with torch.inference_mode(), autocast(device, precision):
@@ -336,79 +305,3 @@ def _module_function(
         return out.float().cpu().numpy()
 
     return function
-
-
-def kind_of(name: str) -> Literal["own", "archive", "torchvision", "timm"]:
-    """Where an encoder of this name comes from."""
-    if name.startswith("timm:"):
-        return "timm"
-    suffix = Path(name).suffix.lower()
-    if name == "tiny" or suffix == ".npz":
-        return "own"
-    return "archive" if suffix or Path(name).is_file() else "torchvision"
-
-
-def _torchvision(
-    spec: EncoderSpec,
-) -> tuple[torch.nn.Module, int, tuple[float, ...], tuple[float, ...]]:
-    import torch
-    import torchvision
-
-    from daskcell.models import find_encoder
-    from daskcell.models.registry import torchvision_release
-
-    path = find_encoder(spec.name)
-    name, release, _ = torchvision_release(spec.name)
-    recipe = torchvision.models.get_model_weights(name)[release].transforms()
-    builder = torchvision.models.get_model_builder(name)
-    options = {}
-    if "init_weights" in inspect.signature(builder).parameters or name in {"googlenet", "inception_v3"}:
-        options = {"init_weights": False, "aux_logits": True}  # random numbers nobody needs take a minute
-    model = builder(weights=None, **options)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state, strict=True)
-    except Exception as error:
-        raise WeightsError(
-            f"{path} does not hold the weights of {spec.name} ({str(error).splitlines()[0]}). "
-            f"Remove it and run 'daskcell weights fetch {spec.name}'."
-        ) from error
-    if spec.layer == "pool":
-        last = [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)][-1:]
-        if not last or last[0].split(".")[0] not in {"fc", "classifier", "heads", "head"}:
-            raise InputError(f"layer='pool' cannot be had from {spec.name}: it has no last linear layer.")
-        model.set_submodule(last[0], torch.nn.Identity())
-    return model, int(recipe.crop_size[0]), tuple(recipe.mean), tuple(recipe.std)
-
-
-def _timm(spec: EncoderSpec) -> tuple[torch.nn.Module, int, tuple[float, ...], tuple[float, ...]]:
-    import torch
-
-    from daskcell.models import find_encoder
-
-    path = find_encoder(spec.name)
-    try:
-        import timm
-        from timm.data import resolve_model_data_config
-    except ImportError:
-        raise WeightsError(
-            f"{spec.name} needs timm, which is not installed. Please run: pip install 'daskcell[timm]'"
-        ) from None
-    try:
-        model: Any = timm.create_model(spec.name.removeprefix("timm:"), pretrained=False)
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state, strict=True)
-    except Exception as error:
-        raise WeightsError(
-            f"{path} does not hold the weights of {spec.name} ({str(error).splitlines()[0]}). "
-            "Please check the name and the file."
-        ) from error
-    if spec.layer == "pool":
-        model.reset_classifier(0)
-    recipe = resolve_model_data_config(model)
-    return model, int(recipe["input_size"][1]), tuple(recipe["mean"]), tuple(recipe["std"])

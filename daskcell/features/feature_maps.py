@@ -83,10 +83,10 @@ _loading = threading.Lock()
 
 @lru_cache(maxsize=2)
 def _load(spec: EncoderSpec) -> FeatureMaps:
-    from daskcell.features.encoders import build
+    from daskcell.models import load_encoder
 
-    module, _, mean, std = build(spec)
-    return _wrap(module, spec.name, mean, std, spec.device, spec.batch_size, spec.precision)
+    module = load_encoder(spec.name, spec.device)
+    return _wrap(module, spec.name, module.mean, module.std, spec.device, spec.batch_size, spec.precision)
 
 
 def as_feature_maps(

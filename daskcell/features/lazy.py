@@ -142,8 +142,7 @@ def embed(
     labels : (Y, X) numpy or Dask array of whole numbers
         Computed once and kept in memory, 4 bytes a pixel.
     encoder : str, path or callable
-        ``tiny`` (embedded), any torchvision classification model (``resnet152``), ``timm:NAME``, a
-        TorchScript or torch.export file, a torch module, or a function from crops, float32 numpy arrays
+        A name or file as for `load_encoder`, a torch module, or a function from crops, float32 numpy arrays
         ``(n, 3, size, size)``, to ``(n, d)``; n is always `batch_size`, the last batch filled up with zeros.
     layer : {"output", "pool"}
         The network's outputs (1000 for ImageNet's), or the vector before its last layer (2048 for resnet152).

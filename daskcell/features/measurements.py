@@ -38,7 +38,7 @@ SHAPE_COLUMNS = (
     "touches_edge",
 )
 PLACE_COLUMNS = (*SHAPE_COLUMNS[:7], "touches_edge")
-"""Those that say where a cell is, and how large."""
+"""Columns of position and area, which every table has."""
 INTENSITY_COLUMNS = ("intensity_mean", "intensity_std", "intensity_min", "intensity_max")
 _WHOLE = ("bbox-0", "bbox-1", "bbox-2", "bbox-3")
 _LENGTHS = ("perimeter", "axis_major_length", "axis_minor_length", "equivalent_diameter_area")
@@ -46,7 +46,7 @@ _LENGTHS = ("perimeter", "axis_major_length", "axis_minor_length", "equivalent_d
 
 Kind = Literal["shape", "intensity", "texture"]
 KINDS: tuple[Kind, ...] = ("shape", "intensity", "texture")
-"""Kinds of measurements that can be asked for; where a cell is, and how large, is always told."""
+"""Kinds of measurements that can be asked for; position and area are always measured."""
 
 
 def measurement_columns(channels: tuple[str, ...] = (), kinds: Collection[str] = KINDS) -> list[str]:
@@ -75,7 +75,7 @@ def measure_block(
     image : (C, h, w) array or None
     box : Box
         Where the block lies in the whole image.
-    records : (n,) array of `objects.RECORD`
+    records : (n,) array of `cell_index.RECORD`
         Cells to measure.
     shape : (Y, X)
         Of the whole image: cells that reach its border are flagged.

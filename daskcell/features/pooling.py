@@ -26,7 +26,7 @@ _CORE = 0.3  # deviations above a cell's mean difference from the background at 
 def natural_scale(records: np.ndarray, cell: float) -> float:
     """Scale at which the median cell has a diameter of `cell` network pixels, at most 4; 1 without cells.
 
-    The median of the cells' pixels, so that crumbs of a poor segmentation do not count for much.
+    The median of the cells' pixels, so that small fragments of a poor segmentation carry little weight.
     """
     if not len(records):
         return 1.0
@@ -52,7 +52,7 @@ def pool_cells(
     labels : (h, w) array of integers
     box : Box
         Where the read lies in the whole image.
-    records : (n,) array of `objects.RECORD`
+    records : (n,) array of `cell_index.RECORD`
 
     Returns
     -------
@@ -105,7 +105,7 @@ def _tile(
 
 
 class _Sums:
-    """What is known of a cell while its tiles come in."""
+    """Running sums of one cell, over the tiles seen so far."""
 
     def __init__(
         self,

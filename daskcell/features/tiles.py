@@ -1,4 +1,4 @@
-"""Where a network looks when it looks at the whole image: one grid of overlapping tiles, at one scale.
+"""The tiles in which a network sees the whole image: one grid of overlapping tiles, at one scale.
 
     |mmmm|cccccccccccccccc|mmmm|      c core: a cell whose middle lies here is pooled from this tile
     |<-------- frame -------->|      m margin: seen besides, so that a cell at the core's edge is seen whole

@@ -1,6 +1,6 @@
+from .encoder_loading import encoder_fingerprint as encoder_fingerprint
+from .encoder_loading import load_encoder as load_encoder
 from .loading import clear_networks as clear_networks
-from .loading import encoder_fingerprint as encoder_fingerprint
-from .loading import load_encoder as load_encoder
 from .loading import load_network as load_network
 from .loading import network_fingerprint as network_fingerprint
 from .registry import Weights as Weights

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from daskcell.models.crop_features import MEASUREMENTS, measure_signal
+from daskcell.models.crop_measurements import MEASUREMENTS, measure_signal
 from daskcell.models.crop_signal import as_input, cell_regions, signal_of
 
 KIND = "daskcell-tiny-encoder-2"

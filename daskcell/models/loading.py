@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from daskcell.errors import ComputeError, WeightsError
-from daskcell.models import arrays
-from daskcell.models.registry import find_encoder, find_network
+from daskcell.models import weights_file
+from daskcell.models.registry import find_network
 
 if TYPE_CHECKING:
     import torch
@@ -37,12 +37,12 @@ def load_network(
 
     Parameters
     ----------
-    name_or_path
+    name_or_path : str or path
         ``tiny`` (embedded), ``cpsam_v2`` or ``cpsam`` (fetched before), or a file: weights of
         `train_segmenter` (``.npz``) or a Cellpose-SAM checkpoint.
-    device
+    device : str
         ``cpu``, ``cuda`` or ``cuda:<n>``.
-    dtype
+    dtype : torch.dtype, optional
         torch number type of the weights; None: float32, and bfloat16 for Cellpose-SAM as cellpose runs it.
 
     Returns
@@ -58,45 +58,27 @@ def load_network(
         If the weights are missing, damaged, or another network's.
     ComputeError
         If the device is not there.
+
+    References
+    ----------
+    Stringer, Wang, Michaelos, Pachitariu, "Cellpose", Nature Methods 18, 2021.
+
+    Examples
+    --------
+    >>> import torch
+    >>> flows, style = load_network("tiny")(torch.zeros(1, 3, 64, 64))
+    >>> flows.shape, style.shape
+    (torch.Size([1, 3, 64, 64]), torch.Size([1, 256]))
     """
     path = find_network(name_or_path)
-    _check_device(device)
-    key = ("network", _file_fingerprint(path), str(device), str(dtype))
-    return _cached(key, lambda: _build_network(path, device, dtype))
-
-
-def load_encoder(name_or_path: str | Path = "tiny", device: str = "cpu") -> torch.nn.Module:
-    """An encoder: ``forward`` takes crops ``(N, 3, H, W)`` float and returns ``(N, d)``.
-
-    `name_or_path` is ``tiny``, a file of weights made by `train_encoder`, or a torchvision name (outputs of
-    its last layer). ``tiny`` wants crops from 0 to 1, blanked with the background's colour; torchvision's
-    want ImageNet's mean and deviation taken off: attributes ``size``, ``mean`` and ``std`` (None for
-    ``tiny``) say so.
-
-    Raises
-    ------
-    WeightsError, ComputeError
-        As `load_network`.
-    """
-    path = find_encoder(name_or_path)
-    _check_device(device)
-    key = (
-        "encoder",
-        _file_fingerprint(path),
-        str(device),
-        str(name_or_path) if path.suffix == ".pth" else "",
-    )
-    return _cached(key, lambda: _build_encoder(str(name_or_path), path, device))
+    check_device(device)
+    key = ("network", file_fingerprint(path), str(device), str(dtype))
+    return cached(key, lambda: _build_network(path, device, dtype))
 
 
 def network_fingerprint(name_or_path: str | Path = "tiny") -> str:
     """sha256 of a segmentation network's weights: of their values for ``.npz``, else of the file."""
-    return _file_fingerprint(find_network(name_or_path))
-
-
-def encoder_fingerprint(name_or_path: str | Path = "tiny") -> str:
-    """sha256 of an encoder's weights."""
-    return _file_fingerprint(find_encoder(name_or_path))
+    return file_fingerprint(find_network(name_or_path))
 
 
 def clear_networks() -> None:
@@ -105,7 +87,7 @@ def clear_networks() -> None:
         _cache.clear()
 
 
-def _cached(key: tuple, build: Callable[[], Any]) -> Any:
+def cached(key: tuple, build: Callable[[], Any]) -> Any:
     with _lock:
         if key not in _cache:
             _cache[key] = build()
@@ -115,7 +97,7 @@ def _cached(key: tuple, build: Callable[[], Any]) -> Any:
         return _cache[key]
 
 
-def _file_fingerprint(path: Path) -> str:
+def file_fingerprint(path: Path) -> str:
     try:
         state = path.stat()
     except OSError as error:
@@ -126,12 +108,12 @@ def _file_fingerprint(path: Path) -> str:
 @lru_cache(maxsize=64)
 def _hashed(path: Path, _changed: int, _size: int) -> str:
     if zipfile.is_zipfile(path) and path.suffix == ".npz":
-        return arrays.fingerprint(arrays.load_arrays(path)[0])
+        return weights_file.fingerprint(weights_file.load_weights(path)[0])
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
     import torch
 
     try:
@@ -144,6 +126,15 @@ def _check_device(device: str) -> None:
         raise ComputeError(
             "A CUDA device was asked for, but torch finds none. Please use 'cpu', or check the driver."
         )
+
+
+def has_bfloat16(device: str) -> bool:
+    """Whether a device computes in bfloat16 itself. Others emulate it, some ten times slower than float32."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _build_network(path: Path, device: str, dtype: Any) -> torch.nn.Module:
@@ -175,9 +166,9 @@ def read_unet(path: Path) -> TinyUNet:
     """
     from daskcell.models.unet import KIND, TinyUNet
 
-    weights, _, _ = arrays.load_arrays(path, KIND)
+    weights, _, _ = weights_file.load_weights(path, KIND)
     net = TinyUNet(*_unet_sizes(weights, path))
-    _fill(net, weights, path)
+    fill(net, weights, path)
     return net
 
 
@@ -196,7 +187,7 @@ def _unet_sizes(weights: dict, path: Path) -> tuple[tuple[int, ...], tuple[int, 
     return tuple(widths), tuple(blocks)
 
 
-def _fill(net: torch.nn.Module, weights: dict, path: Path) -> None:
+def fill(net: torch.nn.Module, weights: dict, path: Path) -> None:
     """Load arrays strictly; half-precision ones become float32."""
     import torch
 
@@ -210,39 +201,3 @@ def _fill(net: torch.nn.Module, weights: dict, path: Path) -> None:
         raise WeightsError(f"{path} does not fit the network it claims to be for ({reason}).") from error
     if not all(bool(torch.isfinite(v).all()) for v in state.values() if v.is_floating_point()):
         raise WeightsError(f"{path} holds weights that are not finite. Please train or fetch it anew.")
-
-
-def _build_encoder(name: str, path: Path, device: str) -> torch.nn.Module:
-    if path.suffix == ".npz":
-        from daskcell.models.encoder import KIND, TinyEncoder
-
-        weights, _, _ = arrays.load_arrays(path, KIND)
-        try:
-            widths = tuple(len(weights[f"blocks.{i}.first.weight"]) for i in range(4))
-            net = TinyEncoder(widths, len(weights["turn"]))
-        except KeyError as error:
-            raise WeightsError(f"{path} does not hold a whole encoder: {error} is missing.") from error
-        _fill(net, weights, path)
-        return net.to(device).eval().requires_grad_(False)
-    return _build_torchvision(name, path, device)
-
-
-def _build_torchvision(name: str, path: Path, device: str) -> torch.nn.Module:
-    import torchvision
-
-    from daskcell.models.cpsam import read_checkpoint
-    from daskcell.models.registry import torchvision_release
-
-    bare, release, _ = torchvision_release(name)
-    net = torchvision.models.get_model(bare, weights=None)
-    try:
-        net.load_state_dict(read_checkpoint(path), strict=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:160]
-        raise WeightsError(
-            f"{path} does not hold the weights of {bare} ({reason}). Please remove it and run "
-            f"'daskcell weights fetch {name}'."
-        ) from error
-    recipe = torchvision.models.get_model_weights(bare)[release].transforms()
-    net.size, net.mean, net.std = int(recipe.crop_size[0]), tuple(recipe.mean), tuple(recipe.std)
-    return net.to(device).eval().requires_grad_(False)

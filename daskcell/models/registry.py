@@ -12,8 +12,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from daskcell.errors import WeightsError
+from daskcell.models.installed import installed_encoders, installed_file
 from daskcell.storage.atomic import temporary_beside
 
 EMBEDDED = Path(__file__).parent / "weights"
@@ -107,13 +109,31 @@ def find_network(name: str | Path) -> Path:
     raise WeightsError(f"There is no model '{text}': it is neither one of '{known}' nor a file of weights.")
 
 
+def encoder_kind(name: str) -> Literal["own", "installed", "timm", "torchvision"]:
+    """Where an encoder of this name comes from; for names that `find_encoder` takes."""
+    if name == "tiny" or name.endswith(".npz"):
+        return "own"
+    if name.startswith("timm:"):
+        return "timm"
+    return "installed" if name in installed_encoders() else "torchvision"
+
+
+def split_weights(name: str) -> tuple[str, Path | None]:
+    """Network and file of ``resnet50@weights.safetensors``; of other names there is no file."""
+    network, at, file = name.partition("@")
+    if at and file.endswith(".safetensors"):
+        return network, Path(file).expanduser()
+    return name, None
+
+
 def find_encoder(name: str | Path) -> Path:
-    """File with the weights of an encoder: ``tiny``, a torchvision name such as ``resnet152``, or a path.
+    """File with the weights of an encoder; names as for `load_encoder`.
 
     A torchvision name means ``IMAGENET1K_V1`` where that is at hand, the weights that ``pretrained=True``
     stood for when the method was published, and else what is at hand of that network;
     ``resnet152@IMAGENET1K_V2`` means that and nothing else. The fingerprint tells them apart. ``timm:NAME``
-    means a file of that name in `cache_folder`: timm's weights have many makers and licences.
+    means a file of that name in `cache_folder`: timm's weights have many makers and licences. Of an encoder
+    that another package has installed it is the file of its module.
 
     Raises
     ------
@@ -123,13 +143,20 @@ def find_encoder(name: str | Path) -> Path:
     text = os.fspath(name)
     if text == "tiny":
         return EMBEDDED / "tiny_encoder.npz"
+    network, own = split_weights(text)
+    if own is not None:
+        if not network.startswith("timm:"):
+            torchvision_release(network)
+        if not own.is_file():
+            raise WeightsError(f"There is no file {own}. Please check the path.")
+        return own
     if text.startswith("timm:"):
         return _find_timm(text)
+    if text in installed_encoders():
+        return installed_file(text)
     path = Path(text).expanduser()
     if path.suffix or path.is_file():
-        if path.is_file():
-            return path
-        raise WeightsError(f"There is no encoder file {path}. Please check the path.")
+        return _encoder_file(path)
     bare, release, _ = torchvision_release(text)
     present = {
         other: place
@@ -148,6 +175,24 @@ def find_encoder(name: str | Path) -> Path:
     raise WeightsError(
         f"The weights of {bare} ({release}) are not in {torch_folder()}. Please run "
         f"'daskcell weights fetch {text}', or {instead}."
+    )
+
+
+def _encoder_file(path: Path) -> Path:
+    if not path.is_file():
+        raise WeightsError(f"There is no encoder file {path}. Please check the path.")
+    if path.suffix == ".npz":
+        return path
+    if path.suffix == ".safetensors":
+        raise WeightsError(
+            f"{path} holds weights without their network. Please name the network too, as in "
+            f"'resnet50@{path}' or 'timm:NAME@{path}'."
+        )
+    raise WeightsError(
+        f"{path} is no file of weights that daskcell reads; TorchScript and torch.export files hold code. "
+        "Please save the weights alone, safetensors.torch.save_file(network.state_dict(), "
+        "'weights.safetensors'), and give them with the name of their network of torchvision or timm, as in "
+        "'resnet50@weights.safetensors'."
     )
 
 
@@ -186,10 +231,14 @@ def _releases(bare: str) -> dict[str, str]:
 
     if bare not in torchvision.models.list_models(module=torchvision.models):
         raise WeightsError(
-            f"There is no encoder '{bare}': it is neither 'tiny', a classification network of torchvision "
-            "such as 'resnet152', nor a file."
+            f"There is no encoder '{bare}'. Please give one of {_choice()}, a network of torchvision such as "
+            "'resnet152', one of timm such as 'timm:convnext_tiny', or a file of weights (.npz)."
         )
     return {w.name: w.url for w in torchvision.models.get_model_weights(bare)}
+
+
+def _choice() -> str:
+    return ", ".join(f"'{name}'" for name in ("tiny", *sorted(installed_encoders())))
 
 
 # Known without torchvision, whose import takes seconds; `daskcell weights` should answer at once.
@@ -225,6 +274,9 @@ def list_weights() -> list[Weights]:
         places = [cache_folder() / name, cellpose_folder() / name]
         found = next((p for p in places if p.is_file()), None)
         entries.append(_entry(name, remote.what, remote.licence, found or places[0], found is not None))
+    for name, point in sorted(installed_encoders().items()):
+        package = point.dist.name if point.dist is not None else point.module
+        entries.append(_entry(name, "encoder", f"that of {package}", installed_file(name), True))
     for name in _LISTED:
         bare, release, url = torchvision_release(name)
         place = torch_folder() / url.rsplit("/", 1)[1]

@@ -149,7 +149,7 @@ def _weights(config: Config) -> Iterator[Finding]:
 
 def _emulated(config: Config) -> Iterator[Finding]:
     """Networks that are to compute in what this processor lacks."""
-    from daskcell.models.precision import has_bfloat16
+    from daskcell.models.loading import has_bfloat16
     from daskcell.pipeline.stages import DESCRIBE, SEGMENT
 
     if config.compute.network_device != "cpu" or has_bfloat16("cpu"):

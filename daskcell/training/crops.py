@@ -50,7 +50,7 @@ class SlideCells:
     key: str
 
     def records(self) -> np.ndarray:
-        """Whole cells of a useful size, drawn at random, as `features.objects.RECORD`."""
+        """Whole cells of a useful size, drawn at random, as `features.cell_index.RECORD`."""
         import pyarrow.parquet as pq
 
         from daskcell.features.cell_index import RECORD

@@ -1,8 +1,8 @@
 """Training an encoder on crops of cells, without labels.
 
 Contrastive (InfoNCE; van den Oord et al., arXiv:1807.03748), but a cell's partner is not another view of
-itself: it is an altered view of one of its nearest neighbours by quick measurements (`crop_features`). Views
-of one cell teach what an augmentation changes; neighbours teach what may differ between cells of one type.
+itself: it is an altered view of one of its nearest neighbours by `crop_measurements`. Views of
+one cell teach what an augmentation changes; neighbours teach what may differ between cells of one type.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from daskcell.errors import ComputeError, InputError
-from daskcell.models.arrays import save_arrays
-from daskcell.models.crop_features import describe_crops, neighbours
+from daskcell.models.crop_measurements import measure_signal
 from daskcell.models.crop_signal import as_input, signal_of
 from daskcell.models.encoder import DIMENSIONS, KIND, TinyEncoder, fit_projection
+from daskcell.models.weights_file import save_weights
 from daskcell.training.trainer import Schedule, Trained, Trainer
 
 
@@ -134,12 +134,12 @@ def train_encoder(
         encoder = student.encoder
         assert isinstance(encoder, TinyEncoder)
         fit_projection(encoder, sample, recipe.seed)
-        save_arrays(weights, encoder.state_dict(), KIND, note)
+        save_weights(weights, encoder.state_dict(), KIND, note)
 
     trainer = Trainer(recipe, out, net, weights, export)
     if trainer.left() <= 0:
         return trainer.result()
-    near = [neighbours(describe_crops(one), recipe.neighbours) for one in sets]
+    near = [neighbours(measure_crops(one), recipe.neighbours) for one in sets]
     home = torch.device(device)
     report(f"{sum(map(len, sets))} cells of {len(sets)} data sets; from step {trainer.step}")
     # Large sets rule little more than small ones.
@@ -162,6 +162,31 @@ def train_encoder(
         return _contrast(z.float(), torch.from_numpy(pair).to(home), recipe.temperature)
 
     return trainer.run(loss_of, report, progress=progress)
+
+
+@torch.no_grad()
+def measure_crops(crops: Rows) -> np.ndarray:
+    """`measure_signal` of crops, read a batch at a time: ``(n, MEASUREMENTS)`` float32."""
+    batches = (as_input(crops[i : i + 256]) for i in range(0, len(crops), 256))
+    parts = [measure_signal(signal_of(x)) for x in batches]
+    return torch.cat(parts).numpy()
+
+
+def neighbours(features: np.ndarray, count: int, components: int = 24) -> np.ndarray:
+    """Nearest cells of each cell, ``(n, count)``, after standardising, principal axes and unit length."""
+    x = features - features.mean(0)
+    deviation = x.std(0)
+    x = np.clip(x / np.where(deviation > 1e-6, deviation, np.inf), -5, 5)
+    _, _, axes = np.linalg.svd(x, full_matrices=False)
+    x = x @ axes[: min(components, len(axes))].T
+    x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)
+    count = min(count, len(x) - 1)
+    near = np.empty((len(x), count), np.int64)
+    for start in range(0, len(x), 1024):
+        similar = x[start : start + 1024] @ x.T
+        similar[np.arange(len(similar)), np.arange(start, start + len(similar))] = -np.inf
+        near[start : start + 1024] = np.argpartition(-similar, max(0, count - 1), axis=1)[:, :count]
+    return near
 
 
 def alter(signal: Tensor, rng: np.random.Generator) -> Tensor:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from daskcell.errors import ComputeError, InputError
-from daskcell.models.arrays import save_arrays
 from daskcell.models.cpsam import load_cpsam
 from daskcell.models.loading import read_unet
 from daskcell.models.registry import find_network
 from daskcell.models.unet import KIND, TinyUNet
+from daskcell.models.weights_file import save_weights
 from daskcell.storage.atomic import atomic_path
 from daskcell.training.augment import tile
 from daskcell.training.segmenter_data import Sample, draw_membranes, draw_samples, read_samples
@@ -144,7 +144,7 @@ def _started(name: str) -> nn.Module:
 
 def _export(weights: Path, net: nn.Module, note: str) -> None:
     if weights.suffix == ".npz":
-        save_arrays(weights, net.state_dict(), KIND, note)
+        save_weights(weights, net.state_dict(), KIND, note)
         return
     with atomic_path(weights) as part:
         torch.save(net.state_dict(), part)

@@ -1,7 +1,7 @@
 """Images with truth, ready to train the segmenter: raw channels, flows, foreground, diameter.
 
 Covers reading folders and tables of images and masks, masks of stained smears, drawing generated fields, and
-Cellpose's flows. What happens to an image on its way into a batch is in `segmenter_augment`.
+Cellpose's flows. What happens to an image on its way into a batch is in `augment`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from daskcell.errors import ImageError, InputError
+from daskcell.geometry import Box
 from daskcell.storage.atomic import save_arrays
 
 IMAGES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
@@ -237,10 +238,9 @@ def read_samples(
 
 
 def _read_sample(source: ImagePair, cache: Path | None) -> Sample | None:
-    pixels = _read(source.image)
-    if pixels.ndim not in (2, 3):
-        raise ImageError(f"{source.image} has {pixels.ndim} axes. Please give a grey or colour image.")
-    channels = pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels[..., :3], -1, 0)
+    channels = _read(source.image)[:3]
+    if len(channels) == 2:
+        raise ImageError(f"{source.image} has 2 channels. Please give a grey or colour image.")
     kind = "grey" if len(channels) == 1 else "colour"
     if source.mask is None:
         from daskcell.training.smears import VERSION, outline_smear
@@ -273,20 +273,19 @@ def _read_sample(source: ImagePair, cache: Path | None) -> Sample | None:
 
 
 def _read(path: Path) -> np.ndarray:
+    """Pixels ``(C, Y, X)`` of a file, decoded beside this process: a damaged one does it no harm."""
+    from daskcell.images import Source
+    from daskcell.images.reader_process import open_safely
+
+    reader = open_safely(Source(path.stem, (str(path),)))
     try:
-        if path.suffix.lower() in (".tif", ".tiff"):
-            import tifffile
-
-            pixels = tifffile.imread(path)
-        else:
-            from skimage.io import imread
-
-            pixels = imread(path)
-    except Exception as error:
-        raise ImageError(f"Cannot read {path}: {error}. Please remove it or replace it.") from error
-    if not pixels.size:
-        raise ImageError(f"{path} holds no image. Please remove it or replace it.")
-    return pixels
+        if max(reader.sizes.values()) > 1:
+            raise ImageError(
+                f"{path} holds several planes or time points. Please save the one to learn from."
+            )
+        return reader.read(0, Box(0, 0, *reader.levels[0]))
+    finally:
+        reader.close()
 
 
 def draw_samples(count: int, seed: int = 0, side: int = 512, cache: Path | None = None) -> Iterable[Sample]:

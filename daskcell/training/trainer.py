@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from daskcell.errors import WeightsError
-from daskcell.models.precision import has_bfloat16
+from daskcell.models.loading import has_bfloat16
 from daskcell.storage.atomic import atomic_path, refuse_impossible, remove, temporaries
 
 # Settings that may differ between the parts of an interrupted training.

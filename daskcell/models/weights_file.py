@@ -15,7 +15,7 @@ _KIND = "__kind__"
 _NOTE = "__note__"
 
 
-def save_arrays(path: str | Path, weights: dict, kind: str, note: str = "") -> Path:
+def save_weights(path: str | Path, weights: dict, kind: str, note: str = "") -> Path:
     """Write tensors or arrays with the `kind` of network they are for; the file appears whole or not at all.
 
     Matrices and kernels are stored as float16, vectors (biases, batch statistics) as they are.
@@ -30,7 +30,7 @@ def save_arrays(path: str | Path, weights: dict, kind: str, note: str = "") -> P
     return path
 
 
-def load_arrays(path: str | Path, kind: str | None = None) -> tuple[dict[str, np.ndarray], str, str]:
+def load_weights(path: str | Path, kind: str | None = None) -> tuple[dict[str, np.ndarray], str, str]:
     """Arrays of a file, its kind and its note.
 
     Raises

@@ -6,40 +6,13 @@ measurements users get, with names and units, are in `daskcell.features`.
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from daskcell.models.crop_signal import as_input, cell_regions, signal_of
+from daskcell.models.crop_signal import cell_regions
 
 MEASUREMENTS = 69
-
-
-@torch.no_grad()
-def describe_crops(crops: Any, batch: int = 256) -> np.ndarray:
-    """`measure_signal` of crops, read a batch at a time: ``(n, MEASUREMENTS)`` float32."""
-    parts = [measure_signal(signal_of(as_input(crops[i : i + batch]))) for i in range(0, len(crops), batch)]
-    return torch.cat(parts).numpy()
-
-
-def neighbours(features: np.ndarray, count: int, components: int = 24) -> np.ndarray:
-    """Nearest cells of each cell, ``(n, count)``, after standardising, principal axes and unit length."""
-    x = features - features.mean(0)
-    deviation = x.std(0)
-    x = np.clip(x / np.where(deviation > 1e-6, deviation, np.inf), -5, 5)
-    _, _, axes = np.linalg.svd(x, full_matrices=False)
-    x = x @ axes[: min(components, len(axes))].T
-    x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)
-    count = min(count, len(x) - 1)
-    near = np.empty((len(x), count), np.int64)
-    for start in range(0, len(x), 1024):
-        similar = x[start : start + 1024] @ x.T
-        similar[np.arange(len(similar)), np.arange(start, start + len(similar))] = -np.inf
-        near[start : start + 1024] = np.argpartition(-similar, max(0, count - 1), axis=1)[:, :count]
-    return near
 
 
 def measure_signal(signal: Tensor) -> Tensor:
