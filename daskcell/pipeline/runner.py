@@ -143,7 +143,7 @@ class Run:
         self.sweep_scratch()
 
     def left(self) -> list[str]:
-        """Slides that are no longer among the inputs and get their groups all the same: those that are
+        """Slides that are no longer among the inputs and get their clusters all the same: those that are
         described, and whole."""
         found = []
         for name in self.study.left:
