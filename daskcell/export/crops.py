@@ -1,6 +1,6 @@
-"""A study's cells as a data set of single-cell pictures: Parquet shards, or folders of PNG by cluster.
+"""The cells of a study as a data set of single-cell images: Parquet shards, or PNG files by cluster.
 
-Every task cuts the crops of its cells as the features were made from them and writes its own files; no crop
+Every task cuts the crops of its cells in the same way as for the features and writes its own files; no crop
 passes through this process.
 """
 
@@ -21,16 +21,14 @@ from daskcell.export.folder import SCRATCH, begin, choose
 from daskcell.storage.atomic import write_atomic
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from daskcell.compute import Workers
     from daskcell.features.crops import Framing
     from daskcell.features.embedders import Task
     from daskcell.features.engine import Slide
     from daskcell.study import Study
 
-_SHARD = 4096  # cells at least in a shard
-_LIST = ".daskcell-"  # and the name of a task: its pictures
+_SHARD = 4096  # minimum number of cells in a shard
+_LIST = ".daskcell-"  # prefix of the list of a task's images
 _COLUMNS = ["centroid-0", "centroid-1"]
 
 
@@ -42,29 +40,27 @@ def export_crops(
     size: int | None = None,
     slides: list[str] | None = None,
     workers: Workers | None = None,
-    progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Write every cell of a study as a small image of its own.
 
     Parameters
     ----------
     study : Study or path
-        Cells must have been described; where they were clustered, their clusters are written too.
+        Its cells must have been described; clusters are included if there are any.
     out : path
-        New or empty folder, or one with the same export that was cut off, which is continued.
+        New or empty folder, or that of the same export, interrupted, which is continued.
     format : {"parquet", "png"}
-        ``parquet``: shards ``<slide>-00000.parquet`` with a row a cell: ``slide``, ``label``, ``centroid-0``
-        and ``centroid-1`` in pixels, ``cluster`` (-1: none) and ``image``, a PNG. ``png``, for small studies:
-        files ``cluster-<c>/<slide>-<label>.png``, and `cells.csv` with the same columns and the file.
-    size : int
-        Side of the images in pixels; None: the encoder's, so that the images are those the features were made
-        from (rounded to 8 bits).
-    slides : list of str
-        Names of the slides to export; None: all.
-    workers : Workers
+        ``parquet``: shards ``<slide>-00000.parquet`` with one row per cell and the columns ``slide``,
+        ``label``, ``centroid-0`` and ``centroid-1`` (y and x in pixels), ``cluster`` (-1: none) and ``image``
+        (a PNG file as bytes). ``png``, for small studies: files ``cluster-<c>/<slide>-<label>.png``, and
+        ``cells.csv`` with the same columns and the name of the file.
+    size : int, optional
+        Side of the images in pixels; None: that of the encoder, so that the images are those the features
+        were made from (rounded to 8 bits).
+    slides : list of str, optional
+        Only these slides.
+    workers : Workers, optional
         None: this process.
-    progress : callable
-        Called with the number of cells that are done and that of all, of the present slide.
 
     Returns
     -------
@@ -76,7 +72,19 @@ def export_crops(
     StudyError
         A slide has not been described yet.
     InputError
-        `study` is no study, `out` holds something else, or there is no such slide, format or size.
+        `study` is no study, `out` holds anything else, or there is no such slide, format or size.
+
+    Examples
+    --------
+    >>> import numpy as np, tempfile
+    >>> from daskcell import export_crops, run
+    >>> image = np.zeros((1, 96, 96), np.uint8)
+    >>> image[:, 20:34, 20:34] = image[:, 60:74, 50:64] = 200
+    >>> folder = tempfile.mkdtemp()
+    >>> settings = {"segment": {"method": "watershed"}, "cluster": {"k": 1}, "compute": {"kind": "inline"}}
+    >>> study = run([("field", image)], f"{folder}/study", settings)
+    >>> export_crops(study, f"{folder}/crops", format="png")
+    2
     """
     from daskcell.study import Study
 
@@ -92,7 +100,7 @@ def export_crops(
     out = Path(out)
     chosen = choose(study, slides)
     unfinished = begin(out, study, {"format": format, "size": size, "slides": chosen})
-    count = sum(_export_slide(study, name, out, format, size, workers, progress) for name in chosen)
+    count = sum(_export_slide(study, name, out, format, size, workers) for name in chosen)
     if format == "png":
         _gather_lists(out)
     unfinished.unlink()
@@ -106,7 +114,6 @@ def _export_slide(
     format: str,
     size: int | None,
     workers: Workers | None,
-    progress: Callable[[int, int], None] | None,
 ) -> int:
     import dataclasses
 
@@ -138,17 +145,13 @@ def _export_slide(
         table |= _read(assigned, ["cluster"])
     window, done = workers.window(), 0
     for task in make_tasks(embedder.plan(records, grid), _SHARD):
-        if _last_file(out, name, task, format).exists():  # of a call that was cut off
+        if _last_file(out, name, task, format).exists():  # by an interrupted call
             done += task.count
             continue
         labels = np.concatenate([read.records["label"] for read in task.reads])
         rows = {column: values[labels - 1] for column, values in table.items()}
         window.submit(task.count, _write_task, slide, name, task, framing, rows, str(out), format)
-    for count, _ in window:
-        done += count
-        if progress is not None:
-            progress(done, len(records))
-    return done
+    return done + sum(count for count, _ in window)
 
 
 def _read(path: Path, columns: list[str]) -> dict[str, np.ndarray]:
@@ -189,13 +192,13 @@ def _write_task(
 
 
 def _last_file(out: Path, name: str, task: Task, format: str) -> Path:
-    """What a task writes last: the shard, or the list of its pictures."""
+    """The file that a task writes last: the shard, or the list of its images."""
     stem = f"{name}-{task.number:05d}"
     return out / (f"{stem}.parquet" if format == "parquet" else f"{_LIST}{stem}.csv")
 
 
 def _png(crop: np.ndarray) -> bytes:
-    """``(3, size, size)`` from 0 to 1 as a PNG of 8 bits."""
+    """``(3, size, size)`` from 0 to 1 as an 8-bit PNG."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -204,7 +207,7 @@ def _png(crop: np.ndarray) -> bytes:
 
 
 def _gather_lists(out: Path) -> None:
-    """One list of the cells from those of the tasks; it comes last, so its being there says all is."""
+    """Merge the lists of the tasks into one, which is written last: it exists only once all files do."""
     import pandas as pd
 
     lists = sorted(out.glob(f"{_LIST}*-[0-9][0-9][0-9][0-9][0-9].csv"))
