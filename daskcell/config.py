@@ -254,7 +254,7 @@ class FeatureSettings(Settings):
 
 class ClusterSettings(Settings):
     k: Annotated[int, Field(ge=2, le=65534)] | Literal["auto"] = 11
-    """Number of groups; auto: the one from 2 to 20 that is most compact and comes back most reliably."""
+    """Number of clusters; auto: the one from 2 to 20 that is most compact and comes back most reliably."""
     use: list[Literal["encoder", "measurements"]] = ["encoder"]
     """What cells are compared by: the encoder's vectors, the table's measurements, or both at equal
     weight."""
@@ -280,7 +280,7 @@ class OutputSettings(Settings):
     overlay_side: Annotated[int, Field(ge=256)] = 8192
     """Longest side in pixels of an overlay picture; larger images use a pyramid level."""
     report: bool = True
-    """Write ``report.html``: the groups with their cells, the slides, and how well it went, on one page."""
+    """Write ``report.html``: the clusters with their cells, the slides, and how well it went, on one page."""
 
 
 class JobSettings(Settings):

@@ -53,4 +53,4 @@ class MemoryWarning(UserWarning):
 
 
 class DriftWarning(UserWarning):
-    """New cells lie far from those a model was fitted on: what their groups mean is in doubt."""
+    """New cells lie far from those a model was fitted on: what their clusters mean is in doubt."""

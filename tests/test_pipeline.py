@@ -314,7 +314,7 @@ def test_a_slide_with_work_left_is_compared_byte_by_byte(fakes, folder, tmp_path
     assert [stage for name, stage in ran if name == "two"] == ["describe", "assign", "paint"]
 
 
-def test_damaged_features_are_made_again_before_groups_are_fitted(fakes, folder, tmp_path):
+def test_damaged_features_are_made_again_before_clusters_are_fitted(fakes, folder, tmp_path):
     run(folder, tmp_path / "out", INLINE)
     fakes.take()
     (tmp_path / "out" / "features" / "two.zarr" / "zarr.json").write_text("y")
@@ -363,7 +363,7 @@ def test_a_file_that_is_no_picture_is_set_aside(fakes, folder, tmp_path):
     assert len([1 for name, stage in fakes.take() if stage == "paint"]) == 3
 
 
-def test_fewer_cells_than_groups_is_one_sentence_and_keeps_the_rest(fakes, folder, tmp_path):
+def test_fewer_cells_than_clusters_is_one_sentence_and_keeps_the_rest(fakes, folder, tmp_path):
     fakes.cells = 2
     study = run(folder, tmp_path / "out", INLINE | {"cluster": {"k": 11}})
     assert [(f["slide"], f["stage"]) for f in study.failures] == [(None, "cluster")]
@@ -708,7 +708,7 @@ def test_many_small_slides_share_tasks(fakes, tmp_path, monkeypatch):
                 break
             time.sleep(0.1)
     assert (len(study.slides), study.failures) == (120, [])
-    assert sum(lengths) == 2 * 120  # once up to the features, once after the groups
+    assert sum(lengths) == 2 * 120  # once up to the features, once after the clusters
     assert len(lengths) < 90
     assert max(lengths) > 5
     assert lengths[0] == lengths[-1] == 1  # the pace is not known yet; at the end all workers have some

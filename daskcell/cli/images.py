@@ -157,7 +157,7 @@ def score(
     truth: Annotated[
         Path,
         typer.Argument(
-            help="Folder of true label images of the same names; for a study's groups a CSV of cells with "
+            help="Folder of true label images of the same names; for a study's clusters a CSV of cells with "
             "known types: slide; label, or y and x; type."
         ),
     ],
@@ -175,7 +175,7 @@ def score(
 ) -> None:
     """Compare found cells with known ones: AP, precision, recall and F1 at IoU 0.5 and 0.75.
 
-    Or a study's groups with known types: ARI, NMI, and how the types fall into the groups.
+    Or a study's clusters with known types: ARI, NMI, and how the types fall into the clusters.
     """
     if truth.suffix.lower() == ".csv":
         from daskcell.evaluation.truth import score_study, tell

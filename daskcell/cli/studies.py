@@ -45,7 +45,7 @@ def run(
     model: Model = None,
     diameter: Diameter = None,
     encoder: Annotated[str | None, typer.Option(help="tiny, a torchvision name, or a file.")] = None,
-    k: Annotated[str | None, typer.Option("-k", help="Number of groups, or auto.")] = None,
+    k: Annotated[str | None, typer.Option("-k", help="Number of clusters, or auto.")] = None,
     pattern: Pattern = None,
     workers: WorkerCount = None,
     compute: Compute = None,
@@ -61,7 +61,7 @@ def run(
     quiet: Quiet = False,
     interval: Interval = 30.0,
 ) -> None:
-    """Segment, describe and group every cell of every image; the same command continues.
+    """Segment, describe and cluster every cell of every image; the same command continues.
 
     Exit code 0: all done. 2: refused before starting. 3: done, but some slides were set aside.
     """
@@ -118,8 +118,8 @@ def ending(study: Any) -> str:
     from daskcell.pipeline.status import counts, open_first
 
     total = counts(study)
-    groups = f", {total['clusters']} groups" if total["clusters"] else ""
-    lines = [f"{total['slides']} slides, {total['cells']:,} cells{groups}: {study.out}"]
+    clusters = f", {total['clusters']} clusters" if total["clusters"] else ""
+    lines = [f"{total['slides']} slides, {total['cells']:,} cells{clusters}: {study.out}"]
     if study.scores:
         from daskcell.evaluation.truth import tell
 
@@ -167,7 +167,7 @@ def report(
         Path | None, typer.Option("--out", "-o", help="HTML file; the study's own if not.")
     ] = None,
 ) -> None:
-    """Show what was found on one page: groups and their cells, slides, known types, seams.
+    """Show what was found on one page: clusters and their cells, slides, known types, seams.
 
     A run writes it by itself (output.report); this is for studies under way, and for a copy elsewhere.
     """

@@ -65,16 +65,16 @@ def run(
     verify: bool = False,
     truth: str | os.PathLike[str] | None = None,
 ) -> Study:
-    """Segment, describe and group every cell of every image among `inputs` into the folder `out`.
+    """Segment, describe and cluster every cell of every image among `inputs` into the folder `out`.
 
     Run again, it continues: what is done under the present settings stays. A slide that cannot be worked on
     is set aside with its reason (`Study.failures`), and tried again by the next run.
 
-    A study grows: with more inputs, the new images are worked on beside those that are done, and the groups
+    A study grows: with more inputs, the new images are worked on beside those that are done, and the clusters
     are fitted anew over all. A slide whose input is no longer given stays in the study with all its results
     and is marked (`Study.left`); it is no failure. The fit is always over the cells of the present inputs, as
-    a new study's would be; cells of slides that left get their group from it, so that all tables speak of the
-    same groups. Given again, such a slide takes part again.
+    a new study's would be; cells of slides that left get their cluster from it too, so that all tables refer
+    to the same clusters. Given again, such a slide takes part again.
 
     Nothing in `out` is replaced or removed but what daskcell entered in its own list (``study.json``): a
     folder that holds something else is refused, and so is a file of yours in a place where one is to be
@@ -101,7 +101,7 @@ def run(
         Compare the checksums of everything that is done. Without, names and sizes are looked at, and
         checksums of slides that have work left.
     truth
-        CSV file of cells with known types, to compare the groups with; see `evaluation.read_truth`.
+        CSV file of cells with known types, to compare the clusters with; see `evaluation.read_truth`.
         The result is in the study's ``scores.json``.
 
     Raises
@@ -126,7 +126,7 @@ def assign(
     retry_failed: bool = False,
     truth: str | os.PathLike[str] | None = None,
 ) -> Study:
-    """Give the cells of new images the groups of a model that was fitted before.
+    """Assign the cells of new images to the clusters of a fitted model.
 
     Cells are found and described as those of the model were. The study holds a copy of the model, is
     continued by the same call, and grows as by `run`. How far the new cells lie from the model's is in the
@@ -137,7 +137,7 @@ def assign(
     inputs, out, client, progress, retry_failed, truth
         As for `run`.
     model
-        A study with groups, or the folder of a saved model.
+        A study with clusters, or the folder of a saved model.
     config
         Settings of input, output and compute, as for `run`; those of the model cannot be changed.
 
@@ -219,17 +219,17 @@ def _warn(sentence: str) -> None:
 
 
 def _check_kind(out: Path, known: Mapping[str, Any] | None, model: PretrainedModel | None) -> None:
-    """A study has groups of its own or those of a given model: neither way replaces the other's unasked."""
+    """A study has clusters of its own or those of a given model: neither way replaces the other's unasked."""
     if known is None:
         return
     if model is None and "model" in known:
         raise StudyError(
-            f"{out} holds cells assigned to the groups of {known['model']}. Please continue it with "
+            f"{out} holds cells assigned to the clusters of {known['model']}. Please continue it with "
             "'assign', or choose another output folder."
         )
     if model is not None and "model" not in known and known["slides"]:
         raise StudyError(
-            f"{out} is a study with groups of its own. Please continue it with 'run', or choose another "
+            f"{out} is a study with clusters of its own. Please continue it with 'run', or choose another "
             "output folder."
         )
 

@@ -86,9 +86,9 @@ def drift(study: Study) -> dict[str, dict[str, Any]]:
 
 
 def drift_sentences(study: Study) -> list[str]:
-    """One for each slide whose cells are unlike those of the model: how many lie far, and in which group."""
+    """For each slide whose cells are unlike the model's: how many are far, and in which cluster."""
     return [
-        f"{slide}: {100 * values['far']:.0f} % of {values['cells']:,} cells lie farther from their group's "
+        f"{slide}: {100 * values['far']:.0f} % of {values['cells']:,} cells lie farther from their cluster's "
         f"centre than 99 % of the model's cells do ({100 * values['expected']:.0f} % is expected)"
         f"{_worst(study, slide, values)}."
         for slide, values in drift(study).items()
@@ -125,14 +125,14 @@ def remarks(study: Study) -> list[str]:
 
 def _worst(study: Study, slide: str, values: dict[str, Any]) -> str:
     shares = values["far_by_cluster"]
-    group = max(range(len(shares)), key=lambda i: shares[i] or 0.0)
+    cluster = max(range(len(shares)), key=lambda i: shares[i] or 0.0)
     assigned = study.ledger(slide).read(Assigned)
-    name = assigned and assigned.names.get(str(group))
-    return f", most in group {group}{f' ({name})' if name else ''}: {100 * shares[group]:.0f} %"
+    name = assigned and assigned.names.get(str(cluster))
+    return f", most in cluster {cluster}{f' ({name})' if name else ''}: {100 * shares[cluster]:.0f} %"
 
 
 def counts(study: Study) -> dict[str, int]:
-    """Slides, cells, pixels and groups of a study."""
+    """Slides, cells, pixels and clusters of a study."""
     cells = pixels = failed = 0
     left = set(study.left)
     for slide in study.slides:
@@ -166,7 +166,7 @@ def table(found: dict[str, Any], limit: int | None = None) -> str:
     done = sum(all(row["stages"][s] == "done" for s in SLIDE_STAGES) for row in found["slides"])
     lines.append(
         f"{done} of {total['slides']} slides done, {total['pixels'] / 1e6:.1f} Mpx, {total['cells']:,} cells"
-        + (f", {total['clusters']} groups" if total["clusters"] else "")
+        + (f", {total['clusters']} clusters" if total["clusters"] else "")
     )
     left = sum(row["left"] for row in found["slides"])
     if left:
@@ -186,7 +186,7 @@ def table(found: dict[str, Any], limit: int | None = None) -> str:
     scores = found["scores"]
     if scores and scores["ari"] is not None:
         lines.append(
-            f"groups against {scores['truth']}: ARI {scores['ari']:.3f}, NMI {scores['nmi']:.3f} "
+            f"clusters against {scores['truth']}: ARI {scores['ari']:.3f}, NMI {scores['nmi']:.3f} "
             f"({scores['matched']:,} of {scores['cells']:,} cells)"
         )
     if found["drift"]:

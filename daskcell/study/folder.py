@@ -7,10 +7,10 @@
       tables/clusters/<slide>.parquet   the cluster of each cell, in the same order
       tables/index/<slide>.parquet      where each label lies
       features/<slide>.zarr
-      clusters/                  the fitted model, and names.json: names of groups
+      clusters/                  the fitted model, and names.json: names of clusters
       overlays/  preprocessed/  channels/
       inputs/                    pictures that were given as arrays
-      scores.json                the groups against known types, where a truth was given
+      scores.json                the clusters against known types, where a truth was given
       report.html                all of it on one page, for people
       failures.jsonl             slides that were set aside, with the reason
       ledger/<slide>.json        content key and result of every finished stage
@@ -160,6 +160,20 @@ class Study:
         """Change entries of `study.json`."""
         self.record = self.record | values
         write_json(self.out / "study.json", self.record)
+
+    def own_outputs(self) -> None:
+        """Enter all files that the study's settings make, as `create` does for a run.
+
+        Raises
+        ------
+        StudyError
+            A file that is not the study's has the name of one.
+        """
+        names = outputs(self.config)
+        owned = set(self.record.get("owned", names))
+        _refuse_foreign(self.out, names, owned, self.slides, ())
+        if names - owned:
+            self.update(owned=sorted(owned | names))
 
     def own(self, name: str) -> Path:
         """The path of a file in the study, entered as one that daskcell may replace.
