@@ -33,7 +33,7 @@ class WorkerPool:
         Ends the workers.
     on_task
         Called after every task.
-    tell
+    notify
         Called with sentences about the workers.
     is_small
         Whether all work is so little that ``auto`` means this process.
@@ -46,11 +46,11 @@ class WorkerPool:
         config: Config,
         stack: contextlib.ExitStack,
         on_task: Callable[[], None],
-        tell: Callable[[str], None] | None = None,
+        notify: Callable[[str], None] | None = None,
         is_small: Callable[[], bool] = lambda: False,
     ):
         self._client, self._config, self._stack, self._on_task = client, config, stack, on_task
-        self._out, self._tell, self._is_small = out, tell, is_small
+        self._out, self._notify, self._is_small = out, notify, is_small
         self._workers: Workers | None = None
 
     @property
@@ -63,10 +63,10 @@ class WorkerPool:
             config, seconds = self._config, self._config.compute.task_seconds
             name = f"daskcell-{owner_of(self._out)}"  # several runs may share workers
             memory = comfortable_memory(config)
-            start = start_workers(self._compute(), self._tell, memory, self._client, name)
+            start = start_workers(self._compute(), self._notify, memory, self._client, name)
             workers = self._stack.enter_context(start).watched(self._on_task, seconds)
             refuse_small_workers(workers, config, given=self._client is not None)
-            self._workers = workers.claim(self._out, self._tell)
+            self._workers = workers.claim(self._out, self._notify)
             sweep(self._out)
         return self._workers
 
