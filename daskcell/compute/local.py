@@ -127,7 +127,7 @@ def local_settings(threads: int) -> Iterator[None]:
     """Dask's settings for nannies of this process, on top of the user's; restored on leaving.
 
     A nanny sets variables in this process's own environment, for its children. If they stayed there, every
-    process started later would inherit them: ``DASK_LOGGING__DISTRIBUTED`` would silence the log of every job.
+    process started later would inherit them: ``DASK_LOGGING__DISTRIBUTED`` would silence all jobs.
     """
     import dask
 

@@ -1,7 +1,7 @@
 """A time limit per task: the worker process of a task that hangs is ended, and the task runs elsewhere.
 
-Nothing less ends a thread that waits for a disk or loops in a decoder. The nanny replaces the process; without
-a nanny (threads of this process, ``--no-nanny``), there is no limit.
+Nothing less ends a thread that waits for a disk or loops in a decoder. The nanny replaces the process;
+without a nanny (threads of this process, ``--no-nanny``), there is no limit.
 
     task thread      with_timeout(seconds, function, ...)  ── reset("slide 7") ── reset("slide 8") ──
     watching thread        too long? tell the scheduler which one, then leave with the process
@@ -116,8 +116,8 @@ def timeout_error(client: Client, key: str) -> TaskTimeout | None:
         return None
     times = f", {len(messages)} times over" if len(messages) > 1 else ""
     return TaskTimeout(
-        f"It took longer than compute.task_seconds ({messages[-1]['seconds']:g} s){times}. Please look at the "
-        "file and the disk it is on, or allow more time.",
+        f"It took longer than compute.task_seconds ({messages[-1]['seconds']:g} s){times}. Please look at "
+        "the file and the disk it is on, or allow more time.",
         messages[-1]["item"],
     )
 
