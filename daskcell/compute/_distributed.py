@@ -54,8 +54,8 @@ class WorkerSetup(WorkerPlugin):
         return self.needs_gpu and ("GPU" in resources or not self.labelled) and not gpu_found()
 
     def teardown(self, worker: Worker) -> None:
-        # A worker that leaves lets its running task continue for up to 30 s, while the scheduler gives the task
-        # to another worker: both would write the same files. So a nanny's child ends at once.
+        # A worker that leaves lets its running task continue for up to 30 s, while the scheduler gives it to
+        # another worker: both would write the same files. So a nanny's child ends at once.
         leaving = worker.status not in (Status.running, Status.paused, Status.init)
         if worker.nanny and leaving and worker.state.executing:
             os._exit(0)

@@ -1,4 +1,4 @@
-"""A run from outside: refuse early what cannot work, then hand the slides to `collection`."""
+"""The public verbs: refuse early what cannot work, then execute a `Run`."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def run(
         A Dask client, a cluster object or a scheduler's address, whose workers to use; None: as
         ``config.compute`` says. While the run lasts its workers have ``config.compute.threads``.
     progress
-        Who is told how far it is; None: nobody.
+        Receives progress; None: nothing is shown.
     retry_failed
         Work on the slides that were set aside only.
     verify
@@ -313,7 +313,7 @@ def name_as_before(sources: Sequence[Source], out: Path, record: Mapping[str, An
 
 
 def _are_alike(name: str, other: str) -> bool:
-    """Whether two names differ by a number or by folders only, and not since somebody chose another."""
+    """Whether two names differ by a number or by folders only, not because another name was chosen."""
     name, other = sorted((re.sub(r"-\d+$", "", one) for one in (name, other)), key=len)
     return name == other or other.endswith(f"_{name}")
 

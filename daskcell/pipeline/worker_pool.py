@@ -1,4 +1,4 @@
-"""The workers of a run: started when they are needed, and how many slides to drive over them at a time."""
+"""The workers of a run: started when they are needed, and the number of slides to drive at a time."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _AT_ONCE = (2, 16)
-"""Fewest slides, so that one slide's serial steps do not leave the workers idle; and most, since one process
-can keep no more going."""
+"""Fewest slides, so that the serial steps of one do not leave the workers idle; and most, since one process
+cannot drive more."""
 
 
 class WorkerPool:
@@ -104,14 +104,14 @@ def networks_bytes(config: Config) -> int:
 
 
 def comfortable_memory(config: Config) -> int:
-    """Bytes for each worker of this machine: more than it must have, as there is the process that opens its
-    files, and Dask has workers wait from 0.8 of their limit on."""
+    """Bytes for each worker of this machine: more than it needs itself, since it has a process that opens its
+    files, and Dask pauses workers at 0.8 of their limit."""
     halo = settings_halo(config.segment)
     return int(1.5 * needed_memory(config.compute.block, networks_bytes(config), halo))
 
 
 def slides_at_once(team: Workers, blocks: int) -> int:
-    """How many slides of so many `blocks` to drive at a time: enough to give all workers a few tasks."""
+    """How many slides of `blocks` blocks to drive at a time: enough to give all workers a few tasks."""
     if team.client is None:
         return 1
     fewest, most = _AT_ONCE
