@@ -22,7 +22,7 @@ from daskcell.compute.jobqueue import job_cluster, job_options, job_specs, lifet
 from daskcell.config import ComputeSettings, parse_config
 from daskcell.errors import ComputeError, ConfigError
 
-pytestmark = pytest.mark.alone
+pytestmark = [pytest.mark.alone, pytest.mark.cluster]
 
 pytest.importorskip("dask_jobqueue", reason="needs the extra 'hpc'")
 TESTS = str(Path(__file__).parent)

@@ -14,6 +14,7 @@ from distributed.comm import CommClosedError
 from daskcell.compute import Workers
 from daskcell.compute._distributed import Completed
 
+pytestmark = pytest.mark.cluster
 SUBMIT = """
 import sys
 from distributed import Client

@@ -21,7 +21,7 @@ from daskcell.compute.process import NEEDS_GPU
 from daskcell.config import ComputeSettings
 from daskcell.errors import ComputeError, ConfigError
 
-pytestmark = pytest.mark.alone
+pytestmark = [pytest.mark.alone, pytest.mark.cluster]
 
 OPTIONS = {"host": "127.0.0.1", "nthreads": 1, "dashboard": False}
 QUIET = {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": "127.0.0.1:0"}

@@ -22,7 +22,7 @@ from test_survival import finish, is_at, results
 
 from daskcell.evaluation.generated import CHANNELS, synthesize_field
 
-pytestmark = pytest.mark.alone
+pytestmark = [pytest.mark.alone, pytest.mark.cluster]
 
 pytest.importorskip("dask_jobqueue", reason="needs the extra 'hpc'")
 COMMON = {"cluster": {"k": 3}}
