@@ -61,7 +61,7 @@ class WorkersRef:
     def send(self, message: Any) -> None:
         """Send a small message (msgpack) from within a task; see `Workers.listening`.
 
-        It arrives before the task's result, or not at all if the worker dies. Outside a task, nothing is sent.
+        It arrives before the task's result, or never if the worker dies. Outside a task, nothing is sent.
         """
         from distributed import get_worker
 

@@ -1,8 +1,8 @@
-"""What would keep a run from working here, found before it is started: one line per check.
+"""Finds what would stop a run, before it is started: one line per check.
 
-Looks at versions, GPUs, weights, disks and ports of this machine; with jobs or a scheduler in the settings it
-also asks for a worker of every kind and looks the same up there. Changes nothing but a file in the output
-folder that it removes.
+Checks versions, GPUs, weights, disks and ports of this machine; with jobs or a scheduler in the settings it
+also asks for a worker of every kind and checks the same there. It writes one file in the output folder and
+removes it again.
 """
 
 from __future__ import annotations
