@@ -23,7 +23,7 @@ _TOGETHER = 64
 def given_inputs(
     inputs: Any, out: str | os.PathLike[str]
 ) -> tuple[list[str], Iterator[tuple[str, Any]] | None]:
-    """The inputs as paths, and as ``(name, array)`` pairs if they are arrays (from a generator, one at a time).
+    """The inputs as paths, and as ``(name, array)`` pairs if they are arrays, one at a time from a generator.
 
     If the first input is an array, all must be; the path is then that of the folder that will hold them.
     """
