@@ -1,8 +1,8 @@
 """Brings a study of format 1 to format 2, and keeps its results.
 
 Cluster columns of the cells tables move into tables of their own. Every result that was made from the
-present input under the study's settings is entered under its new content key. A stage whose results have changed since
-format 1 is done again, with the stages that depend on it.
+present input under the study's settings is entered under its new content key. A stage whose results have
+changed since format 1 is done again, with the stages that depend on it.
 """
 
 from __future__ import annotations
