@@ -305,7 +305,7 @@ def test_steps_of_a_task_are_sent_now_and_then_and_say_how_far_it_is(monkeypatch
     assert there.fraction == before
 
 
-@pytest.mark.parametrize("kind", ["inline", "workers"])
+@pytest.mark.parametrize("kind", ["inline", pytest.param("workers", marks=pytest.mark.cluster)])
 @pytest.mark.slow
 def test_a_slide_that_is_one_task_tells_of_its_stages_and_status_too(kind, slide, tmp_path, monkeypatch):
     """The bar moves while the task lasts, and not only when it is done."""
