@@ -48,6 +48,10 @@ def leave(dask_worker: Worker) -> None:
     dask_worker.loop.add_callback(dask_worker.close_gracefully)
 
 
+def is_busy(dask_worker: Worker) -> bool:
+    return bool(dask_worker.active_threads)
+
+
 def until(ready) -> None:
     deadline = time.monotonic() + 120
     while not ready():
@@ -102,7 +106,7 @@ def test_a_task_that_waits_for_a_gpu_lets_its_worker_leave_in_time():
         first = address_of(client, "leaving")
         ref = WorkersRef(labels=frozenset({"CPU", "GPU"}))
         future = client.submit(need_gpu, ref, workers=[first], allow_other_workers=True)
-        until(lambda: client.call_stack([future]))
+        until(lambda: client.run(is_busy, workers=[first])[first])
         client.run(leave, workers=[first])
         with pytest.raises(Reschedule):
             future.result(timeout=120)
