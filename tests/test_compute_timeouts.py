@@ -80,11 +80,14 @@ def test_what_hangs_is_tried_three_times_and_the_rest_goes_on(client, tmp_path):
     once, always = str(tmp_path / "once"), str(tmp_path / "always")
     window = Workers(client, task_seconds=LIMIT).window(keep_going=True)
     window.submit("once", hang_once, once)
-    window.submit("always", hang_at_the_second, always)
     window.submit("short", short_items)
-    for number in range(20):
-        window.submit(number, os.getpid)
-    results = dict(window)
+    results = {}
+    for key, result in window:
+        results[key] = result
+        if key == "once":  # not at the same time: Dask blames a worker's death on all that wait there
+            window.submit("always", hang_at_the_second, always)
+            for number in range(20):
+                window.submit(number, os.getpid)
     assert (results["once"], results["short"]) == ("done", "done")
     assert len([key for key in range(20) if isinstance(results[key], int)]) == 20
     failed = results["always"]

@@ -29,7 +29,7 @@ ORDER = [
     "train",
     "doctor",
 ]
-"""Commands as help lists them: what one does first comes first."""
+"""Order of the commands in the help: the ones used first come first."""
 
 
 class _InOrder(TyperGroup):
@@ -63,7 +63,7 @@ Diameter = Annotated[str | None, typer.Option(help="Cell diameter in pixels; aut
 Pattern = Annotated[
     str | None, typer.Option(help="Names of files with one channel each, as {field}_{channel}.tif.")
 ]
-WorkerCount = Annotated[int | None, typer.Option(help="Worker processes; one per core unless told.")]
+WorkerCount = Annotated[int | None, typer.Option(help="Worker processes; one per core unless given.")]
 Compute = Annotated[
     str | None, typer.Option(help="auto, local, gpu, inline, slurm, pbs, lsf, sge, or a scheduler's address.")
 ]
@@ -78,7 +78,7 @@ Interval = Annotated[
 
 
 NOTHING = object()
-"""Given on the command line to mean None."""
+"""Stands for None given on the command line."""
 
 
 def read_settings(
@@ -142,7 +142,7 @@ def word_or_number(text: str | None) -> Any:
 
 
 def this_command() -> str:
-    """The command as it was given, to be given again."""
+    """The command as it was typed, to be repeated."""
     import shlex
     import sys
 

@@ -56,7 +56,7 @@ def run(
     ] = False,
     truth: Truth = None,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Say what would be done and why, and do nothing.")
+        bool, typer.Option("--plan", help="Show what would be done and why, and do nothing.")
     ] = False,
     quiet: Quiet = False,
     interval: Interval = 30.0,
@@ -181,7 +181,7 @@ def report(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for pictures and results.")] = Path("demo"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for images and results.")] = Path("demo"),
     fields: Annotated[int, typer.Option(min=1, help="Data sets to draw.")] = 4,
     size: Annotated[int, typer.Option(min=256, help="Side of each in pixels.")] = 1024,
     workers: WorkerCount = None,

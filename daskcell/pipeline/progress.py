@@ -1,8 +1,8 @@
-"""How far a run is: bars on a terminal, a line now and then elsewhere, nothing in a library call.
+"""Progress of a run: bars on a terminal, a line now and then elsewhere, nothing in a library call.
 
-Pure functions (`stage_costs`, `work_done`) tell it from the parts of stages that are done and the seconds
-they took. What is to come is weighed by input bytes, the one size that is known of every slide before it is
-opened; large slides count every block and tile.
+Pure functions (`stage_costs`, `work_done`) compute it from the parts of stages that are done and the seconds
+they took. Slides are weighed by input bytes, the only size that is known of every slide before it is opened;
+every block and tile counts.
 """
 
 from __future__ import annotations
@@ -106,9 +106,9 @@ def is_known(tallies: Mapping[str, Tally], shares: Mapping[str, float]) -> bool:
 
 
 def seconds_left(estimate: Mapping[str, Any], now: float) -> float | None:
-    """What is left of an estimate (``seconds_left``, made ``at`` a time); None: there was none.
+    """Seconds left ``now`` by an estimate (``seconds_left``, made ``at`` a time); None: there was none.
 
-    While nothing is heard it runs down, but not to the end.
+    Between estimates it runs down, but not below half.
     """
     left = estimate["seconds_left"]
     return None if left is None else max(left - max(0.0, now - estimate["at"]), left / 2)
@@ -116,7 +116,7 @@ def seconds_left(estimate: Mapping[str, Any], now: float) -> float | None:
 
 @dataclass
 class _UnderWay:
-    """What the tally of a stage has counted of a slide that is at this stage."""
+    """What the tally of a stage has counted for a slide at this stage."""
 
     part: float = 0.0
     measured: float = 0.0
@@ -124,7 +124,7 @@ class _UnderWay:
 
 
 class Progress:
-    """Counts; says nothing. Methods may be called from several threads."""
+    """Counts, and shows nothing. Methods may be called from several threads."""
 
     def __init__(self) -> None:
         self.slides = self.slides_done = self.cells = self.failed = 0
@@ -195,8 +195,8 @@ class Progress:
         with self._lock:
             self.reached(slide, stage, *self._clock.step(slide, stage, part))
 
-    def reached(self, slide: str, stage: str, part: float, seconds: float) -> None:
-        """So much of a stage (0 to 1) is done in all, so many seconds after it began."""
+    def reached(self, slide: str, stage: str, part: float, seconds: float | None) -> None:
+        """A `part` of a stage (0 to 1) is done in all, `seconds` after it began; None: `part` is a guess."""
         with self._lock:
             if stage in self._left.get(slide, (stage,)) and stage in self._tallies:
                 now = self._under_way.setdefault((slide, stage), _UnderWay())
@@ -206,7 +206,7 @@ class Progress:
         self._update()
 
     def finished(self, slide: str, stage: str, seconds: float | None = None) -> None:
-        """A stage of a slide is done, within so many seconds where that is known."""
+        """A stage of a slide is done, in `seconds` where that is known."""
         with self._lock:
             left = self._left.get(slide, set() if slide else {stage})
             if stage in left:
@@ -220,7 +220,7 @@ class Progress:
         self._update()
 
     def _advance(self, slide: str, stage: str, part: float, seconds: float | None) -> None:
-        """Count a stage of a slide up to `part`, which took so many seconds since it began."""
+        """Count a stage of a slide up to `part`, which took `seconds` since it began."""
         weight, tally = self._weights.get(slide, 0.0), self._tallies[stage]
         now = self._under_way.get((slide, stage), _UnderWay())
         tally.done += weight * (part - now.part)
@@ -247,13 +247,13 @@ class Progress:
         self.step("", stage, 0.0)
 
     def _update(self) -> None:
-        """Fraction and time left, as of now: what is shown here and told to `status`."""
+        """Update the fraction and the time left, which are shown here and by `status`."""
         with self._lock:
             before, done, total = work_done(self._tallies, self._shares)
             fraction = min(1.0, (before + done) / total) if total else 0.0
             now, left = time.monotonic(), None
             if done > 0:
-                # From the first that was done on: workers take a while to start.
+                # Counted from the first finished task on: workers take a while to start.
                 if self._first is None:
                     self._first = now, done / total
                 elapsed, since = now - self._first[0], done / total - self._first[1]
@@ -301,13 +301,13 @@ class Progress:
                 parts.pop(name, None)
         return ", ".join(parts.values())
 
-    # What the subclasses do.
+    # For subclasses.
 
     def changed(self) -> None:
         """Counts have changed."""
 
     def say(self, text: str) -> None:
-        """Tell the user something that should stay on the screen."""
+        """Print a line that stays on the screen."""
 
     def __enter__(self) -> Progress:
         return self
@@ -317,7 +317,7 @@ class Progress:
 
 
 class Lines(Progress):
-    """One line per interval, for log files; also when nothing was finished in it."""
+    """One line per interval, for log files, even when nothing was finished in it."""
 
     def __init__(self, interval: float = 30.0, stream: TextIO | None = None):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Many slides: work through a window, set bad ones aside, continue where a run stopped.
+"""Many slides: work on all that is missing, set failing slides aside, continue where a run stopped.
 
     stages of each slide -> clusters of all -> stages of each slide that follow them
 
@@ -57,16 +57,16 @@ _READ_LATE = frozenset(SLIDE_STAGES) - {CONVERT.name, FIT.name, EXPORT.name}
 part."""
 _WRITE_SECONDS = 5.0
 _BLOCKS_AT_ONCE = 2
-"""A slide of so many blocks or fewer is one task."""
+"""A slide of at most this many blocks is one task."""
 _TOGETHER = 64
 """Most slides in one task."""
 _SECONDS = 5.0
-"""How long a task of several slides should take: far above what a task costs, and little to lose."""
+"""How long a task of several slides should take: far longer than its overhead, and little work to lose."""
 _TASKS_PER_WORKER = 3
 _MOST_TASKS = 20_000
-"""That the scheduler is given at a time."""
+"""Most tasks that the scheduler is given at a time."""
 _USED_BY_SLIDES = ("ome_zarr_models", "pandas", "pyarrow.parquet", "skimage.measure", "torch")
-"""Their modules import each other in circles: threads that import one at once may see it half made."""
+"""Packages with circular imports: threads that import one at the same time may see it half initialised."""
 _MOST_SMALL = 8
 """More slides are not opened to find out whether they are small."""
 _CHANGED = "Its input or its results changed while the run lasted. Please run again."
@@ -228,7 +228,8 @@ class Run:
     def write_progress(self) -> None:
         """Write progress for `status`, now and then."""
         with self._writing:
-            if time.monotonic() - self._written > _WRITE_SECONDS and not self.stop.is_set():
+            late = time.monotonic() - self._written > _WRITE_SECONDS
+            if late and not self.stop.is_set() and not self.lock.lost:
                 self._written = time.monotonic()
                 self.study.record.write_progress(**self.progress.estimate)
 
@@ -371,7 +372,7 @@ class Run:
         self.account(job, Outcome(job.slide, failure=ledger.failure))
 
     def account(self, job: Job, outcome: Outcome) -> None:
-        """Tell how a slide ended."""
+        """Report how a slide ended."""
         self.progress.counts(outcome.slide, outcome.pixels, outcome.cells)
         for note in outcome.notes:
             self.progress.say(note)
@@ -382,8 +383,8 @@ class Run:
                 self.progress.finished(outcome.slide, stage, outcome.seconds.get(stage))
 
     def sweep_scratch(self) -> None:
-        """Remove what stages kept between their tasks, but that of slides that were set aside: the next run
-        goes on from there."""
+        """Remove what stages kept between their tasks, except for slides that were set aside: the next run
+        continues from there."""
         scratch = self.study.out / "scratch"
         unfinished = (name for name in self.sources if self.study.record.ledger(name).failure)
         kept = {folder for name in unfinished for folder in self.study.paths.scratches(name)}
@@ -400,7 +401,7 @@ class Run:
 
 
 def _input_bytes(source: Source) -> float:
-    """Bytes of the input, as far as they are known before it is opened."""
+    """Bytes of the input, as far as they can be known without reading it."""
     total = 0.0
     for file in source.all_files:
         with contextlib.suppress(OSError, DaskcellError):

@@ -1,4 +1,4 @@
-"""What is done, running and failed in a study, told by its small files alone."""
+"""What is done, running and failed in a study, from its ledgers and other small files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from daskcell.study.ledger import FORMAT
 from daskcell.study.results import Assigned, Clustered, Converted
 
 FAR = 5.0
-"""So many times as many cells beyond the 99th percentile of the fit as expected make a slide unlike it."""
+"""A slide is unlike the model if this many times more cells than expected lie beyond the fit's 99th
+percentile."""
 _FAR_CELLS = 5
 _MARKS = {"done": "done", "failed": "FAILED", "running": "running", "old": "old", "": "-"}
 
@@ -119,7 +120,7 @@ def _many(count: int, what: str) -> str:
 
 
 def remarks(study: Study) -> list[str]:
-    """Sentences that stand on top of a study's report."""
+    """Sentences at the top of a study's report."""
     return [*drift_sentences(study), *mixed(study)]
 
 
@@ -146,7 +147,7 @@ def counts(study: Study) -> dict[str, int]:
 
 
 def table(found: dict[str, Any], limit: int | None = None) -> str:
-    """A `report` for people: the first `limit` slides, and what all came to."""
+    """A `report` as text: the first `limit` slides, and the totals."""
     rows = [["slide", *SLIDE_STAGES, "Mpx", "cells", "seams"]]
     for row in found["slides"][:limit]:
         pixels, cells = row["pixels"], row["cells"]
@@ -208,7 +209,7 @@ def table(found: dict[str, Any], limit: int | None = None) -> str:
 
 
 def open_first(study: Study) -> list[str]:
-    """What to open of a study, the best of it first, as whole paths."""
+    """What to open first in a study, as absolute paths."""
     named = [("open first", study.paths.report), ("overlays", study.paths.overlays)]
     return [f"{name}: {path.resolve()}" for name, path in named if path.exists()]
 

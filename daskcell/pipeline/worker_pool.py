@@ -1,4 +1,4 @@
-"""The workers of a run: started when they are needed, and how many slides to drive over them at a time."""
+"""The workers of a run: started when they are needed, and the number of slides to drive at a time."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _AT_ONCE = (2, 16)
-"""Fewest slides, so that one slide's serial steps do not leave the workers idle; and most, since one process
-can keep no more going."""
+"""Fewest slides, so that the serial steps of one do not leave the workers idle; and most, since one process
+cannot drive more."""
 
 
 class WorkerPool:
@@ -33,7 +33,7 @@ class WorkerPool:
         Ends the workers.
     on_task
         Called after every task.
-    tell
+    notify
         Called with sentences about the workers.
     is_small
         Whether all work is so little that ``auto`` means this process.
@@ -46,11 +46,11 @@ class WorkerPool:
         config: Config,
         stack: contextlib.ExitStack,
         on_task: Callable[[], None],
-        tell: Callable[[str], None] | None = None,
+        notify: Callable[[str], None] | None = None,
         is_small: Callable[[], bool] = lambda: False,
     ):
         self._client, self._config, self._stack, self._on_task = client, config, stack, on_task
-        self._out, self._tell, self._is_small = out, tell, is_small
+        self._out, self._notify, self._is_small = out, notify, is_small
         self._workers: Workers | None = None
 
     @property
@@ -63,10 +63,10 @@ class WorkerPool:
             config, seconds = self._config, self._config.compute.task_seconds
             name = f"daskcell-{owner_of(self._out)}"  # several runs may share workers
             memory = comfortable_memory(config)
-            start = start_workers(self._compute(), self._tell, memory, self._client, name)
+            start = start_workers(self._compute(), self._notify, memory, self._client, name)
             workers = self._stack.enter_context(start).watched(self._on_task, seconds)
             refuse_small_workers(workers, config, given=self._client is not None)
-            self._workers = workers.claim(self._out, self._tell)
+            self._workers = workers.claim(self._out, self._notify)
             sweep(self._out)
         return self._workers
 
@@ -104,15 +104,15 @@ def networks_bytes(config: Config) -> int:
 
 
 def comfortable_memory(config: Config) -> int:
-    """Bytes for each worker of this machine: more than it must have, as there is the process that opens its
-    files, and Dask has workers wait from 0.8 of their limit on."""
+    """Bytes for each worker of this machine: more than it needs itself, since it has a process that opens its
+    files, and Dask pauses workers at 0.8 of their limit."""
     halo = settings_halo(config.segment)
     return int(1.5 * needed_memory(config.compute.block, networks_bytes(config), halo))
 
 
-def slides_at_once(team: Workers, blocks: int) -> int:
-    """How many slides of so many `blocks` to drive at a time: enough to give all workers a few tasks."""
-    if team.client is None:
+def slides_at_once(workers: Workers, blocks: int) -> int:
+    """How many slides of `blocks` blocks to drive at a time: enough to give all workers a few tasks."""
+    if workers.client is None:
         return 1
     fewest, most = _AT_ONCE
-    return min(max(fewest, -(-2 * team.count // blocks)), most)
+    return min(max(fewest, -(-2 * workers.count // blocks)), most)
