@@ -23,7 +23,7 @@ from daskcell.evaluation import read_truth, score_study
 from daskcell.geometry import Box
 from daskcell.images import read_labels
 from daskcell.pipeline import api
-from daskcell.pipeline.edit_clusters import change_groups, group_rows
+from daskcell.pipeline.edit_clusters import cluster_rows, edit_clusters
 from daskcell.pipeline.progress import Progress
 from daskcell.pipeline.status import drift, drift_sentences, report, table
 from daskcell.storage.lock import Lock
@@ -271,15 +271,15 @@ def begun(out, slide: str, stage: str) -> bool:
 
 
 def rename(study, group, name):
-    change_groups(study.out, lambda naming, k: naming.rename(group, name, k))
+    edit_clusters(study.out, lambda naming, k: naming.rename(group, name, k))
 
 
 def merge(study, *groups, name=None):
-    change_groups(study.out, lambda naming, k: naming.merge(groups, k, name))
+    edit_clusters(study.out, lambda naming, k: naming.merge(groups, k, name))
 
 
 def split(study, group):
-    change_groups(study.out, lambda naming, k: naming.split(group, k))
+    edit_clusters(study.out, lambda naming, k: naming.split(group, k))
 
 
 def properties(study, slide: str) -> dict[int, str]:
@@ -309,7 +309,7 @@ def test_names_and_merges_go_into_model_tables_labels_and_pictures(study):
     assert changed == {"images", "overlays", "report.html", "tables"}
     assert after["clusters/arrays.npz"] == before["clusters/arrays.npz"]
     assert after["overlays/a.png"] != before["overlays/a.png"]
-    assert [row["parts"] for row in group_rows(study.out)] == [[0], [1, 2]]
+    assert [row["parts"] for row in cluster_rows(study.out)] == [[0], [1, 2]]
     model = load_clusters(study.paths.clusters)
     assert 2 not in model.predict(model.centers_)
 
@@ -338,7 +338,8 @@ def test_a_later_run_keeps_names_and_makes_nothing_again(study, folder, monkeypa
 
 def test_a_change_that_was_killed_is_finished_by_the_next_run(study, folder, monkeypatch):
     monkeypatch.setattr(
-        "daskcell.pipeline.edit_clusters.regroup", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+        "daskcell.pipeline.edit_clusters.update_slides",
+        lambda *args: (_ for _ in ()).throw(KeyboardInterrupt),
     )
     with pytest.raises(KeyboardInterrupt):
         rename(study, 0, "round")
@@ -392,7 +393,7 @@ def test_names_are_refused_while_a_run_works(study):
 
 def test_a_saved_model_can_be_named_too(fitted, tmp_path):
     load_clusters(fitted.paths.clusters).save(tmp_path / "model")
-    change_groups(tmp_path / "model", lambda naming, k: naming.merge([0, 1], k, "both"))
+    edit_clusters(tmp_path / "model", lambda naming, k: naming.merge([0, 1], k, "both"))
     assert load_clusters(tmp_path / "model").naming.titles(3) == ["both", None, "cluster 2"]
 
 
@@ -522,7 +523,7 @@ def test_groups_are_shown_named_and_merged_from_the_command_line(call, study):
     assert "0 + 2" not in call("clusters", "split", study.out, 0)[1]
     code, out, err = call("clusters", "rename", study.out, 9, "x")
     assert (code, out) == (2, "")
-    assert err == "daskcell: There is no group '9': groups are numbered 0 to 2, 'round ones'.\n"
+    assert err == "daskcell: There is no cluster '9': clusters are numbered 0 to 2, 'round ones'.\n"
 
 
 def test_assign_and_truth_from_the_command_line(call, study, folder, tmp_path):

@@ -203,9 +203,9 @@ def test_a_task_that_kills_every_worker_is_one_failure_among_results():
     assert "killed its worker" in str(results["bad"].error)
 
 
-def hand_on(permit, _):
+def hand_on(ref, _):
     """A task with tasks of its own; where it ran, where they did, and how one ended that cannot succeed."""
-    window = Workers.of_task(permit).window(2, keep_going=True)
+    window = Workers.of_task(ref).window(2, keep_going=True)
     for i in range(5):
         window.submit(("network", i), where, i, kind="network")
         window.submit(("cpu", i), where, i)
@@ -246,7 +246,7 @@ def test_network_tasks_run_on_labelled_workers_only():
         for kind in ("cpu", "network"):  # on one that has a GPU itself, all of it is done there
             window = workers.window()
             for i in range(4):
-                window.submit(i, hand_on, workers.permit, i, kind=kind)
+                window.submit(i, hand_on, workers.ref, i, kind=kind)
             for _, (here, (cpu, network)) in window:
                 assert cpu == {here}
                 assert network == (gpu_pids if kind == "cpu" else {here}) == gpu_pids

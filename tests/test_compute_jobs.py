@@ -17,7 +17,7 @@ from fake_queue import FakeQueue
 
 from daskcell.compute import autoscaler as keeper_module
 from daskcell.compute import start_workers
-from daskcell.compute.autoscaler import JobKeeper
+from daskcell.compute.autoscaler import JobAutoscaler
 from daskcell.compute.jobqueue import job_cluster, job_options, job_specs, lifetime, walltime_seconds
 from daskcell.config import ComputeSettings, parse_config
 from daskcell.errors import ComputeError, ConfigError
@@ -47,7 +47,7 @@ def queue(request, tmp_path, monkeypatch):
 
 @pytest.fixture
 def hurried(monkeypatch):
-    """A keeper that looks more often than is polite."""
+    """A autoscaler that looks more often than is polite."""
     for name in ("_ASK_SECONDS", "_LOOK_SECONDS", "_AGAIN_SECONDS"):
         monkeypatch.setattr(keeper_module, name, 0.1)
 
@@ -319,11 +319,11 @@ def test_a_run_whose_jobs_come_no_more_ends_with_the_reason(queue, hurried):
         assert not workers.alive
 
 
-# -- what the keeper does, without processes -----------------------------------------------------------
+# -- what the autoscaler does, without processes -----------------------------------------------------------
 
 
 class Cluster:
-    """Does what the keeper needs of a dask-jobqueue cluster; jobs are numbers."""
+    """Does what the autoscaler needs of a dask-jobqueue cluster; jobs are numbers."""
 
     def __init__(self):
         self.worker_spec = {}
@@ -354,17 +354,17 @@ class Cluster:
 
 
 class World:
-    """A keeper over a fake cluster, queue and clock."""
+    """A autoscaler over a fake cluster, queue and clock."""
 
     def __init__(self, monkeypatch, minimum=2, maximum=2):
         self.cluster, self.now, self.gone, self.told, self.answers = Cluster(), 1000.0, set(), [], True
         specs = {"cpu": [(f"cpu-{number}", {}) for number in range(maximum)]}
         monkeypatch.setattr(keeper_module, "listed_jobs", self.listed)
         monkeypatch.setattr(keeper_module, "time", SimpleNamespace(monotonic=lambda: self.now))
-        self.keeper = JobKeeper(self.cluster, "slurm", specs, {"cpu": minimum}, self.told.append)
+        self.autoscaler = JobAutoscaler(self.cluster, "slurm", specs, {"cpu": minimum}, self.told.append)
         self.gave_up = []
-        self.keeper.give_up = lambda: self.gave_up.append(True)
-        self.keeper.ask()
+        self.autoscaler.give_up = lambda: self.gave_up.append(True)
+        self.autoscaler.ask()
 
     def listed(self, kind):
         jobs = {job.job_id: "RUNNING" for job in self.cluster.workers.values()}
@@ -372,7 +372,7 @@ class World:
 
     def look(self, seconds=6.0):
         self.now += seconds
-        self.keeper.look()
+        self.autoscaler.look()
 
     @property
     def jobs(self):
@@ -389,7 +389,7 @@ def test_a_job_that_waits_in_the_queue_is_left_alone(world):
     for _ in range(100):
         here.look(60)
     assert here.jobs == {"cpu-0": "1", "cpu-1": "2"}
-    assert here.keeper.trouble is None
+    assert here.autoscaler.trouble is None
     assert "No CPU worker at present; jobs: 2 RUNNING." in here.told
 
 
@@ -420,14 +420,14 @@ def test_where_the_queue_does_not_answer_a_job_is_gone_after_two_minutes(world):
 def test_jobs_that_fail_are_asked_for_ever_less_often_and_then_no_more(world):
     here = world(minimum=1, maximum=1)
     times = []
-    while here.keeper.trouble is None:
+    while here.autoscaler.trouble is None:
         here.gone.add(str(here.cluster.submitted))
         before = here.cluster.submitted
         here.look(1.0)
         if here.cluster.submitted > before:
             times.append(here.now)
     assert here.cluster.submitted == 3
-    assert "3 CPU jobs of slurm failed" in here.keeper.trouble
+    assert "3 CPU jobs of slurm failed" in here.autoscaler.trouble
     assert here.gave_up
 
 
@@ -437,7 +437,7 @@ def test_failing_jobs_are_no_trouble_while_others_work(world):
     for _ in range(200):
         here.gone.add(here.jobs.get("cpu-1"))
         here.look(10)
-    assert here.keeper.trouble is None
+    assert here.autoscaler.trouble is None
     assert 3 < here.cluster.submitted < 20  # over 2000 s
 
 

@@ -12,7 +12,7 @@ from distributed import Client, Future, as_completed
 from distributed.comm import CommClosedError
 
 from daskcell.compute import Workers
-from daskcell.compute._completed import Completed
+from daskcell.compute._distributed import Completed
 
 SUBMIT = """
 import sys
@@ -102,7 +102,7 @@ def test_a_task_whose_result_is_not_to_be_had_at_once_is_not_waited_for_for_ever
             raise CommClosedError("reset by peer")
         return await fetch(self, raiseit)
 
-    monkeypatch.setattr("daskcell.compute._completed.Completed", completed)
+    monkeypatch.setattr("daskcell.compute._distributed.Completed", completed)
     monkeypatch.setattr(Future, "_result", flaky)
     options = {"processes": False, "n_workers": 1, "threads_per_worker": 1, "dashboard_address": None}
     with Client(**options, set_as_default=False) as client:

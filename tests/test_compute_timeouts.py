@@ -13,7 +13,7 @@ import tifffile
 from test_pipeline import contents
 
 from daskcell.compute import Failed, Workers, timeouts
-from daskcell.compute.timeouts import Overtime, paused, renew
+from daskcell.compute.timeouts import TaskTimeout, paused, reset
 from daskcell.images import Source, find_images
 from daskcell.pipeline import api, run
 
@@ -28,9 +28,9 @@ def hang_once(mark: str) -> str:
 
 
 def hang_at_the_second(mark: str) -> None:
-    renew("first")
+    reset("first")
     time.sleep(0.7)
-    renew("second")
+    reset("second")
     with open(mark, "a") as file:
         file.write(f"{os.getpid()}\n")
     time.sleep(600)
@@ -38,7 +38,7 @@ def hang_at_the_second(mark: str) -> None:
 
 def short_items() -> str:
     for number in range(4):  # longer than the limit together, not each
-        renew(str(number))
+        reset(str(number))
         time.sleep(0.5)
     return "done"
 
@@ -74,7 +74,7 @@ def test_what_hangs_is_tried_three_times_and_the_rest_goes_on(client, tmp_path):
     assert len([key for key in range(20) if isinstance(results[key], int)]) == 20
     failed = results["always"]
     assert isinstance(failed, Failed)
-    assert isinstance(failed.error, Overtime)
+    assert isinstance(failed.error, TaskTimeout)
     assert "compute.task_seconds (1.5 s), 3 times over" in str(failed.error)
     assert failed.error.item == "second"
     assert len(set(Path(always).read_text().split())) == 3

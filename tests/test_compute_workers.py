@@ -14,10 +14,10 @@ import pytest
 import tifffile
 from distributed import Client, Nanny, Scheduler, SpecCluster, Worker
 
-from daskcell.compute import Permit, Postponed, Workers, start_workers
-from daskcell.compute._worker import Care, JobWorker
+from daskcell.compute import Reschedule, Workers, WorkersRef, start_workers
+from daskcell.compute._distributed import JobWorker, WorkerSetup
 from daskcell.compute.local import dashboard_options
-from daskcell.compute.threads import NEEDS_GPU
+from daskcell.compute.process import NEEDS_GPU
 from daskcell.config import ComputeSettings
 from daskcell.errors import ComputeError, ConfigError
 
@@ -67,8 +67,8 @@ def test_a_worker_whose_lifetime_is_over_finishes_the_task_it_is_at(kind, tmp_pa
         assert begun > 4
 
 
-def need_gpu(permit: Permit) -> None:
-    window = Workers.of_task(permit).window()
+def need_gpu(ref: WorkersRef) -> None:
+    window = Workers.of_task(ref).window()
     window.submit("key", os.getpid, kind="network")
     list(window)
 
@@ -81,9 +81,9 @@ def test_a_task_that_waits_for_a_gpu_lets_its_worker_leave_in_time():
         client.wait_for_workers(2)
         workers = client.scheduler_info(n_workers=-1)["workers"]
         (first,) = [address for address, worker in workers.items() if worker["name"] == "leaving"]
-        permit = Permit(labels=frozenset({"CPU", "GPU"}))
-        future = client.submit(need_gpu, permit, workers=[first], allow_other_workers=True)
-        with pytest.raises(Postponed):
+        ref = WorkersRef(labels=frozenset({"CPU", "GPU"}))
+        future = client.submit(need_gpu, ref, workers=[first], allow_other_workers=True)
+        with pytest.raises(Reschedule):
             future.result(timeout=30)
         deadline = time.monotonic() + 20
         while len(client.scheduler_info()["workers"]) > 1 and time.monotonic() < deadline:
@@ -92,13 +92,13 @@ def test_a_task_that_waits_for_a_gpu_lets_its_worker_leave_in_time():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cared_for", [True, False])
-def test_a_worker_that_is_closed_does_not_go_on_with_a_task_that_others_have(cared_for, tmp_path):
+@pytest.mark.parametrize("workers_set_up", [True, False])
+def test_a_worker_that_is_closed_does_not_go_on_with_a_task_that_others_have(workers_set_up, tmp_path):
     """Without the plugin (control), the task goes on for seconds while it runs elsewhere too."""
     with cluster(one={}, two={}) as here, Client(here) as client:
         client.wait_for_workers(2)
-        if cared_for:
-            client.register_plugin(Care(1))
+        if workers_set_up:
+            client.register_plugin(WorkerSetup(1))
         addresses = list(client.scheduler_info()["workers"])
         future = client.submit(
             begun_and_ended, str(tmp_path), 0, 4.0, workers=addresses, allow_other_workers=True, pure=False
@@ -112,7 +112,7 @@ def test_a_worker_that_is_closed_does_not_go_on_with_a_task_that_others_have(car
         time.sleep(1)
     begun, ended = marks(tmp_path)
     assert begun == 2
-    assert ended == (1 if cared_for else 2)
+    assert ended == (1 if workers_set_up else 2)
 
 
 def test_a_worker_that_promises_a_gpu_it_has_not_is_refused(monkeypatch):

@@ -19,7 +19,7 @@ from conftest import SMALL as SETTINGS
 
 import daskcell as dc
 from daskcell.pipeline import upgrade
-from daskcell.pipeline.edit_clusters import change_groups
+from daskcell.pipeline.edit_clusters import edit_clusters
 from daskcell.pipeline.stages import STAGES
 from daskcell.pipeline.status import damages, report
 from daskcell.study import CLUSTERS, Study
@@ -166,7 +166,7 @@ def test_a_damaged_table_is_made_again(old, ran):
 
 
 def test_clusters_get_names(old):
-    change_groups(old / "study", lambda naming, k: naming.rename(0, "round", k))
+    edit_clusters(old / "study", lambda naming, k: naming.rename(0, "round", k))
     study = Study(old / "study")
     assert study.record["format"] == 2
     assert "round" in set(study.cells()["cluster_name"])

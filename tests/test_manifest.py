@@ -35,13 +35,13 @@ def write(folder, text: str):
 
 def test_a_row_is_an_image_and_says_what_the_file_does_not(folder):
     one, two = find_images(write(folder, "path,pixel_size,group,note\na.tif,0.5,007,x\nb.tif,,drug,\n"))
-    assert (one.name, one.files, one.pixel_size, one.group) == (
+    assert (one.name, one.files, one.pixel_size, one.condition) == (
         "a",
         (str(folder / "a.tif"),),
         (0.5, 0.5),
         "007",
     )
-    assert (two.name, two.pixel_size, two.group) == ("b", None, "drug")
+    assert (two.name, two.pixel_size, two.condition) == ("b", None, "drug")
 
 
 def test_rows_of_one_image_are_its_channels(folder):
@@ -55,7 +55,7 @@ def test_parquet_does_as_csv_does(folder):
     table = pd.DataFrame({"path": ["a.tif", "b.tif"], "pixel_size": [0.5, None], "group": ["one", None]})
     table.to_parquet(folder / "list.parquet")
     one, two = find_images(folder / "list.parquet")
-    assert (one.pixel_size, one.group, two.pixel_size, two.group) == ((0.5, 0.5), "one", None, None)
+    assert (one.pixel_size, one.condition, two.pixel_size, two.condition) == ((0.5, 0.5), "one", None, None)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,10 @@ def test_columns_that_are_not_used_are_named(folder):
         ("path,channel\na.tif,DNA\n", "row 2 has a channel, but no image"),
         ("path,image\na.tif,x\nb.tif,x\n", "image 'x' has 2 files"),
         ("path,image,channel\na.tif,x,DNA\nb.tif,x,DNA\n", "a channel of their own"),
-        ("path,image,channel,group\na.tif,x,D,1\nb.tif,x,E,2\n", "row 3: image 'x' has another group"),
+        (
+            "path,image,channel,condition\na.tif,x,D,1\nb.tif,x,E,2\n",
+            "row 3: image 'x' has another condition",
+        ),
         ("path\n\n", "no picture"),
         ("", "is not a table"),
     ],
@@ -136,18 +139,18 @@ def test_names_too_long_for_a_file_system_are_cut_and_kept_apart(folder):
 
 
 def test_what_a_table_says_is_part_of_what_a_slide_depends_on(folder):
-    table = write(folder, "path,pixel_size,group\na.tif,0.5,one\nb.tif,0.5,one\n")
+    table = write(folder, "path,pixel_size,condition\na.tif,0.5,one\nb.tif,0.5,one\n")
     study = run(table, folder / "out", SETTINGS)
     assert study.failures == []
-    assert study.cells().groupby("group").size().to_dict() == {"one": 4}
+    assert study.cells().groupby("condition").size().to_dict() == {"one": 4}
     before = {name: study.record.ledger(name).stages["convert"]["key"] for name in study.slides}
-    write(folder, "path,pixel_size,group\na.tif,0.25,one\nb.tif,0.5,two\n")
+    write(folder, "path,pixel_size,condition\na.tif,0.25,one\nb.tif,0.5,two\n")
     study = run(table, folder / "out", SETTINGS)
     after = {name: study.record.ledger(name).stages["convert"]["key"] for name in study.slides}
     assert after["a"] != before["a"]
     assert after["b"] == before["b"]
     assert study.open_image("a").pixel_size == (0.25, 0.25)
-    assert study.cells().groupby("group").size().to_dict() == {"one": 2, "two": 2}
+    assert study.cells().groupby("condition").size().to_dict() == {"one": 2, "two": 2}
 
 
 def test_a_generator_of_paths_does_as_a_list_does(folder):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from daskcell.compute import Permit, Postponed
+from daskcell.compute import Reschedule, WorkersRef
 from daskcell.errors import ConfigError, DaskcellError, ImageError, InputError, StudyError, WeightsError
 from daskcell.images import Source, find_images
 from daskcell.images.reader_process import open_safely
@@ -142,7 +142,7 @@ def test_slides_whose_worker_has_to_leave_are_done_by_another(fakes, folder, tmp
     def leaving(context):
         if context.slide in left:
             left.remove(context.slide)
-            raise Postponed("The worker leaves.")
+            raise Reschedule("The worker leaves.")
         return segment.run(context)
 
     monkeypatch.setitem(STAGES, "segment", replace(segment, run=leaving))
@@ -161,12 +161,12 @@ def test_a_batch_that_is_cut_off_says_what_is_left(fakes, folder, tmp_path, monk
 
     def until(job, *args, **options):
         if job.slide == "three":
-            raise Postponed("The worker leaves.")
+            raise Reschedule("The worker leaves.")
         return process(job, *args, **options)
 
     monkeypatch.setattr(slide, "process_slide", until)
-    outcomes, _ = slide.process_batch(jobs, 10**9, Permit())
-    assert [(o.slide, o.postponed) for o in outcomes] == [("one", False), ("three", True), ("two", True)]
+    outcomes, _ = slide.process_batch(jobs, 10**9, WorkersRef())
+    assert [(o.slide, o.rescheduled) for o in outcomes] == [("one", False), ("three", True), ("two", True)]
 
 
 def test_the_same_run_again_does_nothing_and_starts_no_worker(fakes, folder, tmp_path, monkeypatch):
@@ -570,7 +570,7 @@ def test_lines_come_at_intervals_even_when_nothing_was_finished():
 def test_the_status_tells_how_far_a_run_is_while_it_lasts(fakes, folder, tmp_path, monkeypatch):
     from daskcell.pipeline.status import report, table
 
-    monkeypatch.setattr(runner, "_TELL_SECONDS", -1)
+    monkeypatch.setattr(runner, "_WRITE_SECONDS", -1)
     seen = []
     describe = STAGES["describe"]
 

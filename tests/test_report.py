@@ -17,7 +17,7 @@ from PIL import Image
 
 from daskcell.evaluation.truth import score_study
 from daskcell.pipeline import run
-from daskcell.pipeline.edit_clusters import change_groups
+from daskcell.pipeline.edit_clusters import edit_clusters
 from daskcell.report import facts, write_report
 from daskcell.report.facts import FAR, TYPICAL, gather
 from daskcell.report.pictures import Pictures, common_side
@@ -129,7 +129,7 @@ def test_a_run_leaves_a_page_that_needs_nothing_else(made):
 
 
 def test_no_name_is_taken_for_markup(study):
-    change_groups(study.out, lambda naming, k: naming.rename(1, "<script>alert(1)</script>", k))
+    edit_clusters(study.out, lambda naming, k: naming.rename(1, "<script>alert(1)</script>", k))
     html = study.paths.report.read_text()
     assert "<script" not in html
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
@@ -215,14 +215,14 @@ def test_a_page_is_written_again_only_when_it_would_say_something_else(study):
     study.paths.report.write_text("scribbled over")
     run(inputs, study.out, SETTINGS)
     assert study.paths.report.stat().st_size > 10_000
-    change_groups(study.out, lambda naming, k: naming.rename(0, "lymphocyte", k))
+    edit_clusters(study.out, lambda naming, k: naming.rename(0, "lymphocyte", k))
     assert "lymphocyte" in page_of(study).words("groups")
     run(inputs, study.out, SETTINGS | {"output": {"overlays": [], "report": False}})
     assert not study.paths.report.exists()
 
 
 def test_groups_that_were_joined_are_shown_as_one(study):
-    change_groups(study.out, lambda naming, k: naming.merge([0, 2], k, "both"))
+    edit_clusters(study.out, lambda naming, k: naming.merge([0, 2], k, "both"))
     found = gather(study)
     assert [group.title for group in found.groups] == ["both", "cluster 1"]
     assert sum(group.cells for group in found.groups) == len(study.cells())
@@ -244,7 +244,7 @@ def test_known_types_are_compared(study, tmp_path):
         numbers = " ".join(str(count) if count else "·" for count in counts)
         assert f"{kind} {sum(counts)} {numbers}" in words
     # Other groups than those that were compared: the figures would be wrong.
-    change_groups(study.out, lambda naming, k: naming.merge([0, 1], k))
+    edit_clusters(study.out, lambda naming, k: naming.merge([0, 1], k))
     assert "truth" not in page_of(study).text
 
 
@@ -278,18 +278,18 @@ def test_a_study_without_groups_has_a_page_too(tmp_path):
     assert "groups" not in page.text
 
 
-def test_slides_of_one_set_are_added_up(tmp_path):
+def test_slides_of_one_condition_are_added_up(tmp_path):
     rows = []
     for number, name in enumerate(("one", "two", "three")):
         tifffile.imwrite(tmp_path / f"{name}.tif", discs(number, 128))
-        rows.append({"path": f"{name}.tif", "group": "treated" if number else "control"})
+        rows.append({"path": f"{name}.tif", "condition": "treated" if number else "control"})
     pd.DataFrame(rows).to_csv(tmp_path / "table.csv", index=False)
     study = run(tmp_path / "table.csv", tmp_path / "out", SETTINGS)
     found = gather(study)
-    assert [(row.name, row.slides) for row in found.sets] == [("control", 1), ("treated", 2)]
+    assert [(row.name, row.slides) for row in found.conditions] == [("control", 1), ("treated", 2)]
     cells = study.cells()
-    for row in found.sets:
-        mine = cells[cells["group"] == row.name]
+    for row in found.conditions:
+        mine = cells[cells["condition"] == row.name]
         assert row.cells == len(mine)
         assert row.counts == [int((mine["cluster"] == group.number).sum()) for group in found.groups]
     assert found.unit == "px"

@@ -26,7 +26,7 @@ from daskcell.cli.app import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from daskcell.clustering.names import Naming
+    from daskcell.clustering.names import ClusterNames
 
 clusters = typer.Typer(no_args_is_help=True, help="Show, name and join the groups of a study or model.")
 app.add_typer(clusters, name="clusters")
@@ -60,7 +60,7 @@ def assign(
     import warnings
 
     from daskcell import pipeline
-    from daskcell.cli.studies import ending, told
+    from daskcell.cli.studies import ending, show_progress
     from daskcell.errors import DriftWarning
 
     settings = read_settings(
@@ -73,7 +73,7 @@ def assign(
             "compute.device": device,
         },
     )
-    with warnings.catch_warnings(record=True) as caught, told(quiet, interval) as progress:
+    with warnings.catch_warnings(record=True) as caught, show_progress(quiet, interval) as progress:
         warnings.simplefilter("always", DriftWarning)
         study = pipeline.assign(
             inputs,
@@ -95,10 +95,10 @@ def assign(
 @clusters.command()
 def show(where: Where) -> None:
     """List groups with their names, cells, and the fitted groups that were merged into each."""
-    from daskcell.pipeline.edit_clusters import group_rows
+    from daskcell.pipeline.edit_clusters import cluster_rows
 
     rows = [["group", "name", "cells", "share", "merged from"]]
-    for row in group_rows(where):
+    for row in cluster_rows(where):
         parts = " + ".join(map(str, row["parts"])) if len(row["parts"]) > 1 else ""
         rows.append(
             [str(row["group"]), row["name"], f"{row['cells']:,}", f"{100 * row['share']:.1f} %", parts]
@@ -138,11 +138,11 @@ def split(
     _change(where, lambda naming, k: naming.split(group, k), quiet)
 
 
-def _change(where: Path, change: Callable[[Naming, int], Naming], quiet: bool) -> None:
-    from daskcell.cli.studies import told
-    from daskcell.pipeline.edit_clusters import change_groups
+def _change(where: Path, change: Callable[[ClusterNames, int], ClusterNames], quiet: bool) -> None:
+    from daskcell.cli.studies import show_progress
+    from daskcell.pipeline.edit_clusters import edit_clusters
 
-    with told(quiet, 30.0) as progress:
-        change_groups(where, change, progress)
+    with show_progress(quiet, 30.0) as progress:
+        edit_clusters(where, change, progress)
     if not quiet:
         show(where)

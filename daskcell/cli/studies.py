@@ -99,12 +99,12 @@ def run_and_tell(
     """`pipeline.run` with progress on stderr."""
     from daskcell import pipeline
 
-    with told(quiet, interval) as progress:
+    with show_progress(quiet, interval) as progress:
         return pipeline.run(inputs, out, settings, progress=progress, **options)
 
 
 @contextlib.contextmanager
-def told(quiet: bool, interval: float) -> Iterator[Progress]:
+def show_progress(quiet: bool, interval: float) -> Iterator[Progress]:
     """Progress on stderr; a signal ends it with a word about how to go on."""
     try:
         with make_progress(quiet, interval) as progress:

@@ -161,7 +161,7 @@ def predict_slide(
         groups.append(labels)
         distances.append(far)
     fitted, far = np.concatenate(groups), np.concatenate(distances)
-    shown = model.shown(fitted)
+    shown = model.display_ids(fitted)
     titles = model.naming.titles(model.k)
     values = {
         "cluster": pa.array(shown),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from daskcell.clustering.names import FILE as NAMES
-from daskcell.clustering.names import Naming
+from daskcell.clustering.names import ClusterNames
 from daskcell.errors import InputError
 from daskcell.images.arrays import as_values
 from daskcell.storage.atomic import refuse_impossible, replacing
@@ -72,7 +72,7 @@ class ClusterModel:
         How the cells of the fit were found and described: ``config``, ``weights`` (hashes), ``stages``
         (versions of the code of each) and ``versions`` of packages; empty if the features were made
         elsewhere.
-    naming : Naming
+    naming : ClusterNames
         Names of groups, and groups that count as one.
     """
 
@@ -91,7 +91,7 @@ class ClusterModel:
     curve_: list[dict[str, float]] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)
-    naming: Naming = field(default_factory=Naming)
+    naming: ClusterNames = field(default_factory=ClusterNames)
 
     def __repr__(self) -> str:
         return f"ClusterModel(k={self.k}, features={len(self.mean_)}, cells={int(self.counts_.sum())})"
@@ -119,11 +119,11 @@ class ClusterModel:
 
         Of groups that were joined, the number of the first.
         """
-        return self._map(features, lambda rows: self.shown(self.assign(rows)[0]), np.int32)
+        return self._map(features, lambda rows: self.display_ids(self.assign(rows)[0]), np.int32)
 
-    def shown(self, groups: np.ndarray) -> np.ndarray:
+    def display_ids(self, groups: np.ndarray) -> np.ndarray:
         """Fitted groups (-1: none) by the numbers under which they are shown."""
-        return np.append(self.naming.shown(self.k), np.int32(-1))[groups]
+        return np.append(self.naming.display_ids(self.k), np.int32(-1))[groups]
 
     def distance(self, features: np.ndarray | da.Array) -> np.ndarray | da.Array:
         """Distance to the centre of the cell's group, ``(n,)`` float32, among the scaled and projected
@@ -272,7 +272,7 @@ def load_clusters(path: str | Path) -> ClusterModel:
             curve_=values["curve"],
             info=values["info"],
             origin=values.get("origin", {}),
-            naming=Naming.load(path),
+            naming=ClusterNames.load(path),
         )
     except InputError:
         raise

@@ -1,7 +1,7 @@
-"""Names that people give to groups, and groups that they join.
+"""Names that users give to clusters, and clusters merged by hand.
 
-Kept beside a model's arrays in a small file of their own: the fitted groups and their numbers stay, so that
-anything said here can be taken back. A joined group goes by the number of its largest part.
+Kept in a small file beside the model's arrays. The fitted clusters and their numbers stay as they are, so
+every change can be undone. Merged clusters are shown under the lowest of their numbers: that of the largest.
 """
 
 from __future__ import annotations
@@ -20,88 +20,108 @@ FILE = "names.json"
 
 
 @dataclass(frozen=True)
-class Naming:
-    """What the groups 0 to k - 1 of a model are called, and which count as one.
+class ClusterNames:
+    """Names of the clusters 0 to k - 1 of a model, and which of them are shown as one.
 
-    Every change gives a new `Naming`, and the same change twice is the same as once.
+    Immutable: every change returns a new `ClusterNames`; repeating a change has no further effect.
     """
 
     names: Mapping[int, str] = field(default_factory=dict)
-    """Names by fitted group; a joined group goes by that of its first."""
-    joined: Mapping[int, int] = field(default_factory=dict)
-    """For each group that was joined to a lower one: the lowest of its company."""
+    """Name by number of the fitted cluster; merged clusters use the name of the one they are shown as."""
+    merged_with: Mapping[int, int] = field(default_factory=dict)
+    """For each cluster that is shown as a lower one: the number of that one."""
 
     def __bool__(self) -> bool:
-        return bool(self.names or self.joined)
+        return bool(self.names or self.merged_with)
 
-    def shown(self, k: int) -> np.ndarray:
-        """``(k,)`` int32: the number under which each fitted group is shown."""
-        return np.array([self.joined.get(i, i) for i in range(k)], np.int32)
+    def display_ids(self, k: int) -> np.ndarray:
+        """``(k,)`` int32: the number under which each fitted cluster is shown."""
+        return np.array([self.merged_with.get(i, i) for i in range(k)], np.int32)
 
     def titles(self, k: int) -> list[str | None]:
-        """Name of each group, ``cluster 3`` for one without; None for one that is shown as another."""
-        return [None if i in self.joined else self.names.get(i, f"cluster {i}") for i in range(k)]
+        """Name of each cluster, ``cluster 3`` if it has none; None for one that is shown as another."""
+        return [None if i in self.merged_with else self.names.get(i, f"cluster {i}") for i in range(k)]
 
-    def find(self, group: int | str, k: int) -> int:
-        """The fitted group that a number or a name means; raises `InputError` for neither."""
-        named = [i for i, name in self.names.items() if name == str(group) and i not in self.joined]
+    def find(self, cluster: int | str, k: int) -> int:
+        """Number of the fitted cluster with this number or name.
+
+        Raises
+        ------
+        InputError
+            There is no such cluster.
+        """
+        named = [i for i, name in self.names.items() if name == str(cluster) and i not in self.merged_with]
         if named:
             return named[0]
-        if str(group).isdecimal() and int(group) < k:
-            return int(group)
-        known = "".join(f", {self.names[i]!r}" for i in sorted(self.names) if i not in self.joined)
-        raise InputError(f"There is no group {group!r}: groups are numbered 0 to {k - 1}{known}.")
+        if str(cluster).isdecimal() and int(cluster) < k:
+            return int(cluster)
+        known = "".join(f", {self.names[i]!r}" for i in sorted(self.names) if i not in self.merged_with)
+        raise InputError(f"There is no cluster {cluster!r}: clusters are numbered 0 to {k - 1}{known}.")
 
-    def rename(self, group: int | str, name: str, k: int) -> Naming:
-        """Give a group a name; an empty one takes it away."""
-        i = self.find(group, k)
-        i = self.joined.get(i, i)
+    def rename(self, cluster: int | str, name: str, k: int) -> ClusterNames:
+        """Name a cluster; an empty name removes the one it has.
+
+        Raises
+        ------
+        InputError
+            There is no such cluster, another one has the name, or the name is a number.
+        """
+        i = self.find(cluster, k)
+        i = self.merged_with.get(i, i)
         name = " ".join(name.split())
         others = {j: other for j, other in self.names.items() if j != i}
-        same = [j for j, other in others.items() if other == name and j not in self.joined]
+        same = [j for j, other in others.items() if other == name and j not in self.merged_with]
         if same:
             raise InputError(
-                f"Group {same[0]} is called {name!r} already. Please merge {same[0]} and {i}, or choose "
+                f"Cluster {same[0]} is called {name!r} already. Please merge {same[0]} and {i}, or choose "
                 "another name."
             )
         if name.isdecimal():
-            raise InputError(f"A name cannot be a number, such as {name}: groups have their own.")
+            raise InputError(f"A name cannot be a number, such as {name}: clusters are numbered already.")
         return replace(self, names=others | ({i: name} if name else {}))
 
-    def merge(self, groups: Iterable[int | str], k: int, name: str | None = None) -> Naming:
-        """Let groups, with all that were joined to them before, count as one: the lowest."""
-        shown = self.shown(k)
-        wanted = {int(shown[self.find(group, k)]) for group in groups}
-        company = [i for i in range(k) if int(shown[i]) in wanted]
-        if len(company) < 2:
-            raise InputError("Please name at least two groups to merge.")
-        merged = replace(self, joined=dict(self.joined) | dict.fromkeys(company[1:], company[0]))
-        if name is None and company[0] not in self.names:
-            # One part's name is that of the whole; between several a person has to choose.
+    def merge(self, clusters: Iterable[int | str], k: int, name: str | None = None) -> ClusterNames:
+        """Show clusters, and all that were merged with them before, as one: the lowest of them.
+
+        Raises
+        ------
+        InputError
+            Fewer than two clusters, one that does not exist, or a name that `rename` refuses.
+        """
+        display_ids = self.display_ids(k)
+        wanted = {int(display_ids[self.find(cluster, k)]) for cluster in clusters}
+        members = [i for i in range(k) if int(display_ids[i]) in wanted]
+        if len(members) < 2:
+            raise InputError("Please name at least two clusters to merge.")
+        first = members[0]
+        merged = replace(self, merged_with=dict(self.merged_with) | dict.fromkeys(members[1:], first))
+        if name is None and first not in self.names:
+            # The only name among the parts becomes that of the whole; of several the user has to choose.
             names = {self.names[i] for i in wanted if i in self.names}
             name = names.pop() if len(names) == 1 else None
-        return merged if name is None else merged.rename(company[0], name, k)
+        return merged if name is None else merged.rename(first, name, k)
 
-    def split(self, group: int | str, k: int) -> Naming:
-        """Take a group out of its company; the one that the company is shown as, and all go their ways."""
-        i = self.find(group, k)
-        return replace(self, joined={j: first for j, first in self.joined.items() if i not in (j, first)})
+    def split(self, cluster: int | str, k: int) -> ClusterNames:
+        """Undo a merge: take one cluster out of it or, given the cluster it is shown as, dissolve it."""
+        i = self.find(cluster, k)
+        kept = {j: first for j, first in self.merged_with.items() if i not in (j, first)}
+        return replace(self, merged_with=kept)
 
     def save(self, folder: str | Path) -> None:
-        """Write ``names.json`` into a model's folder, or remove it if nothing is named or joined."""
+        """Write ``names.json`` into a model's folder; remove it if there are no names and no merges."""
         path = Path(folder) / FILE
         if not self:
             path.unlink(missing_ok=True)
             return
         values = {
             "names": {str(i): name for i, name in self.names.items()},
-            "joined": {str(i): first for i, first in self.joined.items()},
+            "joined": {str(i): first for i, first in self.merged_with.items()},
         }
         write_json(path, values)
 
     @classmethod
-    def load(cls, folder: str | Path) -> Naming:
-        """What `save` wrote; nothing if there is no file."""
+    def load(cls, folder: str | Path) -> ClusterNames:
+        """Read the file that `save` wrote; without one, there are no names and no merges."""
         path = Path(folder) / FILE
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -110,4 +130,4 @@ class Naming:
         except FileNotFoundError:
             return cls()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path} holds no names of groups ({type(error).__name__}: {error}).") from None
+            raise InputError(f"{path} holds no cluster names ({type(error).__name__}: {error}).") from None

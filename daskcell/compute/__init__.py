@@ -12,19 +12,19 @@ workers (`Workers.of_task`): its own process, and those labelled GPU for its net
 """
 
 from daskcell.compute.local import visible_gpus
+from daskcell.compute.process import THREAD_VARIABLES, limit_threads, threads_limited
 from daskcell.compute.start import start_workers
-from daskcell.compute.task_queue import LABELS, Failed, Kind, Permit, Postponed, Window, Workers
-from daskcell.compute.threads import THREAD_VARIABLES, limit_threads, threads_limited
+from daskcell.compute.task_queue import LABELS, Failed, Kind, Reschedule, Window, Workers, WorkersRef
 
 __all__ = [
     "LABELS",
     "THREAD_VARIABLES",
     "Failed",
     "Kind",
-    "Permit",
-    "Postponed",
+    "Reschedule",
     "Window",
     "Workers",
+    "WorkersRef",
     "limit_threads",
     "start_workers",
     "threads_limited",

@@ -23,7 +23,7 @@ _MOST_FAILURES = 3
 _TELL_SECONDS = 60.0
 
 
-class Keeper:
+class Autoscaler:
     """Looks after a `distributed.SpecCluster` from a thread of its own; ``with`` starts and stops it.
 
     A nanny restarts a process that dies, but closes itself when the process dies while it starts, as one does
@@ -35,7 +35,7 @@ class Keeper:
         self.trouble: str | None = None
         """Why there will be no more workers."""
         self.give_up: Callable[[], None] = lambda: None
-        """What is called then, from the keeper's thread."""
+        """What is called then, from the autoscaler's thread."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="workers", daemon=True)
 
@@ -69,7 +69,7 @@ class Keeper:
                 self.look()
 
 
-class JobKeeper(Keeper):
+class JobAutoscaler(Autoscaler):
     """The same for jobs: the queue is asked which of them are left.
 
     Parameters

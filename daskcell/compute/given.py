@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from daskcell._version import __version__
-from daskcell.compute.logs import quiet_logs
+from daskcell.compute.process import quiet_logs
 from daskcell.compute.task_queue import Workers
 from daskcell.config import ComputeSettings
 from daskcell.errors import ComputeError
@@ -33,7 +33,7 @@ def given_workers(
 ) -> Iterator[Workers]:
     """The workers of a `distributed.Client`, of a cluster object, or of the scheduler at an address.
 
-    `name` is of the set-up, which another one of that name replaces (see `Care`).
+    `name` is of the set-up, which another one of that name replaces (see `WorkerSetup`).
     """
     with quiet_logs(), contextlib.ExitStack() as stack:
         client = _client_of(given, stack)
@@ -48,19 +48,21 @@ def given_workers(
                 f"The scheduler of {where} does not answer ({first_line(error)}). Please look "
                 "whether it runs."
             ) from None
-        with cared_for(client, settings, labels, name):
+        with workers_set_up(client, settings, labels, name):
             yield Workers(client, labels=labels)
 
 
 @contextlib.contextmanager
-def cared_for(
+def workers_set_up(
     client: Client, settings: ComputeSettings, labels: frozenset[str], name: str = "daskcell"
 ) -> Iterator[None]:
-    """Present and coming workers of `client` set up (see `Care`), and as they were on leaving."""
-    from daskcell.compute._worker import Care
+    """Present and coming workers of `client` set up (see `WorkerSetup`), and as they were on leaving."""
+    from daskcell.compute._distributed import WorkerSetup
 
     needs_gpu = settings.network_device == "cuda"
-    client.register_plugin(Care(settings.threads, needs_gpu=needs_gpu, labelled="GPU" in labels, name=name))
+    client.register_plugin(
+        WorkerSetup(settings.threads, needs_gpu=needs_gpu, labelled="GPU" in labels, name=name)
+    )
     try:
         yield
     finally:
@@ -71,7 +73,7 @@ def cared_for(
 
 def refuse_missing_gpus(client: Client, where: str, device: str) -> frozenset[str]:
     """Labels of the workers; raises `ComputeError` if one that would run networks finds no GPU for them."""
-    from daskcell.compute._worker import gpu_found
+    from daskcell.compute._distributed import gpu_found
 
     workers = client.scheduler_info(n_workers=-1)["workers"]
     labels = frozenset(label for worker in workers.values() for label in worker.get("resources") or {})
@@ -172,7 +174,7 @@ def _wait_for_a_worker(client: Client, where: str, limit: float) -> None:
 
 
 def _refuse_other_versions(client: Client, where: str, tell: Callable[[str], None]) -> None:
-    from daskcell.compute._worker import versions
+    from daskcell.compute._distributed import versions
 
     here = (*sys.version_info[:2], __version__)
     for address, found in client.run(eval, _FACTS, on_error="return").items():

@@ -14,7 +14,7 @@ import subprocess
 from typing import Any
 
 from daskcell.compute.local import dashboard_options
-from daskcell.compute.threads import NEEDS_GPU, THREAD_VARIABLES
+from daskcell.compute.process import NEEDS_GPU, THREAD_VARIABLES
 from daskcell.config import ComputeSettings, JobSettings
 from daskcell.errors import ComputeError, ConfigError
 
@@ -113,7 +113,7 @@ def _worker_arguments(settings: ComputeSettings, job: JobSettings, gpu: bool) ->
     arguments = _given(None, kind, "worker-extra-args", "extra")
     # The last one counts. One task at a time, whatever the number of threads.
     arguments += ["--nthreads", "1", "--no-dashboard", "--dashboard-address", "127.0.0.1:0"]
-    arguments += ["--worker-class", "daskcell.compute._worker.JobWorker"]
+    arguments += ["--worker-class", "daskcell.compute._distributed.JobWorker"]
     walltime = job.walltime or _site(kind, "walltime")
     if walltime is not None and "--lifetime" not in arguments:
         arguments += lifetime(walltime_seconds(kind, str(walltime)))

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from daskcell.compute.threads import CHANGEABLE, THREAD_VARIABLES
+from daskcell.compute.process import CHANGEABLE, THREAD_VARIABLES
 from daskcell.config import ComputeSettings
 from daskcell.errors import ComputeError, ConfigError
 

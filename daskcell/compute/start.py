@@ -10,20 +10,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from daskcell.compute.autoscaler import JobKeeper, Keeper
+from daskcell.compute.autoscaler import Autoscaler, JobAutoscaler
 from daskcell.compute.given import (
     WAIT_SECONDS,
-    cared_for,
     close,
     first_line,
     given_workers,
     refuse_missing_gpus,
+    workers_set_up,
 )
 from daskcell.compute.jobqueue import SUBMIT, job_cluster, job_specs, reason
 from daskcell.compute.local import SCRIPT_MARK, changed_settings, local_cluster, local_settings, visible_gpus
-from daskcell.compute.logs import quiet_logs
+from daskcell.compute.process import quiet_logs, threads_limited
 from daskcell.compute.task_queue import Workers
-from daskcell.compute.threads import threads_limited
 from daskcell.config import QUEUES, ComputeSettings
 from daskcell.errors import ComputeError, ConfigError, DaskcellError
 
@@ -112,10 +111,10 @@ def _local_workers(settings: ComputeSettings, memory: int) -> Iterator[Workers]:
             raise
         except Exception as error:
             raise ComputeError(_why_none_started(error)) from error
-        stack.enter_context(Keeper(cluster))
+        stack.enter_context(Autoscaler(cluster))
         labels = frozenset({"GPU", "CPU"}) if gpus else frozenset()
         refuse_missing_gpus(client, "this machine", settings.network_device)
-        stack.enter_context(cared_for(client, settings, labels))
+        stack.enter_context(workers_set_up(client, settings, labels))
         yield Workers(client, labels=labels)
 
 
@@ -128,8 +127,8 @@ def _job_workers(settings: ComputeSettings, tell: Callable[[str], None]) -> Iter
             specs = job_specs(settings, cluster)
             kept = {"cpu": settings.jobs, "gpu": settings.gpu_jobs or settings.jobs}
             fewest = {label: kept[label].minimum or kept[label].count for label in specs}
-            keeper = JobKeeper(cluster, settings.kind, specs, fewest, tell)
-            keeper.ask()
+            autoscaler = JobAutoscaler(cluster, settings.kind, specs, fewest, tell)
+            autoscaler.ask()
         except DaskcellError:
             raise
         except (ValueError, RuntimeError, OSError) as error:
@@ -138,24 +137,26 @@ def _job_workers(settings: ComputeSettings, tell: Callable[[str], None]) -> Iter
                 f"what {SUBMIT[settings.kind]} takes here."
             ) from error
         client = _client_of(cluster, stack)
-        stack.enter_context(keeper)
+        stack.enter_context(autoscaler)
         labels = frozenset({"GPU", "CPU"}) if settings.gpu_jobs else frozenset()
-        _wait_for_jobs(client, keeper, settings, labels, tell)
-        keeper.give_up = lambda: close(client, timeout=5)  # ends the wait for tasks that cannot run any more
+        _wait_for_jobs(client, autoscaler, settings, labels, tell)
+        autoscaler.give_up = lambda: close(
+            client, timeout=5
+        )  # ends the wait for tasks that cannot run any more
         refuse_missing_gpus(client, settings.kind, settings.network_device)
-        stack.enter_context(cared_for(client, settings, labels))
-        yield Workers(client, labels=labels, trouble=lambda: keeper.trouble)
+        stack.enter_context(workers_set_up(client, settings, labels))
+        yield Workers(client, labels=labels, trouble=lambda: autoscaler.trouble)
 
 
 def _wait_for_jobs(
     client: Client,
-    keeper: JobKeeper,
+    autoscaler: JobAutoscaler,
     settings: ComputeSettings,
     labels: frozenset[str],
     tell: Callable[[str], None],
 ) -> None:
     """Until there is a worker of every kind that was asked for."""
-    logs = keeper.cluster.new_spec["options"].get("log_directory")
+    logs = autoscaler.cluster.new_spec["options"].get("log_directory")
     look = f"Please look at the queue, and at what the jobs printed in {logs}."
     limit = settings.wait or _WAIT_SECONDS_JOBS
     start = told = time.monotonic()
@@ -166,16 +167,16 @@ def _wait_for_jobs(
             return
         now = time.monotonic()
         missing = f"{' and '.join(sorted(labels - found))} worker".strip()
-        if keeper.trouble:
-            raise ComputeError(f"{keeper.trouble} {look}")
+        if autoscaler.trouble:
+            raise ComputeError(f"{autoscaler.trouble} {look}")
         if now - start > limit:
             raise ComputeError(
                 f"There was no {missing} on {settings.kind} within {limit:.0f} s (compute.wait); jobs: "
-                f"{keeper.state}. {look}"
+                f"{autoscaler.state}. {look}"
             )
         if now - told > _TELL_SECONDS:
             told = now
-            tell(f"Waiting for a {missing} for {now - start:.0f} s; jobs: {keeper.state}.")
+            tell(f"Waiting for a {missing} for {now - start:.0f} s; jobs: {autoscaler.state}.")
         time.sleep(0.2)
 
 

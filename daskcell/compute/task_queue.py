@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import itertools
 import os
 import time
@@ -13,15 +14,14 @@ from collections.abc import Callable, Generator, Hashable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from daskcell.compute.orphans import owner_of, wait_for_former
-from daskcell.compute.threads import thread_limited
-from daskcell.compute.timeouts import WorkerLost, limited, overtime, paused
+from daskcell.compute.process import thread_limited
+from daskcell.compute.timeouts import WorkerLost, paused, timeout_error, with_timeout
 from daskcell.errors import ComputeError
 
 if TYPE_CHECKING:
     from distributed import Client
 
-    from daskcell.compute._completed import Completed
+    from daskcell.compute._distributed import Completed
 
 Kind = Literal["cpu", "network"]
 LABELS: dict[str, str] = {"network": "GPU", "cpu": "CPU"}
@@ -29,6 +29,10 @@ _IN_FLIGHT_PER_WORKER = 4
 _MOST_IN_FLIGHT = 1250
 """Tasks of one window; sixteen slides may have one each."""
 _RECOUNT_SECONDS = 5.0
+_POLL_SECONDS = 0.25
+_NOTICE_SECONDS = 5.0
+_END = object()
+"""In place of a result: there are no more."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +43,30 @@ class Failed:
 
 
 @dataclass(frozen=True)
-class Permit:
-    """See `Workers.permit`."""
+class WorkersRef:
+    """What a task is given to use the workers of its run: `Workers.of_task`, and `send`."""
 
     labels: frozenset[str] = frozenset()
     owner: str = ""
     task_seconds: float | None = None
 
+    @property
+    def topic(self) -> str:
+        """Of the messages to the process that drives the run."""
+        return f"daskcell-messages-{self.owner}"
 
-class Postponed(ComputeError):
+    def send(self, message: Any) -> None:
+        """Send a small message (msgpack) from within a task; see `Workers.listening`.
+
+        It comes before the task's result, or not at all where the worker dies.
+        """
+        from distributed import get_worker
+
+        worker = get_worker()
+        worker.loop.add_callback(worker.log_event, self.topic, message)
+
+
+class Reschedule(ComputeError):
     """A task that waits for others has to stop, through no fault of its own, and should be done again."""
 
 
@@ -65,7 +84,7 @@ class Workers:
     trouble
         Says why the workers are lost, if they are and somebody knows.
     task_seconds
-        Longest time for a task (see `compute.overtime`); None: any. In this process there is no limit.
+        Longest time for a task (see `compute.timeouts`); None: any. In this process there is no limit.
 
     Attributes
     ----------
@@ -164,26 +183,40 @@ class Workers:
         workers = copy.copy(self)
         workers.owner = owner_of(folder)
         if self.client is not None:
-            wait_for_former(self.client, workers.owner, tell)
+            wait_for_orphans(self.client, workers.owner, tell)
         return workers
 
     @property
-    def permit(self) -> Permit:
+    def ref(self) -> WorkersRef:
         """What a task must know to give work to these workers: it is sent along."""
-        return Permit(self.labels, self.owner, self.task_seconds)
+        return WorkersRef(self.labels, self.owner, self.task_seconds)
+
+    @contextlib.contextmanager
+    def listening(self, handler: Callable[[Any], None]) -> Iterator[None]:
+        """Call ``handler(message)``, from another thread, for each message that tasks `WorkersRef.send`."""
+        client = self.client
+        if client is None:
+            yield
+            return
+        client.subscribe_topic(self.ref.topic, lambda event: handler(event[1]))
+        try:
+            yield
+        finally:
+            with contextlib.suppress(Exception):  # closed since, or its scheduler gone
+                client.unsubscribe_topic(self.ref.topic)
 
     @classmethod
-    def of_task(cls, given: Permit) -> Workers:
+    def of_task(cls, ref: WorkersRef) -> Workers:
         """The workers of a task, within it: its own process, but those with a GPU for networks.
 
         A worker that has a GPU itself does all of it: it never waits for another one, which may wait too.
         """
         from distributed import get_client, get_worker
 
-        if "GPU" not in given.labels or "GPU" in get_worker().state.total_resources:
+        if "GPU" not in ref.labels or "GPU" in get_worker().state.total_resources:
             return cls()
-        workers = cls(get_client(), labels=given.labels, task_seconds=given.task_seconds)
-        workers.owner, workers.inline = given.owner, frozenset({"cpu"})
+        workers = cls(get_client(), labels=ref.labels, task_seconds=ref.task_seconds)
+        workers.owner, workers.inline = ref.owner, frozenset({"cpu"})
         return workers
 
     def _look(self) -> tuple[int, frozenset[str]]:
@@ -228,25 +261,35 @@ class Window:
         return len(self._queue)
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        run = self._run_here() if self._workers.client is None else self._run_on(self._workers.client)
+        client = self._workers.client
+        run = None if client is None else self._run_on(client)
         try:
-            for key, result in run:
+            while True:
+                if run is not None:
+                    key, result = next(run, (None, _END))
+                    if result is _END:
+                        return
+                elif self._queue:
+                    # Called from here, and not from a method: tracebacks of a run in this process stay short.
+                    key, function, args, _ = self._queue.popleft()
+                    try:
+                        result = function(*args)
+                    except Exception as error:
+                        result = Failed(error)
+                else:
+                    return
                 self._workers.finished_task()
                 if isinstance(result, Failed) and not self._keep_going:
                     result.error.add_note(f"(in task {key!r})")
                     raise result.error
                 yield key, result
         finally:
-            run.close()
+            if run is not None:
+                run.close()
             self._queue.clear()
 
-    def _run_here(self) -> Generator[tuple[Any, Any], None, None]:
-        while self._queue:
-            key, function, args, _ = self._queue.popleft()
-            yield key, _outcome(function, args)
-
     def _run_on(self, client: Client) -> Generator[tuple[Any, Any], None, None]:
-        from daskcell.compute._completed import Completed
+        from daskcell.compute._distributed import Completed
 
         done = Completed(loop=client.loop, with_results=True, raise_errors=False)
         running: dict[Any, Hashable] = {}
@@ -304,7 +347,7 @@ class Window:
 def _run_as_task(seconds: float | None, function: Callable[..., Any], *args: Any) -> Any:
     """``function(*args)`` on a worker, with the threads and the time it may take."""
     with thread_limited():
-        return function(*args) if seconds is None else limited(seconds, function, *args)
+        return function(*args) if seconds is None else with_timeout(seconds, function, *args)
 
 
 def _wait_as_a_task(done: Completed) -> None:
@@ -314,7 +357,7 @@ def _wait_as_a_task(done: Completed) -> None:
     worker = get_worker()
     while not done.wait(0.1):
         if worker.status == Status.closing_gracefully:
-            raise Postponed("The worker leaves while its task waits for others.")
+            raise Reschedule("The worker leaves while its task waits for others.")
 
 
 def _outcome(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -332,7 +375,7 @@ def _explain(future: Any, outcome: Any, workers: Workers) -> BaseException:
         error = outcome[1] if isinstance(outcome, tuple) else outcome
         if isinstance(error, KilledWorker):
             assert workers.client is not None
-            late = overtime(workers.client, future.key)
+            late = timeout_error(workers.client, future.key)
             if late is not None:
                 return late
             limit = f"compute.memory or compute.block (the last one was {error.last_worker.address})"
@@ -345,3 +388,35 @@ def _explain(future: Any, outcome: Any, workers: Workers) -> BaseException:
     state = str(outcome) if workers.alive else "its connection to the scheduler is lost"
     trouble = workers.trouble() if workers.trouble is not None else None
     return WorkerLost(f"{trouble or f'A task was cancelled: {state}.'} The same command continues the study.")
+
+
+def owner_of(folder: str | os.PathLike[str]) -> str:
+    """Eight letters for the keys of all tasks that write into `folder`."""
+    return hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:8]
+
+
+def wait_for_orphans(client: Client, owner: str, tell: Callable[[str], None] | None = None) -> None:
+    """Wait until no worker runs a task of `owner` that `client` did not submit.
+
+    A scheduler that outlives its client forgets the client's tasks, but no worker can stop a thread: the task
+    that is running continues until it finishes, and writes files. If the run were continued at once, two
+    tasks would write the same files. So the keys of tasks name their owner, and the next run waits here.
+    """
+    start = told = time.monotonic()
+    while True:
+        found = client.run(running_tasks, owner, on_error="ignore")
+        count = sum(map(len, found.values()))
+        if not count:
+            return
+        now = time.monotonic()
+        if tell is not None and now - told > _NOTICE_SECONDS:
+            told = now
+            tell(f"Waiting for {count} tasks that an earlier run left running, for {now - start:.0f} s.")
+        time.sleep(_POLL_SECONDS)
+
+
+def running_tasks(owner: str, dask_worker: Any = None) -> list[str]:
+    """Keys of the tasks of `owner` that run on a worker, whether or not the scheduler still knows them."""
+    with dask_worker.active_threads_lock:
+        keys = [str(key) for key in dask_worker.active_threads.values()]
+    return [key for key in keys if f"-{owner}" in key]

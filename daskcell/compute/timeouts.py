@@ -3,7 +3,7 @@
 Nothing else ends a thread that waits for a disk or loops in a decoder. The nanny starts a new process in the
 place of the old one; where there is none (threads of this process, ``--no-nanny``), there is no limit.
 
-    task thread      limited(seconds, function, ...)  ── renew("slide 7") ── renew("slide 8") ──
+    task thread      with_timeout(seconds, function, ...)  ── reset("slide 7") ── reset("slide 8") ──
     watching thread        too long? tell the scheduler which one, then leave with the process
     faulthandler           the same, later, where a decoder holds the interpreter's lock
 """
@@ -25,7 +25,7 @@ from daskcell.errors import ComputeError
 if TYPE_CHECKING:
     from distributed import Client, Worker
 
-TOPIC = "daskcell-overtime"
+TOPIC = "daskcell-timeout"
 _LOOK_SECONDS = 0.25
 _GRACE_SECONDS = 60.0
 
@@ -34,16 +34,16 @@ class WorkerLost(ComputeError):
     """A task was lost with its worker, which says nothing of other tasks."""
 
 
-class Overtime(WorkerLost):
+class TaskTimeout(WorkerLost):
     """A task took too long, every time it was tried."""
 
     def __init__(self, text: str, item: str | None = None):
         super().__init__(text)
         self.item = item
-        """What it was at, where it is one of several (see `renew`)."""
+        """What it was at, where it is one of several (see `reset`)."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Overtime, (str(self), self.item)
+        return TaskTimeout, (str(self), self.item)
 
 
 @dataclass
@@ -59,7 +59,7 @@ _running: dict[int, _Running] = {}
 _lock = threading.Lock()
 
 
-def limited(seconds: float, function: Callable[..., Any], *args: Any) -> Any:
+def with_timeout(seconds: float, function: Callable[..., Any], *args: Any) -> Any:
     """``function(*args)`` as a task on a worker; the process ends if it takes longer than `seconds`."""
     from distributed import get_worker
 
@@ -79,7 +79,7 @@ def limited(seconds: float, function: Callable[..., Any], *args: Any) -> Any:
         _rearm()
 
 
-def renew(item: str) -> None:
+def reset(item: str) -> None:
     """Begin the time of this thread's task anew, for the next `item` of several; outside a task, nothing."""
     with _lock:
         task = _running.get(threading.get_ident())
@@ -108,13 +108,13 @@ def paused() -> Iterator[None]:
         _rearm()
 
 
-def overtime(client: Client, key: str) -> Overtime | None:
+def timeout_error(client: Client, key: str) -> TaskTimeout | None:
     """The error of a task that was lost with its workers, if it was for taking too long."""
     told = [message for _, message in client.get_events(TOPIC) or () if message["key"] == key]
     if not told:
         return None
     times = f", {len(told)} times over" if len(told) > 1 else ""
-    return Overtime(
+    return TaskTimeout(
         f"It took longer than compute.task_seconds ({told[-1]['seconds']:g} s){times}. Please look at the "
         "file and the disk it is on, or allow more time.",
         told[-1]["item"],

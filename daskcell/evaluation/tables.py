@@ -101,7 +101,7 @@ def score_folder(
     Raises
     ------
     InputError
-        Naming the pictures for which there is no result, and files that cannot be read.
+        Naming the images for which there is no result, and files that cannot be read.
     """
     truths = _by_name(truth)
     if not truths:

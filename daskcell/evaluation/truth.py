@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from daskcell.clustering.names import Naming
+from daskcell.clustering.names import ClusterNames
 from daskcell.errors import InputError
 from daskcell.storage.atomic import write_json
 from daskcell.study import CLUSTERS, Study
@@ -117,7 +117,7 @@ def score_study(study: Study, truth: str | os.PathLike[str]) -> dict[str, Any]:
     kinds, found = np.concatenate(types), np.concatenate(groups)
     clustered = study.record.ledger(CLUSTERS).read(Clustered)
     assert clustered is not None
-    titles = Naming.load(study.paths.clusters).titles(clustered.k)
+    titles = ClusterNames.load(study.paths.clusters).titles(clustered.k)
     rows, row = np.unique(kinds, return_inverse=True)
     columns, column = np.unique(found.astype(np.int64), return_inverse=True)
     counts = np.zeros((len(rows), len(columns)), np.int64)

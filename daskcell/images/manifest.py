@@ -5,7 +5,7 @@
     channel         what the file shows, where there is one file a channel
     channels        the channels to take of a file with several: ``DNA;actin``
     pixel_size      micrometres; or ``pixel_size_y`` and ``pixel_size_x``
-    group           anything, such as a treatment: comes back as a column of the cells
+    condition       anything, such as a treatment: comes back as a column of the cells
 
 Only `path` is needed. Letter case, spaces, hyphens and a unit in parentheses do not matter in a header, and
 `COLUMNS` lists other names of each column. What is not understood is left alone, and told.
@@ -46,7 +46,7 @@ COLUMNS = {
     "pixel_size": ("pixel_size", "pixelsize", "pixel_size_um", "mpp"),
     "pixel_size_y": ("pixel_size_y", "pixelsize_y", "pixel_size_y_um", "mpp_y"),
     "pixel_size_x": ("pixel_size_x", "pixelsize_x", "pixel_size_x_um", "mpp_x"),
-    "group": ("group", "condition", "treatment"),
+    "condition": ("condition", "treatment", "group"),
 }
 """Names of each column; the first that a table has counts."""
 
@@ -155,7 +155,7 @@ def _source(path: str, name: str, rows: list[tuple[int, dict[str, str]]]) -> Sou
     number, first = rows[0]
     where = f"{path}, row {number}"
     for other, values in rows:
-        for column in ("channels", "pixel_size", "pixel_size_y", "pixel_size_x", "group"):
+        for column in ("channels", "pixel_size", "pixel_size_y", "pixel_size_x", "condition"):
             if values.get(column) != first.get(column):
                 raise ImageError(
                     f"{path}, row {other}: image '{name}' has another {column} than in row {number}."
@@ -176,7 +176,7 @@ def _source(path: str, name: str, rows: list[tuple[int, dict[str, str]]]) -> Sou
         file_channels,
         take,
         size,
-        group=first.get("group"),
+        condition=first.get("condition"),
         said=said,
     )
 

@@ -36,7 +36,7 @@ class Source:
     """Position of the image in a file that holds several."""
     part: str = ""
     """What tells it from the other images of its file: the name of a scene, or its number."""
-    group: str | None = None
+    condition: str | None = None
     """What a manifest says it belongs to, such as a treatment; changes nothing."""
     said: tuple[str, ...] = ()
     """What else a manifest says of it and the settings do not: part of the content keys."""

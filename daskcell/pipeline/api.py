@@ -31,7 +31,7 @@ from daskcell.images.sources import Source
 from daskcell.pipeline.arrays import given_inputs, keep_arrays, take_back_arrays
 from daskcell.pipeline.progress import Progress
 from daskcell.pipeline.reporting import bring_report_up_to_date
-from daskcell.pipeline.reuse_model import Given
+from daskcell.pipeline.reuse_model import PretrainedModel
 from daskcell.pipeline.runner import Run
 from daskcell.pipeline.slide import no_room
 from daskcell.pipeline.stages import fingerprints
@@ -141,7 +141,7 @@ def assign(
     DaskcellError
         As for `run`; or settings, an encoder or a network other than the model's.
     """
-    given = Given.load(model)
+    given = PretrainedModel.load(model)
     settings = given.settings(as_config(config))
     given.check(settings, fingerprints(settings))
     study = _go(inputs, out, settings, client, given, progress, retry_failed, truth)
@@ -156,7 +156,7 @@ def _go(
     out: str | os.PathLike[str],
     settings: Config,
     client: Client | None,
-    model: Given | None,
+    model: PretrainedModel | None,
     progress: Progress | None,
     retry_failed: bool,
     truth: str | os.PathLike[str] | None,
@@ -187,16 +187,15 @@ def _go(
             stack.enter_context(lock)
         upgrade(out)
         study = create_study(out, given, settings, [source.name for source in sources])
-        groups = {source.name: source.group for source in sources if source.group is not None}
-        groups = {name: study.record.get("groups", {}).get(name) for name in study.left} | groups
-        groups = {name: group for name, group in groups.items() if group is not None}
-        study.record.update(weights=weights, groups=groups)
+        conditions = {name: study.conditions[name] for name in study.left if name in study.conditions}
+        conditions |= {source.name: source.condition for source in sources if source.condition is not None}
+        study.record.update(weights=weights, groups=conditions)
         if truth is not None:
             study.record.own(SCORES)
         _tell_what_left(study, progress)
         if model is not None:
             study.record.update(model=os.path.abspath(model.folder))
-        Run(study, sources, settings, weights, lock, progress, retry_failed, model, verify).go(client)
+        Run(study, sources, settings, weights, lock, progress, retry_failed, model, verify).execute(client)
         if truth is not None and study.record.clusters_key is not None:
             score_study(study, truth)
         sweep(out)
@@ -208,7 +207,7 @@ def _warn(sentence: str) -> None:
     warnings.warn(sentence, InputWarning, stacklevel=4)
 
 
-def _check_kind(out: Path, known: Mapping[str, Any] | None, model: Given | None) -> None:
+def _check_kind(out: Path, known: Mapping[str, Any] | None, model: PretrainedModel | None) -> None:
     """A study has groups of its own or those of a given model: neither way replaces the other's unasked."""
     if known is None:
         return

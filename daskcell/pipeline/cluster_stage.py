@@ -9,19 +9,22 @@ from daskcell.compute import Workers
 from daskcell.config import Config
 from daskcell.errors import InputError
 from daskcell.pipeline.progress import Progress
-from daskcell.pipeline.reuse_model import Given
+from daskcell.pipeline.reuse_model import PretrainedModel
 from daskcell.pipeline.slide import counts, damage
-from daskcell.pipeline.stages import STAGES, Context, do
-from daskcell.pipeline.worker_pool import LazyWorkers
+from daskcell.pipeline.stage import Context, run_stage
+from daskcell.pipeline.stages import STAGES
+from daskcell.pipeline.worker_pool import WorkerPool
 from daskcell.study import CLUSTERS, Study
 
 _NAME = "cluster"
 
 
-class Groups:
+class ClusterStage:
     """The stage that is done once for all slides of a study."""
 
-    def __init__(self, study: Study, config: Config, progress: Progress, given: Given | None, verify: bool):
+    def __init__(
+        self, study: Study, config: Config, progress: Progress, given: PretrainedModel | None, verify: bool
+    ):
         self.study, self.config, self.progress = study, config, progress
         self.given, self.verify = given, verify
         self.failures: list[dict[str, Any]] = []
@@ -45,7 +48,7 @@ class Groups:
             ledger.invalidate(_NAME)
         return ledger.is_done(_NAME, self.key(slides))
 
-    def make(self, described: list[str], workers: LazyWorkers) -> bool:
+    def make(self, described: list[str], workers: WorkerPool) -> bool:
         """Fit the clusters of all described slides, unless they are; whether there are any."""
         if not described:
             return False
@@ -67,7 +70,7 @@ class Groups:
             say=self.progress.say,
         )
         try:
-            do(STAGES[_NAME], context, key)
+            run_stage(STAGES[_NAME], context, key)
             self.progress.finished("", _NAME)
         except InputError as error:
             self._fail(str(error))

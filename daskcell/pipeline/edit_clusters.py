@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from daskcell.clustering.names import Naming
+from daskcell.clustering.names import ClusterNames
 from daskcell.errors import InputError
 from daskcell.images.sources import Source
 from daskcell.pipeline.progress import Progress
@@ -17,15 +17,15 @@ from daskcell.pipeline.reuse_model import find_model
 from daskcell.pipeline.runner import Run
 from daskcell.pipeline.slide import missing_stages
 from daskcell.pipeline.upgrade import upgrade
-from daskcell.pipeline.worker_pool import LazyWorkers
+from daskcell.pipeline.worker_pool import WorkerPool
 from daskcell.storage.lock import Lock
 from daskcell.study import Study, read_record
 from daskcell.study.record import FORMAT
 
 
-def change_groups(
+def edit_clusters(
     path: str | os.PathLike[str],
-    change: Callable[[Naming, int], Naming],
+    change: Callable[[ClusterNames, int], ClusterNames],
     progress: Progress | None = None,
 ) -> None:
     """Name, merge or split groups of a study or of a saved model.
@@ -35,7 +35,7 @@ def change_groups(
     path
         A study, whose tables, labels and pictures are brought up to date, or a model's folder.
     change
-        From the present `Naming` and the number of fitted groups to the new one.
+        From the present `ClusterNames` and the number of fitted groups to the new one.
 
     Raises
     ------
@@ -44,19 +44,19 @@ def change_groups(
     """
     folder = find_model(path)
     if folder == Path(path) or read_record(Path(path)) is None:
-        change(Naming.load(folder), _size(folder)).save(folder)
+        change(ClusterNames.load(folder), _size(folder)).save(folder)
         return
     study = Study(Path(path))
     progress = progress or Progress()
     with Lock(study.out) as lock:
         upgrade(study.out)
         study.record.update(format=FORMAT)
-        change(Naming.load(folder), _size(folder)).save(folder)
-        regroup(study, lock, progress)
+        change(ClusterNames.load(folder), _size(folder)).save(folder)
+        update_slides(study, lock, progress)
         bring_report_up_to_date(study)
 
 
-def regroup(study: Study, lock: Lock, progress: Progress) -> None:
+def update_slides(study: Study, lock: Lock, progress: Progress) -> None:
     """Bring every slide's table, labels and pictures to the present names, under the settings of the last
     run; slides that are not described yet wait for `run`."""
     weights = study.record.get("weights", {})
@@ -71,17 +71,17 @@ def regroup(study: Study, lock: Lock, progress: Progress) -> None:
     jobs = [job for job in jobs if missing_stages(job, study)]
     progress.begin(dict.fromkeys(run.sources, 1.0), {job.slide: list(job.stages) for job in jobs})
     with contextlib.ExitStack() as stack:
-        run.work(jobs, LazyWorkers(study.out, None, study.config, stack, run.tick))
+        run.process(jobs, WorkerPool(study.out, None, study.config, stack, run.on_task))
     run.write_failures()
     run.sweep_scratch()
 
 
-def group_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def cluster_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The groups that are shown: number, name, cells of the fit, their share, and the fitted groups in it."""
     from daskcell.clustering import load_clusters
 
     model = load_clusters(find_model(path))
-    shown = model.naming.shown(model.k)
+    shown = model.naming.display_ids(model.k)
     total = max(int(model.counts_.sum()), 1)
     rows = []
     for i, title in enumerate(model.naming.titles(model.k)):

@@ -18,6 +18,7 @@ from daskcell.errors import DaskcellError
 from daskcell.geometry import Grid
 from daskcell.pipeline.progress import clock
 from daskcell.pipeline.slide import Job, damage, header
+from daskcell.pipeline.stage import Context, Stage
 from daskcell.pipeline.stages import (
     CLUSTER,
     CONVERT,
@@ -26,8 +27,6 @@ from daskcell.pipeline.stages import (
     SEGMENT,
     SLIDE_STAGES,
     STAGES,
-    Context,
-    Stage,
     flows_folder,
     slide_keys,
 )
@@ -271,10 +270,10 @@ def _seconds(study: Study | None, todo: list[SlidePlan], config: Config) -> floa
     if not pixels:
         return None
     # A stage that was never done takes as much longer than the others as its share of the work says.
-    known = sum(STAGES[stage].weight for stage in pixels)
+    known = sum(STAGES[stage].share(config) for stage in pixels)
     pace = sum(seconds[stage] / pixels[stage] for stage in pixels) / max(known, 1e-9)
     rates = {
-        name: seconds[name] / pixels[name] if name in pixels else pace * STAGES[name].weight
+        name: seconds[name] / pixels[name] if name in pixels else pace * STAGES[name].share(config)
         for name in SLIDE_STAGES
     }
     workers = config.compute.workers or 1 if config.compute.kind != "inline" else 1

@@ -10,23 +10,28 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
 import numpy as np
 
 from daskcell.pipeline.stages import LATE, SLIDE_STAGES, STAGES
+from daskcell.pipeline.steps import StageClock
 
 STAGE_SHARES = {name: STAGES[name].weight for name in SLIDE_STAGES}
 SHARES = {name: stage.weight for name, stage in STAGES.items() if stage.weight}
+_GROWTH = 0.9
+"""Time grows with this power of a slide's bytes: part of the work on a slide is the same for any size."""
 _LEARN_FROM = 0.05
 """Part of a stage that must be done before it says how long all of it takes."""
+_KNOWN = 0.4
+"""Part of what is left that must be of measured stages before the time left is said."""
 
 
 @dataclass
 class Tally:
-    """One stage of all slides, in input bytes: stages take time in proportion."""
+    """One stage of all slides, in units of work (see `_GROWTH`) that take time in proportion."""
 
     weight: float = 0.0
     """Of all slides."""
@@ -35,25 +40,47 @@ class Tally:
     done: float = 0.0
     """Of what was done in this run."""
     measured: float = 0.0
-    """Of what took so many `seconds`."""
+    """Of what took `seconds` in this run."""
     seconds: float = 0.0
+    measured_before: float = 0.0
+    """Of what took `seconds_before` in earlier runs."""
+    seconds_before: float = 0.0
+
+    @property
+    def left(self) -> float:
+        """Of what is still to do."""
+        return max(0.0, self.weight - self.before - self.done)
+
+    @property
+    def cost(self) -> float | None:
+        """Seconds per weight in this run; None: not measured."""
+        return self.seconds / self.measured if self.measured > 0 and self.seconds > 0 else None
+
+    @property
+    def cost_before(self) -> float | None:
+        """Seconds per weight in earlier runs."""
+        if self.measured_before > 0 and self.seconds_before > 0:
+            return self.seconds_before / self.measured_before
+        return None
 
 
 def stage_costs(tallies: Mapping[str, Tally], shares: Mapping[str, float]) -> dict[str, float]:
-    """Seconds per weight of every stage: measured where it was worked on, else by its share.
+    """Seconds per weight of every stage: as measured in this run, else in earlier ones, else by its share.
 
-    `shares` say how long stages take beside each other, until something was measured.
+    `shares` say how long stages take beside each other, where nothing was measured.
     """
-    costs = {
-        stage: tally.seconds / tally.measured
-        for stage, tally in tallies.items()
-        if tally.measured > 0 and tally.seconds > 0
-    }
-    # Those that were not measured yet take as much longer or shorter than expected as the others mostly do:
-    # the median, as one stage (a large network, say) may be far off.
-    paces = [cost / shares[stage] for stage, cost in costs.items()]
-    pace = float(np.exp(np.median(np.log(paces)))) if paces else 1.0
-    return {stage: costs.get(stage, pace * share) for stage, share in shares.items()}
+    before = {stage: tally.cost_before for stage, tally in tallies.items()}
+    pace = _median([cost / shares[stage] for stage, cost in before.items() if cost])
+    expected = {stage: before.get(stage) or pace * share for stage, share in shares.items()}
+    costs = {stage: tally.cost for stage, tally in tallies.items()}
+    # Stages not measured yet take as much longer or shorter than expected as the others mostly do: the
+    # median, as one stage (a large network, say) may be far off.
+    pace = _median([cost / expected[stage] for stage, cost in costs.items() if cost])
+    return {stage: costs.get(stage) or pace * expected[stage] for stage in shares}
+
+
+def _median(ratios: list[float]) -> float:
+    return float(np.exp(np.median(np.log(ratios)))) if ratios else 1.0
 
 
 def work_done(tallies: Mapping[str, Tally], shares: Mapping[str, float]) -> tuple[float, float, float]:
@@ -66,20 +93,27 @@ def work_done(tallies: Mapping[str, Tally], shares: Mapping[str, float]) -> tupl
     return before, done, total
 
 
-def seconds_left(told: Mapping[str, Any], now: float) -> float | None:
+def is_known(tallies: Mapping[str, Tally], shares: Mapping[str, float]) -> bool:
+    """Whether most of what is left to do is of stages whose time was measured."""
+    costs = stage_costs(tallies, shares)
+    left = {stage: costs[stage] * tally.left for stage, tally in tallies.items()}
+    known = sum(left[stage] for stage, tally in tallies.items() if tally.cost or tally.cost_before)
+    return known >= _KNOWN * sum(left.values())
+
+
+def seconds_left(estimate: Mapping[str, Any], now: float) -> float | None:
     """What is left of an estimate (``seconds_left``, made ``at`` a time); None: there was none.
 
     While nothing is heard it runs down, but not to the end.
     """
-    left = told["seconds_left"]
-    return None if left is None else max(left - max(0.0, now - told["at"]), left / 2)
+    left = estimate["seconds_left"]
+    return None if left is None else max(left - max(0.0, now - estimate["at"]), left / 2)
 
 
 @dataclass
 class _UnderWay:
-    """A stage of a slide that has begun: since when, what part is done, and what its tally has of it."""
+    """What the tally of a stage has counted of a slide that is at this stage."""
 
-    begun: float
     part: float = 0.0
     measured: float = 0.0
     seconds: float = 0.0
@@ -94,29 +128,54 @@ class Progress:
         self.stage = ""
         self._weights: dict[str, float] = {}
         self._tallies: dict[str, Tally] = {}
+        self._shares: Mapping[str, float] = SHARES
         self._under_way: dict[tuple[str, str], _UnderWay] = {}
+        self._clock = StageClock()
         self._left: dict[str, set[str]] = {}
         self._counted: dict[str, tuple[int, int]] = {}
         self._first: tuple[float, float] | None = None
-        self._told: dict[str, Any] = {"at": time.time(), "fraction": 0.0, "seconds_left": None}
+        self._estimate: dict[str, Any] = {"at": time.time(), "fraction": 0.0, "seconds_left": None}
         self._lock = threading.RLock()
 
-    def begin(self, slides: dict[str, float], missing: dict[str, list[str]]) -> None:
-        """Say which slides there are, with their weights, and which stages of each are to do."""
+    def begin(
+        self,
+        slides: Mapping[str, float],
+        missing: Mapping[str, Sequence[str]],
+        took: Mapping[str, Mapping[str, float]] | None = None,
+        shares: Mapping[str, float] = SHARES,
+    ) -> None:
+        """Say what is to do.
+
+        Parameters
+        ----------
+        slides
+            All slides, and the bytes of each input.
+        missing
+            Names of the stages that are to do, by slide; of others, none.
+        took
+            Seconds of the stages that earlier runs have done, by slide.
+        shares
+            How long stages take beside each other, until they are measured.
+        """
         with self._lock:
             self.slides = len(slides)
             self._left = {slide: set(missing.get(slide, ())) for slide in slides}
-            self._weights = {slide: max(weight, 1.0) for slide, weight in slides.items()}
+            self._weights = {slide: max(size, 1.0) ** _GROWTH for slide, size in slides.items()}
             total = self._weights[""] = sum(self._weights.values())  # of all slides together
-            self._tallies = {stage: Tally(total) for stage in SHARES}
+            self._shares = shares
+            self._tallies = {stage: Tally(total) for stage in shares}
             for slide, left in self._left.items():
                 for stage in STAGE_SHARES.keys() - left:
                     self._tallies[stage].before += self._weights[slide]
+                for stage, seconds in (took or {}).get(slide, {}).items():
+                    if stage in STAGE_SHARES:
+                        self._tallies[stage].measured_before += self._weights[slide]
+                        self._tallies[stage].seconds_before += seconds
             if not any(self._left.values()):
                 self._tallies["cluster"].before = total
             self.slides_done = sum(not left.difference(LATE) for left in self._left.values())
             self._first = None
-        self._estimate()
+        self._update()
 
     def counts(self, slide: str, pixels: int, cells: int) -> None:
         """Megapixels and cells of a slide, as far as they are known."""
@@ -128,14 +187,19 @@ class Progress:
         self.changed()
 
     def step(self, slide: str, stage: str, part: float | None) -> None:
-        """So much of a stage is done besides: 0 when it begins; None: nobody knows how much."""
+        """See `Steps.step`."""
+        with self._lock:
+            self.reached(slide, stage, *self._clock.step(slide, stage, part))
+
+    def reached(self, slide: str, stage: str, part: float, seconds: float) -> None:
+        """So much of a stage (0 to 1) is done in all, so many seconds after it began."""
         with self._lock:
             if stage in self._left.get(slide, (stage,)) and stage in self._tallies:
-                now = self._under_way.setdefault((slide, stage), _UnderWay(time.monotonic()))
-                part = 0.02 * (1 - now.part) if part is None else part
-                self._advance(slide, stage, min(now.part + part, 0.99), time.monotonic() - now.begun)
+                now = self._under_way.setdefault((slide, stage), _UnderWay())
+                # A task that runs a second time, since its worker died, begins the stage anew.
+                self._advance(slide, stage, max(now.part, part), seconds)
             self.stage = stage
-        self._estimate()
+        self._update()
 
     def finished(self, slide: str, stage: str, seconds: float | None = None) -> None:
         """A stage of a slide is done, within so many seconds where that is known."""
@@ -144,16 +208,17 @@ class Progress:
             if stage in left:
                 self._advance(slide, stage, 1.0, seconds)
                 self._under_way.pop((slide, stage), None)
+                self._clock.forget(slide, stage)
                 early = bool(left.difference(LATE))
                 left.discard(stage)
                 self.slides_done += bool(slide) and early and not left.difference(LATE)
             self.stage = stage
-        self._estimate()
+        self._update()
 
     def _advance(self, slide: str, stage: str, part: float, seconds: float | None) -> None:
         """Count a stage of a slide up to `part`, which took so many seconds since it began."""
         weight, tally = self._weights.get(slide, 0.0), self._tallies[stage]
-        now = self._under_way.get((slide, stage), _UnderWay(0.0))
+        now = self._under_way.get((slide, stage), _UnderWay())
         tally.done += weight * (part - now.part)
         now.part = part
         if seconds is not None and seconds > 0 and part >= _LEARN_FROM:
@@ -167,20 +232,20 @@ class Progress:
             self.failed += 1
             left = self._left.get(slide, set())
             for stage in left:
-                now = self._under_way.pop((slide, stage), _UnderWay(0.0))
+                now = self._under_way.pop((slide, stage), _UnderWay())
                 self._tallies[stage].before += self._weights[slide] * (1 - now.part)
             left.clear()
-        self._estimate()
+        self._update()
         self.say(f"Set aside: {slide}: {sentence}")
 
     def working(self, stage: str) -> None:
         """What is being done for all slides together."""
         self.step("", stage, 0.0)
 
-    def _estimate(self) -> None:
+    def _update(self) -> None:
         """Fraction and time left, as of now: what is shown here and told to `status`."""
         with self._lock:
-            before, done, total = work_done(self._tallies, SHARES)
+            before, done, total = work_done(self._tallies, self._shares)
             fraction = min(1.0, (before + done) / total) if total else 0.0
             now, left = time.monotonic(), None
             if done > 0:
@@ -188,26 +253,26 @@ class Progress:
                 if self._first is None:
                     self._first = now, done / total
                 elapsed, since = now - self._first[0], done / total - self._first[1]
-                if since > 0:
+                if since > 0 and is_known(self._tallies, self._shares):
                     left = elapsed * (1 - fraction) / since
-            fraction = max(fraction, self._told["fraction"])
-            self._told = {"at": time.time(), "fraction": fraction, "seconds_left": left}
+            fraction = max(fraction, self._estimate["fraction"])
+            self._estimate = {"at": time.time(), "fraction": fraction, "seconds_left": left}
         self.changed()
 
     @property
-    def told(self) -> dict[str, Any]:
+    def estimate(self) -> dict[str, Any]:
         """The last estimate: ``fraction`` 0 to 1, ``seconds_left`` and ``at`` (seconds since 1970)."""
-        return dict(self._told)
+        return dict(self._estimate)
 
     @property
     def fraction(self) -> float:
         """Part of the work that is done, 0 to 1; never less than before."""
-        return float(self._told["fraction"])
+        return float(self._estimate["fraction"])
 
     @property
     def seconds_left(self) -> float | None:
         """Estimate, None while nothing was done yet in this run."""
-        return seconds_left(self._told, time.time())
+        return seconds_left(self._estimate, time.time())
 
     @property
     def line(self) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from daskcell.pipeline.slide import damage
-from daskcell.pipeline.stages import STAGES, Context, do
+from daskcell.pipeline.stage import Context, run_stage
+from daskcell.pipeline.stages import STAGES
 from daskcell.pipeline.status import remarks
 from daskcell.report import page_inputs
 from daskcell.study import CLUSTERS, Study
@@ -18,4 +19,4 @@ def bring_report_up_to_date(study: Study) -> None:
     if stage.name in damage(ledger, study):
         ledger.invalidate(stage.name)
     key = stage.key(page_inputs(study, remarks(study)), study.config)
-    do(stage, Context(study, study.config, ledger), key)
+    run_stage(stage, Context(study, study.config, ledger), key)

@@ -58,7 +58,7 @@ def find_model(path: str | os.PathLike[str]) -> Path:
 
 
 @dataclass(frozen=True)
-class Given:
+class PretrainedModel:
     """A model that new slides are assigned to."""
 
     folder: Path
@@ -67,7 +67,7 @@ class Given:
     """Content key in the place of a fit's: of the model's bytes, names of groups included."""
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Given:
+    def load(cls, path: str | os.PathLike[str]) -> PretrainedModel:
         """The model in a folder or study; raises `InputError` if there is none."""
         from daskcell.clustering import load_clusters
 

@@ -3,7 +3,8 @@
     stages of each slide -> clusters of all -> stages of each slide that follow them
 
 A slide of at most two blocks is one task on one worker, which sends network work on where others have the
-GPU; a larger one is driven from here, block by block, over all workers.
+GPU; a larger one is driven from here, block by block, over all workers. Without workers, slides are processed
+here, one after another.
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from daskcell.compute import Failed, Workers
-from daskcell.compute.timeouts import Overtime, WorkerLost
+from daskcell.compute.timeouts import TaskTimeout, WorkerLost
 from daskcell.config import Config
 from daskcell.errors import ComputeError, DaskcellError, InputError
 from daskcell.images import image_info
 from daskcell.images.sources import Source
-from daskcell.pipeline.cluster_stage import Groups
+from daskcell.pipeline.cluster_stage import ClusterStage
 from daskcell.pipeline.progress import Progress
-from daskcell.pipeline.reuse_model import Given
+from daskcell.pipeline.reuse_model import PretrainedModel
 from daskcell.pipeline.slide import (
     Job,
     Outcome,
@@ -38,8 +40,9 @@ from daskcell.pipeline.slide import (
     sentence,
     trace,
 )
-from daskcell.pipeline.stages import CONVERT, EXPORT, FIT, LATE, SLIDE_STAGES
-from daskcell.pipeline.worker_pool import LazyWorkers, slides_at_once
+from daskcell.pipeline.stages import CONVERT, EXPORT, FIT, LATE, SLIDE_STAGES, STAGES
+from daskcell.pipeline.steps import replay
+from daskcell.pipeline.worker_pool import WorkerPool, slides_at_once
 from daskcell.storage import paths
 from daskcell.storage.atomic import remove
 from daskcell.storage.lock import Lock
@@ -51,7 +54,7 @@ if TYPE_CHECKING:
 _READ_LATE = frozenset(SLIDE_STAGES) - {CONVERT.name, FIT.name, EXPORT.name}
 """Stages whose output the fit and the stages after it read whole; the image is much larger, and read in
 part."""
-_TELL_SECONDS = 5.0
+_WRITE_SECONDS = 5.0
 _BLOCKS_AT_ONCE = 2
 """A slide of so many blocks or fewer is one task."""
 _TOGETHER = 64
@@ -66,6 +69,21 @@ _USED_BY_SLIDES = ("ome_zarr_models", "pandas", "pyarrow.parquet", "skimage.meas
 _CHANGED = "Its input or its results changed while the run lasted. Please run again."
 
 
+@dataclass(frozen=True)
+class LostSlide:
+    """A slide that was lost with the worker that ran its task."""
+
+    job: Job
+    error: BaseException
+    shared: bool
+    """Whether there were other slides in the same task."""
+
+    @property
+    def is_at_fault(self) -> bool:
+        """Whether it is the slide that was worked on when the time of its task ran out."""
+        return getattr(self.error, "item", None) in (self.job.slide, None)
+
+
 class Run:
     """One call of `run`, while it lasts."""
 
@@ -78,7 +96,7 @@ class Run:
         lock: Lock,
         progress: Progress,
         retry_failed: bool,
-        given: Given | None = None,
+        given: PretrainedModel | None = None,
         verify: bool = False,
     ):
         self.study, self.config, self.lock, self.progress = study, config, lock, progress
@@ -86,64 +104,91 @@ class Run:
         self.weights = dict(weights)
         self.retry_failed = retry_failed
         self.verify = verify
-        self.groups = Groups(study, config, progress, given, verify)
-        self.told = time.monotonic()
-        self.looked: set[str] = set()
+        self.clusters = ClusterStage(study, config, progress, given, verify)
+        self.verified: set[str] = set()
         """Slides whose checksums were compared in this run."""
         self.stop = threading.Event()
+        self._writing = threading.Lock()
+        self._written = time.monotonic()
 
     def job(
         self, slide: str, clusters: str | None = None, stages: frozenset[str] = frozenset(SLIDE_STAGES)
     ) -> Job:
-        verify = frozenset() if slide in self.looked else stages
+        """What is to do for a slide: its early stages, or with the key of the `clusters` its late ones.
+
+        Checksums of `stages` are compared, unless they were in this run.
+        """
+        verify = frozenset() if slide in self.verified else stages
         return Job(str(self.study.out), self.sources[slide], self.config, self.weights, clusters, verify)
 
-    def go(self, client: Client | None) -> None:
+    def execute(self, client: Client | None) -> None:
+        """Do all that is missing: early stages of each slide, clusters of all, late stages of each slide."""
         slides = sorted(self.sources)
-        before = {name: self.study.record.ledger(name).failure for name in slides}
         missing = {name: missing_stages(self.job(name), self.study) for name in slides}
         if self.retry_failed:
-            others = [name for name in slides if missing[name] and not before[name]]
-            if others:
-                raise InputError(
-                    f"{len(others)} slides ({others[0]} ...) were not set aside, but are not done under "
-                    "these settings either. Please run without --retry-failed."
-                )
-        left = {name: [*stages, *LATE] for name, stages in missing.items() if stages}
-        self.progress.begin({name: _weight(self.sources[name]) for name in slides}, left)
-        for name in slides:
-            self.progress.counts(name, *counts(self.study.record.ledger(name)))
+            self.refuse_new_work(missing)
+        self.begin_progress(missing)
         with contextlib.ExitStack() as stack:
-            workers = LazyWorkers(self.study.out, client, self.config, stack, self.tick, self.progress.say)
+            pool = WorkerPool(self.study.out, client, self.config, stack, self.on_task, self.progress.say)
             try:
-                self.work([self.job(name) for name in slides if missing[name] or self.verify], workers)
-                if not self.groups.are_there(slides):  # the fit would take damaged features for good ones
-                    rest = [name for name in slides if name not in self.looked]
-                    self.work([self.job(name, stages=_READ_LATE) for name in rest], workers)
-                # Slides with nothing missing at the start need no second look.
-                late = [name for name in slides if missing[name] or name in self.looked]
-                lost = {name for name in late if missing_stages(self.job(name), self.study)}
-                for name in sorted(lost):
-                    if self.study.record.ledger(name).failure is None:
-                        self.set_aside(self.job(name), InputError(_CHANGED))
-                described = [name for name in slides if name not in lost]
-                if self.groups.make(described, workers):
+                self.process([self.job(name) for name in slides if missing[name] or self.verify], pool)
+                if not self.clusters.are_there(slides):  # the fit would take damaged features for good ones
+                    rest = [name for name in slides if name not in self.verified]
+                    self.process([self.job(name, stages=_READ_LATE) for name in rest], pool)
+                incomplete = self.set_aside_incomplete(
+                    [name for name in slides if missing[name] or name in self.verified]
+                )
+                described = [name for name in slides if name not in incomplete]
+                if self.clusters.make(described, pool):
                     key = self.study.record.clusters_key
                     jobs = [self.job(name, key) for name in (*described, *self.left())]
-                    self.work([job for job in jobs if missing_stages(job, self.study)], workers)
+                    self.process([job for job in jobs if missing_stages(job, self.study)], pool)
             except DaskcellError as error:
-                error.after_start = workers.started  # type: ignore[attr-defined]
+                error.after_start = pool.started  # type: ignore[attr-defined]
                 raise
             finally:
-                self.stop.set()
-                self.study.record.write_progress(None)
-                if workers.started:
+                with self._writing:
+                    self.stop.set()
+                    self.study.record.write_progress(None)
+                if pool.started:
                     self.write_failures()
         self.write_failures()
         self.sweep_scratch()
 
+    def refuse_new_work(self, missing: Mapping[str, Sequence[str]]) -> None:
+        """Raise `InputError` if slides have work left that were not set aside by an earlier run."""
+        others = [
+            name for name, stages in missing.items() if stages and not self.study.record.ledger(name).failure
+        ]
+        if others:
+            raise InputError(
+                f"{len(others)} slides ({others[0]} ...) were not set aside, but are not done under "
+                "these settings either. Please run without --retry-failed."
+            )
+
+    def begin_progress(self, missing: Mapping[str, Sequence[str]]) -> None:
+        sizes = {name: _input_bytes(source) for name, source in self.sources.items()}
+        left = {name: [*stages, *LATE] for name, stages in missing.items() if stages}
+        ledgers = {name: self.study.record.ledger(name) for name in sizes}
+        took = {
+            name: {stage: entry["seconds"] for stage, entry in ledger.stages.items()}
+            for name, ledger in ledgers.items()
+        }
+        shares = {name: stage.share(self.config) for name, stage in STAGES.items() if stage.weight}
+        self.progress.begin(sizes, left, took, shares)
+        for name, ledger in ledgers.items():
+            self.progress.counts(name, *counts(ledger))
+
+    def set_aside_incomplete(self, slides: Iterable[str]) -> set[str]:
+        """Those of `slides` whose early stages are not all done; each gets a reason."""
+        incomplete = {name for name in slides if missing_stages(self.job(name), self.study)}
+        for name in sorted(incomplete):
+            if self.study.record.ledger(name).failure is None:
+                self.set_aside(self.job(name), InputError(_CHANGED))
+        return incomplete
+
     def left(self) -> list[str]:
-        """Slides that are no longer among the inputs and get their groups all the same: those that are
+        """Slides that are no longer among the inputs and get their clusters all the same: those that are
         described, and whole."""
         found = []
         for name in self.study.left:
@@ -153,90 +198,111 @@ class Run:
                 found.append(name)
         return found
 
-    def tick(self) -> None:
-        """After every task: stop if we must; leave word for `status` now and then."""
+    def on_task(self) -> None:
+        """After every task: stop if the lock is lost or another thread failed; write progress."""
         self.lock.check()
-        if time.monotonic() - self.told > _TELL_SECONDS:
-            self.told = time.monotonic()
-            self.study.record.write_progress(**self.progress.told)
+        self.write_progress()
         if self.stop.is_set():
             raise ComputeError("The run was stopped; the same command continues it.")
 
+    def on_message(self, message: list[list[Any]]) -> None:
+        """Steps within a task on a worker (called from another thread)."""
+        replay(message, self.progress)
+        self.write_progress()
+
+    def write_progress(self) -> None:
+        """Write progress for `status`, now and then."""
+        with self._writing:
+            if time.monotonic() - self._written > _WRITE_SECONDS and not self.stop.is_set():
+                self._written = time.monotonic()
+                self.study.record.write_progress(**self.progress.estimate)
+
     # ------------------------------------------------------------------ slides
 
-    def work(self, jobs: list[Job], workers: LazyWorkers) -> None:
-        """Process `jobs`, small ones as tasks, large ones from here.
+    def process(self, jobs: list[Job], pool: WorkerPool) -> None:
+        """Process `jobs`: one after another in this process, or over workers, small ones as tasks.
 
         When a worker dies, Dask counts that against every task it held. So a slide that was lost with its
         worker is only suspected, and is set aside if it is lost again while it runs alone.
         """
         if not jobs:
             return
-        team = workers.get()
-        # With fewer slides than workers, blocks are what keeps all of them busy.
-        blocks = _BLOCKS_AT_ONCE if len(jobs) >= 2 * team.count else 1
-        self.looked.update(job.slide for job in jobs)
-        together: list[Job] = []
-        suspects: list[Job] = []
-        for job, error, others in self.round(jobs, team, blocks):
-            if isinstance(error, Overtime) and error.item in (job.slide, None):
-                self.set_aside(job, error)
-            else:
-                (together if others else suspects).append(job)
-        # Slides that were in one task are tried one by one, at the same time, before each is tried alone.
-        suspects += [job for job, _, _ in self.round(together, team, blocks, together=1)]
-        for suspect in suspects:
-            for job, error, _ in self.round([suspect], team, blocks):
-                self.set_aside(job, error)
+        workers = pool.get()
+        self.verified.update(job.slide for job in jobs)
+        if workers.client is None:
+            for job in jobs:
+                self.account(job, process_slide(job, workers, progress=self.progress))
+            return
+        # With fewer slides than workers, a slide's blocks are what keeps all of them busy.
+        blocks = _BLOCKS_AT_ONCE if len(jobs) >= 2 * workers.count else 1
+        with workers.listening(self.on_message):
+            lost = self.run_batches(jobs, workers, blocks)
+            # A slide whose own time ran out is not tried again: its task was tried several times.
+            late = [one for one in lost if isinstance(one.error, TaskTimeout) and one.is_at_fault]
+            for one in late:
+                self.set_aside(one.job, one.error)
+            lost = [one for one in lost if one not in late]
+            # Slides that shared a task are tried one by one, at the same time, before each is tried alone.
+            shared = [one.job for one in lost if one.shared]
+            suspects = [one.job for one in lost if not one.shared]
+            suspects += [one.job for one in self.run_batches(shared, workers, blocks, together=1)]
+            for suspect in suspects:
+                for one in self.run_batches([suspect], workers, blocks):
+                    self.set_aside(one.job, one.error)
 
-    def round(
-        self, jobs: list[Job], team: Workers, blocks: int, together: int = _TOGETHER
-    ) -> list[tuple[Job, BaseException, bool]]:
-        """Process `jobs` once, at most so many `together` in a task; returns those that were lost with a
-        worker, why, and whether others were in the same task."""
-        lost: list[tuple[Job, BaseException, bool]] = []
+    def run_batches(
+        self, jobs: list[Job], workers: Workers, blocks: int, together: int = _TOGETHER
+    ) -> list[LostSlide]:
+        """Process `jobs` once, at most `together` in a task; returns those that were lost with a worker.
+
+        A slide of more than `blocks` blocks is driven from here after the others.
+        """
+        if not jobs:
+            return []
+        lost: list[LostSlide] = []
         large: list[Job] = []
-        postponed: list[Job] = []
+        again: list[Job] = []
         pixels = 0
         limit = blocks * self.config.compute.block**2
-        for batch, result in self.batches(jobs, team, limit, together):
+        for batch, result in self.batch_results(jobs, workers, limit, together):
             if isinstance(result, Failed):
-                error = self.worker_death(result.error, team)
-                lost += [(job, error, len(batch) > 1) for job in batch]
+                error = self.worker_death(result.error, workers)
+                lost += [LostSlide(job, error, shared=len(batch) > 1) for job in batch]
                 continue
             for job, outcome in zip(batch, result, strict=True):
-                if outcome.too_large:
+                if outcome.too_large:  # only its header was read
                     large.append(job)
                     pixels += outcome.pixels
-                elif outcome.postponed:
-                    postponed.append(job)
+                elif outcome.rescheduled:  # its worker had to leave while the task waited for a GPU
+                    again.append(job)
                 else:
                     self.account(job, outcome)
-        each = max(1, pixels // self.config.compute.block**2 // max(1, len(large)))
-        for job, found in self.drive(large, team, slides_at_once(team, each)):
-            if isinstance(found, BaseException):
-                lost.append((job, self.worker_death(found, team), False))
-            else:
-                self.account(job, found)
-        return lost + (self.round(postponed, team, blocks, together) if postponed else [])
+        if large:
+            mean_blocks = max(1, pixels // self.config.compute.block**2 // len(large))
+            for job, found in self.run_large(large, workers, slides_at_once(workers, mean_blocks)):
+                if isinstance(found, BaseException):
+                    lost.append(LostSlide(job, self.worker_death(found, workers), shared=False))
+                else:
+                    self.account(job, found)
+        return lost + self.run_batches(again, workers, blocks, together)
 
-    def batches(
-        self, jobs: list[Job], team: Workers, limit: int, together: int
+    def batch_results(
+        self, jobs: list[Job], workers: Workers, limit: int, together: int
     ) -> Iterator[tuple[list[Job], list[Outcome] | Failed]]:
         """Slides as tasks of some seconds each: many small ones in one, as soon as their pace is known."""
-        at_once = min(_TASKS_PER_WORKER * team.count, _MOST_TASKS)
-        window = team.window(at_once, keep_going=True)
+        at_once = min(_TASKS_PER_WORKER * workers.count, _MOST_TASKS)
+        window = workers.window(at_once, keep_going=True)
         waiting = deque(jobs)
         flying: dict[int, list[Job]] = {}
         pace = _SECONDS
 
         def refill() -> None:
             while waiting and len(flying) < at_once:
-                fair = len(waiting) // (2 * team.count)  # at the end, every worker has something to do
+                fair = len(waiting) // (2 * workers.count)  # at the end, every worker has something to do
                 length = max(1, min(int(_SECONDS / pace), together, fair))
                 batch = [waiting.popleft() for _ in range(length)]
                 flying[len(waiting)] = batch
-                window.submit(len(waiting), process_batch, batch, limit, team.permit)
+                window.submit(len(waiting), process_batch, batch, limit, workers.ref)
 
         refill()
         for number, result in window:
@@ -245,25 +311,22 @@ class Run:
                 yield batch, result
             else:
                 outcomes, seconds = result
+                # Smoothed over the last three tasks or so: slides differ.
                 pace += 0.3 * (max(seconds / len(batch), 1e-3) - pace)
                 yield batch, outcomes
             refill()
 
-    def drive(
-        self, jobs: Iterable[Job], team: Workers, at_once: int
+    def run_large(
+        self, jobs: Iterable[Job], workers: Workers, at_once: int
     ) -> Iterator[tuple[Job, Outcome | ComputeError]]:
-        """Process slides block by block, some at the same time."""
+        """Process slides block by block, `at_once` of them at the same time."""
 
         def one(job: Job) -> Outcome | ComputeError:
             try:
-                return process_slide(job, team, on_stage=self.on_stage, on_step=self.progress.step)
+                return process_slide(job, workers, progress=self.progress)
             except ComputeError as error:
                 return error
 
-        if at_once == 1:
-            for job in jobs:
-                yield job, one(job)
-            return
         for name in _USED_BY_SLIDES:
             importlib.import_module(name)
         waiting = iter(jobs)
@@ -280,9 +343,9 @@ class Run:
                 self.stop.set()  # the other threads end with their next finished task
                 raise
 
-    def worker_death(self, error: BaseException, team: Workers) -> BaseException:
+    def worker_death(self, error: BaseException, workers: Workers) -> BaseException:
         """The error of a task that was lost with its worker; any other is the end of the run."""
-        if not isinstance(error, WorkerLost) or not team.alive or self.stop.is_set() or self.lock.lost:
+        if not isinstance(error, WorkerLost) or not workers.alive or self.stop.is_set() or self.lock.lost:
             raise error
         return error
 
@@ -291,10 +354,6 @@ class Run:
         stage = ledger.in_progress or (missing_stages(job, self.study) or list(job.stages))[0]
         ledger.fail(stage, sentence(error), trace(error))
         self.account(job, Outcome(job.slide, failure=ledger.failure))
-
-    def on_stage(self, slide: str, stage: str, outcome: Outcome) -> None:
-        self.progress.counts(slide, outcome.pixels, outcome.cells)
-        self.progress.finished(slide, stage, outcome.seconds.get(stage))
 
     def account(self, job: Job, outcome: Outcome) -> None:
         """Tell how a slide ended."""
@@ -320,10 +379,12 @@ class Run:
 
     def write_failures(self) -> None:
         failures = [self.study.record.ledger(name).failure for name in sorted(self.sources)]
-        self.study.record.write_failures([failure for failure in failures if failure] + self.groups.failures)
+        self.study.record.write_failures(
+            [failure for failure in failures if failure] + self.clusters.failures
+        )
 
 
-def _weight(source: Source) -> float:
+def _input_bytes(source: Source) -> float:
     """Bytes of the input, as far as they are known before it is opened."""
     total = 0.0
     for file in source.files:

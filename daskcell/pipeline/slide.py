@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 import traceback
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from daskcell.compute import Permit, Postponed, Workers
-from daskcell.compute.timeouts import Overtime, renew
+from daskcell.compute import Reschedule, Workers, WorkersRef
+from daskcell.compute.timeouts import TaskTimeout, reset
 from daskcell.config import Config
 from daskcell.errors import ComputeError, ConfigError, DaskcellError, StudyError, WeightsError
 from daskcell.images.reader_process import open_safely
-from daskcell.pipeline.stages import EARLY, LATE, STAGES, Context, do, slide_keys
+from daskcell.pipeline.stage import Context, run_stage
+from daskcell.pipeline.stages import EARLY, LATE, STAGES, slide_keys
+from daskcell.pipeline.steps import SentSteps, Steps
 from daskcell.storage.atomic import is_full, remove
 from daskcell.storage.paths import printable
 from daskcell.study import Ledger, Study, checksums
@@ -76,7 +78,7 @@ class Outcome:
     """What was found damaged, in sentences."""
     too_large: bool = False
     """Not begun: the slide has more `pixels` than the limit."""
-    postponed: bool = False
+    rescheduled: bool = False
     """Not done, for no fault of the slide's."""
 
 
@@ -110,8 +112,7 @@ def process_slide(
     workers: Workers | None = None,
     *,
     limit: int | None = None,
-    on_stage: Callable[[str, str, Outcome], None] | None = None,
-    on_step: Callable[[str, str, float | None], None] | None = None,
+    progress: Steps | None = None,
 ) -> Outcome:
     """Do what is missing of `job`.
 
@@ -121,11 +122,8 @@ def process_slide(
         Who works on the blocks; None: this process.
     limit
         Largest number of pixels to begin with; a larger slide comes back as `too_large`.
-    on_stage
-        Called with slide, stage and counts after each stage.
-    on_step
-        Called with slide, stage and what part of it is done besides, when it begins (0) and after every task;
-        None: an unknown part.
+    progress
+        Is told of every task and stage.
 
     Raises
     ------
@@ -160,13 +158,14 @@ def process_slide(
         )
         for number, stage in enumerate(job.stages):
             later = (s for s in job.stages[number + 1 :] if not ledger.is_done(s, keys[s]))
-            step = None if on_step is None else partial(on_step, job.slide, stage)
-            took = do(STAGES[stage], context, keys[stage], next(later, None), step)
+            step = None if progress is None else partial(progress.step, job.slide, stage)
+            took = run_stage(STAGES[stage], context, keys[stage], next(later, None), step)
             if took is not None:
                 seconds[stage] = took
                 notes += ledger.result(stage).get("notes", ())
-                if on_stage is not None:
-                    on_stage(job.slide, stage, _outcome(job, ledger, seconds))
+                if progress is not None:
+                    progress.counts(job.slide, *counts(ledger))
+                    progress.finished(job.slide, stage, took)
     except _NOT_THE_SLIDES_FAULT:
         raise
     except Exception as error:
@@ -230,22 +229,22 @@ def _take_out_damaged(job: Job, ledger: Ledger, study: Study, workers: Workers) 
     return notes
 
 
-def process_batch(jobs: Sequence[Job], limit: int, permit: Permit) -> tuple[list[Outcome], float]:
+def process_batch(jobs: Sequence[Job], limit: int, ref: WorkersRef) -> tuple[list[Outcome], float]:
     """`process_slide` of several as one task: their blocks are worked on in this process, one after another,
     but for their network work where only some workers have a GPU.
 
     Returns what came of each, and the seconds it took.
     """
     start = time.perf_counter()
-    workers = Workers.of_task(permit)
+    workers, progress = Workers.of_task(ref), SentSteps(ref.send)
     outcomes = []
     for job in jobs:
-        renew(job.slide)
+        reset(job.slide)
         try:
-            outcomes.append(process_slide(job, workers, limit=limit))
-        except Overtime as error:
-            raise Overtime(str(error), job.slide) from None
-        except Postponed:
-            outcomes += [Outcome(left.slide, postponed=True) for left in jobs[len(outcomes) :]]
+            outcomes.append(process_slide(job, workers, limit=limit, progress=progress))
+        except TaskTimeout as error:
+            raise TaskTimeout(str(error), job.slide) from None
+        except Reschedule:
+            outcomes += [Outcome(left.slide, rescheduled=True) for left in jobs[len(outcomes) :]]
             break
     return outcomes, time.perf_counter() - start

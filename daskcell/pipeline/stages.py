@@ -5,25 +5,21 @@
                                                         └ cluster ┘ (one for all slides)
                                                                   └─ report
 
-A stage reads what the stages it needs have written, and writes files of its own. `do` is the loop's body for
-all of them: done under this content key? else begin, run, take checksums, enter. Which keys there are is
-asked of the stages (`slide_keys`); so are progress, status and what a model was made with.
+A stage reads what the stages it needs have written, and writes files of its own. Content keys, progress,
+status, and what a model was made with are all asked of the stages. The loop is in `daskcell.pipeline.stage`.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-from daskcell.compute import Workers
 from daskcell.config import Config
+from daskcell.pipeline.stage import Context, Files, Stage
 from daskcell.storage.atomic import remove
-from daskcell.study import CLUSTERS, Ledger, Study
-from daskcell.study.checksums import checksum
-from daskcell.study.keys import content_key, identity
+from daskcell.study import CLUSTERS, Study
+from daskcell.study.keys import identity
 from daskcell.study.results import (
     Assigned,
     Clustered,
@@ -33,147 +29,10 @@ from daskcell.study.results import (
     Fitted,
     Painted,
     Reported,
-    Result,
     Segmented,
 )
 
-if TYPE_CHECKING:
-    from daskcell.images.sources import Source
-    from daskcell.pipeline.reuse_model import Given
-    from daskcell.preprocess import Plan
-
 LABELS = "cells"
-
-
-@dataclass(frozen=True)
-class Files:
-    """Files that settings name, and that decide a result: weights, reference images."""
-
-    digest: str
-    what: str
-    """As in "fitted with the network tiny"."""
-    name: str = ""
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a stage works on, and with what."""
-
-    study: Study
-    config: Config
-    ledger: Ledger
-    workers: Workers = field(default_factory=Workers)
-    key: str = ""
-    """Content key of the stage at work."""
-    scratch: Path = Path()
-    """Folder for what the stage keeps between its tasks, so that a killed run goes on from there. It belongs
-    to the slide, the stage and the key, is not made yet, and is removed once the stage is done."""
-    keys: Mapping[str, str] = field(default_factory=dict)
-    """Content keys of all stages of the slide that can be done now."""
-    weights: Mapping[str, str] = field(default_factory=dict)
-    slide: str = ""
-    source: Source | None = None
-    """The slide's input."""
-    slides: tuple[str, ...] = ()
-    """Of a stage of the whole study: slides with cells."""
-    model: Given | None = None
-    """A model in the place of a fit."""
-    say: Callable[[str], None] = lambda text: None
-
-    @property
-    def image(self) -> Path:
-        return self.study.paths.image(self.slide)
-
-    @property
-    def plan(self) -> Plan:
-        """Of the slide's preprocessing."""
-        return self.study.prepared(self.slide).plan
-
-
-def _no_settings(config: Config) -> Any:
-    return None
-
-
-def _no_files(config: Config) -> Files | None:
-    return None
-
-
-def _no_precision(config: Config) -> str | None:
-    return None
-
-
-@dataclass(frozen=True, eq=False)
-class Stage:
-    """One step of a study.
-
-    Attributes
-    ----------
-    name
-    run
-        Does the work: a thin call into a science room.
-    outputs
-        Files and folders that are the stage's own, from the context and the result.
-    result
-        Type of the result.
-    needs
-        Stages whose output it reads.
-    version
-        Raised by one when the stage gives another result for the same input and settings: studies redo it.
-    scope
-        Whether it is done for each slide, or once for all.
-    weight
-        Share of the work, roughly; only the estimate of the time left hangs on it.
-    section
-        Of the configuration, where its settings are.
-    settings
-        The settings that decide its result (JSON-able), and no others.
-    files
-        The files that decide its result.
-    precision
-        What its network computes in, None for a stage without one. Where a network runs decides the last
-        bits of its outputs, so that is recorded.
-    """
-
-    name: str
-    run: Callable[[Context], Result]
-    outputs: Callable[[Context, Any], Iterable[Path]]
-    result: type[Result]
-    needs: tuple[Stage, ...] = ()
-    version: int = 1
-    scope: Literal["slide", "study"] = "slide"
-    weight: float = 0.0
-    section: str = ""
-    settings: Callable[[Config], Any] = _no_settings
-    files: Callable[[Config], Files | None] = _no_files
-    precision: Callable[[Config], str | None] = _no_precision
-
-    def key(self, needs: Any, config: Config, digest: str = "", settings: Any = None) -> str:
-        """Content key of its result.
-
-        Parameters
-        ----------
-        needs
-            Keys of the stages it needs, or what stands for them (JSON-able).
-        digest
-            Of its `files`.
-        settings
-            Those of a part of the stage; None: all that decide its result.
-        """
-        settings = self.settings(config) if settings is None else settings
-        return content_key(self.name, self.version, needs, settings, digest)
-
-    @property
-    def late(self) -> bool:
-        """Whether it waits for all slides."""
-        return self.scope == "study" or any(stage.late for stage in self.needs)
-
-    def ran(self, config: Config) -> dict[str, Any]:
-        """Where its network runs, and how."""
-        precision = self.precision(config)
-        if precision is None:
-            return {}
-        compute = config.compute
-        return {"device": compute.network_device, "threads": compute.threads, "precision": precision}
 
 
 def _dump(settings: Any, leave_out: Iterable[str] = ()) -> dict[str, Any]:
@@ -380,6 +239,7 @@ SEGMENT = Stage(
     needs=(FIT,),
     version=3,
     weight=0.6,
+    effort=lambda config: 0.1 if config.segment.method == "watershed" else 1.0,
     section="segment",
     settings=_segment_settings,
     files=_network,
@@ -519,14 +379,14 @@ ASSIGN = Stage(
 
 # -- paint ---------------------------------------------------------------------------------------------
 def _paint(context: Context) -> Painted:
-    from daskcell.clustering.names import Naming
+    from daskcell.clustering.names import ClusterNames
     from daskcell.images.labels import list_labels
     from daskcell.render import write_cluster_labels, write_overlay
 
     study, slide, config = context.study, context.slide, context.config
     clustered = study.record.ledger(CLUSTERS).read(Clustered)
     assert clustered is not None
-    names = Naming.load(study.paths.clusters).titles(clustered.k)
+    names = ClusterNames.load(study.paths.clusters).titles(clustered.k)
     table, clusters = study.paths.table(slide), study.paths.clusters_table(slide)
     list_labels(context.image, LABELS)
     counts = write_cluster_labels(
@@ -615,8 +475,7 @@ def slide_keys(
     weights
         Digests of the files of stages, as `fingerprints` gives them.
     clusters
-        Key of the clusters (`Record.clusters_key`); None: there are none, so stages that need them have no
-        key.
+        `Record.clusters_key`; None: there are no clusters, so stages that need them have no key.
     """
     known = {} if clusters is None else {CLUSTER.name: clusters}
     keys: dict[str, str] = {}
@@ -633,57 +492,3 @@ def fingerprints(config: Config) -> dict[str, str]:
     """Digests of the files that decide results, by stage; raises `WeightsError` where they are not here."""
     found = {name: stage.files(config) for name, stage in STAGES.items()}
     return {name: files.digest for name, files in found.items() if files is not None}
-
-
-def do(
-    stage: Stage,
-    context: Context,
-    key: str,
-    then: str | None = None,
-    on_step: Callable[[float | None], None] | None = None,
-) -> float | None:
-    """Bring a stage up to date: nothing is done if it is done under `key`.
-
-    Parameters
-    ----------
-    then
-        Name of the stage that begins at once.
-    on_step
-        Called with what part of the stage is done besides, when it begins (0) and after every task.
-
-    Returns
-    -------
-    float or None
-        Seconds it took; None if it was done.
-    """
-    ledger, study = context.ledger, context.study
-    if ledger.is_done(stage.name, key):
-        return None
-    start = time.perf_counter()
-    ledger.begin(stage.name)
-    slide = context.slide or CLUSTERS
-    scratch = study.paths.scratch(slide, stage.name, key, context.config.compute.block)
-    remove(
-        *(folder for folder in study.paths.scratches(slide, stage.name) if folder != scratch)
-    )  # of other keys
-    team = context.workers
-    if on_step is not None:
-        on_step(0.0)
-        team = team.metered(on_step)
-    context = replace(context, key=key, scratch=scratch)
-    result = stage.run(replace(context, workers=team))
-    files = checksum(study.out, stage.outputs(context, result), context.workers)
-    remove(scratch)
-    seconds = time.perf_counter() - start
-    ledger.finish(
-        stage.name,
-        key,
-        result.model_dump(mode="json", exclude_unset=True),
-        seconds,
-        then,
-        files,
-        needs=[need.name for need in stage.needs],
-        ran=stage.ran(context.config),
-        version=stage.version,
-    )
-    return seconds

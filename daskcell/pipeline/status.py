@@ -31,9 +31,9 @@ def report(study: Study) -> dict[str, Any]:
     """
     config, weights = study.config, study.record.get("weights", {})
     owner = holder(study.out)
-    told = study.record.read_progress()
-    if told is not None:
-        told["seconds_left"] = seconds_left(told, time.time())
+    progress = study.record.read_progress()
+    if progress is not None:
+        progress["seconds_left"] = seconds_left(progress, time.time())
     clustered = study.record.ledger(CLUSTERS).read(Clustered)
     cluster = study.record.clusters_key
     rows, left = [], set(study.left)
@@ -54,7 +54,7 @@ def report(study: Study) -> dict[str, Any]:
         )
     return {
         "study": str(study.out),
-        "running": owner and owner | {"progress": told},
+        "running": owner and owner | {"progress": progress},
         "slides": rows,
         "model": study.record.get("model"),
         "drift": drift(study),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from daskcell.compute import Workers, start_workers
-from daskcell.compute.orphans import owner_of
+from daskcell.compute.task_queue import owner_of
 from daskcell.config import QUEUES, Config
 from daskcell.segmentation.memory import needed_memory, refuse_too_little_memory, settings_halo
 from daskcell.study import sweep
@@ -20,7 +20,7 @@ _AT_ONCE = (2, 16)
 can keep no more going."""
 
 
-class LazyWorkers:
+class WorkerPool:
     """Workers that are started when they are first needed: continuing a finished study needs none."""
 
     def __init__(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from daskcell.clustering.names import Naming
+from daskcell.clustering.names import ClusterNames
 from daskcell.clustering.tables import shared_columns
 from daskcell.errors import InputError
 from daskcell.render.paint import colors, titled
@@ -71,7 +71,7 @@ class Group:
 
 @dataclass
 class SlideRow:
-    """A slide, or a set of slides of one name in the manifest."""
+    """A slide, or all slides of one condition."""
 
     name: str
     slides: int
@@ -86,8 +86,8 @@ class Facts:
     """All that the page says, but for pictures."""
 
     slides: list[SlideRow]
-    sets: list[SlideRow]
-    """Slides of the same ``group`` in the manifest together; empty where there are none."""
+    conditions: list[SlideRow]
+    """The slides of each condition in the manifest together; empty if it names none."""
     groups: list[Group]
     ungrouped: int
     """Cells that belong to no group, as some of their features are no numbers."""
@@ -110,7 +110,7 @@ def gather(study: Study) -> Facts:
     """Read what a study holds; slides that were set aside and groups that are not there are left out."""
     clustered = study.record.ledger(CLUSTERS).read(Clustered)
     k = clustered.k if clustered else 0
-    titles = titled(Naming.load(study.paths.clusters).titles(k), k) if k else []
+    titles = titled(ClusterNames.load(study.paths.clusters).titles(k), k) if k else []
     palette = colors(k)
     groups = [Group(i, title, "#" + bytes(palette[i]).hex()) for i, title in titles]
     rows, reports, grouped, sizes, ungrouped = [], [], [], [], 0
@@ -135,7 +135,7 @@ def gather(study: Study) -> Facts:
         group.share = group.cells / max(total, 1)
     facts = Facts(
         rows,
-        _sets(study, rows),
+        _conditions(study, rows),
         groups,
         ungrouped,
         "px" if None in sizes else "µm",
@@ -146,11 +146,10 @@ def gather(study: Study) -> Facts:
     return facts
 
 
-def _sets(study: Study, rows: Sequence[SlideRow]) -> list[SlideRow]:
-    of = study.record.get("groups") or {}
+def _conditions(study: Study, rows: Sequence[SlideRow]) -> list[SlideRow]:
     found: dict[str, SlideRow] = {}
     for row in rows:
-        name = of.get(row.name)
+        name = study.conditions.get(row.name)
         if name is None:
             continue
         one = found.setdefault(str(name), SlideRow(str(name), 0, 0, [0] * len(row.counts), 0.0))

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any
 
-from daskcell.clustering.names import Naming
+from daskcell.clustering.names import ClusterNames
 from daskcell.errors import InputError
 from daskcell.render.paint import colors
 from daskcell.report.facts import Cell, Facts, Group, SlideRow, best_of, gather, points
@@ -146,7 +146,7 @@ def _scores(study: Study) -> dict[str, Any] | None:
         rows.append((kind, sum(counts), [(count, count / total) for count in counts]))
     clustered = study.record.ledger(CLUSTERS).read(Clustered)
     assert clustered is not None
-    shown = Naming.load(study.paths.clusters).titles(clustered.k)
+    shown = ClusterNames.load(study.paths.clusters).titles(clustered.k)
     palette = colors(len(shown))
     heads = [(title, "#" + bytes(palette[shown.index(title)]).hex()) for title in scores["groups"]]
     return scores | {"rows": rows, "heads": heads, "truth": Path(scores["truth"]).name}

@@ -131,12 +131,12 @@ class Record(Mapping[str, Any]):
 
     @property
     def clusters_key(self) -> str | None:
-        """Content key of the clusters as they are shown, with names and merges; None before the fit."""
+        """Content key of the clusters with their present names and merges; None before the fit."""
         entry = self.ledger(CLUSTERS).entry("cluster")
         return None if entry is None else self.named_key(entry["key"])
 
     def named_key(self, key: str) -> str:
-        """Content key of clusters of the content key `key` with the names and merges they have now."""
+        """Content key `key` of the clusters, combined with their present names and merges."""
         names = self.paths.clusters / "names.json"
         said = names.read_bytes() if names.exists() else b""
         return hashlib.sha256(key.encode() + said).hexdigest() if said else key

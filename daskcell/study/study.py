@@ -103,6 +103,11 @@ class Study:
         return list(self.record.get("left", ()))
 
     @property
+    def conditions(self) -> dict[str, str]:
+        """Condition of each slide for which the manifest names one (on disk: ``groups``)."""
+        return dict(self.record.get("groups") or {})
+
+    @property
     def config(self) -> Config:
         """Settings of the latest run."""
         return self.record.config
@@ -137,7 +142,7 @@ class Study:
         -------
         DataFrame
             Row i of a slide is label i + 1. Lengths in pixels, and in micrometres in columns ending in
-            ``_um`` and ``_um2``.
+            ``_um`` and ``_um2``; ``condition`` where the manifest names one.
 
         Raises
         ------
@@ -362,8 +367,8 @@ class Study:
         table = pd.read_parquet(path)
         if assigned is not None and assigned != path:
             table = table.assign(**pd.read_parquet(assigned))
-        condition = self.record.get("groups", {}).get(slide)
-        return table if condition is None else table.assign(group=condition)
+        condition = self.conditions.get(slide)
+        return table if condition is None else table.assign(condition=condition)
 
     def _read(self, kind: type[Result]) -> Iterable[tuple[str, Any]]:
         """Slides for which a stage is done, with its result."""

@@ -1,4 +1,4 @@
-"""What runs on the workers besides tasks; apart, since it must import `distributed`."""
+"""Subclasses of Dask's classes; a module of their own, since it must import `distributed`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import socket
 import time
 from typing import Any
 
-from distributed import Status, Worker, WorkerPlugin
+from distributed import Status, Worker, WorkerPlugin, as_completed
 
 from daskcell._version import __version__
 from daskcell.allocator import keep_freed_memory
-from daskcell.compute.logs import quiet_logs
-from daskcell.compute.threads import NEEDS_GPU, hold_threads, release_threads
+from daskcell.compute.process import NEEDS_GPU, hold_threads, quiet_logs, release_threads
 from daskcell.errors import ComputeError
 
+_RETRY_SECONDS = 0.5
 
-class Care(WorkerPlugin):
+
+class WorkerSetup(WorkerPlugin):
     """For every worker there is and every one that comes: threads, memory, quiet logs, and a clean end.
 
     Parameters
@@ -91,6 +92,29 @@ class JobWorker(Worker):
         )
         restart = self.lifetime_restart if restart is None else restart
         await self.close(nanny=not restart, reason=reason)
+
+
+class Completed(as_completed):
+    """`distributed.as_completed` that never waits forever.
+
+    There, a task is dropped when its result cannot be fetched, as from a scheduler that is killed at that
+    moment, and the caller waits forever. Here the fetch is repeated until the scheduler answers, or until the
+    client gives up, which cancels its tasks.
+    """
+
+    def wait(self, seconds: float) -> bool:
+        """Whether there is a result, after waiting for at most `seconds`."""
+        with self.thread_condition:
+            if not self.has_ready():
+                self.thread_condition.wait(timeout=seconds)
+        return self.has_ready()
+
+    async def _track_future(self, future: Any) -> None:
+        while True:
+            try:
+                return await super()._track_future(future)
+            except OSError:
+                await asyncio.sleep(_RETRY_SECONDS)
 
 
 def gpu_found(dask_worker: Any = None) -> bool:

@@ -1,8 +1,13 @@
-"""How many threads the numerical libraries of a process use."""
+"""What is set in a whole process while a run uses it: threads of the numerical libraries, Dask's log level.
+
+Several runs, and workers that are threads of one process, may overlap; the last one to end puts back what was
+there before.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import threading
@@ -113,3 +118,31 @@ def limit_threads(threads: int) -> None:
     os.environ.update(dict.fromkeys(CHANGEABLE, str(threads)))
     threadpool_limits(limits=threads)
     _set_torch_threads(threads)
+
+
+_NAMES = ("distributed", "distributed.client", "tornado", "tornado.application", "asyncio")
+"""All but the first have levels of their own in Dask's settings."""
+_levels: dict[str, int] = {}
+_users = 0
+_log_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def quiet_logs() -> Iterator[None]:
+    """Dask's log lines off in this process, and back as they were when the last caller leaves."""
+    import distributed  # noqa: F401  (sets its own levels when it is imported)
+
+    global _users
+    with _log_lock:
+        if not _users:
+            _levels.update({name: logging.getLogger(name).level for name in _NAMES})
+        _users += 1
+        for name in _NAMES:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        with _log_lock:
+            _users -= 1
+            for name, level in () if _users else _levels.items():
+                logging.getLogger(name).setLevel(level)
