@@ -6,10 +6,10 @@ The first two, unless told. Prints as JSON.
 
 ``step``: rows/s of one thread for the bare product ``x @ centers.T`` in float32, for our assignment and
 sums of the same rows in memory and in mapped files, and their ratios to the product. ``engines``: seconds
-and rows/s of dask-ml's ``Incremental(MiniBatchKMeans)`` and of `rounds` from the same first centres over
+and rows/s of dask-ml's ``Incremental(MiniBatchKMeans)`` and of `lloyd` from the same first centres over
 the same rows on the same workers. ``memory`` (minutes): peak MiB of a process that fits more and more rows,
 which are made as they are read. ``auto`` (minutes): how often ``k="auto"`` finds the number of separated
-groups, 3 to 15 of them, with several seeds.
+clusters, 3 to 15 of them, with several seeds.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 
-from daskcell.clustering.assignment import Nearest, steps
-from daskcell.clustering.feature_blocks import BLOCK, FileRows, Rows, shares
+from daskcell.clustering.assignment import NearestCenters, grid_steps
+from daskcell.clustering.feature_blocks import BLOCK, FeatureBlock, FileBlock, partition
 
 _POOL = 1 << 22
 
 
 def blobs(rows: int, features: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of k groups that overlap a little, in even steps, and first centres near the right ones."""
+    """Rows of k clusters that overlap a little, in even steps, and first centres near the right ones."""
     rng = np.random.default_rng(0)
     centers = rng.normal(size=(k, features))
     x = (centers[rng.integers(0, k, rows)] + rng.normal(0, 1.5, (rows, features))).astype(np.float32)
-    whole = steps(x[:4096])
+    whole = grid_steps(x[:4096])
     x = (np.rint(x / whole) * whole).astype(np.float32)
     return x, centers + rng.normal(0, 0.3, centers.shape)
 
@@ -59,12 +59,12 @@ def best(rows: int, functions: dict[str, Callable[[], Any]], times: int = 7) -> 
 def step(features: int, k: int, rows: int = 16 * BLOCK) -> dict[str, float]:
     x, centers = blobs(rows, features, k)
     single = centers.astype(np.float32)
-    nearest = Nearest(centers)
+    nearest = NearestCenters(centers)
     sums, counts = np.zeros(centers.shape), np.zeros(k, np.int64)
     pieces = [x[i : i + BLOCK] for i in range(0, rows, BLOCK)]
 
     with tempfile.TemporaryDirectory() as folder:
-        files = [FileRows.write(f"{folder}/{i}.f4", piece) for i, piece in enumerate(pieces)]
+        files = [FileBlock.write(f"{folder}/{i}.f4", piece) for i, piece in enumerate(pieces)]
         found = best(
             rows,
             {
@@ -103,9 +103,9 @@ def engines(rows: int, features: int, k: int, workers: int) -> dict[str, Any]:
         tempfile.TemporaryDirectory() as folder,
         start_workers(ComputeSettings(workers=workers, device="cpu")) as team,
     ):
-        blocks: list[Rows] = []
+        blocks: list[FeatureBlock] = []
         for i in range(0, rows, BLOCK):
-            blocks.append(FileRows.write(f"{folder}/{i}.f4", x[i : i + BLOCK]))
+            blocks.append(FileBlock.write(f"{folder}/{i}.f4", x[i : i + BLOCK]))
         sizes = [len(block.read()) for block in blocks]
         array = da.concatenate(
             [
@@ -124,11 +124,11 @@ def engines(rows: int, features: int, k: int, workers: int) -> dict[str, Any]:
             found["incremental_seconds"] = time.perf_counter() - start
             start = time.perf_counter()
             counted = _Count()
-            centers = room.rounds(blocks, first, tolerance, folder, team.watched(counted))
+            centers = room.lloyd(blocks, first, tolerance, folder, team.watched(counted))
             found["parallel_seconds"] = time.perf_counter() - start
-            found["rounds"] = counted.tasks // len(shares(team, blocks))
+            found["rounds"] = counted.tasks // len(partition(team, blocks))
             start = time.perf_counter()
-            one = room.rounds(blocks, first, float("inf"), folder, team)
+            one = room.lloyd(blocks, first, float("inf"), folder, team)
             found["one_round_seconds"] = time.perf_counter() - start
         del one
         found["inertia"] = room.inertia(blocks, centers, team)[1]
@@ -148,19 +148,21 @@ class _Count:
         self.tasks += 1
 
 
-def _lazy(block: Rows) -> Any:
+def _lazy(block: FeatureBlock) -> Any:
     import dask
 
     return dask.delayed(block.read)()
 
 
 def _warm(path: str, shape: tuple[int, int], centers: np.ndarray) -> None:
-    Nearest(centers).add(FileRows(path, shape).read(), np.zeros(centers.shape), np.zeros(len(centers), int))
+    NearestCenters(centers).add(
+        FileBlock(path, shape).read(), np.zeros(centers.shape), np.zeros(len(centers), int)
+    )
 
 
 @dataclass(frozen=True)
 class MadeRows:
-    """Rows of ten groups, float16 as features are on disk, cut from one fixed pool of noise."""
+    """Rows of ten clusters, float16 as features are on disk, cut from one fixed pool of noise."""
 
     start: int
     stop: int
@@ -182,7 +184,7 @@ def peak(rows: int, features: int, components: int | None) -> float:
 
     from daskcell.clustering.fit import fit_blocks, reduce_to_file
 
-    blocks: list[Rows] = [MadeRows(i, min(i + BLOCK, rows), features) for i in range(0, rows, BLOCK)]
+    blocks: list[FeatureBlock] = [MadeRows(i, min(i + BLOCK, rows), features) for i in range(0, rows, BLOCK)]
     with tempfile.TemporaryDirectory() as folder:
         model = fit_blocks(
             blocks,
@@ -232,7 +234,7 @@ def auto(seeds: int = 3) -> dict[str, Any]:
             found = fit_clusters(x.astype(np.float32), "auto", seed=seed).k
             tried += 1
             if found != k:
-                wrong.append({"groups": k, "seed": seed, "found": found})
+                wrong.append({"clusters": k, "seed": seed, "found": found})
     return {"tried": tried, "right": tried - len(wrong), "wrong": wrong}
 
 

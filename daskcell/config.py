@@ -254,7 +254,7 @@ class FeatureSettings(Settings):
 
 class ClusterSettings(Settings):
     k: Annotated[int, Field(ge=2, le=65534)] | Literal["auto"] = 11
-    """Number of groups; auto: the one from 2 to 20 that is most compact and comes back most reliably."""
+    """Number of clusters; auto: the one from 2 to 20 that is most compact and comes back most reliably."""
     use: list[Literal["encoder", "measurements"]] = ["encoder"]
     """What cells are compared by: the encoder's vectors, the table's measurements, or both at equal
     weight."""
@@ -280,7 +280,7 @@ class OutputSettings(Settings):
     overlay_side: Annotated[int, Field(ge=256)] = 8192
     """Longest side in pixels of an overlay picture; larger images use a pyramid level."""
     report: bool = True
-    """Write ``report.html``: the groups with their cells, the slides, and how well it went, on one page."""
+    """Write ``report.html``: the clusters with their cells, the slides, and how well it went, on one page."""
 
 
 class JobSettings(Settings):
@@ -320,9 +320,10 @@ class ComputeSettings(Settings):
     On what networks run (`device`), and in how many `threads`, changes their last bits, since sums are then
     made in another order."""
 
-    kind: str = "local"
-    """``local`` (worker processes here), ``gpu`` (the same, and one per GPU of this machine), ``inline``
-    (this process), ``slurm``, ``pbs``, ``lsf``, ``sge`` (jobs), or the address of a Dask scheduler
+    kind: str = "auto"
+    """``auto`` (``inline`` where all inputs together fit one block and `workers` is not set, else ``local``),
+    ``local`` (worker processes here), ``gpu`` (the same, and one per GPU of this machine), ``inline`` (this
+    process), ``slurm``, ``pbs``, ``lsf``, ``sge`` (jobs), or the address of a Dask scheduler
     (``tcp://host:port``)."""
     workers: Annotated[int, Field(ge=1)] | None = None
     """Worker processes on this machine; None: one per core, or fewer where they would have too little
@@ -366,6 +367,8 @@ class ComputeSettings(Settings):
 
 QUEUES = ("slurm", "pbs", "lsf", "sge")
 """Kinds of batch queues."""
+HERE = ("auto", "local", "gpu", "inline")
+"""Kinds that use nothing but this machine."""
 
 
 class Config(Settings):

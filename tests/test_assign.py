@@ -1,7 +1,8 @@
-"""Groups that outlive their study: new slides get the old groups, and people's names go everywhere."""
+"""Clusters that outlive their study: new slides get the old clusters, and names are shown everywhere."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -87,14 +88,14 @@ def no_warning(*arguments, **options):
         return dc.assign(*arguments, **options)
 
 
-def groups_of(study, slide: str) -> np.ndarray:
+def clusters_of(study, slide: str) -> np.ndarray:
     return study.cells(slide)["cluster"].to_numpy()
 
 
 # -- assign ---------------------------------------------------------------------------------------------
 
 
-def test_cells_that_were_fitted_get_their_groups_again(fitted, folder, tmp_path):
+def test_cells_that_were_fitted_get_their_clusters_again(fitted, folder, tmp_path):
     again = no_warning(folder / "old", tmp_path / "again", model=fitted.out, config=WHERE)
     for slide in fitted.slides:
         pd.testing.assert_frame_equal(again.cells(slide), fitted.cells(slide))
@@ -111,7 +112,7 @@ def test_new_slides_are_made_as_the_models_and_only_once(fitted, folder, tmp_pat
     model = load_clusters(fitted.paths.clusters)
     for slide in ("d", "e"):
         features = zarr.open_array(study.paths.features(slide), mode="r")[:]
-        np.testing.assert_array_equal(groups_of(study, slide), model.predict(features))
+        np.testing.assert_array_equal(clusters_of(study, slide), model.predict(features))
         assert (study.paths.overlays / f"{slide}.png").exists()
     monkeypatch.setattr(api.Run, "work", lambda self, jobs, workers: jobs and pytest.fail("works again"))
     no_warning(folder / "new", tmp_path / "new", model=fitted.out, config=WHERE)
@@ -126,7 +127,7 @@ def test_an_assigned_study_is_a_model_too(fitted, folder, tmp_path):
     pd.testing.assert_frame_equal(first.cells(), second.cells())
 
 
-def test_another_model_gives_new_groups_and_keeps_the_features(fitted, folder, tmp_path):
+def test_another_model_gives_new_clusters_and_keeps_the_features(fitted, folder, tmp_path):
     out = tmp_path / "out"
     no_warning(folder / "new", out, model=fitted.out, config=WHERE)
     made = [path for name in ("features", "tables/cells") for path in (out / name).rglob("*")]
@@ -135,10 +136,10 @@ def test_another_model_gives_new_groups_and_keeps_the_features(fitted, folder, t
     for name in ("centers_", "reduced_centers_", "counts_", "spread_"):
         setattr(model, name, getattr(model, name)[::-1].copy())
     model.save(tmp_path / "turned")
-    old = {slide: groups_of(Study(out), slide) for slide in "de"}
+    old = {slide: clusters_of(Study(out), slide) for slide in "de"}
     study = no_warning(folder / "new", out, model=tmp_path / "turned", config=WHERE)
     for slide in "de":
-        np.testing.assert_array_equal(groups_of(study, slide), 2 - old[slide])
+        np.testing.assert_array_equal(clusters_of(study, slide), 2 - old[slide])
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
@@ -183,14 +184,14 @@ def test_a_model_without_settings_takes_those_that_are_given(fitted, folder, tmp
     dc.fit_clusters(features, 3).save(tmp_path / "plain")
     study = dc.assign(folder / "new", tmp_path / "out", model=tmp_path / "plain", config=SETTINGS)
     assert study.failures == []
-    assert set(groups_of(study, "d")) <= {0, 1, 2}
+    assert set(clusters_of(study, "d")) <= {0, 1, 2}
     dc.fit_clusters(features[:, :5], 3).save(tmp_path / "narrow")
     study = dc.assign(folder / "new", tmp_path / "narrow out", model=tmp_path / "narrow", config=SETTINGS)
     assert "5 features per cell" in study.failures[0]["error"]
 
 
 def test_what_is_no_model_is_refused_before_work(folder, tmp_path):
-    with pytest.raises(InputError, match="neither a study with groups nor a saved model"):
+    with pytest.raises(InputError, match="neither a study with clusters nor a saved model"):
         dc.assign(folder / "new", tmp_path / "out", model=tmp_path)
 
 
@@ -203,7 +204,7 @@ def test_run_and_assign_do_not_take_each_others_studies(fitted, folder, tmp_path
 
 
 def test_cells_unlike_the_models_are_told_with_numbers(fitted, folder, tmp_path):
-    with pytest.warns(DriftWarning, match=r"thin: \d+ % of [\d,]+ cells lie farther .* most in group \d"):
+    with pytest.warns(DriftWarning, match=r"thin: \d+ % of [\d,]+ cells lie farther .* most in cluster \d"):
         study = dc.assign(folder / "odd", tmp_path / "odd", model=fitted.out, config=WHERE)
     values = drift(study)["thin"]
     assert values["far"] > 0.5
@@ -270,28 +271,28 @@ def begun(out, slide: str, stage: str) -> bool:
 # -- names and merges -----------------------------------------------------------------------------------
 
 
-def rename(study, group, name):
-    edit_clusters(study.out, lambda naming, k: naming.rename(group, name, k))
+def rename(study, cluster, name):
+    edit_clusters(study.out, lambda naming, k: naming.rename(cluster, name, k))
 
 
-def merge(study, *groups, name=None):
-    edit_clusters(study.out, lambda naming, k: naming.merge(groups, k, name))
+def merge(study, *clusters, name=None):
+    edit_clusters(study.out, lambda naming, k: naming.merge(clusters, k, name))
 
 
-def split(study, group):
-    edit_clusters(study.out, lambda naming, k: naming.split(group, k))
+def split(study, cluster):
+    edit_clusters(study.out, lambda naming, k: naming.split(cluster, k))
 
 
 def properties(study, slide: str) -> dict[int, str]:
-    group = zarr.open_group(study.paths.image(slide) / "labels" / "clusters", mode="r")
-    found = group.attrs["ome"]["image-label"]
+    cluster = zarr.open_group(study.paths.image(slide) / "labels" / "clusters", mode="r")
+    found = cluster.attrs["ome"]["image-label"]
     assert [c["label-value"] for c in found["colors"]] == [p["label-value"] for p in found["properties"]]
     return {p["label-value"]: p["name"] for p in found["properties"]}
 
 
 def test_names_and_merges_go_into_model_tables_labels_and_pictures(study):
     before = contents(study)
-    base = {slide: groups_of(study, slide) for slide in study.slides}
+    base = {slide: clusters_of(study, slide) for slide in study.slides}
     rename(study, 1, "large")
     merge(study, 2, "large", name="big ones")
     for slide in study.slides:
@@ -358,7 +359,51 @@ def test_names_are_given_without_the_input_files(study, folder, monkeypatch):
     assert "round" in set(study.cells()["cluster_name"])
 
 
-def test_a_new_fit_sets_the_named_groups_aside(study, folder):
+def test_a_folder_that_has_the_name_of_earlier_clusters_stays(study, folder):
+    mine = study.out / "clusters-before" / "names.json"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    rename(study, 0, "round")
+    study = api.run(folder / "old", study.out, SETTINGS | {"cluster": {"k": 2}})
+    assert mine.read_text() == "mine"
+    assert load_clusters(study.out / "clusters-before-2").naming.names == {0: "round"}
+    assert [name for name in study.record["owned"] if "before" in name] == ["clusters-before-2"]
+
+
+def files_in(study: Study) -> dict[str, bytes]:
+    return {str(p.relative_to(study.out)): p.read_bytes() for p in study.out.rglob("*") if p.is_file()}
+
+
+def test_a_rename_writes_only_what_is_in_the_list_of_the_studys_files(study):
+    before = files_in(study)
+    rename(study, 0, "round")
+    merge(study, 1, 2)
+    written = [name for name, data in files_in(study).items() if before.get(name) != data]
+    owned = [name.replace("*", slide) for name in Study(study.out).record["owned"] for slide in study.slides]
+    assert written
+    for name in written:
+        assert any(name == one or name.startswith(f"{one}/") for one in owned), name
+
+
+@pytest.mark.parametrize("name", ["images/b.zarr/labels/clusters/notes.txt", "clusters/notes.txt"])
+def test_a_rename_loses_no_file_of_a_users(study, name):
+    (study.out / name).write_text("mine")
+    with contextlib.suppress(dc.DaskcellError):
+        rename(study, 0, "round")
+    assert (study.out / name).read_text() == "mine"
+
+
+def test_what_has_the_name_of_a_file_that_is_not_in_the_list_refuses_a_rename(study):
+    """As in a study of an earlier version, which wrote fewer files."""
+    owned = [name for name in study.record["owned"] if not name.startswith("tables/clusters")]
+    study.record.update(owned=owned)
+    before = files_in(study)
+    with pytest.raises(dc.DaskcellError, match="not written by daskcell"):
+        rename(study, 0, "round")
+    assert files_in(study) == before
+
+
+def test_a_new_fit_sets_the_named_clusters_aside(study, folder):
     class Heard(Progress):
         said = ""
 
@@ -367,10 +412,11 @@ def test_a_new_fit_sets_the_named_groups_aside(study, folder):
 
     rename(study, 0, "round")
     heard = Heard()
-    api.run(folder / "old", study.out, SETTINGS | {"cluster": {"k": 2}}, progress=heard)
+    study = api.run(folder / "old", study.out, SETTINGS | {"cluster": {"k": 2}}, progress=heard)
     assert "clusters-before" in heard.said
     assert not load_clusters(study.paths.clusters).naming
     assert load_clusters(study.out / "clusters-before").naming.names == {0: "round"}
+    assert "clusters-before" in study.record["owned"]
     assert set(study.cells()["cluster_name"]) <= {"cluster 0", "cluster 1"}
 
 
@@ -402,7 +448,7 @@ def test_a_saved_model_can_be_named_too(fitted, tmp_path):
 
 @pytest.fixture
 def truth(study, tmp_path):
-    """The groups themselves as types, by label and by a point inside each cell; one cell is not found."""
+    """The clusters themselves as types, by label and by a point inside each cell; one cell is not found."""
     cells = study.cells()
     named = cells.assign(type=np.array(["x", "y", "z"])[cells["cluster"]])
     named[["slide", "label", "type"]].to_csv(tmp_path / "labels.csv", index=False)
@@ -415,7 +461,7 @@ def truth(study, tmp_path):
     return tmp_path
 
 
-def test_groups_are_compared_with_known_types(study, truth):
+def test_clusters_are_compared_with_known_types(study, truth):
     n = len(study.cells())
     by_label = score_study(study, truth / "labels.csv")
     assert (by_label["ari"], by_label["matched"], by_label["cells"]) == (1.0, n, n)
@@ -447,7 +493,7 @@ def test_old_scores_are_not_shown_of_cells_that_changed(fitted, folder, tmp_path
     assert again.scores is None
 
 
-def test_merged_groups_are_compared_as_one_and_old_scores_are_not_shown(study, truth):
+def test_merged_clusters_are_compared_as_one_and_old_scores_are_not_shown(study, truth):
     score_study(study, truth / "labels.csv")
     merge(study, 0, 1, name="both")
     assert study.scores is None
@@ -514,7 +560,7 @@ def call(capsys, monkeypatch):
     return call
 
 
-def test_groups_are_shown_named_and_merged_from_the_command_line(call, study):
+def test_clusters_are_shown_named_and_merged_from_the_command_line(call, study):
     assert call("clusters", "rename", study.out, 0, "round ones", "-q")[0] == 0
     code, out, _ = call("clusters", "merge", study.out, "round ones", 2)
     assert code == 0

@@ -157,7 +157,7 @@ def test_version(call):
 def test_a_run_that_does_all_ends_with_0_and_says_what_there_is(call, fakes, pictures, tmp_path):
     code, out, err = call("run", pictures, "-o", tmp_path / "s", "--compute", "inline", "-k", 5)
     assert code == 0
-    assert "2 slides, 14 cells, 5 groups" in out
+    assert "2 slides, 14 cells, 5 clusters" in out
     assert err == ""
     assert Study(tmp_path / "s").config.cluster.k == 5
 

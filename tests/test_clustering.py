@@ -14,17 +14,23 @@ from sklearn.cluster import KMeans, MiniBatchKMeans
 from sklearn.datasets import make_blobs
 from sklearn.metrics import adjusted_rand_score
 
-from daskcell.clustering import ClusterModel, fit_clusters, fit_features, load_clusters, predict_slide
-from daskcell.clustering import feature_blocks as rows_module
-from daskcell.clustering.feature_blocks import content_hashes, cut, gather, survey
+from daskcell.clustering import (
+    ClusterModel,
+    feature_blocks,
+    fit_clusters,
+    fit_features,
+    load_clusters,
+    predict_slide,
+)
+from daskcell.clustering.feature_blocks import array_blocks, content_hashes, feature_stats, read_sample
 from daskcell.config import ClusterSettings
 from daskcell.errors import InputError
 
 ENGINES = ("incremental", "parallel")
 
 
-def groups(n=6000, k=8, d=24, seed=0) -> tuple[np.ndarray, np.ndarray]:
-    """Separated groups, one after another: the worst order there is."""
+def blobs(n=6000, k=8, d=24, seed=0) -> tuple[np.ndarray, np.ndarray]:
+    """Separated clusters, one after another: the worst order there is."""
     x, y = make_blobs(n, d, centers=k, cluster_std=1.0, random_state=seed)
     order = np.argsort(y, kind="stable")
     return x[order].astype(np.float32), y[order]
@@ -36,14 +42,14 @@ def small_blocks(monkeypatch):
     import daskcell.clustering.fit
     import daskcell.clustering.kmeans
 
-    monkeypatch.setattr(rows_module, "BLOCK", 256)
+    monkeypatch.setattr(feature_blocks, "BLOCK", 256)
     monkeypatch.setattr(daskcell.clustering.kmeans, "PORTION", 512)
     monkeypatch.setattr(daskcell.clustering.fit, "SAMPLE", 1500)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_the_worst_order_gives_the_right_groups(engine, small_blocks):
-    x, y = groups()
+def test_the_worst_order_gives_the_right_clusters(engine, small_blocks):
+    x, y = blobs()
     model = fit_clusters(x, 8, engine=engine)
     assert adjusted_rand_score(y, model.predict(x)) == 1.0
 
@@ -52,7 +58,7 @@ def test_plain_incremental_fails_in_the_worst_order():
     """Control: what is wrapped, without what makes it safe."""
     from dask_ml.wrappers import Incremental
 
-    x, y = groups()
+    x, y = blobs()
     plain = Incremental(MiniBatchKMeans(8, random_state=0), shuffle_blocks=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -76,7 +82,7 @@ def test_inertia_is_within_one_percent_of_full_kmeans(engine, k, small_blocks):
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("chunks", [(100, 24), (997, 7), (6000, 24)])
 def test_no_bit_depends_on_the_chunks(engine, chunks, small_blocks, monkeypatch):
-    monkeypatch.setattr("daskcell.clustering.fit._SMALL", 0)  # streamed, as if it were large
+    monkeypatch.setattr("daskcell.clustering.fit._IN_MEMORY_BYTES", 0)  # streamed, as if it were large
     x = np.random.default_rng(0).gamma(2.0, size=(6000, 24)).astype(np.float32)
     options = {"engine": engine, "standardise": True, "components": 10}
     one = fit_clusters(x, 7, **options)
@@ -95,7 +101,7 @@ def test_parallel_has_the_same_bits_for_any_order_and_any_blocks(small_blocks, m
     options = {"engine": "parallel", "standardise": True, "components": 10}
     one = fit_clusters(x, 7, **options)
     for seed, block in enumerate((256, 1000, 6000)):
-        monkeypatch.setattr(rows_module, "BLOCK", block)
+        monkeypatch.setattr(feature_blocks, "BLOCK", block)
         order = np.random.default_rng(seed).permutation(len(x))
         other = fit_clusters(x[order], 7, **options)
         for name in ("reduced_centers_", "centers_", "spread_", "mean_", "scale_", "components_"):
@@ -105,15 +111,15 @@ def test_parallel_has_the_same_bits_for_any_order_and_any_blocks(small_blocks, m
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_the_same_groups_for_any_order_of_the_rows(engine, small_blocks):
-    x, _ = groups(k=6)
+def test_the_same_clusters_for_any_order_of_the_rows(engine, small_blocks):
+    x, _ = blobs(k=6)
     order = np.random.default_rng(1).permutation(len(x))
     one, other = fit_clusters(x, 6, engine=engine), fit_clusters(x[order], 6, engine=engine)
     np.testing.assert_array_equal(one.predict(x)[order], other.predict(x[order]))
     np.testing.assert_allclose(one.centers_, other.centers_, rtol=1e-3)
 
 
-def test_groups_are_numbered_by_size():
+def test_clusters_are_numbered_by_size():
     sizes = [50, 400, 100, 250]
     x = np.concatenate([np.random.default_rng(i).normal(20 * i, 1, (n, 3)) for i, n in enumerate(sizes)])
     model = fit_clusters(x, 4)
@@ -121,14 +127,14 @@ def test_groups_are_numbered_by_size():
     assert np.bincount(model.predict(x)).tolist() == [400, 250, 100, 50]
 
 
-def test_groups_of_one_size_are_numbered_by_their_centre():
+def test_clusters_of_one_size_are_numbered_by_their_centre():
     x = np.repeat([[5.0, 0.0], [-5.0, 1.0], [0.0, 3.0]], 10, axis=0)
     assert fit_clusters(x, 3, standardise=False).centers_[:, 0].tolist() == [-5, 0, 5]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_missing_features_are_left_out_and_told(engine):
-    x, y = groups(400, 3)
+    x, y = blobs(400, 3)
     x = x.copy()
     x[::40, 2] = np.nan
     x[1, 0] = np.inf
@@ -141,16 +147,16 @@ def test_missing_features_are_left_out_and_told(engine):
     assert adjusted_rand_score(y[~bad], clusters[~bad]) == 1.0
 
 
-def test_fewer_cells_than_groups_are_refused():
+def test_fewer_cells_than_clusters_are_refused():
     x = np.zeros((5, 3))
     x[0] = np.nan
-    with pytest.raises(InputError, match=r"k=11 groups need at least 11 cells, but there are 4 \(1 more"):
+    with pytest.raises(InputError, match=r"k=11 clusters need at least 11 cells, but there are 4 \(1 more"):
         fit_clusters(x, 11)
     with pytest.raises(InputError, match="there are 0"):
         fit_clusters(np.zeros((0, 3)), 2)
 
 
-def test_as_many_groups_as_cells_and_cells_that_are_all_alike():
+def test_as_many_clusters_as_cells_and_cells_that_are_all_alike():
     x = np.arange(12.0).reshape(4, 3) ** 2
     assert sorted(fit_clusters(x, 4).predict(x)) == [0, 1, 2, 3]
     alike = fit_clusters(np.ones((50, 3)), 3)
@@ -158,24 +164,24 @@ def test_as_many_groups_as_cells_and_cells_that_are_all_alike():
     assert np.isfinite(alike.centers_).all()
 
 
-def test_incremental_takes_many_slides_of_one_cell_and_more_groups_than_a_portion(monkeypatch):
-    """dask-ml's refuses a first block of fewer rows than groups."""
+def test_incremental_takes_many_slides_of_one_cell_and_more_clusters_than_a_portion(monkeypatch):
+    """dask-ml's refuses a first block of fewer rows than clusters."""
     from daskcell.clustering import kmeans
-    from daskcell.clustering.feature_blocks import ArrayRows
+    from daskcell.clustering.feature_blocks import ArrayBlock
 
     monkeypatch.setattr(kmeans, "_WINDOW", 8)
-    x, _ = groups(60, 5)
-    blocks = [ArrayRows(x, i, i + 1) for i in range(60)]
-    for rows, portion in ((blocks, 512), ([ArrayRows(x, 0, 60)], 4)):
+    x, _ = blobs(60, 5)
+    blocks = [ArrayBlock(x, i, i + 1) for i in range(60)]
+    for rows, portion in ((blocks, 512), ([ArrayBlock(x, 0, 60)], 4)):
         monkeypatch.setattr(kmeans, "PORTION", portion)
-        centers = kmeans.incremental(rows, [len(block.read()) for block in rows], x[:20].astype(float), 0)
+        centers = kmeans.minibatch(rows, [len(block.read()) for block in rows], x[:20].astype(float), 0)
         assert centers.shape == (20, 24)
         assert np.isfinite(centers).all()
 
 
 @pytest.mark.parametrize("values", [np.zeros(5), np.zeros((5, 2, 2)), np.full((5, 2), "a")])
 def test_what_is_no_table_of_numbers_is_refused(values):
-    with pytest.raises(InputError, match=r"features (must be numbers|holds values of type)"):
+    with pytest.raises(InputError, match=r"features (must be an array|holds values of type)"):
         fit_clusters(values, 2)
 
 
@@ -187,7 +193,7 @@ def test_standardising_lets_every_feature_count():
     assert adjusted_rand_score(y, fit_clusters(x, 2).predict(x)) > 0.9
 
 
-def test_unit_length_groups_by_direction():
+def test_unit_length_clusters_by_direction():
     rng = np.random.default_rng(0)
     y = rng.integers(0, 3, 600)
     x = (np.eye(3)[y] + rng.normal(0, 0.05, (600, 3))) * rng.uniform(1, 50, (600, 1))
@@ -209,7 +215,7 @@ def test_projection_equals_principal_components():
     "options", [{}, {"standardise": True, "components": 5}, {"components": 5, "unit_length": True}]
 )
 def test_a_saved_model_gives_the_same_answers(tmp_path, options):
-    x, _ = groups(500, 4)
+    x, _ = blobs(500, 4)
     model = fit_clusters(x, 4, info={"encoder": "tiny"}, **options)
     model.save(tmp_path / "model")
     model.save(tmp_path / "model")  # replaces
@@ -232,7 +238,7 @@ def test_what_is_no_model_is_refused(tmp_path):
 
 
 def test_features_of_another_kind_are_refused():
-    x, _ = groups(300, 3)
+    x, _ = blobs(300, 3)
     model = fit_clusters(x, 3, info={"encoder": "tiny"})
     with pytest.raises(InputError, match="24 features per cell, but these cells have 10"):
         model.predict(x[:, :10])
@@ -241,7 +247,7 @@ def test_features_of_another_kind_are_refused():
 
 
 def test_drift_is_told_for_new_cells_far_away():
-    x, _ = groups(2000, 4)
+    x, _ = blobs(2000, 4)
     model = fit_clusters(x, 4)
     near, far = model.drift(*model.assign(x)), model.drift(*model.assign(x + 10))
     assert near["far"] == pytest.approx(0.01, abs=0.005)
@@ -253,8 +259,8 @@ def test_the_sample_depends_on_content_alone(small_blocks):
     x = np.random.default_rng(0).normal(size=(3000, 5)).astype(np.float32)
     samples = []
     for rows in (x, x[::-1].copy(), x[np.random.default_rng(1).permutation(3000)]):
-        blocks = cut(rows)
-        samples.append(gather(blocks, survey(blocks, 100, 7).sample, 7))
+        blocks = array_blocks(rows)
+        samples.append(read_sample(blocks, feature_stats(blocks, 100, 7).sample, 7))
     assert len(samples[0]) == 100
     np.testing.assert_array_equal(samples[0], samples[1])
     np.testing.assert_array_equal(samples[0], samples[2])
@@ -262,7 +268,7 @@ def test_the_sample_depends_on_content_alone(small_blocks):
 
 def test_a_survey_equals_numpy(small_blocks):
     x = (np.random.default_rng(0).normal(size=(3000, 5)) * [1, 2, 3, 4, 5] + 100).astype(np.float32)
-    seen = survey(cut(x), 10, 0)
+    seen = feature_stats(array_blocks(x), 10, 0)
     np.testing.assert_allclose(seen.mean, x.mean(axis=0, dtype=float), rtol=1e-7)
     np.testing.assert_allclose(seen.deviation, x.std(axis=0, dtype=float), rtol=1e-7)
 
@@ -278,14 +284,14 @@ def test_hashes_are_spread_evenly_and_zero_has_no_sign():
 
 
 @pytest.mark.slow
-def test_auto_finds_the_number_of_separated_groups():
+def test_auto_finds_the_number_of_separated_clusters():
     right = 0
-    for seed, k in enumerate([3, 4, 5, 6, 7, 9, 10, 12, 13, 15]):
-        x, _ = groups(1500, k, 16, seed)
+    for seed, k in enumerate([3, 4, 6, 9, 12]):
+        x, _ = blobs(700, k, 16, seed)
         model = fit_clusters(x, "auto")
         right += len(model.centers_) == k
         assert [entry["k"] for entry in model.curve_] == list(range(2, 21))
-    assert right >= 9
+    assert right == 5
 
 
 # -- slides on disk -----------------------------------------------------------------------------------
@@ -308,8 +314,8 @@ def write_slide(folder, name: str, features: np.ndarray, **info) -> tuple:
 
 @pytest.fixture
 def slides(tmp_path, small_blocks):
-    """Each slide holds one group only, one is empty, and one cell has no features."""
-    x, y = groups(3000, 5)
+    """Each slide holds one cluster only, one is empty, and one cell has no features."""
+    x, y = blobs(3000, 5)
     x[7, 3] = np.nan
     made = [write_slide(tmp_path, f"slide {i}", x[y == i]) for i in range(5)]
     made.append(write_slide(tmp_path, "empty", x[:0]))
@@ -317,7 +323,7 @@ def slides(tmp_path, small_blocks):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_one_group_per_slide_in_any_order_gives_the_same_model(slides, engine, tmp_path):
+def test_one_cluster_per_slide_in_any_order_gives_the_same_model(slides, engine, tmp_path):
     made, x, y = slides
     settings = ClusterSettings(k=5, engine=engine, components=8)
     paths = [features for features, _ in made]
@@ -349,7 +355,7 @@ def test_the_same_bits_on_a_cluster_of_workers(slides, engine):
 def test_slides_of_different_features_are_refused(slides, tmp_path):
     made, _, _ = slides
     other = write_slide(tmp_path, "slide 9", np.zeros((20, 24), np.float32), encoder="resnet152")
-    with pytest.raises(InputError, match=r"slide 9\.zarr was not made as"):
+    with pytest.raises(InputError, match=r"slide 9\.zarr was made differently from"):
         fit_features([features for features, _ in [*made, other]])
 
 
@@ -375,7 +381,7 @@ def test_clusters_are_written_into_a_table_of_their_own(slides, tmp_path):
 
 @pytest.fixture
 def measured(tmp_path, small_blocks):
-    """Two slides of four groups: the encoder tells two apart, the measurements the other two."""
+    """Two slides of four clusters: the encoder tells two apart, the measurements the other two."""
     rng = np.random.default_rng(0)
     y = rng.integers(0, 4, 1200)
     vectors = rng.normal(0, 1, (1200, 16)).astype(np.float32)
@@ -425,7 +431,7 @@ def test_measurements_that_are_not_there_are_refused(measured, slides, tmp_path)
     other.to_parquet(tmp_path / "other.parquet")
     with pytest.raises(InputError, match="do not have the same measurements"):
         fit_features(features, both, table_paths=[tables[0], tmp_path / "other.parquet"])
-    with pytest.raises(InputError, match="goes by the measurements solidity"):
+    with pytest.raises(InputError, match="uses the measurements solidity"):
         predict_slide(features[0], tmp_path / "other.parquet", model, tmp_path / "clusters.parquet")
 
 

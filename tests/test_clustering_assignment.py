@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from daskcell.clustering import assignment as room
-from daskcell.clustering.assignment import TILE, Nearest, steps
+from daskcell.clustering.assignment import TILE, NearestCenters, grid_steps
 
 
 def brute_force(rows, centers):
@@ -27,7 +27,7 @@ def brute_force(rows, centers):
 def test_the_nearest_centre_of_every_row(n, c, k, offset):
     rng = np.random.default_rng(n)
     rows, centers = rng.normal(offset, 1, (n, c)).astype(np.float32), rng.normal(offset, 1, (k, c))
-    found = Nearest(centers)
+    found = NearestCenters(centers)
     labels = found.labels(rows)
     assert labels.dtype == np.int32
     np.testing.assert_array_equal(labels, brute_force(rows, centers))
@@ -46,9 +46,9 @@ def between(n: int, c: int, k: int):
 
 def test_rows_between_two_centres_go_to_the_nearer():
     rows, centers = between(4000, 64, 6)
-    found = Nearest(centers)
+    found = NearestCenters(centers)
     np.testing.assert_array_equal(found.labels(rows), brute_force(rows, centers))
-    assert 1000 < found.doubted < 4000
+    assert 1000 < found.rechecked < 4000
 
 
 def test_a_plain_product_sends_such_rows_to_the_farther_one():
@@ -63,9 +63,9 @@ def test_few_rows_need_a_second_look():
     rng = np.random.default_rng(0)
     centers = rng.normal(size=(16, 256))
     rows = (centers[rng.integers(0, 16, 20000)] + rng.normal(0, 2, (20000, 256))).astype(np.float32)
-    found = Nearest(centers)
+    found = NearestCenters(centers)
     found.labels(rows)
-    assert found.doubted < 20
+    assert found.rechecked < 20
 
 
 numbers = st.floats(-(2.0**60), 2.0**60, width=32) | st.sampled_from([0.0, -0.0, 1.0, -1.0, 3e38, 1e-40])
@@ -88,7 +88,7 @@ def test_any_rows_and_centres(data, c, k, n):
     else:
         rows = data.draw(arrays(np.float32, (n, c), elements=numbers))
         centers = data.draw(arrays(np.float32, (k, c), elements=numbers)).astype(float)
-    for row, label in zip(rows, Nearest(centers).labels(rows), strict=True):
+    for row, label in zip(rows, NearestCenters(centers).labels(rows), strict=True):
         distance = distances(row, centers)
         assert distance[label] <= min(distance) * (1 + Fraction(1, 10**12))  # as double precision can tell
         assert not any((centers[j] == centers[label]).all() for j in range(label)), "the first of equal ones"
@@ -97,22 +97,22 @@ def test_any_rows_and_centres(data, c, k, n):
 @pytest.mark.parametrize("tile", [1, 7, 512])
 def test_the_tile_changes_no_label(tile, monkeypatch):
     rows, centers = between(1500, 20, 5)
-    expected = Nearest(centers).labels(rows)
+    expected = NearestCenters(centers).labels(rows)
     monkeypatch.setattr(room, "TILE", tile)
-    np.testing.assert_array_equal(Nearest(centers).labels(rows), expected)
+    np.testing.assert_array_equal(NearestCenters(centers).labels(rows), expected)
 
 
 def test_sums_are_exact_in_any_order():
     rng = np.random.default_rng(0)
     rows = (rng.gamma(2.0, size=(20000, 6)) * [1e-6, 1, 3, 1e3, 1e6, 0]).astype(np.float32)
-    whole = steps(rows[:1000])
+    whole = grid_steps(rows[:1000])
     even = (np.rint(rows / whole) * whole).astype(np.float32)
     np.testing.assert_allclose(even[:, :5], rows[:, :5], atol=1e-6 * rows[:, :5].std(axis=0).max())
     centers = np.zeros((1, 6))
     sums = []
     for rows_now in (even, even[::-1], even[rng.permutation(len(even))]):
         total, counts = np.zeros((1, 6)), np.zeros(1, np.int64)
-        Nearest(centers).add(np.ascontiguousarray(rows_now), total, counts)
+        NearestCenters(centers).add(np.ascontiguousarray(rows_now), total, counts)
         sums.append(total)
         assert counts.tolist() == [20000]
     np.testing.assert_array_equal(sums[0], sums[1])

@@ -105,8 +105,8 @@ def test_the_lazy_functions_give_the_same_under_a_client(inside, outside, folder
         assert np.array_equal(labels, again[0])
         assert cells.equals(again[1])
         assert np.array_equal(features, again[2])
-    groups = np.arange(labels.max()) % 3
-    assert isinstance(dc.overlay(image, da.from_array(labels), groups), da.Array)
+    clusters = np.arange(labels.max()) % 3
+    assert isinstance(dc.overlay(image, da.from_array(labels), clusters), da.Array)
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def readme_code() -> list[str]:
 
 
 SIDE = 256
-"""Of corners of pictures: enough cells for eleven groups, and quickly segmented."""
+"""Of corners of pictures: enough cells for eleven clusters, and quickly segmented."""
 
 
 def stained(data_dir: Path, folder: Path) -> Path:

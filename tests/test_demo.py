@@ -50,7 +50,7 @@ def result(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_demo_finds_and_groups_the_cells(result):
+def test_the_demo_finds_and_clusters_the_cells(result):
     assert result.study.failures == []
     every = result.scores["all"]
     assert every["cells"] == sum(result.scores[name]["cells"] for name in ("setA", "setB"))

@@ -25,7 +25,7 @@ from daskcell.preprocess import apply_block
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """Two small pictures of bright squares, segmented and grouped."""
+    """Two small pictures of bright squares, segmented and clustered."""
     folder = tmp_path_factory.mktemp("export")
     (folder / "in").mkdir()
     rng = np.random.default_rng(0)

@@ -1,7 +1,7 @@
 """A study that was written in format 1: it can be read, and the next run brings it up to date.
 
 ``study_format1.zip`` holds inputs and study as the last version before format 2 left them: two tiny drawn
-images, segmented by watershed, grouped, without overlays.
+images, segmented by watershed, clustered, without overlays.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def test_slides_whose_input_is_no_longer_given_stay_and_are_marked(fakes, tmp_pa
     assert (study.slides, study.left) == (["one", "seven", "three"], ["one"])
     assert study.failures == []
     ran = fakes.take()
-    assert ("one", "assign") in ran, "all tables speak of the same groups"
+    assert ("one", "assign") in ran, "all tables refer to the same clusters"
     assert study.paths.table("one").exists()
     rows = {row["slide"]: row["left"] for row in report(study)["slides"]}
     assert rows == {"one": True, "seven": False, "three": False}
@@ -125,7 +125,7 @@ def test_a_file_keeps_its_name_when_it_is_given_another_way(fakes, tmp_path):  #
 
 
 def test_a_grown_study_is_what_a_new_one_would_be(tmp_path):
-    """The true way, and after it a slide that left has the groups of the new fit."""
+    """The true way, and after it a slide that left has the clusters of the new fit."""
     for seed, name in enumerate("abc"):
         tifffile.imwrite(tmp_path / f"{name}.tif", spots(seed))
     files = [tmp_path / f"{name}.tif" for name in "abc"]

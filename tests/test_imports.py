@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "daskcell"
 ROOMS = [
-    ["_version", "errors", "allocator"],
+    ["_version", "errors", "allocator", "text"],
     ["config", "geometry"],
     ["storage"],
     ["compute"],

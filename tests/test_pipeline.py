@@ -14,9 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from distributed import Client
 
 from daskcell.compute import Reschedule, WorkersRef
-from daskcell.errors import ConfigError, DaskcellError, ImageError, InputError, StudyError, WeightsError
+from daskcell.errors import (
+    ConfigError,
+    DaskcellError,
+    ImageError,
+    InputError,
+    InputWarning,
+    StudyError,
+    WeightsError,
+)
 from daskcell.images import Source, find_images
 from daskcell.images.reader_process import open_safely
 from daskcell.pipeline import api, open_study, run, runner, slide, worker_pool
@@ -146,7 +155,8 @@ def test_slides_whose_worker_has_to_leave_are_done_by_another(fakes, folder, tmp
         return segment.run(context)
 
     monkeypatch.setitem(STAGES, "segment", replace(segment, run=leaving))
-    study = run(folder, tmp_path / "out", INLINE)
+    with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as client:
+        study = run(folder, tmp_path / "out", INLINE, client)
     assert study.failures == []
     assert not left
     done = fakes.take()
@@ -304,7 +314,7 @@ def test_a_slide_with_work_left_is_compared_byte_by_byte(fakes, folder, tmp_path
     assert [stage for name, stage in ran if name == "two"] == ["describe", "assign", "paint"]
 
 
-def test_damaged_features_are_made_again_before_groups_are_fitted(fakes, folder, tmp_path):
+def test_damaged_features_are_made_again_before_clusters_are_fitted(fakes, folder, tmp_path):
     run(folder, tmp_path / "out", INLINE)
     fakes.take()
     (tmp_path / "out" / "features" / "two.zarr" / "zarr.json").write_text("y")
@@ -353,7 +363,7 @@ def test_a_file_that_is_no_picture_is_set_aside(fakes, folder, tmp_path):
     assert len([1 for name, stage in fakes.take() if stage == "paint"]) == 3
 
 
-def test_fewer_cells_than_groups_is_one_sentence_and_keeps_the_rest(fakes, folder, tmp_path):
+def test_fewer_cells_than_clusters_is_one_sentence_and_keeps_the_rest(fakes, folder, tmp_path):
     fakes.cells = 2
     study = run(folder, tmp_path / "out", INLINE | {"cluster": {"k": 11}})
     assert [(f["slide"], f["stage"]) for f in study.failures] == [(None, "cluster")]
@@ -556,6 +566,13 @@ def test_progress_counts_cells_and_pixels_and_reaches_the_end(fakes, folder, tmp
     assert again.slides_done == 2
 
 
+def test_warnings_of_a_run_name_the_line_that_called_it(fakes, folder, tmp_path):
+    shutil.copy(folder / "one.tif", folder / "one_masks.tif")
+    with pytest.warns(InputWarning) as caught:
+        run(folder, tmp_path / "out", INLINE)
+    assert {warning.filename for warning in caught} == {__file__}
+
+
 def test_lines_come_at_intervals_even_when_nothing_was_finished():
     stream = io.StringIO()
     with Lines(0.05, stream) as progress:
@@ -564,7 +581,7 @@ def test_lines_come_at_intervals_even_when_nothing_was_finished():
         time.sleep(0.3)
     lines = stream.getvalue().splitlines()
     assert len(lines) >= 3
-    assert "39%, 1/2 slides, 2.0 Mpx, 1,234 cells" in lines[-1]
+    assert "41%, 1/2 slides, 2.0 Mpx, 1,234 cells" in lines[-1]
 
 
 def test_the_status_tells_how_far_a_run_is_while_it_lasts(fakes, folder, tmp_path, monkeypatch):
@@ -580,9 +597,8 @@ def test_the_status_tells_how_far_a_run_is_while_it_lasts(fakes, folder, tmp_pat
 
     monkeypatch.setitem(STAGES, "describe", replace(describe, run=look))
     study = run(folder, tmp_path / "out", INLINE)
-    assert seen[0]["running"]["progress"] is None
     last = seen[-1]["running"]["progress"]
-    assert 0 < last["fraction"] < 1
+    assert 0 < seen[0]["running"]["progress"]["fraction"] < last["fraction"] < 1
     assert last["seconds_left"] >= 0
     assert "% done, about" in table(seen[-1])
     assert seen[-1]["slides"][-1]["stages"]["describe"] == "running"
@@ -692,7 +708,7 @@ def test_many_small_slides_share_tasks(fakes, tmp_path, monkeypatch):
                 break
             time.sleep(0.1)
     assert (len(study.slides), study.failures) == (120, [])
-    assert sum(lengths) == 2 * 120  # once up to the features, once after the groups
+    assert sum(lengths) == 2 * 120  # once up to the features, once after the clusters
     assert len(lengths) < 90
     assert max(lengths) > 5
     assert lengths[0] == lengths[-1] == 1  # the pace is not known yet; at the end all workers have some

@@ -115,9 +115,9 @@ def test_a_run_leaves_a_page_that_needs_nothing_else(made):
     assert page.loads == []
     cells = made.cells()
     assert f"{len(cells):,} cells" in page.words("")
-    assert "3 groups" in page.words("")
-    for group, count in cells["cluster"].value_counts().items():
-        assert f"cluster {group} {count:,} ·" in page.words("groups")
+    assert "3 clusters" in page.words("")
+    for cluster, count in cells["cluster"].value_counts().items():
+        assert f"cluster {cluster} {count:,} ·" in page.words("clusters")
     for name in ("one", "two", "three"):
         assert name in page.words("composition")
         assert f"{name}: {(cells['slide'] == name).sum()} cells" in page.words("slides")
@@ -140,13 +140,13 @@ def test_typical_and_far_cells_are_those_of_the_whole_table(made):
     cells["row"] = np.arange(len(cells))
     whole = cells[~cells["touches_edge"]]
     found = gather(made)
-    for group in found.groups:
-        mine = whole[whole["cluster"] == group.number].sort_values(["distance", "slide", "label"])
-        near = [(cell.slide, cell.label) for cell in group.typical]
+    for cluster in found.clusters:
+        mine = whole[whole["cluster"] == cluster.number].sort_values(["distance", "slide", "label"])
+        near = [(cell.slide, cell.label) for cell in cluster.typical]
         assert near == list(mine[["slide", "label"]].head(TYPICAL).itertuples(index=False, name=None))
-        far = {cell.distance for cell in group.far}
+        far = {cell.distance for cell in cluster.far}
         assert far == set(mine["distance"].tail(FAR).astype(float))
-        for cell in group.typical:
+        for cell in cluster.typical:
             row = mine[(mine["slide"] == cell.slide) & (mine["label"] == cell.label)].iloc[0]
             assert cell.centre == (row["centroid-0"], row["centroid-1"])
 
@@ -155,24 +155,24 @@ def test_traits_and_areas_are_those_of_the_whole_table(made):
     cells = made.cells()
     found = gather(made)
     assert found.unit == "µm"
-    for group in found.groups:
-        mine = cells[cells["cluster"] == group.number]
-        np.testing.assert_allclose(group.area, mine["area_um2"].mean(), rtol=1e-9)
-        assert group.traits, "discs of three sizes differ in something"
-        for trait in group.traits:
+    for cluster in found.clusters:
+        mine = cells[cells["cluster"] == cluster.number]
+        np.testing.assert_allclose(cluster.area, mine["area_um2"].mean(), rtol=1e-9)
+        assert cluster.traits, "discs of three sizes differ in something"
+        for trait in cluster.traits:
             column = "area_um2" if trait.name == "area" else trait.name
             apart = (mine[column].mean() - cells[column].mean()) / cells[column].std(ddof=0)
             np.testing.assert_allclose(trait.deviations, apart, rtol=1e-6)
             assert abs(apart) >= 0.5
-        assert [abs(t.deviations) for t in group.traits] == sorted(
-            (abs(t.deviations) for t in group.traits), reverse=True
+        assert [abs(t.deviations) for t in cluster.traits] == sorted(
+            (abs(t.deviations) for t in cluster.traits), reverse=True
         )
 
 
 def test_no_trait_says_again_what_another_said(made):
     cells = made.cells()
-    for group in gather(made).groups:
-        names = ["area_um2" if trait.name == "area" else trait.name for trait in group.traits]
+    for cluster in gather(made).clusters:
+        names = ["area_um2" if trait.name == "area" else trait.name for trait in cluster.traits]
         together = cells[names].corr().abs().to_numpy()
         assert together[~np.eye(len(names), dtype=bool)].max(initial=0) <= 0.81
 
@@ -181,16 +181,16 @@ def test_small_batches_tell_the_same(made, monkeypatch):
     expected = gather(made)
     monkeypatch.setattr(facts, "_BATCH", 7)
     again = gather(made)
-    assert again.groups[0].typical == expected.groups[0].typical
-    assert [[t.name for t in g.traits] for g in again.groups] == [
-        [t.name for t in g.traits] for g in expected.groups
+    assert again.clusters[0].typical == expected.clusters[0].typical
+    assert [[t.name for t in g.traits] for g in again.paths.clusters] == [
+        [t.name for t in g.traits] for g in expected.clusters
     ]
 
 
 def test_a_cell_is_shown_in_the_middle_with_its_outline(made):
-    group = gather(made).groups[0]
-    cell = group.typical[0]
-    side = common_side(group.typical)
+    cluster = gather(made).clusters[0]
+    cell = cluster.typical[0]
+    side = common_side(cluster.typical)
     drawn = np.asarray(Image.open(io.BytesIO(Pictures(made).cell(cell, side, "#ff0000"))), float)
     red = (drawn[..., 0] > 150) & (drawn[..., 1] < 110)
     y, x = np.nonzero(red)
@@ -216,17 +216,17 @@ def test_a_page_is_written_again_only_when_it_would_say_something_else(study):
     run(inputs, study.out, SETTINGS)
     assert study.paths.report.stat().st_size > 10_000
     edit_clusters(study.out, lambda naming, k: naming.rename(0, "lymphocyte", k))
-    assert "lymphocyte" in page_of(study).words("groups")
+    assert "lymphocyte" in page_of(study).words("clusters")
     run(inputs, study.out, SETTINGS | {"output": {"overlays": [], "report": False}})
     assert not study.paths.report.exists()
 
 
-def test_groups_that_were_joined_are_shown_as_one(study):
+def test_clusters_that_were_joined_are_shown_as_one(study):
     edit_clusters(study.out, lambda naming, k: naming.merge([0, 2], k, "both"))
     found = gather(study)
-    assert [group.title for group in found.groups] == ["both", "cluster 1"]
-    assert sum(group.cells for group in found.groups) == len(study.cells())
-    assert "both" in page_of(study).words("groups")
+    assert [cluster.title for cluster in found.clusters] == ["both", "cluster 1"]
+    assert sum(cluster.cells for cluster in found.clusters) == len(study.cells())
+    assert "both" in page_of(study).words("clusters")
 
 
 def test_known_types_are_compared(study, tmp_path):
@@ -243,16 +243,16 @@ def test_known_types_are_compared(study, tmp_path):
     for kind, counts in zip(scores["types"], scores["contingency"], strict=True):
         numbers = " ".join(str(count) if count else "·" for count in counts)
         assert f"{kind} {sum(counts)} {numbers}" in words
-    # Other groups than those that were compared: the figures would be wrong.
+    # Other clusters than those that were compared: the figures would be wrong.
     edit_clusters(study.out, lambda naming, k: naming.merge([0, 1], k))
     assert "truth" not in page_of(study).text
 
 
-def test_the_choice_of_the_number_of_groups_is_shown(study):
+def test_the_choice_of_the_number_of_clusters_is_shown(study):
     settings = SETTINGS | {"cluster": {"k": "auto", "use": ["measurements"]}}
     again = run(study.record["inputs"][0], study.out, settings)
     found = gather(again)
-    assert facts.best_of(found.curve) == len(found.groups)
+    assert facts.best_of(found.curve) == len(found.clusters)
     html = again.paths.report.read_text()
     lines = re.findall(r'<polyline points="([^"]+)"', html)
     assert [len(line.split()) for line in lines] == [len(found.curve)] * 3
@@ -268,14 +268,14 @@ def test_seams_are_told(made):
     assert f"{100 * changes / pairs:.2f} % of neighbouring pixels across a seam" in words
 
 
-def test_a_study_without_groups_has_a_page_too(tmp_path):
+def test_a_study_without_clusters_has_a_page_too(tmp_path):
     tifffile.imwrite(tmp_path / "blank.tif", np.full((64, 64), 9, np.uint8))
     study = run(tmp_path / "blank.tif", tmp_path / "out", SETTINGS)
     page = page_of(study)
     assert "0 cells" in page.words("")
     assert "no cell was found" in page.words("set-aside")
     assert page.pictures == []
-    assert "groups" not in page.text
+    assert "clusters" not in page.text
 
 
 def test_slides_of_one_condition_are_added_up(tmp_path):
@@ -291,6 +291,6 @@ def test_slides_of_one_condition_are_added_up(tmp_path):
     for row in found.conditions:
         mine = cells[cells["condition"] == row.name]
         assert row.cells == len(mine)
-        assert row.counts == [int((mine["cluster"] == group.number).sum()) for group in found.groups]
+        assert row.counts == [int((mine["cluster"] == cluster.number).sum()) for cluster in found.clusters]
     assert found.unit == "px"
     assert "treated (2 slides)" in page_of(study).words("composition")

@@ -74,16 +74,16 @@ def test_nothing_of_a_bad_picture_looks_whole(study):
         assert not list(study.paths.overlays.glob(f"{name}.*"))
 
 
-def test_good_pictures_have_cells_groups_and_overlays(study):
+def test_good_pictures_have_cells_clusters_and_overlays(study):
     for name in ("good1", "good2"):
         cells = study.cells(name)
         assert len(cells) == 9
         assert set(cells["cluster"]) <= {0, 1, 2}
         box = Box(0, 0, 160, 160)
         labels = read_labels(study.paths.image(name), "cells", box)
-        groups = read_labels(study.paths.image(name), "clusters", box)
+        clusters = read_labels(study.paths.image(name), "clusters", box)
         for label, cluster in zip(cells["label"], cells["cluster"], strict=True):
-            assert set(groups[labels == label]) == {cluster + 1}
+            assert set(clusters[labels == label]) == {cluster + 1}
         assert image_info(study.paths.image(name)).labels == ("cells", "clusters")
         assert tifffile.imread(study.paths.overlays / f"{name}.tif").shape == (160, 160, 3)
         assert (study.paths.overlays / f"{name}.png").exists()
@@ -147,7 +147,7 @@ def test_channels_of_different_sizes_are_set_aside(tmp_path):
     assert len(study.cells("a")) == 9
 
 
-def test_the_block_size_changes_no_cell_and_no_group(tmp_path):
+def test_the_block_size_changes_no_cell_and_no_cluster(tmp_path):
     (tmp_path / "in").mkdir()
     field = synthesize_field((600, 620), seed=3)
     for channel, pixels in zip(CHANNELS, field.channels, strict=True):

@@ -13,8 +13,9 @@ import torch
 from scipy import ndimage
 
 from daskcell.config import GaussianSettings, PreprocessSettings
-from daskcell.evaluation import cellpose_method, score_pair
+from daskcell.evaluation import score_pair
 from daskcell.preprocess import apply_block, freeze
+from daskcell.segmentation import segment
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_preprocessing_is_the_same(serial):
 @pytest.mark.parametrize("diameter", [None, 20.0, "auto"])
 def test_cellpose_on_the_whole_is_cellposes_own_eval(serial, diameter):
     picture = blobs()[0][:3]
-    labels = cellpose_method(network=Slopes(), diameter=diameter)(picture)
+    labels = np.asarray(segment(picture, model=Slopes(), diameter=diameter))
     assert labels.max() > 5
     np.testing.assert_array_equal(labels, serial.segment_cellpose(picture, Slopes(), diameter))
 

@@ -13,14 +13,14 @@ import signal
 import sys
 from typing import Any, NoReturn
 
-# The commands enter themselves into `app`.
+# Importing these registers their commands with `app`.
 from daskcell.cli import clusters, doctor, exports, images, networks, studies
 from daskcell.cli.app import app
 from daskcell.errors import DaskcellError
 
 
 def main() -> NoReturn:
-    """Run the command line; errors a user can mend are one sentence on stderr."""
+    """Run the command line; errors that the user can fix are one sentence on stderr."""
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
@@ -38,7 +38,7 @@ def main() -> NoReturn:
         print(printable(f"daskcell: {sentence}"), file=sys.stderr)
         code = 1 if getattr(error, "after_start", False) else 2
     except BrokenPipeError:
-        # Whoever read our output has gone (`| head`); keep Python from complaining when it flushes.
+        # The reader of our output has gone (`| head`); keep Python from complaining when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except Exception as error:
@@ -50,7 +50,7 @@ def main() -> NoReturn:
 
 
 def _print_anything() -> None:
-    """Names of files and channels may have letters that the terminal or pipe has not: escape these."""
+    """Escape letters of file and channel names that the terminal's encoding lacks."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -65,7 +65,7 @@ def _unforeseen(error: Exception) -> str:
 
 
 def _terminated(signum: int, frame: Any) -> NoReturn:
-    # As an exception, so that the lock, the workers and half-written files are cleared away.
+    # As an exception, so that the lock, the workers and half-written files are cleaned up.
     raise SystemExit(128 + signum)
 
 

@@ -29,7 +29,7 @@ ORDER = [
     "train",
     "doctor",
 ]
-"""Commands as help lists them: what one does first comes first."""
+"""Order of the commands in the help: the ones used first come first."""
 
 
 class _InOrder(TyperGroup):
@@ -63,9 +63,9 @@ Diameter = Annotated[str | None, typer.Option(help="Cell diameter in pixels; aut
 Pattern = Annotated[
     str | None, typer.Option(help="Names of files with one channel each, as {field}_{channel}.tif.")
 ]
-WorkerCount = Annotated[int | None, typer.Option(help="Worker processes; one per core unless told.")]
+WorkerCount = Annotated[int | None, typer.Option(help="Worker processes; one per core unless given.")]
 Compute = Annotated[
-    str | None, typer.Option(help="local, gpu, inline, slurm, pbs, lsf, sge, or a scheduler's address.")
+    str | None, typer.Option(help="auto, local, gpu, inline, slurm, pbs, lsf, sge, or a scheduler's address.")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda.")]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Work only on slides that were set aside.")]
@@ -78,7 +78,7 @@ Interval = Annotated[
 
 
 NOTHING = object()
-"""Given on the command line to mean None."""
+"""Stands for None given on the command line."""
 
 
 def read_settings(
@@ -141,17 +141,8 @@ def word_or_number(text: str | None) -> Any:
     return NOTHING if text.lower() in ("none", "null", "") else yaml.safe_load(text)
 
 
-def aligned(rows: list[list[str]]) -> str:
-    """Rows as lines of text with even columns."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    lines = [
-        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in rows
-    ]
-    return "\n".join(lines)
-
-
 def this_command() -> str:
-    """The command as it was given, to be given again."""
+    """The command as it was typed, to be repeated."""
     import shlex
     import sys
 

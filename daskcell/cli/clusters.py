@@ -1,4 +1,4 @@
-"""Commands on groups: assign, clusters."""
+"""Commands on clusters: assign, clusters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from daskcell.cli.app import (
     RetryFailed,
     Truth,
     WorkerCount,
-    aligned,
     app,
     read_settings,
 )
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
     from daskcell.clustering.names import ClusterNames
 
-clusters = typer.Typer(no_args_is_help=True, help="Show, name and join the groups of a study or model.")
+clusters = typer.Typer(no_args_is_help=True, help="Show, name and merge the clusters of a study or model.")
 app.add_typer(clusters, name="clusters")
 
 Where = Annotated[Path, typer.Argument(help="A study, or the folder of a saved model.")]
@@ -38,7 +37,7 @@ Where = Annotated[Path, typer.Argument(help="A study, or the folder of a saved m
 def assign(
     inputs: Annotated[list[str], typer.Argument(help="Files, folders, patterns with *, or OME-Zarr images.")],
     model: Annotated[
-        Path, typer.Option("--model", help="A study with groups, or the folder of a saved model.")
+        Path, typer.Option("--model", help="A study with clusters, or the folder of a saved model.")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the study; continued if it is there.")],
     config: ConfigFile = None,
@@ -52,9 +51,9 @@ def assign(
     quiet: Quiet = False,
     interval: Interval = 30.0,
 ) -> None:
-    """Give the cells of new images the groups of an earlier study; the same command continues.
+    """Assign the cells of new images to the clusters of an earlier study; the same command continues.
 
-    Cells are found and described as those of the model were. Exit codes as for run.
+    Cells are found and described like those of the model. Exit codes as for run.
     """
     import sys
     import warnings
@@ -94,48 +93,52 @@ def assign(
 
 @clusters.command()
 def show(where: Where) -> None:
-    """List groups with their names, cells, and the fitted groups that were merged into each."""
+    """List the clusters: names, numbers of cells, and the fitted clusters merged into each."""
     from daskcell.pipeline.edit_clusters import cluster_rows
 
-    rows = [["group", "name", "cells", "share", "merged from"]]
+    rows = [["cluster", "name", "cells", "share", "merged from"]]
     for row in cluster_rows(where):
         parts = " + ".join(map(str, row["parts"])) if len(row["parts"]) > 1 else ""
         rows.append(
-            [str(row["group"]), row["name"], f"{row['cells']:,}", f"{100 * row['share']:.1f} %", parts]
+            [str(row["cluster"]), row["name"], f"{row['cells']:,}", f"{100 * row['share']:.1f} %", parts]
         )
-    print(aligned(rows))
+    from daskcell.text import table
+
+    print(table(rows))
 
 
 @clusters.command()
 def rename(
     where: Where,
-    group: Annotated[str, typer.Argument(help="Number or present name.")],
-    name: Annotated[str, typer.Argument(help="New name; '' takes the name away.")],
+    cluster: Annotated[str, typer.Argument(help="Its number or present name.")],
+    name: Annotated[str, typer.Argument(help="New name; '' removes the name.")],
     quiet: Quiet = False,
 ) -> None:
-    """Give a group a name, in the model, tables, labels and pictures."""
-    _change(where, lambda naming, k: naming.rename(group, name, k), quiet)
+    """Name a cluster, in the model, tables, labels and images."""
+    _change(where, lambda naming, k: naming.rename(cluster, name, k), quiet)
 
 
 @clusters.command()
 def merge(
     where: Where,
-    groups: Annotated[list[str], typer.Argument(help="Numbers or names of the groups to join.")],
-    name: Annotated[str | None, typer.Option(help="Name of the joined group.")] = None,
+    clusters: Annotated[list[str], typer.Argument(help="Numbers or names of the clusters to merge.")],
+    name: Annotated[str | None, typer.Option(help="Name of the merged cluster.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Let groups count as one, in the model, tables, labels and pictures; split takes it back."""
-    _change(where, lambda naming, k: naming.merge(groups, k, name), quiet)
+    """Merge clusters into one, in the model, tables, labels and images; undone by split."""
+    _change(where, lambda naming, k: naming.merge(clusters, k, name), quiet)
 
 
 @clusters.command()
 def split(
     where: Where,
-    group: Annotated[str, typer.Argument(help="A merged group, or one number that was merged into it.")],
+    cluster: Annotated[
+        str, typer.Argument(help="A merged cluster, or the number of one that was merged into it.")
+    ],
     quiet: Quiet = False,
 ) -> None:
-    """Take a merge back: all of it, or one group out of it."""
-    _change(where, lambda naming, k: naming.split(group, k), quiet)
+    """Undo a merge: all of it, or for one of its clusters."""
+    _change(where, lambda naming, k: naming.split(cluster, k), quiet)
 
 
 def _change(where: Path, change: Callable[[ClusterNames, int], ClusterNames], quiet: bool) -> None:

@@ -16,7 +16,6 @@ from daskcell.cli.app import (
     Method,
     Model,
     Pattern,
-    aligned,
     app,
     read_settings,
     word_or_number,
@@ -136,7 +135,9 @@ def channels(
     sources = find_images(inputs, InputSettings(pattern=pattern), notes.append)
     rows = [["image", "channel", "file"]]
     rows += [[row["image"], row["channel"], row["file"]] for row in describe_sources(sources)]
-    print(printable(aligned(rows)))
+    from daskcell.text import table
+
+    print(printable(table(rows)))
     print(*notes, sep="\n", end="\n" if notes else "")
     if split is not None:
         from daskcell.images.export_channels import channel_files, split_channels
@@ -156,7 +157,7 @@ def score(
     truth: Annotated[
         Path,
         typer.Argument(
-            help="Folder of true label images of the same names; for a study's groups a CSV of cells with "
+            help="Folder of true label images of the same names; for a study's clusters a CSV of cells with "
             "known types: slide; label, or y and x; type."
         ),
     ],
@@ -174,7 +175,7 @@ def score(
 ) -> None:
     """Compare found cells with known ones: AP, precision, recall and F1 at IoU 0.5 and 0.75.
 
-    Or a study's groups with known types: ARI, NMI, and how the types fall into the groups.
+    Or a study's clusters with known types: ARI, NMI, and how the types fall into the clusters.
     """
     if truth.suffix.lower() == ".csv":
         from daskcell.evaluation.truth import score_study, tell

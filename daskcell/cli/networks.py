@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from daskcell.cli.app import (
-    aligned,
     app,
 )
 
@@ -26,7 +25,9 @@ def list_all() -> None:
 
     rows = [["name", "here", "what", "licence"]]
     rows += [[w.name, "yes" if w.present else "no", w.what, w.licence] for w in list_weights()]
-    print(aligned(rows))
+    from daskcell.text import table
+
+    print(table(rows))
 
 
 @weights.command()

@@ -45,7 +45,7 @@ def run(
     model: Model = None,
     diameter: Diameter = None,
     encoder: Annotated[str | None, typer.Option(help="tiny, a torchvision name, or a file.")] = None,
-    k: Annotated[str | None, typer.Option("-k", help="Number of groups, or auto.")] = None,
+    k: Annotated[str | None, typer.Option("-k", help="Number of clusters, or auto.")] = None,
     pattern: Pattern = None,
     workers: WorkerCount = None,
     compute: Compute = None,
@@ -56,12 +56,12 @@ def run(
     ] = False,
     truth: Truth = None,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Say what would be done and why, and do nothing.")
+        bool, typer.Option("--plan", help="Show what would be done and why, and do nothing.")
     ] = False,
     quiet: Quiet = False,
     interval: Interval = 30.0,
 ) -> None:
-    """Segment, describe and group every cell of every image; the same command continues.
+    """Segment, describe and cluster every cell of every image; the same command continues.
 
     Exit code 0: all done. 2: refused before starting. 3: done, but some slides were set aside.
     """
@@ -80,32 +80,29 @@ def run(
             "compute.device": device,
         },
     )
-    if plan:
-        from daskcell.pipeline import api
+    from daskcell.pipeline import api
 
+    if plan:
         print(api.plan(inputs, out, settings))
         return
-    study = run_and_tell(
-        inputs, out, settings, quiet, interval, retry_failed=retry_failed, verify=verify, truth=truth
-    )
+    with show_progress(quiet, interval) as progress:
+        study = api.run(
+            inputs,
+            out,
+            settings,
+            progress=progress,
+            retry_failed=retry_failed,
+            verify=verify,
+            truth=truth,
+        )
     if not quiet:
         print(ending(study))
     raise typer.Exit(3 if study.failures else 0)
 
 
-def run_and_tell(
-    inputs: list[str], out: Path, settings: Any, quiet: bool, interval: float, **options: Any
-) -> Any:
-    """`pipeline.run` with progress on stderr."""
-    from daskcell import pipeline
-
-    with show_progress(quiet, interval) as progress:
-        return pipeline.run(inputs, out, settings, progress=progress, **options)
-
-
 @contextlib.contextmanager
 def show_progress(quiet: bool, interval: float) -> Iterator[Progress]:
-    """Progress on stderr; a signal ends it with a word about how to go on."""
+    """Progress on stderr; after a signal, a sentence says how to continue."""
     try:
         with make_progress(quiet, interval) as progress:
             yield progress
@@ -117,12 +114,12 @@ def show_progress(quiet: bool, interval: float) -> Iterator[Progress]:
 
 
 def ending(study: Any) -> str:
-    """What a run came to, in a few lines."""
+    """The result of a run in a few lines."""
     from daskcell.pipeline.status import counts, open_first
 
     total = counts(study)
-    groups = f", {total['clusters']} groups" if total["clusters"] else ""
-    lines = [f"{total['slides']} slides, {total['cells']:,} cells{groups}: {study.out}"]
+    clusters = f", {total['clusters']} clusters" if total["clusters"] else ""
+    lines = [f"{total['slides']} slides, {total['cells']:,} cells{clusters}: {study.out}"]
     if study.scores:
         from daskcell.evaluation.truth import tell
 
@@ -170,7 +167,7 @@ def report(
         Path | None, typer.Option("--out", "-o", help="HTML file; the study's own if not.")
     ] = None,
 ) -> None:
-    """Show what was found on one page: groups and their cells, slides, known types, seams.
+    """Show what was found on one page: clusters and their cells, slides, known types, seams.
 
     A run writes it by itself (output.report); this is for studies under way, and for a copy elsewhere.
     """
@@ -184,7 +181,7 @@ def report(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for pictures and results.")] = Path("demo"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for images and results.")] = Path("demo"),
     fields: Annotated[int, typer.Option(min=1, help="Data sets to draw.")] = 4,
     size: Annotated[int, typer.Option(min=256, help="Side of each in pixels.")] = 1024,
     workers: WorkerCount = None,

@@ -1,10 +1,10 @@
-"""Cells grouped by their features: fit once, keep the model, give old groups to new cells.
+"""Clusters of cells with similar features: fit once, save the model, assign new cells to its clusters.
 
-    rows ──> sample ──> scale, project ──> k ──> centres ──> model ──> cluster and distance of every cell
-    (streamed)  (chosen by content)        (choose)  (incremental, rounds)
+    feature blocks ──> sample ──> scale, project ──> k ──> centres ──> model ──> cluster and distance per cell
+    (streamed)         (by content)                  (select_k)  (kmeans)       (assignment)
 
-A "cluster" is a group of cells here; a Dask cluster is `compute`. Features are streamed and never all in
-memory, and the groups do not depend on the order, the blocks or the number of workers they came in.
+Features are streamed and never all in memory; the clusters depend neither on the order of the cells, nor on
+the blocks, nor on the number of workers. "Cluster" never means a Dask cluster here: for that see `compute`.
 """
 
 import lazy_loader

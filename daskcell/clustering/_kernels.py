@@ -1,7 +1,7 @@
-"""Inner loops over rows of features, compiled.
+"""Compiled inner loops over rows of features.
 
-What decides is worked out row by row, in a fixed order of operations, in double precision: a matrix product
-gives other last bits for other numbers of rows or threads. See `nearest` for how one is used all the same.
+Results are computed row by row in double precision, with a fixed order of operations: the last bits of a
+matrix product depend on the number of rows and threads. `assignment` explains how one is used nevertheless.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from numba import njit
 
 @njit(cache=True, nogil=True)
 def row_hashes(bits, seed):  # pragma: no cover (compiled)
-    """One number per row of ``(n, d)`` uint32, from its content and a seed (a chain of splitmix64 steps)."""
+    """Hash of each row of ``(n, d)`` uint32 with a seed (chained splitmix64 steps)."""
     out = np.empty(len(bits), np.uint64)
     for i in range(len(bits)):
         h = np.uint64(seed)
@@ -90,7 +90,7 @@ def _store(out, i, values, unit, parts, steps):  # pragma: no cover (compiled)
 
 @njit(cache=True, nogil=True)
 def nearest_exactly(rows, centers, which, labels):  # pragma: no cover (compiled)
-    """Put the nearest centre of the rows `which` into `labels`; of equally near ones the first.
+    """Write the nearest centre of the rows `which` to `labels`; of equally near ones, the first.
 
     `rows` is (n, c) float32, `centers` (c, k) float64: centres in columns, so that the inner loop is over
     centres and runs in the processor's vectors without changing the order of a sum.
@@ -114,7 +114,7 @@ def nearest_exactly(rows, centers, which, labels):  # pragma: no cover (compiled
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
 def lengths(rows, out):  # pragma: no cover (compiled)
-    """Length of each row, to a few last bits: sums are in no fixed order."""
+    """Length of each row; the last bits may vary, since the order of summation is not fixed."""
     for i in range(len(rows)):
         total = np.float32(0)
         for j in range(rows.shape[1]):
@@ -123,12 +123,12 @@ def lengths(rows, out):  # pragma: no cover (compiled)
 
 
 @njit(cache=True, nogil=True)
-def decide(product, half, length, slope, offset, labels, best, second, doubtful):  # pragma: no cover
+def decide(product, half, length, slope, offset, labels, best, second, ambiguous):  # pragma: no cover
     """Nearest centres of a tile of rows from products ``(k, n)`` of centres and rows.
 
-    The smallest of ``half - product`` wins; `half` is half a centre's squared length. A row whose lead is no
-    more than ``slope * length + offset`` is entered in `doubtful`; a NaN is no lead.
-    `best` and `second` (n,) are room to work in. Returns how many are doubtful.
+    The smallest value of ``half - product`` wins, where `half` is half of a centre's squared length. Rows
+    whose margin is at most ``slope * length + offset``, or NaN, are listed in `ambiguous`. `best` and
+    `second` (n,) are work arrays. Returns the number of ambiguous rows.
     """
     k, n = product.shape
     for i in range(n):
@@ -145,19 +145,17 @@ def decide(product, half, length, slope, offset, labels, best, second, doubtful)
     count = 0
     for i in range(n):
         if not (second[i] - best[i] > slope * length[i] + offset):
-            doubtful[count] = i
+            ambiguous[count] = i
             count += 1
     return count
 
 
 @njit(cache=True, nogil=True)
-def square_distances(rows, centers, labels):  # pragma: no cover (compiled)
+def squared_distances(rows, centers, labels):  # pragma: no cover (compiled)
     """Squared distance of each row ``(n, c)`` float32 to its centre, of ``(k, c)`` float64."""
     n, c = rows.shape
     out = np.empty(n, np.float64)
-    lanes = np.empty(
-        8, np.float64
-    )  # sums side by side, in one order for every row: fast, and always the same
+    lanes = np.empty(8, np.float64)  # partial sums side by side, in the same order for every row
     for i in range(n):
         lanes[:] = 0
         center = centers[labels[i]]
@@ -177,11 +175,11 @@ def square_distances(rows, centers, labels):  # pragma: no cover (compiled)
 
 
 @njit(cache=True, nogil=True)
-def leads(best, second, length, share, longest, out):  # pragma: no cover (compiled)
-    """How much farther, at least, the second nearest centre is than the nearest; from what `decide` left.
+def margins(best, second, length, share, longest, out):  # pragma: no cover (compiled)
+    """Lower bound of the difference between the distances to the second nearest and the nearest centre.
 
-    Squared distances are ``length**2 + 2 * best``, and wrong by no more than ``2 * share * (length +
-    longest)**2``.
+    From the work arrays of `decide`: squared distances are ``length**2 + 2 * best``, with an error of at most
+    ``2 * share * (length + longest)**2``.
     """
     for i in range(len(out)):
         square = np.float64(length[i]) ** 2
@@ -195,21 +193,20 @@ def leads(best, second, length, share, longest, out):  # pragma: no cover (compi
 def assign(
     rows, again, single, half, columns, slope, offset, share, longest, tile, labels, ends, sums, counts
 ):  # pragma: no cover (compiled)
-    """Nearest centres of some rows ``(n, c)``, a tile at a time; one call, as Python's lock is slow to come
-    back.
+    """Nearest centres of some rows ``(n, c)``, tile by tile, in one call: re-acquiring the GIL is slow.
 
-    Puts those of the rows numbered `again`, which rise, into `labels` (n,). Where `ends` is (n,) and not
-    empty, puts `leads` there, and moves each row that has another label than before (-1: none) in `sums`
-    ``(k, c)`` float64 and `counts` ``(k,)``. The others are as `Nearest` has them. Returns how many rows were
-    doubtful.
+    Writes the labels of the rows `again` (increasing row numbers) to `labels` (n,). If `ends` (n,) is not
+    empty, writes their `margins` to it and moves every row whose label changed (-1: had none) from its old to
+    its new centre in `sums` ``(k, c)`` float64 and `counts` ``(k,)``. The other arguments are attributes of
+    `NearestCenters`. Returns the number of ambiguous rows.
     """
     k = single.shape[1]
     tile = min(tile, len(again))
     best, second, length = np.empty(tile, np.float32), np.empty(tile, np.float32), np.empty(tile, np.float32)
-    doubtful, found, lead = np.empty(tile, np.int64), np.empty(tile, np.int32), np.empty(tile, np.float64)
+    ambiguous, found, lead = np.empty(tile, np.int64), np.empty(tile, np.int32), np.empty(tile, np.float64)
     gathered = np.empty((tile, rows.shape[1]), np.float32)
     product, turned = np.empty((tile, k), np.float32), np.empty((k, tile), np.float32)
-    doubted = 0
+    rechecked = 0
     for start in range(0, len(again), tile):
         which = again[start : start + tile]
         n = len(which)
@@ -222,16 +219,16 @@ def assign(
                 gathered[i] = rows[which[i]]
             some = gathered[:n]
         lengths(some, length)  # first: it brings the tile into the cache faster than the product would
-        np.dot(some, single, product[:n])  # in this order it takes half the time of centres times rows
+        np.dot(some, single, product[:n])  # half the time of centres times rows
         for i in range(n):
             for m in range(k):
                 turned[m, i] = product[i, m]
-        count = decide(turned, half, length, slope, offset, found[:n], best, second, doubtful)
+        count = decide(turned, half, length, slope, offset, found[:n], best, second, ambiguous)
         if count:
-            doubted += count
-            nearest_exactly(some, columns, doubtful[:count], found)
+            rechecked += count
+            nearest_exactly(some, columns, ambiguous[:count], found)
         if len(ends):
-            leads(best, second, length, share, longest, lead[:n])
+            margins(best, second, length, share, longest, lead[:n])
             for i in range(n):
                 ends[which[i]] = lead[i]
                 old, new = labels[which[i]], found[i]
@@ -243,7 +240,7 @@ def assign(
                     counts[new] += 1
         for i in range(n):
             labels[which[i]] = found[i]
-    return doubted
+    return rechecked
 
 
 @njit(cache=True, nogil=True)

@@ -1,4 +1,4 @@
-"""From disk to disk: a model from the features of many slides, and tables of the cluster of each cell."""
+"""From disk to disk: fit a model to the features of many slides, and write tables of each cell's cluster."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from daskcell.clustering.feature_blocks import BLOCK, Rows
-from daskcell.clustering.fit import Kind, fit_blocks, reduce_to_file
+from daskcell.clustering.feature_blocks import BLOCK, FeatureBlock
+from daskcell.clustering.fit import FeatureKind, fit_blocks, reduce_to_file
 from daskcell.clustering.model import ClusterModel, load_clusters
-from daskcell.clustering.tables import check_table, cut_slide, shared_columns
+from daskcell.clustering.tables import check_table, shared_columns, slide_blocks
 from daskcell.config import ClusterSettings
 from daskcell.errors import InputError
 from daskcell.storage.atomic import replacing
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def features_info(path: str | Path) -> tuple[int, int, dict[str, Any]]:
-    """Cells, features per cell and how they were made, of a slide's features (a Zarr array ``(n, d)``)."""
+    """Number of cells and features of a slide's Zarr array ``(n, d)``, and how the features were made."""
     import zarr
 
     try:
@@ -33,7 +33,7 @@ def features_info(path: str | Path) -> tuple[int, int, dict[str, Any]]:
             f"{path} holds no features ({type(error).__name__}). Run the features again."
         ) from None
     if array.ndim != 2:
-        raise InputError(f"{path} must hold features (cells, numbers), but has the shape {array.shape}.")
+        raise InputError(f"{path} must hold an array (cells, features), but its shape is {array.shape}.")
     info: Any = dict(array.attrs).get("daskcell", {})
     return array.shape[0], array.shape[1], dict(info)
 
@@ -45,26 +45,29 @@ def fit_features(
     scratch: str | Path | None = None,
     table_paths: Sequence[str | Path] | None = None,
 ) -> ClusterModel:
-    """Fit groups to the cells of many slides, streamed.
+    """Fit clusters to the cells of many slides, whose features are streamed.
 
     Parameters
     ----------
-    feature_paths : paths of Zarr arrays ``(n, d)``
-        In any order: they are taken by name.
-    settings : ClusterSettings
-    workers : Workers
+    feature_paths : sequence of paths
+        Zarr arrays ``(n, d)``, in any order: they are sorted by name.
+    settings : ClusterSettings, optional
+    workers : Workers, optional
         None: this process.
-    scratch : path
-        Folder, seen by all workers, for the scaled and projected rows; None: beside the features. Emptied
-        afterwards.
+    scratch : path, optional
+        Folder shared by all workers for the scaled and projected rows, which are removed afterwards; None:
+        beside the features.
+    table_paths : sequence of paths, optional
+        Cells tables in the order of `feature_paths`; needed if `settings.use` includes the measurements.
 
-    table_paths : paths of cells tables, in the order of `feature_paths`
-        Needed where `settings.use` names the measurements.
+    Returns
+    -------
+    ClusterModel
 
     Raises
     ------
     InputError
-        Slides whose features were made differently, or fewer cells than k.
+        The features of some slides were made differently, or there are fewer cells than clusters.
     """
     settings = settings or ClusterSettings()
     if not feature_paths:
@@ -79,18 +82,18 @@ def fit_features(
     if "encoder" not in settings.use:
         width = 0
     columns = shared_columns([table for _, table in pairs if table]) if "measurements" in settings.use else []
-    blocks: list[Rows] = []
+    blocks: list[FeatureBlock] = []
     for path, table in pairs:
         n, other_width, other_info = features_info(path)
         if n and width and (other_width, other_info) != (width, info):
             raise InputError(
-                f"{path} was not made as {first} was ({other_width} features {other_info}, not {width} "
+                f"{path} was made differently from {first} ({other_width} features {other_info}, not {width} "
                 f"{info}). Run the features of both again with the same settings."
             )
-        blocks += cut_slide(path, table, bool(width), columns)
-    kinds = [Kind(width, settings.standardise)] if width else []
+        blocks += slide_blocks(path, table, bool(width), columns)
+    kinds = [FeatureKind(width, settings.standardise)] if width else []
     if columns:
-        kinds.append(Kind(len(columns), True))  # they have units: the area would drown the rest
+        kinds.append(FeatureKind(len(columns), True))  # in different units: always standardised
         info = info | {"measurements": columns}
     folder = Path(scratch) if scratch is not None else first.parent
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,29 +123,32 @@ def predict_slide(
     model: ClusterModel | str | Path,
     clusters_path: str | Path,
 ) -> dict[str, Any]:
-    """Write every cell's cluster into a table of its own, a row for each row of the cells table.
+    """Write the cluster of every cell of a slide, one row for each row of its cells table.
 
-    Columns ``cluster`` (int32; -1: none; joined clusters go by the first of them), ``cluster_name`` (text)
-    and ``distance`` (float32, to the centre of the cluster of the fit). The table is replaced whole.
+    The columns are ``cluster`` (int32; -1: none; merged clusters have the lowest of their numbers),
+    ``cluster_name`` (text) and ``distance`` (float32, to the centre of the fitted cluster). The file is
+    replaced atomically.
 
     Parameters
     ----------
-    features_path : Zarr array ``(n, d)``
-    table_path : cells table of n rows
-        Its measurements are read where the model goes by them.
+    features_path : path
+        Zarr array ``(n, d)``.
+    table_path : path
+        Cells table of n rows; its measurements are read if the model uses them.
+    model : ClusterModel, or path of a saved one
     clusters_path : path
         Parquet file to write.
 
     Returns
     -------
     dict
-        ``counts`` of each cluster, ``names`` of those that have one, ``unassigned`` cells, and ``drift``: see
-        `ClusterModel.drift`.
+        ``counts``: cells of each cluster; ``names`` of those that have one; ``unassigned``: number of cells
+        without a cluster; ``drift``: see `ClusterModel.drift`.
 
     Raises
     ------
     InputError
-        The model is of other features, or table and features have different numbers of cells.
+        The model was fitted on other features, or table and features have different numbers of cells.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -155,18 +161,18 @@ def predict_slide(
     if with_encoder:
         model.check(width + len(columns), info)
     check_table(table_path, n, features_path, columns)
-    groups, distances = [np.zeros(0, np.int32)], [np.zeros(0, np.float32)]
-    for block in cut_slide(features_path, table_path, with_encoder, columns):
+    clusters, distances = [np.zeros(0, np.int32)], [np.zeros(0, np.float32)]
+    for block in slide_blocks(features_path, table_path, with_encoder, columns):
         labels, far = model.assign(block.read())
-        groups.append(labels)
+        clusters.append(labels)
         distances.append(far)
-    fitted, far = np.concatenate(groups), np.concatenate(distances)
-    shown = model.display_ids(fitted)
+    fitted, far = np.concatenate(clusters), np.concatenate(distances)
+    ids = model.display_ids(fitted)
     titles = model.naming.titles(model.k)
     values = {
-        "cluster": pa.array(shown),
+        "cluster": pa.array(ids),
         "cluster_name": pa.DictionaryArray.from_arrays(
-            pa.array(shown, mask=shown < 0), pa.array([title or "" for title in titles])
+            pa.array(ids, mask=ids < 0), pa.array([title or "" for title in titles])
         ).cast(pa.string()),
         "distance": pa.array(far),
     }
@@ -174,7 +180,7 @@ def predict_slide(
     with replacing(clusters_path) as temporary:
         pq.write_table(pa.table(values), temporary, row_group_size=BLOCK)
     return {
-        "counts": np.bincount(shown[shown >= 0], minlength=model.k).tolist(),
+        "counts": np.bincount(ids[ids >= 0], minlength=model.k).tolist(),
         "names": {str(i): title for i, title in enumerate(titles) if i in model.naming.names and title},
         "unassigned": int((fitted < 0).sum()),
         "drift": model.drift(fitted, far),

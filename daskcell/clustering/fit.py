@@ -1,5 +1,4 @@
-"""Fitting: one look at all rows, a sample that stands for them, centres from the sample, centres from all
-rows."""
+"""Fitting: statistics of all rows, a sample, initial centres from the sample, final centres from all rows."""
 
 from __future__ import annotations
 
@@ -13,20 +12,20 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from daskcell.clustering.assignment import Nearest, steps
+from daskcell.clustering.assignment import NearestCenters, grid_steps
 from daskcell.clustering.feature_blocks import (
-    ArrayRows,
-    FileRows,
-    Rows,
-    cut,
-    finite,
-    gather,
-    in_order,
-    survey,
+    ArrayBlock,
+    FeatureBlock,
+    FileBlock,
+    array_blocks,
+    feature_stats,
+    finite_rows,
+    map_ordered,
+    read_sample,
 )
-from daskcell.clustering.kmeans import incremental, inertia, rounds
+from daskcell.clustering.kmeans import inertia, lloyd, minibatch
 from daskcell.clustering.model import ClusterModel
-from daskcell.clustering.select_k import choose_k
+from daskcell.clustering.select_k import select_k
 from daskcell.config import ClusterSettings
 from daskcell.errors import InputError
 from daskcell.images.arrays import as_values
@@ -38,16 +37,16 @@ if TYPE_CHECKING:
 
 SAMPLE = 16384
 _STARTS = 10
-_SMALL = 1 << 30
+_IN_MEMORY_BYTES = 1 << 30
 _TOLERANCE = 1e-4
-"""Of the variance of a feature, as in scikit-learn."""
+"""Relative to the variance of a feature, as in scikit-learn."""
 Engine = Literal["incremental", "parallel"]
 _DEFAULT = ClusterSettings()
 
 
 @dataclass(frozen=True)
-class Kind:
-    """Features of one kind: how many, and whether each is brought to mean 0 and deviation 1."""
+class FeatureKind:
+    """Features of one kind: how many, and whether they are standardised."""
 
     width: int
     standardise: bool
@@ -65,40 +64,56 @@ def fit_clusters(
     random_state: int | None = None,
     info: dict[str, Any] | None = None,
 ) -> ClusterModel:
-    """Group cells by their features with k-means.
+    """Cluster cells by their features with k-means.
 
     Parameters
     ----------
-    features : (n, d) numpy or Dask array
-        A row a cell. A Dask array above 1 GiB stays where it is, and is read block by block, three times.
-        Cells with a missing or infinite feature are left out of the fit (counted in ``missing_``).
+    features : (n, d) numpy or Dask array, or DataFrame
+        One row per cell, integers or floats. A Dask array above 1 GiB is not loaded, but read block by block,
+        three times. Cells with a missing or infinite feature are left out of the fit (counted in
+        ``missing_``).
     k : int or "auto"
-        Number of groups; "auto": the one from 2 to 20 with the best silhouette and stability.
+        Number of clusters; "auto": the one from 2 to 20 with the best product of silhouette and stability.
     engine : {"parallel", "incremental"}
-        Rounds of full k-means over all rows until the centres stand, the same in every bit for any order
-        and chunks of the rows; or one pass of dask-ml's ``Incremental(MiniBatchKMeans)``, the same for any
-        chunks.
+        ``parallel``: full k-means over all rows until the centres converge, bit-identical for any order and
+        chunks of the rows. ``incremental``: one pass of dask-ml's ``Incremental(MiniBatchKMeans)``,
+        bit-identical for any chunks.
     standardise : bool
-        Bring every feature to mean 0 and deviation 1 first.
+        First scale every feature to mean 0 and standard deviation 1.
     components : int or None
-        Then keep so many principal axes; None, or as many as there are features or cells: all features.
+        Then keep this many principal components; None, or at least the number of features or cells: keep all
+        features.
     unit_length : bool
-        Then scale every cell's vector to length 1: helps groups of about the same size, hurts unequal ones.
+        Then scale every cell's vector to length 1: helps if the clusters are of similar size, and hurts if
+        they are not.
     seed : int
+        Of the sample and the initial centres.
     random_state : int, optional
-        scikit-learn's word for `seed`.
-    info : dict
-        Kept in the model: what the features are.
+        Same as `seed`, by scikit-learn's name.
+    info : dict, optional
+        Describes the features; stored in the model.
 
     Returns
     -------
     ClusterModel
-        Groups numbered by size, the largest 0.
+        Clusters are numbered by size, 0 is the largest.
 
     Raises
     ------
     InputError
-        Fewer usable cells than k, or not an array of numbers ``(n, d)``.
+        There are fewer usable cells than `k`, or `features` is not a numeric array ``(n, d)``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from daskcell import fit_clusters
+    >>> rng = np.random.default_rng(0)
+    >>> features = np.concatenate([rng.normal(0, 1, (60, 4)), rng.normal(9, 1, (40, 4))])
+    >>> model = fit_clusters(features, k=2)
+    >>> model.counts_.tolist()
+    [60, 40]
+    >>> model.predict(features)[[0, 99]].tolist()
+    [0, 1]
     """
     import dask.array as da
 
@@ -106,20 +121,17 @@ def fit_clusters(
         seed = random_state
     features = as_values(features, "The array of features")
     if features.ndim != 2:
-        raise InputError(
-            f"features must be numbers (cells, d), but have the shape {features.shape} and type "
-            f"{features.dtype}."
-        )
+        raise InputError(f"features must be an array (cells, features), but its shape is {features.shape}.")
     if np.isnan(features.shape[0]):
         raise InputError("features must have a known number of rows. Call compute_chunk_sizes() first.")
 
-    if isinstance(features, da.Array) and features.nbytes <= _SMALL:
+    if isinstance(features, da.Array) and features.nbytes <= _IN_MEMORY_BYTES:
         features = features.compute()
     width = min(features.shape[1], components or features.shape[1])
-    small = len(features) * width * 4 <= _SMALL
+    small = len(features) * width * 4 <= _IN_MEMORY_BYTES
     with tempfile.TemporaryDirectory(prefix="clusters-") as folder:
         return fit_blocks(
-            cut(features),
+            array_blocks(features),
             k,
             engine=engine,
             standardise=standardise,
@@ -127,29 +139,33 @@ def fit_clusters(
             unit_length=unit_length,
             seed=seed,
             info=info,
-            reduce_block=_reduce_here if small else reduce_to_file,
+            reduce_block=_reduce_in_memory if small else reduce_to_file,
             folder=folder,
         )
 
 
-def _reduce_here(_: int, block: Rows, model: ClusterModel, folder: str) -> tuple[Rows, int]:
-    rows = usable(block, model)
-    return ArrayRows(rows, 0, len(rows)), len(rows)
+def _reduce_in_memory(
+    _: int, block: FeatureBlock, model: ClusterModel, folder: str
+) -> tuple[FeatureBlock, int]:
+    rows = reduced_rows(block, model)
+    return ArrayBlock(rows, 0, len(rows)), len(rows)
 
 
-def reduce_to_file(i: int, block: Rows, model: ClusterModel, folder: str) -> tuple[Rows | None, int]:
-    """Scaled and projected rows of a block, in a file of their own, and how many."""
-    rows = usable(block, model)
-    return FileRows.write(os.path.join(folder, f"{i}.f4"), rows) if len(rows) else None, len(rows)
+def reduce_to_file(
+    i: int, block: FeatureBlock, model: ClusterModel, folder: str
+) -> tuple[FeatureBlock | None, int]:
+    """Write the scaled and projected rows of a block to a file of their own; the block and its row count."""
+    rows = reduced_rows(block, model)
+    return FileBlock.write(os.path.join(folder, f"{i}.f4"), rows) if len(rows) else None, len(rows)
 
 
-def usable(block: Rows, model: ClusterModel) -> np.ndarray:
+def reduced_rows(block: FeatureBlock, model: ClusterModel) -> np.ndarray:
     """Scaled and projected rows of a block, without those with missing features."""
-    return model.transform(finite(block.read())[1])
+    return model.transform(finite_rows(block.read())[1])
 
 
 def fit_blocks(
-    blocks: Sequence[Rows],
+    blocks: Sequence[FeatureBlock],
     k: int | Literal["auto"],
     *,
     engine: Engine,
@@ -158,69 +174,74 @@ def fit_blocks(
     unit_length: bool,
     seed: int,
     info: dict[str, Any] | None,
-    reduce_block: Callable[..., tuple[Rows | None, int]],
+    reduce_block: Callable[..., tuple[FeatureBlock | None, int]],
     folder: str,
     workers: Workers | None = None,
-    kinds: Sequence[Kind] | None = None,
+    kinds: Sequence[FeatureKind] | None = None,
 ) -> ClusterModel:
-    """`fit_clusters` on blocks of rows; `reduce_block` puts the scaled and projected rows somewhere.
+    """`fit_clusters` on blocks of rows.
 
-    `folder`, which all workers see, takes what is kept from one round to the next.
-
-    With several `kinds` of features side by side, each is scaled and projected by itself, and all count the
-    same.
+    Parameters
+    ----------
+    reduce_block : callable
+        Stores the scaled and projected rows of a block: `reduce_to_file`, or in memory.
+    folder : str
+        Shared by all workers, for files kept from one round to the next.
+    kinds : sequence of FeatureKind
+        If features of several kinds stand side by side, each kind is scaled and projected separately, and all
+        have the same weight.
     """
     if k != "auto" and k < 1:
         raise InputError(f"k must be at least 1, not {k}.")
     size = SAMPLE if k == "auto" else max(SAMPLE, 20 * k)
-    seen = survey(blocks, size, seed, workers)
+    seen = feature_stats(blocks, size, seed, workers)
     least = 2 if k == "auto" else k
     if seen.count < least:
         left_out = f" ({seen.missing} more have missing features)" if seen.missing else ""
         raise InputError(
-            f"k={k} groups need at least {least} cells, but there are {seen.count}{left_out}. "
+            f"k={k} clusters need at least {least} cells, but there are {seen.count}{left_out}. "
             "Choose a smaller k or give more images."
         )
-    sample = gather(blocks, seen.sample, seed, workers)
-    with threadpool_limits(1):  # more threads give scikit-learn's sums other last bits
-        kinds = kinds or [Kind(sample.shape[1], standardise)]
-        model = _prepare(sample, seen.mean, seen.deviation, kinds, components, unit_length)
-        model.steps_ = steps(model.transform(sample))
+    sample = read_sample(blocks, seen.sample, seed, workers)
+    with threadpool_limits(1):  # the last bits of scikit-learn's sums depend on the threads
+        kinds = kinds or [FeatureKind(sample.shape[1], standardise)]
+        model = _fit_scaling(sample, seen.mean, seen.deviation, kinds, components, unit_length)
+        model.steps_ = grid_steps(model.transform(sample))
         reduced_sample = model.transform(sample)
         if k == "auto":
-            k, model.curve_ = choose_k(reduced_sample, seed)
-        centers = _start(reduced_sample, k, seed)
-    reduced: list[Rows] = []
+            k, model.curve_ = select_k(reduced_sample, seed)
+        centers = _initial_centers(reduced_sample, k, seed)
+    reduced: list[FeatureBlock] = []
     sizes: list[int] = []
-    for block, n in in_order(workers, blocks, reduce_block, model, folder):
+    for block, n in map_ordered(workers, blocks, reduce_block, model, folder):
         if block is not None and n:
             reduced.append(block)
             sizes.append(n)
-    with threadpool_limits(1):  # more threads give scikit-learn's sums other last bits
+    with threadpool_limits(1):  # the last bits of scikit-learn's sums depend on the threads
         if engine == "incremental":
-            centers = incremental(reduced, sizes, centers, seed, workers)
+            centers = minibatch(reduced, sizes, centers, seed, workers)
         else:
             tolerance = _TOLERANCE * float(reduced_sample.var(axis=0, dtype=np.float64).mean())
-            centers = rounds(reduced, centers, tolerance, folder, workers)
+            centers = lloyd(reduced, centers, tolerance, folder, workers)
     counts, total = inertia(reduced, centers, workers)
     order = np.lexsort(
         (*centers.T[::-1], -counts)
     )  # by size, the largest first; ties by the centre's coordinates
     model.reduced_centers_, model.counts_, model.inertia_ = centers[order], counts[order], total
     model.missing_, model.info = seen.missing, dict(info or {})
-    nearest = Nearest(model.reduced_centers_)
+    nearest = NearestCenters(model.reduced_centers_)
     labels = nearest.labels(reduced_sample)
     far = np.sqrt(nearest.squares(reduced_sample, labels))
     model.spread_ = np.array([_percentiles(far[labels == i]) for i in range(model.k)])
-    model.centers_ = _map_back(model, sample, labels)
+    model.centers_ = _centers_in_feature_units(model, sample, labels)
     return model
 
 
-def _prepare(
+def _fit_scaling(
     sample: np.ndarray,
     mean: np.ndarray,
     deviation: np.ndarray,
-    kinds: Sequence[Kind],
+    kinds: Sequence[FeatureKind],
     components: int | None,
     unit_length: bool,
 ) -> ClusterModel:
@@ -232,8 +253,7 @@ def _prepare(
         part = slice(start, start + kind.width)
         start += kind.width
         if kind.standardise:
-            # A feature that is constant but for rounding says nothing: it must not be blown up to deviation
-            # 1.
+            # A feature that is constant up to rounding carries no information; do not scale its noise up.
             scale[part] = np.where(deviation[part] > 1e-6 * np.abs(mean[part]), deviation[part], 1.0)
         else:
             mean[part] = 0.0
@@ -267,12 +287,12 @@ def _principal_axes(scaled: np.ndarray, components: int) -> tuple[np.ndarray, np
     return pca.components_, pca.mean_
 
 
-def _start(sample: np.ndarray, k: int, seed: int) -> np.ndarray:
-    """Best of several k-means of the sample, each from a k-means++ start."""
+def _initial_centers(sample: np.ndarray, k: int, seed: int) -> np.ndarray:
+    """Best of several k-means runs on the sample, each initialised by k-means++."""
     from sklearn.cluster import KMeans
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # fewer different cells than k
+        warnings.simplefilter("ignore")  # fewer distinct cells than k
         return KMeans(k, n_init=_STARTS, random_state=seed).fit(sample.astype(np.float64)).cluster_centers_
 
 
@@ -280,7 +300,7 @@ def _percentiles(distances: np.ndarray) -> np.ndarray:
     return np.percentile(distances, (50, 95, 99)) if len(distances) else np.zeros(3)
 
 
-def _map_back(model: ClusterModel, sample: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def _centers_in_feature_units(model: ClusterModel, sample: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Centres in the units of the features."""
     centers = model.reduced_centers_
     if not model.unit_length:

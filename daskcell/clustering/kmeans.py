@@ -1,11 +1,11 @@
-"""Two ways from first centres to final ones, over rows that are streamed.
+"""Two k-means algorithms over streamed rows, both from given initial centres.
 
-`incremental` is dask-ml's ``Incremental(MiniBatchKMeans)``, made safe: it starts from the sample's centres
-rather than from whatever comes first, never throws a centre away, and gets rows of all slides in every
-portion. As it comes it raises on an empty block and follows the order of the rows.
+`minibatch` is dask-ml's ``Incremental(MiniBatchKMeans)`` made robust: it starts from the centres of the
+sample instead of the first rows, never reassigns a centre, and mixes rows of all slides in every portion.
+Used directly, it raises on an empty block and its result follows the order of the rows.
 
-`rounds` is full k-means (Lloyd): every round all blocks are summed up, by as many workers as there are. Sums
-are exact (see `nearest`), so its centres have the same bits for any order, blocks and workers.
+`lloyd` is full k-means (Lloyd's algorithm): every round sums up all blocks, on all workers. Its sums are
+exact (see `assignment`), so the centres are bit-identical for any order, blocks and workers.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from daskcell.clustering.assignment import Nearest, one_thread
-from daskcell.clustering.feature_blocks import Rows, in_any_order, in_order, shares
+from daskcell.clustering.assignment import NearestCenters, one_thread
+from daskcell.clustering.feature_blocks import FeatureBlock, map_ordered, map_unordered, partition
 from daskcell.storage.atomic import save_arrays
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ _WINDOW = 256
 _ROUNDS = 100
 
 
-def incremental(
-    blocks: Sequence[Rows],
+def minibatch(
+    blocks: Sequence[FeatureBlock],
     sizes: Sequence[int],
     centers: np.ndarray,
     seed: int,
@@ -45,10 +45,10 @@ def incremental(
 
     k = len(centers)
     portions = []
-    for chosen in _windows(np.random.default_rng(seed).permutation(len(blocks)).tolist(), sizes, k):
+    for chosen in _block_windows(np.random.default_rng(seed).permutation(len(blocks)).tolist(), sizes, k):
         step = max(1, round(sum(sizes[i] for i in chosen) / max(PORTION, 2 * k)))
         for start in range(step):
-            # Every step-th row of very many blocks: no slide comes by itself.
+            # Every step-th row of many blocks, so that no portion is of one slide alone.
             n = sum(len(range(start, sizes[i], step)) for i in chosen)
             if n:
                 piece = dask.delayed(_portion, pure=False)([blocks[i] for i in chosen], start, step)
@@ -67,8 +67,8 @@ def incremental(
     return fitted.estimator_.cluster_centers_.astype(np.float64)
 
 
-def _windows(order: Sequence[int], sizes: Sequence[int], least: int) -> Iterator[list[int]]:
-    """Blocks that portions are made of: `_WINDOW` of them, and more until they have `least` rows."""
+def _block_windows(order: Sequence[int], sizes: Sequence[int], least: int) -> Iterator[list[int]]:
+    """Blocks to take portions from: `_WINDOW` at a time, or more until they have `least` rows."""
     window: list[int] = []
     for i in order:
         window.append(i)
@@ -79,7 +79,7 @@ def _windows(order: Sequence[int], sizes: Sequence[int], least: int) -> Iterator
         yield sorted(window)
 
 
-def _portion(blocks: Sequence[Rows], start: int, step: int) -> np.ndarray:
+def _portion(blocks: Sequence[FeatureBlock], start: int, step: int) -> np.ndarray:
     return np.concatenate([block.read()[start::step] for block in blocks])
 
 
@@ -91,32 +91,32 @@ def _scheduler(workers: Workers | None) -> Any:
     return contextlib.ExitStack() if workers.client is None else workers.client.as_current()
 
 
-def rounds(
-    blocks: Sequence[Rows],
+def lloyd(
+    blocks: Sequence[FeatureBlock],
     centers: np.ndarray,
     tolerance: float,
     folder: str,
     workers: Workers | None = None,
 ) -> np.ndarray:
-    """Centres ``(k, c)`` after k-means over all rows, until they stand.
+    """Centres ``(k, c)`` after k-means over all rows, iterated until they converge.
 
-    That is, until the squares of their steps come to no more than `tolerance` in all (or 100 rounds). Only
-    rows that may have come nearer to another centre are looked at again: a row whose second nearest centre
-    is farther by more than all steps since (Hamerly 2010) keeps its own. `folder`, seen by all workers, takes
-    two numbers a row; a task that is repeated finds what it found before.
+    They have converged when their squared displacements sum up to at most `tolerance` (or after 100 rounds).
+    Only rows that may have changed their centre are computed again: a row whose second nearest centre was
+    farther by more than all displacements since keeps its own (Hamerly 2010). `folder`, shared by all
+    workers, takes two numbers per row; a repeated task gives the same result.
     """
     sums, counts = np.zeros(centers.shape), np.zeros(len(centers), np.int64)
     spent = np.zeros(
         len(centers)
-    )  # by how much a lead in each group has shrunk, at most, since the first round
-    parts = list(enumerate(shares(workers, blocks)))
+    )  # by how much a margin in each cluster has shrunk, at most, since the first round
+    parts = list(enumerate(partition(workers, blocks)))
     for number in range(_ROUNDS):
-        for more, cells in in_any_order(workers, parts, _follow, centers, spent, folder, number):
+        for more, cells in map_unordered(workers, parts, _update_sums, centers, spent, folder, number):
             sums += more
             counts += cells
-        moved = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], centers)
-        steps = np.sqrt(((moved - centers) ** 2).sum(axis=1))
-        centers = moved
+        updated = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], centers)
+        steps = np.sqrt(((updated - centers) ** 2).sum(axis=1))
+        centers = updated
         if float((steps**2).sum()) <= tolerance:
             break
         others = [np.delete(steps, i).max(initial=0.0) for i in range(len(steps))]
@@ -124,17 +124,17 @@ def rounds(
     return centers
 
 
-def _follow(
-    part: tuple[int, Sequence[Rows]], centers: np.ndarray, spent: np.ndarray, folder: str, number: int
+def _update_sums(
+    part: tuple[int, Sequence[FeatureBlock]], centers: np.ndarray, spent: np.ndarray, folder: str, number: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What a round changes in the sums ``(k, c)`` and numbers ``(k,)`` of the rows of all centres."""
+    """Changes of one round in the sums ``(k, c)`` and counts ``(k,)`` of all centres, for some blocks."""
     i, blocks = part
 
     def path(number: int) -> str:
-        return os.path.join(folder, f"{i}.{number}.leads")
+        return os.path.join(folder, f"{i}.{number}.margins")
 
     sums, counts = np.zeros(centers.shape), np.zeros(len(centers), np.int64)
-    nearest = Nearest(centers)
+    nearest = NearestCenters(centers)
     with one_thread():
         if number == 0:
             found = [nearest.add(block.read(), sums, counts) for block in blocks]
@@ -142,14 +142,14 @@ def _follow(
             labels, ends = (np.concatenate(values) for values in zip(*found, strict=True))
         else:
             stops, labels, ends = _read(path(number - 1))
-            # A lead ends when as much is spent; what is not a number has none.
+            # A margin is used up once the centres have moved that far; NaN is no margin.
             again = np.flatnonzero(~(ends > spent[labels]))
             firsts = np.searchsorted(again, [0, *stops])
             for j, block in enumerate(blocks):
                 which, start = again[firsts[j] : firsts[j + 1]], stops[j - 1] if j else 0
                 if len(which):
                     own = slice(start, stops[j])
-                    nearest.look(block.read(), which - start, labels[own], ends[own], sums, counts)
+                    nearest.update(block.read(), which - start, labels[own], ends[own], sums, counts)
             ends[again] += spent[labels[again]]
     save_arrays(path(number), stops, labels, ends)
     if number > 1:
@@ -159,25 +159,25 @@ def _follow(
 
 
 def _read(path: str) -> list[np.ndarray]:
-    """Where blocks end, and the label and the end of the lead of every row."""
+    """Row numbers where blocks end, and for every row its label and when its margin is used up."""
     with open(path, "rb") as file:
         return [np.load(file) for _ in range(3)]
 
 
 def inertia(
-    blocks: Sequence[Rows], centers: np.ndarray, workers: Workers | None = None
+    blocks: Sequence[FeatureBlock], centers: np.ndarray, workers: Workers | None = None
 ) -> tuple[np.ndarray, float]:
-    """Numbers ``(k,)`` of the rows of each centre, and the sum of squared distances, to ten digits."""
+    """Rows of each centre, ``(k,)``, and the sum of squared distances, rounded to ten digits."""
     counts, total = np.zeros(len(centers), np.int64), 0.0
-    for some_counts, squares in in_order(workers, blocks, _measure, centers):
+    for some_counts, squares in map_ordered(workers, blocks, _block_inertia, centers):
         counts += some_counts
         total += squares
     return counts, float(f"{total:.9e}")
 
 
-def _measure(_: int, block: Rows, centers: np.ndarray) -> tuple[np.ndarray, float]:
+def _block_inertia(_: int, block: FeatureBlock, centers: np.ndarray) -> tuple[np.ndarray, float]:
     rows = block.read()
-    nearest = Nearest(centers)
+    nearest = NearestCenters(centers)
     with one_thread():
         labels = nearest.labels(rows)
     return np.bincount(labels, minlength=len(centers)), float(nearest.squares(rows, labels).sum())

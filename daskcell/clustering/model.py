@@ -1,4 +1,4 @@
-"""A fitted model: how features are scaled and projected, and the centres; kept as arrays and JSON."""
+"""A fitted model: scaling and projection of the features, and the centres; saved as arrays and JSON."""
 
 from __future__ import annotations
 
@@ -35,45 +35,63 @@ _ARRAYS = (
 
 @dataclass
 class ClusterModel:
-    """Groups of cells, numbered by size: 0 is the largest.
+    """Clusters of cells, numbered by size: 0 is the largest.
+
+    Made by `fit_clusters` or read by `load_clusters`, saved by `save`.
 
     Attributes
     ----------
     centers_ : (k, d) float64
-        Each group in the units of the features: its centre where features are used as they are, else the mean
-        of its cells.
+        Each cluster in the units of the features: its centre or, with `unit_length`, the mean of its cells in
+        the sample.
     reduced_centers_ : (k, c) float64
-        Centres among the scaled and projected features: what `predict` goes by.
+        Centres in the space of the scaled and projected features, which `predict` uses.
     counts_ : (k,) int64
-        Cells of each group in the fit.
+        Number of cells of each cluster in the fit.
     spread_ : (k, 3) float64
-        Median, 95th and 99th percentile of the distance of each group's cells to its centre (in the sample).
+        Median, 95th and 99th percentile of the distances of each cluster's cells to its centre (in the
+        sample).
     inertia_ : float
         Sum of squared distances to the centres over all cells of the fit.
     mean_, scale_ : (d,) float64
         Features are ``(f - mean_) / scale_`` before projection.
     components_ : (c, d) float64 or None
-        Principal axes of the scaled features; with several kinds of features, of each kind by itself,
+        Principal axes of the scaled features; with several kinds of features, of each kind separately, and
         weighted.
     unit_length : bool
-        Vectors are scaled to length 1 after that; with several kinds of features, the part of each kind.
+        Whether projected vectors are scaled to length 1; with several kinds of features, the part of each
+        kind.
     parts_ : (kinds + 1,) int64
-        Where the part of each kind begins and ends among the c scaled and projected features.
+        Where the part of each kind begins and ends in the c scaled and projected features.
     steps_ : (c,) float64 or None
-        Power of two of which each scaled and projected feature is a multiple, about a millionth of its size:
-        so sums of them are exact.
+        Each scaled and projected feature is rounded to a multiple of this power of two, about a millionth of
+        its size, so that sums are exact.
     missing_ : int
-        Cells left out of the fit, since a feature was missing or infinite.
+        Number of cells left out of the fit because a feature was missing or infinite.
     curve_ : list of dict
         For ``k="auto"``: the scores of each k tried.
     info : dict
-        What the features are (encoder, settings); `check` compares it.
+        Describes the features (encoder, settings); `check` compares it.
     origin : dict
         How the cells of the fit were found and described: ``config``, ``weights`` (hashes), ``stages``
-        (versions of the code of each) and ``versions`` of packages; empty if the features were made
-        elsewhere.
+        (version of the code of each) and ``versions`` of packages; empty if the features were made elsewhere.
     naming : ClusterNames
-        Names of groups, and groups that count as one.
+        Names of clusters, and clusters that are merged.
+
+    Examples
+    --------
+    >>> import numpy as np, tempfile
+    >>> from daskcell import fit_clusters, load_clusters
+    >>> features = np.repeat([[0.0, 1.0], [5.0, 4.0]], [3, 2], axis=0)
+    >>> model = fit_clusters(features, k=2)
+    >>> model
+    ClusterModel(k=2, features=2, cells=5)
+    >>> model.centers_.round(2).tolist()
+    [[0.0, 1.0], [5.0, 4.0]]
+    >>> folder = tempfile.mkdtemp()
+    >>> model.save(folder)
+    >>> load_clusters(folder).predict([[4.9, 4.2], [float("nan"), 0]]).tolist()
+    [1, -1]
     """
 
     centers_: np.ndarray
@@ -98,10 +116,11 @@ class ClusterModel:
 
     @property
     def k(self) -> int:
+        """Number of fitted clusters."""
         return len(self.reduced_centers_)
 
     def transform(self, features: np.ndarray) -> np.ndarray:
-        """Scaled and projected features ``(n, c)`` float32; the same in every bit for any blocks."""
+        """Scaled and projected features, ``(n, d)`` to ``(n, c)`` float32; bit-identical for any blocks."""
         from daskcell.clustering import _kernels
 
         rows = self._checked(features)
@@ -115,69 +134,85 @@ class ClusterModel:
         return _kernels.project(rows, self.mean_, factor, axes, self.unit_length, parts, steps)
 
     def predict(self, features: np.ndarray | da.Array) -> np.ndarray | da.Array:
-        """Group of each cell, ``(n, d)`` to ``(n,)`` int32; -1 where a feature is missing or infinite.
+        """Cluster of each cell.
 
-        Of groups that were joined, the number of the first.
+        Parameters
+        ----------
+        features : (n, d) numpy or Dask array, or DataFrame
+            As in the fit.
+
+        Returns
+        -------
+        (n,) int32
+            Dask if `features` is. -1 if a feature of the cell is missing or infinite. Merged clusters have
+            the lowest of their numbers.
+
+        Raises
+        ------
+        InputError
+            The number of features is not that of the fit.
         """
         return self._map(features, lambda rows: self.display_ids(self.assign(rows)[0]), np.int32)
 
-    def display_ids(self, groups: np.ndarray) -> np.ndarray:
-        """Fitted groups (-1: none) by the numbers under which they are shown."""
-        return np.append(self.naming.display_ids(self.k), np.int32(-1))[groups]
+    def display_ids(self, clusters: np.ndarray) -> np.ndarray:
+        """Numbers under which fitted clusters (-1: none) are shown after merges."""
+        return np.append(self.naming.display_ids(self.k), np.int32(-1))[clusters]
 
     def distance(self, features: np.ndarray | da.Array) -> np.ndarray | da.Array:
-        """Distance to the centre of the cell's group, ``(n,)`` float32, among the scaled and projected
-        features."""
+        """Distance of each cell to the centre of its cluster, ``(n,)`` float32; NaN if it has none.
+
+        Euclidean, in the space of the scaled and projected features.
+        """
         return self._map(features, lambda rows: self.assign(rows)[1], np.float32)
 
     def assign(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Fitted group and distance to its centre of each cell of a numpy array, before any joining."""
-        from daskcell.clustering.assignment import Nearest
+        """Fitted cluster (int32, before merges) of each row, and distance (float32) to its centre."""
+        from daskcell.clustering.assignment import NearestCenters
 
         rows = self._checked(features)
         good = np.isfinite(rows).all(axis=1)
         labels, distances = np.full(len(rows), -1, np.int32), np.full(len(rows), np.nan, np.float32)
         reduced = self.transform(rows[good])
-        centers = Nearest(self.reduced_centers_)
+        centers = NearestCenters(self.reduced_centers_)
         labels[good] = found = centers.labels(reduced)
         distances[good] = np.sqrt(centers.squares(reduced, found))
         return labels, distances
 
     def drift(self, clusters: np.ndarray, distances: np.ndarray) -> dict[str, Any]:
-        """How far new cells lie, against the cells of the fit.
+        """Compare the distances of new cells to their centres with those of the cells of the fit.
 
         Parameters
         ----------
-        clusters, distances
-            As `assign` gives them.
+        clusters, distances : (n,) int32, (n,) float32
+            As returned by `assign`.
 
         Returns
         -------
         dict
-            ``cells``; ``far``, the share of them beyond the 99th percentile of their group in the fit;
-            ``expected``, what that is for cells like those of the fit: 0.01, and more where groups were so
-            small that their farthest cell is the percentile; ``far_by_cluster``, the share for each group
-            (None: no cell); ``median_ratio`` of the distances to the median of their group in the fit.
+            ``cells``: number of cells with a cluster; ``far``: share of them beyond the 99th percentile of
+            their cluster in the fit; ``expected``: that share for cells like those of the fit, 0.01, or more
+            if clusters are so small that the percentile is their farthest cell; ``far_by_cluster``: the share
+            for each cluster (None: no cells); ``median_ratio``: median of the distances, each divided by the
+            median of its cluster in the fit.
         """
         inside = clusters >= 0
-        groups, distances = clusters[inside], distances[inside]
-        cells = np.bincount(groups, minlength=self.k)
-        beyond = np.bincount(groups, distances > self.spread_[groups, 2], minlength=self.k)
-        ratios = distances / np.maximum(self.spread_[groups, 0], np.finfo(np.float32).tiny)
-        usual = np.maximum(0.01, 1 / (self.counts_ + 1))[groups]
+        clusters, distances = clusters[inside], distances[inside]
+        cells = np.bincount(clusters, minlength=self.k)
+        beyond = np.bincount(clusters, distances > self.spread_[clusters, 2], minlength=self.k)
+        ratios = distances / np.maximum(self.spread_[clusters, 0], np.finfo(np.float32).tiny)
+        usual = np.maximum(0.01, 1 / (self.counts_ + 1))[clusters]
         return {
-            "cells": len(groups),
-            "far": float(beyond.sum() / max(len(groups), 1)),
-            "expected": float(usual.mean()) if len(groups) else 0.01,
+            "cells": len(clusters),
+            "far": float(beyond.sum() / max(len(clusters), 1)),
+            "expected": float(usual.mean()) if len(clusters) else 0.01,
             "far_by_cluster": [
                 round(float(b / n), 4) if n else None for b, n in zip(beyond, cells, strict=True)
             ],
-            "median_ratio": float(np.median(ratios)) if len(groups) else 1.0,
+            "median_ratio": float(np.median(ratios)) if len(clusters) else 1.0,
         }
 
     def check(self, width: int, info: dict[str, Any] | None = None) -> None:
-        """Raise `InputError` unless features of `width` numbers, described by `info`, are of the model's
-        kind."""
+        """Raise `InputError` unless rows of `width` features, described by `info`, fit the model."""
         if width != len(self.mean_):
             raise InputError(
                 f"The model was fitted on {len(self.mean_)} features per cell, but these cells have {width}. "
@@ -192,10 +227,14 @@ class ClusterModel:
                 )
 
     def save(self, path: str | Path) -> None:
-        """Write the model as a folder of ``arrays.npz``, ``model.json`` and, if groups have names,
-        ``names.json``; it appears whole or not at all.
+        """Write the model as a folder, atomically; a saved model at `path` is replaced.
 
-        A model that is there is replaced. Raises `InputError` if there is anything else.
+        The folder holds ``arrays.npz``, ``model.json`` and, if clusters are named or merged, ``names.json``.
+
+        Raises
+        ------
+        InputError
+            `path` holds anything other than a saved model.
         """
         path = Path(path)
         _refuse_other(path)
@@ -220,7 +259,9 @@ class ClusterModel:
 
     def _checked(self, features: np.ndarray) -> np.ndarray:
         if features.ndim != 2:
-            raise InputError(f"features must be (cells, numbers), but have the shape {features.shape}.")
+            raise InputError(
+                f"features must be an array (cells, features), but its shape is {features.shape}."
+            )
         self.check(features.shape[1])
         return np.ascontiguousarray(features, np.float32)
 
@@ -235,7 +276,7 @@ class ClusterModel:
 
 
 def _refuse_other(path: Path) -> None:
-    """Raise `InputError` if there is something at `path` that is not a saved model, or more than that."""
+    """Raise `InputError` if `path` holds anything other than a saved model."""
     refuse_impossible(path)
     if path.is_dir():
         others = sorted(set(os.listdir(path)) - {"arrays.npz", "model.json", NAMES})
@@ -245,17 +286,35 @@ def _refuse_other(path: Path) -> None:
     elif not os.path.lexists(path):
         return
     raise InputError(
-        f"{path} is no part of a model, and would be lost. Please move it, or choose another folder."
+        f"{path} is not part of a saved model, and would be lost. Please move it, or choose another folder."
     )
 
 
 def load_clusters(path: str | Path) -> ClusterModel:
-    """Read a model that `ClusterModel.save` wrote.
+    """Read a model written by `ClusterModel.save`.
+
+    Parameters
+    ----------
+    path : path
+        Folder of a saved model, such as ``clusters/`` of a study.
+
+    Returns
+    -------
+    ClusterModel
 
     Raises
     ------
     InputError
         `path` holds no model, or one of a newer format.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from daskcell import fit_clusters, load_clusters
+    >>> folder = tempfile.mkdtemp()
+    >>> fit_clusters([[0.0], [1.0], [9.0]], k=2).save(folder)
+    >>> load_clusters(folder)
+    ClusterModel(k=2, features=1, cells=3)
     """
     path = Path(path)
     try:

@@ -1,4 +1,4 @@
-"""How many groups there are: the k whose groups are compact, apart, and come back when cells are left out."""
+"""Choice of the number of clusters: compact, well separated, and stable when cells are left out."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ _CELLS = 3000
 _REPEATS = 4
 
 
-def choose_k(sample: np.ndarray, seed: int, largest: int = LARGEST) -> tuple[int, list[dict[str, float]]]:
-    """The best k from 2 to `largest`, and the scores of each.
+def select_k(sample: np.ndarray, seed: int) -> tuple[int, list[dict[str, float]]]:
+    """The best k from 2 to `LARGEST`, and the scores of each.
 
     Parameters
     ----------
     sample : (n, c) array
         Scaled and projected features, in random order.
+    seed : int
+        Of the k-means runs and the subsets.
 
     Returns
     -------
     k : int
     curve : list of dict
         For each k tried: ``silhouette`` (Rousseeuw 1987), ``stability`` (mean adjusted Rand index between the
-        groups of all cells and those found from 80 % of them), and ``score``, their product.
+        clusters of all cells and those found from 80 % of them), and ``score``, their product.
     """
     from sklearn.cluster import KMeans
     from sklearn.metrics import adjusted_rand_score, silhouette_score
@@ -34,8 +36,8 @@ def choose_k(sample: np.ndarray, seed: int, largest: int = LARGEST) -> tuple[int
     subsets = [rng.permutation(len(rows))[: max(2, int(0.8 * len(rows)))] for _ in range(_REPEATS)]
     curve: list[dict[str, float]] = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # fewer different cells than k
-        for k in range(2, min(largest, len(np.unique(rows, axis=0)) - 1, len(subsets[0])) + 1):
+        warnings.simplefilter("ignore")  # fewer distinct cells than k
+        for k in range(2, min(LARGEST, len(np.unique(rows, axis=0)) - 1, len(subsets[0])) + 1):
             labels = KMeans(k, n_init=5, random_state=seed).fit_predict(rows)
             if len(np.unique(labels)) < 2:
                 continue

@@ -1,4 +1,4 @@
-"""Rows of a slide: vectors of the encoder, measurements of the cells table, or both side by side."""
+"""Features of a slide: vectors of the encoder, measurements of the cells table, or both side by side."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from daskcell.clustering import feature_blocks as rows_module
-from daskcell.clustering.feature_blocks import Rows, ZarrRows
+from daskcell.clustering import feature_blocks
+from daskcell.clustering.feature_blocks import FeatureBlock, ZarrBlock
 from daskcell.errors import InputError
 
 _NOT_FEATURES = ("label", "centroid", "bbox", "orientation", "touches_edge", "cluster", "distance")
@@ -17,10 +17,10 @@ _NOT_FEATURES = ("label", "centroid", "bbox", "orientation", "touches_edge", "cl
 
 
 @dataclass(frozen=True)
-class SlideRows:
-    """The same rows of both, or measurements alone."""
+class SlideBlock:
+    """Rows with vectors and measurements, or measurements alone."""
 
-    vectors: ZarrRows | None
+    vectors: ZarrBlock | None
     table: str
     columns: tuple[str, ...]
     start: int
@@ -31,21 +31,21 @@ class SlideRows:
         return measured if self.vectors is None else np.concatenate([self.vectors.read(), measured], axis=1)
 
 
-def cut_slide(
+def slide_blocks(
     features_path: str | Path, table_path: str | Path | None, with_encoder: bool, columns: Sequence[str]
-) -> list[Rows]:
+) -> list[FeatureBlock]:
     """Blocks of one slide's rows."""
-    vectors: list[ZarrRows] = rows_module.cut_file(features_path)
+    vectors: list[ZarrBlock] = feature_blocks.zarr_blocks(features_path)
     if not columns:
         return list(vectors)
     return [
-        SlideRows(block if with_encoder else None, str(table_path), tuple(columns), block.start, block.stop)
+        SlideBlock(block if with_encoder else None, str(table_path), tuple(columns), block.start, block.stop)
         for block in vectors
     ]
 
 
 def shared_columns(table_paths: Sequence[str | Path]) -> list[str]:
-    """Measurements, in pixels, that say what a cell is like, and not where it lies.
+    """Columns that describe a cell, in pixels, as opposed to its position.
 
     Raises
     ------
@@ -75,8 +75,7 @@ def shared_columns(table_paths: Sequence[str | Path]) -> list[str]:
 
 
 def read_columns(path: str, columns: Sequence[str], start: int, stop: int) -> np.ndarray:
-    """Rows ``start`` to ``stop`` of some columns as ``(m, columns)`` float32; reads the row groups they lie
-    in."""
+    """Rows ``start`` to ``stop`` of some columns as ``(m, columns)`` float32; reads only their row groups."""
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as table:
@@ -87,7 +86,7 @@ def read_columns(path: str, columns: Sequence[str], start: int, stop: int) -> np
             return np.zeros((0, len(columns)), np.float32)
         values = table.read_row_groups(groups, columns=list(columns))
         values = values.slice(start - ends[groups[0]], stop - start)
-        # Asked for by name: Parquet gives columns in the file's order.
+        # By name: Parquet returns columns in the order of the file.
         return np.stack([values[name].to_numpy() for name in columns], axis=1).astype(np.float32)
 
 
@@ -105,6 +104,6 @@ def check_table(table_path: str | Path, n: int, features_path: str | Path, colum
     missing = sorted(set(columns) - names)
     if missing:
         raise InputError(
-            f"The model goes by the measurements {', '.join(missing[:4])}, which {table_path} "
+            f"The model uses the measurements {', '.join(missing[:4])}, which {table_path} "
             "does not have. Give the channels the names they had in the fit."
         )

@@ -1,7 +1,7 @@
 """Where the work runs: this process, this machine's cores and GPUs, jobs of a queue, or a Dask scheduler.
 
 `start_workers` turns settings into `Workers`; a `Window` of it runs tasks, a bounded number at a time.
-Covers processes, threads, labels and windows. Knows nothing of images, studies or networks: a task is an
+Covers processes, threads, labels and windows. Does not cover images, studies or networks: a task is an
 importable function with small arguments and a small result, and pixels go through files.
 
 Labels. Where some worker declares the resource ``GPU``, tasks of kind ``network`` run on such workers only;

@@ -20,12 +20,12 @@ _RETRY_SECONDS = 0.5
 
 
 class WorkerSetup(WorkerPlugin):
-    """For every worker there is and every one that comes: threads, memory, quiet logs, and a clean end.
+    """Sets up every present and future worker: threads, memory, quiet logs, and a clean end.
 
     Parameters
     ----------
     threads
-        For the numerical libraries; as many as before once the plugin is taken away.
+        For the numerical libraries; restored when the plugin is removed.
     needs_gpu
         Whether workers must find a GPU: those labelled for it, or all where `labelled` is False.
     """
@@ -40,22 +40,22 @@ class WorkerSetup(WorkerPlugin):
         self.undo = contextlib.ExitStack()
         hold_threads(self.threads)
         self.undo.callback(release_threads, self.threads)
-        if worker.nanny:  # else the process, and what it logs, is somebody's
+        if worker.nanny:  # otherwise the process, and its log, belong to the user
             self.undo.enter_context(quiet_logs())
         keep_freed_memory()
         if self.unfit(worker):
             worker.loop.add_callback(worker.close, reason="daskcell-unfit")
 
     def unfit(self, worker: Worker) -> bool:
-        """Whether a worker that came later would give other results, or none."""
+        """Whether a worker that joined later would give other results, or none."""
         if self.version != __version__:
             return True
         resources = worker.state.total_resources
         return self.needs_gpu and ("GPU" in resources or not self.labelled) and not gpu_found()
 
     def teardown(self, worker: Worker) -> None:
-        # A worker that leaves lets its running task go on for up to 30 s, while the scheduler gives the same
-        # task to another one: two would write the same files. Only where the process is a nanny's child.
+        # A worker that leaves lets its running task continue for up to 30 s, while the scheduler gives it to
+        # another worker: both would write the same files. So a nanny's child ends at once.
         leaving = worker.status not in (Status.running, Status.paused, Status.init)
         if worker.nanny and leaving and worker.state.executing:
             os._exit(0)
@@ -63,10 +63,10 @@ class WorkerSetup(WorkerPlugin):
 
 
 class JobWorker(Worker):
-    """A worker that finishes the task it is at when its lifetime is over.
+    """A worker that finishes its running task when its lifetime is over.
 
-    Dask's own leaves at once, and the task starts again elsewhere. With the variable `NEEDS_GPU` it does not
-    start where torch finds no GPU: it would fail slide after slide.
+    Dask's own worker leaves at once, and the task starts again elsewhere. With the variable `NEEDS_GPU`, the
+    worker refuses to start where torch finds no GPU: every slide would fail on it.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -83,7 +83,7 @@ class JobWorker(Worker):
         self.status = Status.closing_gracefully  # no new tasks, from here or from the scheduler
         while self.state.executing:
             await asyncio.sleep(0.1)
-        # What `super` would do now; it takes the new status for a second call.
+        # What `super` does next; called here, it would take the new status for a second call and return.
         await self.scheduler.retire_workers(
             workers=[self.address],
             close_workers=False,
@@ -125,7 +125,7 @@ def gpu_found(dask_worker: Any = None) -> bool:
 
 
 def versions(dask_worker: Any = None) -> dict[str, str]:
-    """Of the packages on which the last bits of a result depend."""
+    """Versions of the packages on which the last bits of a result depend."""
     from importlib.metadata import version
 
     return {name: version(name) for name in ("torch", "numpy", "scipy", "scikit-image", "cellpose")}

@@ -1,4 +1,4 @@
-"""Workers that are gone are started again, and jobs asked for as they are needed, while a run lasts."""
+"""Restarts workers that are gone, and submits jobs as they are needed, while a run lasts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from daskcell.compute.jobqueue import listed_jobs, reason
 _LOOK_SECONDS = 2.0
 _ASK_SECONDS = 5.0
 _LOST_SECONDS = 120.0
-"""Where the queue does not answer, a job whose workers were away for so long is gone."""
+"""Where the queue does not answer, a job whose workers have been away for so long is taken for gone."""
 _IDLE_SECONDS = 60.0
 _AGAIN_SECONDS = 2.0
 """Wait before a job is asked for again that failed; twice as long every time."""
@@ -24,10 +24,10 @@ _TELL_SECONDS = 60.0
 
 
 class Autoscaler:
-    """Looks after a `distributed.SpecCluster` from a thread of its own; ``with`` starts and stops it.
+    """Watches a `distributed.SpecCluster` from a thread of its own; ``with`` starts and stops it.
 
-    A nanny restarts a process that dies, but closes itself when the process dies while it starts, as one does
-    that is handed a deadly task at once. With its last worker gone, a run would wait for ever.
+    A nanny restarts a process that dies, but closes itself when the process dies during start-up, as happens
+    when it is given a deadly task at once. With the last worker gone, a run would wait forever.
     """
 
     def __init__(self, cluster: Any):
@@ -35,7 +35,7 @@ class Autoscaler:
         self.trouble: str | None = None
         """Why there will be no more workers."""
         self.give_up: Callable[[], None] = lambda: None
-        """What is called then, from the autoscaler's thread."""
+        """Called then, from the autoscaler's thread."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="workers", daemon=True)
 
@@ -58,7 +58,7 @@ class Autoscaler:
         await self._follow()
 
     async def _follow(self) -> None:
-        """Start what the specification has and close what it has not."""
+        """Start the workers that the specification has and close those that it has not."""
         # The cluster itself drops a worker whose process is slow to come back.
         if set(self.cluster.worker_spec) != set(self.cluster.workers):
             await self.cluster
@@ -70,7 +70,7 @@ class Autoscaler:
 
 
 class JobAutoscaler(Autoscaler):
-    """The same for jobs: the queue is asked which of them are left.
+    """The same for jobs: the queue is asked which of them still exist.
 
     Parameters
     ----------
@@ -82,7 +82,7 @@ class JobAutoscaler(Autoscaler):
         All jobs there may be, as `job_specs` gives them.
     minimum
         For ``cpu`` and ``gpu``, how many jobs are kept while there is little to do.
-    tell
+    notify
         Called with a sentence when there is no worker of a kind.
     """
 
@@ -92,10 +92,10 @@ class JobAutoscaler(Autoscaler):
         kind: str,
         specs: dict[str, list[tuple[str, dict[str, Any]]]],
         minimum: dict[str, int],
-        tell: Callable[[str], None],
+        notify: Callable[[str], None],
     ):
         super().__init__(cluster)
-        self.kind, self.specs, self.minimum, self.tell = kind, specs, minimum, tell
+        self.kind, self.specs, self.minimum, self.notify = kind, specs, minimum, notify
         self._seen: dict[str, float] = {}
         """Job numbers that had workers, and when last."""
         self._needed_since: dict[str, float] = {}
@@ -143,7 +143,7 @@ class JobAutoscaler(Autoscaler):
             self._refusal = reason(error)
 
     async def _present(self) -> tuple[set[str], dict[str, int], set[str]]:
-        """Jobs with workers; tasks that wait or run, by kind of job; jobs that are at work."""
+        """Jobs with workers; number of waiting and running tasks, by kind of job; jobs with running tasks."""
         scheduler = self.cluster.scheduler
         at_work = {str(worker.name): bool(worker.processing) for worker in scheduler.workers.values()}
         here, busy = set(), set()
@@ -179,7 +179,7 @@ class JobAutoscaler(Autoscaler):
                 self._not_before[label] = now + min(300.0, wait)
 
     def _fit(self, label: str, tasks: int, busy: set[str], now: float) -> None:
-        """As many jobs as there is work for, between the fewest and all; down only after a while."""
+        """Ask for as many jobs as there is work for, from the minimum to all; fewer only after a while."""
         spec = self.cluster.worker_spec
         jobs = self.specs[label]
         asked = [name for name, _ in jobs if name in spec]
@@ -205,4 +205,4 @@ class JobAutoscaler(Autoscaler):
             self.give_up()
         elif now - self._told > _TELL_SECONDS:
             self._told = now
-            self.tell(f"No {label.upper()} worker at present; jobs: {self.state}.")
+            self.notify(f"No {label.upper()} worker at present; jobs: {self.state}.")

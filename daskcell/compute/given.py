@@ -1,6 +1,6 @@
-"""Workers that somebody else has started: a client, a cluster or an address, checked and set up like our own.
+"""Workers that the user has started: a client, a cluster or an address, checked and set up like our own.
 
-What is set in their processes (threads, logs) is put back on leaving, and the workers stay.
+What is set in their processes (threads, logs) is restored on leaving; the workers keep running.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _FACTS = "(*__import__('sys').version_info[:2], __import__('daskcell').__version
 
 @contextlib.contextmanager
 def given_workers(
-    given: Any, settings: ComputeSettings, tell: Callable[[str], None], name: str = "daskcell"
+    given: Any, settings: ComputeSettings, notify: Callable[[str], None], name: str = "daskcell"
 ) -> Iterator[Workers]:
     """The workers of a `distributed.Client`, of a cluster object, or of the scheduler at an address.
 
-    `name` is of the set-up, which another one of that name replaces (see `WorkerSetup`).
+    `name` identifies the set-up (see `WorkerSetup`): another one of the same name replaces it.
     """
     with quiet_logs(), contextlib.ExitStack() as stack:
         client = _client_of(given, stack)
@@ -41,7 +41,7 @@ def given_workers(
         try:
             stack.enter_context(_waiting_aside(client))
             _wait_for_a_worker(client, where, settings.wait or WAIT_SECONDS)
-            _refuse_other_versions(client, where, tell)
+            _refuse_other_versions(client, where, notify)
             labels = refuse_missing_gpus(client, where, settings.network_device)
         except (OSError, TimeoutError) as error:  # CommClosedError among them
             raise ComputeError(
@@ -56,7 +56,7 @@ def given_workers(
 def workers_set_up(
     client: Client, settings: ComputeSettings, labels: frozenset[str], name: str = "daskcell"
 ) -> Iterator[None]:
-    """Present and coming workers of `client` set up (see `WorkerSetup`), and as they were on leaving."""
+    """Set up present and future workers of `client` (see `WorkerSetup`), and restore them on leaving."""
     from daskcell.compute._distributed import WorkerSetup
 
     needs_gpu = settings.network_device == "cuda"
@@ -139,7 +139,7 @@ def _client_of(given: Any, stack: contextlib.ExitStack) -> Client:
 
 @contextlib.contextmanager
 def _waiting_aside(client: Client) -> Iterator[None]:
-    """Where this is itself a task of the client's workers, leave its place to the tasks it waits for."""
+    """Inside a task on one of the client's own workers, free its thread for the tasks it waits for."""
     from distributed import get_worker, rejoin, secede
     from distributed.threadpoolexecutor import thread_state
 
@@ -173,7 +173,7 @@ def _wait_for_a_worker(client: Client, where: str, limit: float) -> None:
         waiting.cancel()
 
 
-def _refuse_other_versions(client: Client, where: str, tell: Callable[[str], None]) -> None:
+def _refuse_other_versions(client: Client, where: str, notify: Callable[[str], None]) -> None:
     from daskcell.compute._distributed import versions
 
     here = (*sys.version_info[:2], __version__)
@@ -194,7 +194,7 @@ def _refuse_other_versions(client: Client, where: str, tell: Callable[[str], Non
     for address, theirs in client.run(versions).items():
         others = [f"{name} {theirs[name]} (here {ours[name]})" for name in ours if ours[name] != theirs[name]]
         if others:
-            tell(f"The worker at {address} has {', '.join(others)}: results may differ in their last bits.")
+            notify(f"The worker at {address} has {', '.join(others)}: results may differ in their last bits.")
             return
 
 
@@ -208,7 +208,7 @@ def version_difference(here: tuple[Any, ...], there: tuple[Any, ...]) -> tuple[s
 
 
 def _must_answer(address: str) -> None:
-    """Ask a scheduler for its name; a `Client` would wait for ever for one that takes the call and hangs."""
+    """Ask a scheduler for its name; a `Client` waits forever for one that accepts it and hangs."""
     from distributed import rpc
     from distributed.security import Security
 
@@ -221,6 +221,6 @@ def _must_answer(address: str) -> None:
 
 
 def close(what: Any, timeout: float) -> None:
-    """Close a client or cluster, whatever state it is in."""
+    """Close a client or cluster in any state."""
     with contextlib.suppress(Exception):
         what.close(timeout=timeout)

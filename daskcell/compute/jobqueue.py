@@ -1,4 +1,4 @@
-"""Workers as jobs of a batch queue, through dask-jobqueue: what is asked for, and what the queue says.
+"""Workers as jobs of a batch queue, through dask-jobqueue: what is requested, and what the queue reports.
 
 CPU jobs and GPU jobs are entries of one cluster's specification, so both join one scheduler. Whatever the
 settings leave open is as the site's Dask YAML says (``jobqueue.slurm`` ...), which is read and never written.
@@ -190,7 +190,7 @@ def _inherit(job: JobSettings, base: JobSettings) -> JobSettings:
 
 
 def _given(own: list[str] | None, kind: str, name: str, old_name: str) -> list[str]:
-    """A list from the settings, else from the site's YAML, under its present name or the one before."""
+    """A list from the settings, else from the site's YAML, under its present or its former name."""
     return list(own if own is not None else _site(kind, name) or _site(kind, old_name) or [])
 
 

@@ -14,7 +14,8 @@ from daskcell.config import ComputeSettings
 from daskcell.errors import ComputeError, ConfigError
 
 SCRIPT_MARK = "DASKCELL_SCRIPT_MARK"
-"""Variable with the file that a child makes if its parent's script calls daskcell while it is imported."""
+"""Variable with the path of a file that a child process creates if importing its parent's script calls
+daskcell."""
 _OURS = ("nanny.pre-spawn-environ", "worker.daemon", "deploy.lost-worker-timeout")
 
 
@@ -48,7 +49,7 @@ def local_cluster(settings: ComputeSettings, gpus: list[str], least: int = 0) ->
 def share_machine(settings: ComputeSettings, gpus: int, least: int) -> tuple[int, str]:
     """Number of CPU workers, and what each worker may take of the memory.
 
-    Where the settings leave both open, there is a worker for each core, or so many that each has `least`
+    Where the settings leave both open, there is a worker for each core, or fewer, so that each has `least`
     bytes.
     """
     import dask.system
@@ -99,7 +100,7 @@ def dashboard_options(address: int | str | None) -> dict[str, Any]:
 
 
 def changed_settings(most: int = 8) -> list[str]:
-    """Names of the settings of Dask that a file of the site, a variable or a script has changed."""
+    """Names of Dask settings that a site file, an environment variable or a script has changed."""
     import dask
 
     def flat(values: Any, name: str = "") -> dict[str, Any]:
@@ -123,10 +124,10 @@ def changed_settings(most: int = 8) -> list[str]:
 
 @contextlib.contextmanager
 def local_settings(threads: int) -> Iterator[None]:
-    """Dask's settings for nannies of this process, on top of the user's; put back on leaving.
+    """Dask's settings for nannies of this process, on top of the user's; restored on leaving.
 
-    A nanny sets variables in this process's own environment, for its children. Left there, they would reach
-    whatever is started next: ``DASK_LOGGING__DISTRIBUTED``, say, would silence the log of every job.
+    A nanny sets variables in this process's own environment, for its children. If they stayed there, every
+    process started later would inherit them: ``DASK_LOGGING__DISTRIBUTED`` would silence all jobs.
     """
     import dask
 

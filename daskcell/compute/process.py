@@ -22,8 +22,8 @@ THREAD_VARIABLES = (
     "ZARR_THREADING__MAX_WORKERS",
     "NUMBA_NUM_THREADS",
 )
-# Numba looks its variable up again at every compilation and refuses another value than it began with; our
-# compiled functions run in one thread anyway.
+# Numba reads its variable again at every compilation and refuses a value other than the first; our compiled
+# functions run in one thread anyway.
 CHANGEABLE = THREAD_VARIABLES[:-1]
 
 
@@ -34,13 +34,13 @@ NEEDS_GPU = "DASKCELL_NEEDS_GPU"
 _before = contextlib.ExitStack()
 """Puts this process's threads back."""
 _limits: list[int] = []
-"""One for each that has asked, the last of which holds."""
+"""One for each `hold_threads` that is not released yet; the last one is in force."""
 _lock = threading.Lock()
 
 
 @contextlib.contextmanager
 def threads_limited(threads: int) -> Iterator[None]:
-    """This process's BLAS, OpenMP and torch limited to `threads` threads, and put back on leaving."""
+    """Limit this process's BLAS, OpenMP and torch to `threads` threads; restored on leaving."""
     hold_threads(threads)
     try:
         with thread_limited():
@@ -50,7 +50,7 @@ def threads_limited(threads: int) -> Iterator[None]:
 
 
 def hold_threads(threads: int) -> None:
-    """As `limit_threads`, until as many calls of `release_threads`: workers may be threads of one process."""
+    """As `limit_threads`, until `release_threads` is called as often: workers may share a process."""
     from threadpoolctl import threadpool_limits
 
     with _lock:
@@ -62,7 +62,7 @@ def hold_threads(threads: int) -> None:
 
 
 def release_threads(threads: int) -> None:
-    """Undo one `hold_threads` of the same number; the last one puts back what was before."""
+    """Undo one `hold_threads` of the same number; the last one restores what was set before."""
     with _lock:
         if threads in _limits:
             _limits.remove(threads)
@@ -74,8 +74,8 @@ def release_threads(threads: int) -> None:
 
 @contextlib.contextmanager
 def thread_limited() -> Iterator[None]:
-    """The same within the thread that calls: torch keeps a number of its own for every thread that has used
-    it, which no other thread can change."""
+    """Limit torch in the calling thread too: torch keeps a number for each thread that has used it, which no
+    other thread can change."""
     if not _limits:
         yield
         return

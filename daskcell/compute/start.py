@@ -23,7 +23,7 @@ from daskcell.compute.jobqueue import SUBMIT, job_cluster, job_specs, reason
 from daskcell.compute.local import SCRIPT_MARK, changed_settings, local_cluster, local_settings, visible_gpus
 from daskcell.compute.process import quiet_logs, threads_limited
 from daskcell.compute.task_queue import Workers
-from daskcell.config import QUEUES, ComputeSettings
+from daskcell.config import HERE, QUEUES, ComputeSettings
 from daskcell.errors import ComputeError, ConfigError, DaskcellError
 
 if TYPE_CHECKING:
@@ -36,31 +36,31 @@ _TELL_SECONDS = 30.0
 @contextlib.contextmanager
 def start_workers(
     settings: ComputeSettings | None = None,
-    tell: Callable[[str], None] | None = None,
+    notify: Callable[[str], None] | None = None,
     memory: int = 0,
     client: Any = None,
     name: str = "daskcell",
 ) -> Iterator[Workers]:
     """Workers as the settings ask, stopped on leaving; or those of a given client, which stay.
 
-    ``local`` starts one single-task process per core, ``gpu`` one per visible GPU besides, ``inline`` uses
-    this process, ``slurm``, ``pbs``, ``lsf`` and ``sge`` submit jobs, and an address connects to a running
-    scheduler, whose workers stay.
+    ``local`` and ``auto`` start one single-task process per core, ``gpu`` one per visible GPU besides,
+    ``inline`` uses this process, ``slurm``, ``pbs``, ``lsf`` and ``sge`` submit jobs, and an address connects
+    to a running scheduler, whose workers stay.
 
     Parameters
     ----------
     settings
         None: the defaults.
-    tell
-        Called with a sentence now and then while jobs wait in the queue; None: nobody is told.
+    notify
+        Called with a sentence now and then while jobs wait in the queue.
     memory
-        Bytes that a worker should have. Where the settings do not say how many workers this machine is to
-        start, it starts no more than get as much.
+        Bytes that a worker should have. Where the settings do not give the number of workers on this machine,
+        no more are started than get as much.
     client
         A `distributed.Client`, a cluster object or a scheduler's address, whose workers to use whatever
         ``compute.kind`` says. They are checked and set up like our own, and put back on leaving.
     name
-        Of that set-up: one that a killed run has left is replaced by the next of the same name.
+        Identifies that set-up: one that a killed run left behind is replaced by the next of the same name.
 
     Raises
     ------
@@ -72,28 +72,28 @@ def start_workers(
         The settings do not say enough to ask a queue for jobs.
     """
     settings = settings or ComputeSettings()
-    tell = tell or (lambda sentence: None)
+    notify = notify or (lambda sentence: None)
     _refuse_while_spawning()
     if client is not None:
-        with given_workers(client, settings, tell, name) as workers:
+        with given_workers(client, settings, notify, name) as workers:
             yield workers
     elif settings.kind == "inline":
         with threads_limited(settings.threads):
             if settings.network_device == "cuda":
                 visible_gpus()
             yield Workers()
-    elif settings.kind in ("local", "gpu"):
+    elif settings.kind in ("auto", "local", "gpu"):
         with _local_workers(settings, memory) as workers:
             yield workers
     elif settings.kind in QUEUES:
-        with _job_workers(settings, tell) as workers:
+        with _job_workers(settings, notify) as workers:
             yield workers
     elif "://" in settings.kind or settings.kind.rpartition(":")[2].isdigit():
-        with given_workers(settings.kind, settings, tell, name) as workers:
+        with given_workers(settings.kind, settings, notify, name) as workers:
             yield workers
     else:
         raise ConfigError(
-            f"compute.kind is {settings.kind!r}; please give local, gpu, inline, {', '.join(QUEUES)}, or the "
+            f"compute.kind is {settings.kind!r}; please give {', '.join((*HERE, *QUEUES))}, or the "
             "address of a Dask scheduler, such as tcp://host:8786."
         )
 
@@ -119,7 +119,7 @@ def _local_workers(settings: ComputeSettings, memory: int) -> Iterator[Workers]:
 
 
 @contextlib.contextmanager
-def _job_workers(settings: ComputeSettings, tell: Callable[[str], None]) -> Iterator[Workers]:
+def _job_workers(settings: ComputeSettings, notify: Callable[[str], None]) -> Iterator[Workers]:
     with quiet_logs(), _patience(), contextlib.ExitStack() as stack:
         try:
             cluster = job_cluster(settings)
@@ -127,7 +127,7 @@ def _job_workers(settings: ComputeSettings, tell: Callable[[str], None]) -> Iter
             specs = job_specs(settings, cluster)
             kept = {"cpu": settings.jobs, "gpu": settings.gpu_jobs or settings.jobs}
             fewest = {label: kept[label].minimum or kept[label].count for label in specs}
-            autoscaler = JobAutoscaler(cluster, settings.kind, specs, fewest, tell)
+            autoscaler = JobAutoscaler(cluster, settings.kind, specs, fewest, notify)
             autoscaler.ask()
         except DaskcellError:
             raise
@@ -139,7 +139,7 @@ def _job_workers(settings: ComputeSettings, tell: Callable[[str], None]) -> Iter
         client = _client_of(cluster, stack)
         stack.enter_context(autoscaler)
         labels = frozenset({"GPU", "CPU"}) if settings.gpu_jobs else frozenset()
-        _wait_for_jobs(client, autoscaler, settings, labels, tell)
+        _wait_for_jobs(client, autoscaler, settings, labels, notify)
         autoscaler.give_up = lambda: close(
             client, timeout=5
         )  # ends the wait for tasks that cannot run any more
@@ -153,7 +153,7 @@ def _wait_for_jobs(
     autoscaler: JobAutoscaler,
     settings: ComputeSettings,
     labels: frozenset[str],
-    tell: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> None:
     """Until there is a worker of every kind that was asked for."""
     logs = autoscaler.cluster.new_spec["options"].get("log_directory")
@@ -176,7 +176,7 @@ def _wait_for_jobs(
             )
         if now - told > _TELL_SECONDS:
             told = now
-            tell(f"Waiting for a {missing} for {now - start:.0f} s; jobs: {autoscaler.state}.")
+            notify(f"Waiting for a {missing} for {now - start:.0f} s; jobs: {autoscaler.state}.")
         time.sleep(0.2)
 
 
@@ -189,7 +189,7 @@ def _client_of(cluster: Any, stack: contextlib.ExitStack) -> Client:
 
 
 def _why_none_started(error: BaseException) -> str:
-    """The cause that Dask wraps up, and what to do about it."""
+    """The error that Dask wrapped, and what to do about it."""
     if os.path.exists(os.environ.get(SCRIPT_MARK, "")):
         return (
             "The worker processes did not start, since each imports the script that starts them, and that "
@@ -204,11 +204,11 @@ def _why_none_started(error: BaseException) -> str:
 
 
 def _refuse_while_spawning() -> None:
-    # Set by multiprocessing while a child imports its parent's script: starting workers there would start
-    # workers that start workers.
+    # Set by multiprocessing while a child imports its parent's script: workers started there would start
+    # workers of their own.
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         if mark := os.environ.get(SCRIPT_MARK):
-            Path(mark).touch()  # for the parent, which hears of a child that died and no more
+            Path(mark).touch()  # for the parent, which only learns that a child died
         raise ComputeError(
             "Workers import the script that starts them, so a script must call daskcell under "
             "`if __name__ == '__main__':`. Please put the call there."

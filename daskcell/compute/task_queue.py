@@ -1,4 +1,7 @@
-"""Tasks: on which workers they run, how many at a time, and what comes back, in order of completion."""
+"""Tasks: on which workers they run, how many at a time, and their results, in order of completion.
+
+Also orphans: tasks that a killed run left running.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +70,7 @@ class WorkersRef:
 
 
 class Reschedule(ComputeError):
-    """A task that waits for others has to stop, through no fault of its own, and should be done again."""
+    """A task that waits for other tasks has to stop, since its worker leaves; it should run again."""
 
 
 class Workers:
@@ -82,7 +85,7 @@ class Workers:
     labels
         Resources that some worker will declare, where none may be there yet.
     trouble
-        Says why the workers are lost, if they are and somebody knows.
+        Returns the reason why the workers are lost, where it is known.
     task_seconds
         Longest time for a task (see `compute.timeouts`); None: any. In this process there is no limit.
 
@@ -154,36 +157,36 @@ class Workers:
         return workers
 
     def metered(self, on_step: Callable[[float | None], None]) -> Workers:
-        """The same workers; `on_step` hears of every finished task, as what part of the whole it was.
+        """The same workers; `on_step` is called after every task with the part of the whole that it was.
 
-        None: of an unknown one, since no `part` was said.
+        None: the part is unknown, since no `part` was given.
         """
         workers = copy.copy(self)
         workers.on_step = on_step
         return workers
 
     def part(self, share: float, tasks: int) -> Workers:
-        """The same workers for a `share` (0 to 1) of the whole work, which comes in so many `tasks`."""
+        """The same workers for a `share` (0 to 1) of the whole work, which consists of `tasks` tasks."""
         workers = copy.copy(self)
         workers._step = share / max(tasks, 1)
         return workers
 
     def finished_task(self) -> None:
-        """Tell those who asked that a task is finished."""
+        """Call the callbacks after a task."""
         if self.on_step is not None:
             self.on_step(self._step)
         if self.on_task is not None:
             self.on_task()
 
-    def claim(self, folder: str | os.PathLike[str], tell: Callable[[str], None] | None = None) -> Workers:
-        """The same workers for tasks that write into `folder`, as soon as those of a killed run have ended.
+    def claim(self, folder: str | os.PathLike[str], notify: Callable[[str], None] | None = None) -> Workers:
+        """The same workers for tasks that write into `folder`, once no task of a killed run writes there.
 
-        `tell` is called with a sentence now and then meanwhile.
+        `notify` is called with a sentence now and then meanwhile.
         """
         workers = copy.copy(self)
         workers.owner = owner_of(folder)
         if self.client is not None:
-            wait_for_orphans(self.client, workers.owner, tell)
+            wait_for_orphans(self.client, workers.owner, notify)
         return workers
 
     @property
@@ -209,7 +212,7 @@ class Workers:
     def of_task(cls, ref: WorkersRef) -> Workers:
         """The workers of a task, within it: its own process, but those with a GPU for networks.
 
-        A worker that has a GPU itself does all of it: it never waits for another one, which may wait too.
+        A worker that has a GPU does all of the work itself: if it waited for another one, both might wait.
         """
         from distributed import get_client, get_worker
 
@@ -235,7 +238,7 @@ class Workers:
 
 
 class Window:
-    """Runs tasks, at most so many in flight, and yields ``(key, result)`` as they complete.
+    """Runs tasks, a bounded number at a time, and yields ``(key, result)`` as they complete.
 
     More tasks may be submitted while iterating. A task whose worker dies runs again elsewhere, up to Dask's
     ``distributed.scheduler.allowed-failures`` (3) times; so tasks must be safe to repeat. Iterating raises a
@@ -251,7 +254,7 @@ class Window:
         self._queue: deque[tuple[Hashable, Callable[..., Any], tuple[Any, ...], Kind]] = deque()
 
     def submit(self, key: Hashable, function: Callable[..., Any], *args: Any, kind: Kind = "cpu") -> None:
-        """Queue ``function(*args)``; it starts once somebody iterates."""
+        """Queue ``function(*args)``; it starts when the window is iterated over."""
         if kind not in LABELS:
             raise ValueError(f"kind must be one of {sorted(LABELS)}, not {kind!r}")
         self._queue.append((key, function, args, kind))
@@ -351,7 +354,7 @@ def _run_as_task(seconds: float | None, function: Callable[..., Any], *args: Any
 
 
 def _wait_as_a_task(done: Completed) -> None:
-    """Wait for a result, unless this task's worker is to leave: it may wait for a GPU that is far away."""
+    """Wait for a result, but not longer than this task's worker may stay: the wait for a GPU may be long."""
     from distributed import Status, get_worker
 
     worker = get_worker()
@@ -395,7 +398,7 @@ def owner_of(folder: str | os.PathLike[str]) -> str:
     return hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:8]
 
 
-def wait_for_orphans(client: Client, owner: str, tell: Callable[[str], None] | None = None) -> None:
+def wait_for_orphans(client: Client, owner: str, notify: Callable[[str], None] | None = None) -> None:
     """Wait until no worker runs a task of `owner` that `client` did not submit.
 
     A scheduler that outlives its client forgets the client's tasks, but no worker can stop a thread: the task
@@ -409,9 +412,9 @@ def wait_for_orphans(client: Client, owner: str, tell: Callable[[str], None] | N
         if not count:
             return
         now = time.monotonic()
-        if tell is not None and now - told > _NOTICE_SECONDS:
+        if notify is not None and now - told > _NOTICE_SECONDS:
             told = now
-            tell(f"Waiting for {count} tasks that an earlier run left running, for {now - start:.0f} s.")
+            notify(f"Waiting for {count} tasks that an earlier run left running, for {now - start:.0f} s.")
         time.sleep(_POLL_SECONDS)
 
 

@@ -1,7 +1,7 @@
-"""A time limit per task: a task that hangs takes its worker process with it, and runs again elsewhere.
+"""A time limit per task: the worker process of a task that hangs is ended, and the task runs elsewhere.
 
-Nothing else ends a thread that waits for a disk or loops in a decoder. The nanny starts a new process in the
-place of the old one; where there is none (threads of this process, ``--no-nanny``), there is no limit.
+Nothing less ends a thread that waits for a disk or loops in a decoder. The nanny replaces the process;
+without a nanny (threads of this process, ``--no-nanny``), there is no limit.
 
     task thread      with_timeout(seconds, function, ...)  ── reset("slide 7") ── reset("slide 8") ──
     watching thread        too long? tell the scheduler which one, then leave with the process
@@ -26,12 +26,13 @@ if TYPE_CHECKING:
     from distributed import Client, Worker
 
 TOPIC = "daskcell-timeout"
-_LOOK_SECONDS = 0.25
+_POLL_SECONDS = 0.25
 _GRACE_SECONDS = 60.0
+_FLUSH_SECONDS = 0.25
 
 
 class WorkerLost(ComputeError):
-    """A task was lost with its worker, which says nothing of other tasks."""
+    """A task was lost with its worker; other tasks are not affected."""
 
 
 class TaskTimeout(WorkerLost):
@@ -40,7 +41,7 @@ class TaskTimeout(WorkerLost):
     def __init__(self, text: str, item: str | None = None):
         super().__init__(text)
         self.item = item
-        """What it was at, where it is one of several (see `reset`)."""
+        """The item that was being worked on, where a task has several (see `reset`)."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TaskTimeout, (str(self), self.item)
@@ -80,7 +81,7 @@ def with_timeout(seconds: float, function: Callable[..., Any], *args: Any) -> An
 
 
 def reset(item: str) -> None:
-    """Begin the time of this thread's task anew, for the next `item` of several; outside a task, nothing."""
+    """Restart the clock of this thread's task for the next of its items; outside a task, do nothing."""
     with _lock:
         task = _running.get(threading.get_ident())
         if task is not None:
@@ -91,7 +92,7 @@ def reset(item: str) -> None:
 
 @contextlib.contextmanager
 def paused() -> Iterator[None]:
-    """The time of this thread's task stands still: it waits for other tasks, which have their own."""
+    """Stop the clock of this thread's task while it waits for other tasks, which have limits of their own."""
     with _lock:
         task = _running.get(threading.get_ident())
         if task is not None:
@@ -109,15 +110,15 @@ def paused() -> Iterator[None]:
 
 
 def timeout_error(client: Client, key: str) -> TaskTimeout | None:
-    """The error of a task that was lost with its workers, if it was for taking too long."""
-    told = [message for _, message in client.get_events(TOPIC) or () if message["key"] == key]
-    if not told:
+    """The error of a task whose workers were ended because it took too long; None for other causes."""
+    messages = [message for _, message in client.get_events(TOPIC) or () if message["key"] == key]
+    if not messages:
         return None
-    times = f", {len(told)} times over" if len(told) > 1 else ""
+    times = f", {len(messages)} times over" if len(messages) > 1 else ""
     return TaskTimeout(
-        f"It took longer than compute.task_seconds ({told[-1]['seconds']:g} s){times}. Please look at the "
-        "file and the disk it is on, or allow more time.",
-        told[-1]["item"],
+        f"It took longer than compute.task_seconds ({messages[-1]['seconds']:g} s){times}. Please look at "
+        "the file and the disk it is on, or allow more time.",
+        messages[-1]["item"],
     )
 
 
@@ -133,13 +134,26 @@ def _rearm() -> None:
 
 def _watch() -> None:
     while True:
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(_POLL_SECONDS)
         now = time.monotonic()
         with _lock:
             late = [task for task in _running.values() if now > task.since + task.seconds]
         for task in late:
-            message = {"key": task.key, "seconds": task.seconds, "item": task.item}
-            task.worker.loop.add_callback(task.worker.log_event, TOPIC, message)
+            _send({"key": task.key, "seconds": task.seconds, "item": task.item}, task.worker)
         if late:
-            time.sleep(2 * _LOOK_SECONDS)  # for the message to leave
             os._exit(1)
+
+
+def _send(message: dict[str, Any], worker: Worker) -> None:
+    """Send a message about a worker that is about to end, and wait until it has left.
+
+    The worker's loop may be busy, as while it imports what a task needs.
+    """
+    left = threading.Event()
+
+    def send() -> None:
+        worker.log_event(TOPIC, message)
+        worker.loop.call_later(_FLUSH_SECONDS, left.set)  # Dask sends messages in batches
+
+    worker.loop.add_callback(send)
+    left.wait(_GRACE_SECONDS / 2)

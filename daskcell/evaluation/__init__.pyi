@@ -1,17 +1,10 @@
-from .clusters import ClusterScore as ClusterScore
-from .clusters import score_clusters as score_clusters
 from .matching import THRESHOLDS as THRESHOLDS
 from .matching import Counts as Counts
 from .matching import Overlaps as Overlaps
 from .matching import match_cells as match_cells
 from .matching import overlaps as overlaps
 from .matching import score_pair as score_pair
-from .methods import Method as Method
-from .methods import cellpose_method as cellpose_method
-from .methods import median_diameter as median_diameter
-from .tables import SUFFIXES as SUFFIXES
 from .tables import read_categories as read_categories
-from .tables import read_picture as read_picture
 from .tables import score_folder as score_folder
 from .tables import score_table as score_table
 from .truth import read_truth as read_truth

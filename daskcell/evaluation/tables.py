@@ -1,44 +1,43 @@
-"""Many pictures: label images or a method against a folder of the truth, by category."""
+"""Scores of many images, pooled by category: label images, or a method, against a folder of true labels."""
 
 from __future__ import annotations
 
 import csv
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from daskcell.errors import InputError
-from daskcell.evaluation.matching import THRESHOLDS, Counts, score_pair
-from daskcell.evaluation.methods import Method
+from daskcell.evaluation.matching import Counts, score_pair
+from daskcell.geometry import Box
+from daskcell.images.arrays import as_labels
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SUFFIXES = (".tif", ".tiff", ".png")
+Method = Callable[[np.ndarray], Any]
+"""From an image ``(C, Y, X)`` to labels ``(Y, X)``."""
 
 
-def score_table(
-    scores: Iterable[tuple[str, Mapping[float, Counts]]],
-    groups: Mapping[str, Sequence[str]] | None = None,
-) -> pd.DataFrame:
-    """Pool the counts of pictures by category.
+def score_table(scores: Iterable[tuple[str, Mapping[float, Counts]]]) -> pd.DataFrame:
+    """Pool the counts of images by category.
 
     Parameters
     ----------
-    scores : pairs of a picture's category and its `score_pair`
-    groups : name -> patterns
-        Further rows that pool categories, such as ``{"fluorescence": ["fluo*"]}``; None: categories that
-        begin with the same letters (``fluo256`` and ``fluo512``). A row ``all`` is always last.
+    scores : iterable of (str, dict)
+        Category and `score_pair` of each image.
 
     Returns
     -------
-    DataFrame indexed by category: pictures, true_cells, found_cells, and per threshold ap_50, precision_50,
-    recall_50, f1_50, ...
+    DataFrame
+        Indexed by category, with columns pictures, true_cells, found_cells and, for each threshold, ap_50,
+        precision_50, recall_50, f1_50, ... Further rows pool categories that begin with the same letters
+        (``fluo*`` for ``fluo256`` and ``fluo512``), and the last row, ``all``, everything.
     """
     import pandas as pd
 
@@ -46,9 +45,9 @@ def score_table(
     members: dict[str, list[Mapping[float, Counts]]] = {}
     for category, counts in sorted(scores, key=lambda score: score[0]):
         members.setdefault(category, []).append(counts)
-    groups = _families(members) if groups is None else groups
-    for name, patterns in groups.items():
-        members[name] = [c for category, c in scores if any(fnmatchcase(category, p) for p in patterns)]
+    for head, count in Counter(map(_head, members)).items():
+        if head and count > 1:
+            members[f"{head}*"] = [counts for category, counts in scores if _head(category) == head]
     if len(members) > 1:
         members["all"] = [counts for _, counts in scores]
     rows = {}
@@ -63,10 +62,9 @@ def score_table(
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("category")
 
 
-def _families(categories: Iterable[str]) -> dict[str, list[str]]:
-    """Patterns for categories that begin with the same letters, where there is more than one."""
-    heads = Counter(match.group() for name in categories if (match := re.match("[A-Za-z]+", name)))
-    return {f"{head}*": [f"{head}[!A-Za-z]*", head] for head, count in heads.items() if count > 1}
+def _head(category: str) -> str:
+    """The letters a category begins with."""
+    return re.match("[A-Za-z]*", category)[0]  # type: ignore[index]
 
 
 def score_folder(
@@ -75,40 +73,37 @@ def score_folder(
     *,
     images: str | Path | None = None,
     index: str | Path | None = None,
-    thresholds: Sequence[float] = THRESHOLDS,
-    groups: Mapping[str, Sequence[str]] | None = None,
-    on_picture: Callable[[str, int, int], None] | None = None,
 ) -> pd.DataFrame:
     """Score label images, or a method, against a folder of true label images.
 
     Parameters
     ----------
-    found : folder or callable
+    found : path or callable
         A folder of label images (``<name>.tif`` or ``.png``) or of OME-Zarr images with ``labels/cells``
-        (``images/`` of a study); or a method, from a picture ``(C, Y, X)`` to labels ``(Y, X)``, such as
-        `cellpose_method` makes.
-    truth : folder
-        True label images, by the name of the picture.
-    images : folder
-        Pictures for a method, by the same names.
-    index : CSV file
-        Columns ``name`` and ``category``; without it, all pictures are one category.
-    thresholds, groups
-        As in `score_pair` and `score_table`.
-    on_picture : callable
-        Told the name of each picture, its number and their count, before it is worked on.
+        (``images/`` of a study); or a method, from an image ``(C, Y, X)`` to labels ``(Y, X)``.
+    truth : path
+        Folder of true label images with the same names.
+    images : path, optional
+        Folder of images for a method, with the same names.
+    index : path, optional
+        CSV file with the columns ``name`` and ``category``; without it, all images are one category.
+
+    Returns
+    -------
+    DataFrame
+        See `score_table`.
 
     Raises
     ------
     InputError
-        Naming the images for which there is no result, and files that cannot be read.
+        Some images have no result, or a file cannot be read or is not a label image; the message names it.
     """
     truths = _by_name(truth)
     if not truths:
         raise InputError(f"There is no label image (.tif or .png) in {truth}.")
     if callable(found):
         if images is None:
-            raise InputError("Scoring a method needs the folder of pictures: please give images.")
+            raise InputError("Scoring a method needs the folder of images: please give images.")
         sources = _by_name(images)
     else:
         sources = _by_name(found, zarr=True)
@@ -116,24 +111,22 @@ def score_folder(
     if missing:
         where = images if callable(found) else found
         raise InputError(
-            f"{len(missing)} of {len(truths)} pictures are not in {where}, the first is {missing[0]!r}."
+            f"{len(missing)} of {len(truths)} images are not in {where}, the first is {missing[0]!r}."
         )
     categories = read_categories(index) if index else {}
     scores = []
-    for number, (name, path) in enumerate(truths.items()):
-        if on_picture:
-            on_picture(name, number, len(truths))
-        labels = found(read_picture(sources[name])) if callable(found) else _read_labels(sources[name])
+    for name, path in truths.items():
+        true = read_labels(path)
+        labels = found(read_image(sources[name])) if callable(found) else read_labels(sources[name])
         try:
-            counts = score_pair(_read_labels(path), labels, thresholds)
+            scores.append((categories.get(name, "all"), score_pair(true, labels)))
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
-        scores.append((categories.get(name, "all"), counts))
-    return score_table(scores, groups)
+    return score_table(scores)
 
 
 def read_categories(index: str | Path) -> dict[str, str]:
-    """Category by picture name from a CSV file with the columns ``name`` and ``category``."""
+    """Category by image name, from a CSV file with the columns ``name`` and ``category``."""
     try:
         with Path(index).open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
@@ -153,18 +146,50 @@ def _by_name(folder: str | Path, *, zarr: bool = False) -> dict[str, Path]:
     return {f.stem: f for f in wanted}
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """A picture as ``(C, Y, X)``."""
+def read_image(path: Path) -> np.ndarray:
+    """An image file as ``(C, Y, X)``."""
     from daskcell.images import open_image
 
     return np.asarray(open_image(path).data)
 
 
-def _read_labels(path: Path) -> np.ndarray:
-    if path.suffix != ".zarr":
-        return read_picture(path)[0]
-    from daskcell.geometry import Box
-    from daskcell.images import image_info, read_labels
+def read_labels(path: Path) -> np.ndarray:
+    """The labels ``(Y, X)`` in a TIFF or PNG file, or in ``labels/cells`` of an OME-Zarr image.
 
-    _, height, width = image_info(path).shape
-    return read_labels(path, "cells", Box(0, 0, height, width))
+    Values are returned as they are stored: 64-bit integers, the indices of a palette, or the grey value of a
+    colour file whose channels are equal.
+
+    Raises
+    ------
+    InputError
+        The file cannot be read, or its values are not labels.
+    """
+    if path.suffix == ".zarr":
+        from daskcell import images
+
+        _, height, width = images.image_info(path).shape
+        return images.read_labels(path, "cells", Box(0, 0, height, width))
+    try:
+        values = _pixels(path)
+    except Exception as error:  # decoders raise many kinds
+        raise InputError(f"Cannot read {path}: {' '.join(str(error).split())[:200]}.") from None
+    for axis in (0, -1):
+        if values.ndim == 3 and 1 <= values.shape[axis] <= 4:
+            channels = np.moveaxis(values, axis, 0)
+            if axis and len(channels) in (2, 4) and path.suffix.lower() == ".png":
+                channels = channels[:-1]  # without alpha
+            if (channels == channels[:1]).all():
+                values = channels[0]
+    return np.asarray(as_labels(values, f"The labels in {path}"))
+
+
+def _pixels(path: Path) -> np.ndarray:
+    if path.suffix.lower() == ".png":
+        from PIL import Image
+
+        with Image.open(path) as image:
+            return np.asarray(image)
+    import tifffile
+
+    with tifffile.TiffFile(path) as file:
+        return np.asarray(file.series[0].asarray())

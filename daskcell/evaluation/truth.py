@@ -1,7 +1,7 @@
-"""Groups of a study against a table of cells whose types are known.
+"""Clusters of a study against a table of cells of known types.
 
-A cell of the table is given by its label, or by a point inside it; points in no cell, and all but one of
-several points in one cell, have no found cell and are counted as missed.
+The table gives a cell by its label, or by a point inside it. A point outside of all cells counts as a missed
+cell, and so do all but one of several points in the same cell.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from daskcell.errors import InputError
 from daskcell.storage.atomic import write_json
 from daskcell.study import CLUSTERS, Study
 from daskcell.study.results import Clustered
+from daskcell.text import table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,20 +33,21 @@ _TILE = 1024
 
 
 def read_truth(path: str | os.PathLike[str], slides: Iterable[str]) -> pd.DataFrame:
-    """Cells with known types from a CSV file.
+    """Read cells of known types from a CSV file.
 
     Parameters
     ----------
-    path
-        Columns ``slide`` (or file; a slide's name, with or without an ending), ``type`` (or class), and
-        ``label`` (or cell), or ``y`` and ``x`` in pixels of the slide. Names in any case; further columns are
-        left out.
-    slides
+    path : path
+        Columns ``slide`` (or file; a slide's name, with or without suffix), ``type`` (or class), and
+        ``label`` (or cell), or ``y`` and ``x`` in pixels of the slide. Case does not matter; other columns
+        are ignored.
+    slides : iterable of str
         Names of a study's slides.
 
     Returns
     -------
-    DataFrame with the columns slide, type (text), and label, or y and x.
+    DataFrame
+        Columns slide, type (text), and label, or y and x.
 
     Raises
     ------
@@ -90,31 +92,37 @@ def read_truth(path: str | os.PathLike[str], slides: Iterable[str]) -> pd.DataFr
 
 
 def score_study(study: Study, truth: str | os.PathLike[str]) -> dict[str, Any]:
-    """Compare a study's groups with known types, and keep the result in its ``scores.json``.
+    """Compare a study's clusters with known types, and write the result to its ``scores.json``.
+
+    Parameters
+    ----------
+    study : Study
+    truth : path
+        See `read_truth`.
 
     Returns
     -------
     dict
-        ``ari``, ``nmi``, ``matched`` and ``cells`` (of the truth), over all slides; ``slides``: the same for
-        each; ``types``, ``groups`` and ``contingency`` (a row a type, a column a group; numbers of cells);
-        ``grouping`` and ``assigned``: the clusters and cells that were compared (`Record.clusters_key`,
-        `Record.assigned_key`).
+        ``ari`` (adjusted Rand index), ``nmi`` (normalised mutual information), ``matched`` and ``cells`` (of
+        the truth) over all slides; ``slides``: the same for each slide; ``types``, ``groups`` (titles of the
+        clusters) and ``contingency`` (number of cells of each type, in rows, in each cluster); ``grouping``
+        and ``assigned``: which clusters and cells were compared (`Record.clusters_key`, `assigned_key`).
 
     Raises
     ------
     InputError
-        As `read_truth`; or the study has no groups yet.
+        As `read_truth`, or the study has no clusters yet.
     """
     table = read_truth(truth, study.slides)
     if study.record.clusters_key is None:
-        raise InputError(f"{study.out} has no groups yet. Please run it first.")
-    types, groups, slides = [], [], {}
+        raise InputError(f"{study.out} has no clusters yet. Please run it first.")
+    types, clusters, slides = [], [], {}
     for slide, known in table.groupby("slide", sort=True):
         kinds, found = _of_slide(study, str(slide), known)
-        slides[str(slide)] = _agreement(kinds, found) | {"cells": len(known)}
+        slides[str(slide)] = agreement(kinds, found) | {"cells": len(known)}
         types.append(kinds)
-        groups.append(found)
-    kinds, found = np.concatenate(types), np.concatenate(groups)
+        clusters.append(found)
+    kinds, found = np.concatenate(types), np.concatenate(clusters)
     clustered = study.record.ledger(CLUSTERS).read(Clustered)
     assert clustered is not None
     titles = ClusterNames.load(study.paths.clusters).titles(clustered.k)
@@ -122,7 +130,7 @@ def score_study(study: Study, truth: str | os.PathLike[str]) -> dict[str, Any]:
     columns, column = np.unique(found.astype(np.int64), return_inverse=True)
     counts = np.zeros((len(rows), len(columns)), np.int64)
     np.add.at(counts, (row, column), 1)
-    result = _agreement(kinds, found) | {
+    result = agreement(kinds, found) | {
         "cells": len(table),
         "slides": slides,
         "types": rows.tolist(),
@@ -137,7 +145,7 @@ def score_study(study: Study, truth: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _of_slide(study: Study, slide: str, known: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Types and groups of the cells of one slide that were found and grouped."""
+    """Types and clusters of the cells of one slide that were found and have a cluster."""
     cells = study.cells(slide) if study.record.ledger(slide).entry("describe") else None
     if cells is None or "cluster" not in cells:
         return np.zeros(0, object), np.zeros(0, np.int64)
@@ -153,7 +161,7 @@ def _of_slide(study: Study, slide: str, known: pd.DataFrame) -> tuple[np.ndarray
 
 
 def _labels_at(study: Study, slide: str, known: pd.DataFrame, cells: pd.DataFrame) -> np.ndarray:
-    """The label under each point, 0 where there is none or where another point is nearer to its centre."""
+    """The label under each point; 0 if there is none, or if another point is nearer to the cell's centre."""
     from daskcell.geometry import Box
     from daskcell.images import image_info, read_labels
 
@@ -176,20 +184,22 @@ def _labels_at(study: Study, slide: str, known: pd.DataFrame, cells: pd.DataFram
     return alone
 
 
-def _agreement(types: np.ndarray, groups: np.ndarray) -> dict[str, Any]:
+def agreement(types: np.ndarray, clusters: np.ndarray) -> dict[str, Any]:
+    """Adjusted Rand index (``ari``) and normalised mutual information (``nmi``) of the types ``(n,)`` and the
+    clusters ``(n,)`` of the same cells, and ``matched``, their number n; None for no cells."""
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
     if not len(types):
         return {"ari": None, "nmi": None, "matched": 0}
     return {
-        "ari": float(adjusted_rand_score(types, groups)),
-        "nmi": float(normalized_mutual_info_score(types, groups)),
+        "ari": float(adjusted_rand_score(types, clusters)),
+        "nmi": float(normalized_mutual_info_score(types, clusters)),
         "matched": len(types),
     }
 
 
 def tell(result: dict[str, Any]) -> str:
-    """A result of `score_study` for people: ARI and NMI, and how the types fall into the groups."""
+    """A result of `score_study` as text: ARI and NMI, and a table of types by clusters."""
     head = f"{result['matched']:,} of {result['cells']:,} cells with a known type were found"
     if result["ari"] is None:
         return head
@@ -197,9 +207,4 @@ def tell(result: dict[str, Any]) -> str:
     rows += [
         [kind, *map(str, counts)] for kind, counts in zip(result["types"], result["contingency"], strict=True)
     ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
-    return "\n".join([f"{head}: ARI {result['ari']:.3f}, NMI {result['nmi']:.3f}", *lines])
+    return f"{head}: ARI {result['ari']:.3f}, NMI {result['nmi']:.3f}\n{table(rows)}"

@@ -64,13 +64,37 @@ def as_image(
 
 
 def as_labels(value: Any, what: str = "labels") -> Any:
-    """A label image of a user's as a NumPy or Dask array ``(Y, X)`` of whole numbers."""
+    """A label image of a user's as a NumPy or Dask array ``(Y, X)`` of whole numbers.
+
+    Raises
+    ------
+    InputError
+        For anything else, with a way to make a label image of it.
+    """
     given = plain(value, what)
-    if given.data.ndim != 2:
-        raise InputError(f"{what} must have the axes (Y, X), but have the shape {given.data.shape}.")
-    if given.data.dtype.kind not in "iu":
-        raise InputError(f"{what} must be whole numbers, but are {given.data.dtype}.")
+    shape, dtype = given.data.shape, given.data.dtype
+    if len(shape) != 2:
+        colours = len(shape) == 3 and shape[-1] in (3, 4)
+        advice = f": please number its colours, as with {_NUMBER_COLOURS}" if colours else ""
+        raise InputError(f"{what} must have the axes (Y, X), but have the shape {shape}{advice}.")
+    if dtype.kind == "b":
+        raise InputError(
+            f"{what} must be whole numbers, but are True and False: please number the cells, as with "
+            "skimage.measure.label(mask)."
+        )
+    if dtype.kind not in "iu":
+        raise InputError(f"{what} must be whole numbers, but are {dtype}: please give labels.astype(int).")
+    if isinstance(given.data, np.ndarray) and dtype.kind == "i" and given.data.min(initial=0) < 0:
+        raise InputError(
+            f"{what} must not be below 0, but go down to {given.data.min()}: please give 0 to the "
+            "background, as with np.maximum(labels, 0)."
+        )
     return given.data if axes_of_names(given.dims, what) in (None, "YX") else given.data.T
+
+
+_NUMBER_COLOURS = (
+    "np.unique(mask.reshape(-1, mask.shape[2]), axis=0, return_inverse=True)[1].reshape(mask.shape[:2])"
+)
 
 
 def as_values(value: Any, what: str) -> Any:

@@ -1,15 +1,16 @@
-"""Studies from outside to inside: refuse early, then slide by slide, and what is told meanwhile.
+"""Runs, from the outside to the inside: refuse early, then work slide by slide, and report progress.
 
-launch            `run`, `assign`, `open_study`: settings, inputs and weights are checked before any work
-collection        many slides: a window of tasks, what fails is set aside
-slide             one slide: what is done is left, what is not is done
-stages            the stages as values: what each needs, does and writes, and what its result depends on
-groups            the clusters of all slides together
-team              the workers, started when they are needed
-transfer, regroup a model for other slides; other names for its groups
-upgrade           a study of an older format becomes one of the present
-arrays            pictures that are given from memory
-progress, status  how far it is, while it runs and afterwards
+api               `run`, `assign`, `open_study`: settings, inputs and weights are checked before any work
+runner            many slides: over workers or in this process; slides that fail are set aside
+slide             one slide: its stages that are not done yet
+stage, stages     what a stage is, and the stages: what each needs, does and writes
+cluster_stage     the clusters of all slides together
+worker_pool       the workers, started when they are needed
+reuse_model, edit_clusters   a fitted model for other slides; other names for its clusters
+upgrade           brings a study of an older format up to date
+arrays            images given as arrays
+steps, progress, status      how far a run is, while it lasts and afterwards
+plan, doctor      what a run would do; what would stop it
 """
 
 from daskcell.pipeline.api import as_config, assign, fingerprints, open_study, run

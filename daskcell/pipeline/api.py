@@ -1,4 +1,4 @@
-"""A run from outside: refuse early what cannot work, then hand the slides to `collection`."""
+"""The public verbs: refuse early what cannot work, then execute a `Run`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import re
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
 
     from daskcell.pipeline.plan import RunPlan
 
+_PASSED_OVER = ("daskcell", "contextlib")
+
 Inputs = str | os.PathLike[str] | Iterable[str | os.PathLike[str] | tuple[str, Any]]
 
 
@@ -62,16 +65,16 @@ def run(
     verify: bool = False,
     truth: str | os.PathLike[str] | None = None,
 ) -> Study:
-    """Segment, describe and group every cell of every image among `inputs` into the folder `out`.
+    """Segment, describe and cluster every cell of every image among `inputs` into the folder `out`.
 
     Run again, it continues: what is done under the present settings stays. A slide that cannot be worked on
     is set aside with its reason (`Study.failures`), and tried again by the next run.
 
-    A study grows: with more inputs, the new images are worked on beside those that are done, and the groups
+    A study grows: with more inputs, the new images are worked on beside those that are done, and the clusters
     are fitted anew over all. A slide whose input is no longer given stays in the study with all its results
     and is marked (`Study.left`); it is no failure. The fit is always over the cells of the present inputs, as
-    a new study's would be; cells of slides that left get their group from it, so that all tables speak of the
-    same groups. Given again, such a slide takes part again.
+    a new study's would be; cells of slides that left get their cluster from it too, so that all tables refer
+    to the same clusters. Given again, such a slide takes part again.
 
     Nothing in `out` is replaced or removed but what daskcell entered in its own list (``study.json``): a
     folder that holds something else is refused, and so is a file of yours in a place where one is to be
@@ -91,14 +94,14 @@ def run(
         A Dask client, a cluster object or a scheduler's address, whose workers to use; None: as
         ``config.compute`` says. While the run lasts its workers have ``config.compute.threads``.
     progress
-        Who is told how far it is; None: nobody.
+        Receives progress; None: nothing is shown.
     retry_failed
         Work on the slides that were set aside only.
     verify
         Compare the checksums of everything that is done. Without, names and sizes are looked at, and
         checksums of slides that have work left.
     truth
-        CSV file of cells with known types, to compare the groups with; see `evaluation.read_truth`.
+        CSV file of cells with known types, to compare the clusters with; see `evaluation.read_truth`.
         The result is in the study's ``scores.json``.
 
     Raises
@@ -107,7 +110,9 @@ def run(
         Refused before any work (settings, inputs, weights, output folder, machine), or something concerns
         all slides, such as a full disk; the same call continues once it is mended.
     """
-    return _go(inputs, out, as_config(config), client, None, progress, retry_failed, truth, verify)
+    with _prepared(inputs, out, as_config(config), None, progress, retry_failed, truth, verify) as prepared:
+        prepared.execute(client)
+    return Study(Path(out))
 
 
 def assign(
@@ -121,7 +126,7 @@ def assign(
     retry_failed: bool = False,
     truth: str | os.PathLike[str] | None = None,
 ) -> Study:
-    """Give the cells of new images the groups of a model that was fitted before.
+    """Assign the cells of new images to the clusters of a fitted model.
 
     Cells are found and described as those of the model were. The study holds a copy of the model, is
     continued by the same call, and grows as by `run`. How far the new cells lie from the model's is in the
@@ -132,7 +137,7 @@ def assign(
     inputs, out, client, progress, retry_failed, truth
         As for `run`.
     model
-        A study with groups, or the folder of a saved model.
+        A study with clusters, or the folder of a saved model.
     config
         Settings of input, output and compute, as for `run`; those of the model cannot be changed.
 
@@ -144,24 +149,27 @@ def assign(
     given = PretrainedModel.load(model)
     settings = given.settings(as_config(config))
     given.check(settings, fingerprints(settings))
-    study = _go(inputs, out, settings, client, given, progress, retry_failed, truth)
+    with _prepared(inputs, out, settings, given, progress, retry_failed, truth) as prepared:
+        prepared.execute(client)
+    study = Study(Path(out))
     for sentence in (given.outdated(), *drift_sentences(study)):
         if sentence:
             warnings.warn(sentence, DriftWarning, stacklevel=2)
     return study
 
 
-def _go(
+@contextlib.contextmanager
+def _prepared(
     inputs: Inputs,
     out: str | os.PathLike[str],
     settings: Config,
-    client: Client | None,
     model: PretrainedModel | None,
     progress: Progress | None,
     retry_failed: bool,
     truth: str | os.PathLike[str] | None,
     verify: bool = False,
-) -> Study:
+) -> Iterator[Run]:
+    """A run, refused or ready to be executed; on leaving, it is compared with the `truth` and reported."""
     given, arrays = given_inputs(inputs, out)
     if not given:
         raise InputError("There is no input: please name files, folders or patterns.")
@@ -195,30 +203,33 @@ def _go(
         _tell_what_left(study, progress)
         if model is not None:
             study.record.update(model=os.path.abspath(model.folder))
-        Run(study, sources, settings, weights, lock, progress, retry_failed, model, verify).execute(client)
+        yield Run(study, sources, settings, weights, lock, progress, retry_failed, model, verify)
         if truth is not None and study.record.clusters_key is not None:
             score_study(study, truth)
         sweep(out)
         bring_report_up_to_date(study)
-    return Study(out)
 
 
 def _warn(sentence: str) -> None:
-    warnings.warn(sentence, InputWarning, stacklevel=4)
+    """Warn of the line that called daskcell."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals["__name__"].split(".")[0] in _PASSED_OVER:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(sentence, InputWarning, stacklevel=level)
 
 
 def _check_kind(out: Path, known: Mapping[str, Any] | None, model: PretrainedModel | None) -> None:
-    """A study has groups of its own or those of a given model: neither way replaces the other's unasked."""
+    """A study has clusters of its own or those of a given model: neither way replaces the other's unasked."""
     if known is None:
         return
     if model is None and "model" in known:
         raise StudyError(
-            f"{out} holds cells assigned to the groups of {known['model']}. Please continue it with "
+            f"{out} holds cells assigned to the clusters of {known['model']}. Please continue it with "
             "'assign', or choose another output folder."
         )
     if model is not None and "model" not in known and known["slides"]:
         raise StudyError(
-            f"{out} is a study with groups of its own. Please continue it with 'run', or choose another "
+            f"{out} is a study with clusters of its own. Please continue it with 'run', or choose another "
             "output folder."
         )
 
@@ -302,7 +313,7 @@ def name_as_before(sources: Sequence[Source], out: Path, record: Mapping[str, An
 
 
 def _are_alike(name: str, other: str) -> bool:
-    """Whether two names differ by a number or by folders only, and not since somebody chose another."""
+    """Whether two names differ by a number or by folders only, not because another name was chosen."""
     name, other = sorted((re.sub(r"-\d+$", "", one) for one in (name, other)), key=len)
     return name == other or other.endswith(f"_{name}")
 

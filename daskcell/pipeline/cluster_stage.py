@@ -1,4 +1,4 @@
-"""The clusters of all slides' cells: whether they are there, their fit, or a given model in its place."""
+"""The stage that clusters the cells of all slides together, or takes a pretrained model instead."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NAME = "cluster"
 
 
 class ClusterStage:
-    """The stage that is done once for all slides of a study."""
+    """Runs the stage ``cluster``, once for all slides of a study."""
 
     def __init__(
         self, study: Study, config: Config, progress: Progress, given: PretrainedModel | None, verify: bool
@@ -28,10 +28,10 @@ class ClusterStage:
         self.study, self.config, self.progress = study, config, progress
         self.given, self.verify = given, verify
         self.failures: list[dict[str, Any]] = []
-        """Why there are none, as entries of ``failures.jsonl``."""
+        """Why there are no clusters, as entries of ``failures.jsonl``."""
 
     def key(self, slides: list[str]) -> str:
-        """Content key of the clusters of those of `slides` that are described."""
+        """Content key of the clusters of all described slides among `slides`."""
         if self.given is not None:
             return self.given.key
         entries = ((name, self.study.record.ledger(name).entry("describe")) for name in slides)
@@ -39,17 +39,17 @@ class ClusterStage:
         return STAGES[_NAME].key(described, self.config)
 
     def are_there(self, slides: list[str]) -> bool:
-        """Whether the clusters of all slides are there, whole, and need no fit."""
+        """Whether the clusters of all slides are up to date and undamaged."""
         ledger = self.study.record.ledger(CLUSTERS)
         verify = {_NAME} if self.verify else set()
         files = damage(ledger, self.study, Workers(), verify).get(_NAME)
         if files:
-            self.progress.say(f"{files[0]} is damaged or missing; the groups are fitted again.")
+            self.progress.say(f"{files[0]} is damaged or missing; the clusters are fitted again.")
             ledger.invalidate(_NAME)
         return ledger.is_done(_NAME, self.key(slides))
 
     def make(self, described: list[str], workers: WorkerPool) -> bool:
-        """Fit the clusters of all described slides, unless they are; whether there are any."""
+        """Fit the clusters of the described slides unless they are up to date; whether there are any."""
         if not described:
             return False
         ledger, key = self.study.record.ledger(CLUSTERS), self.key(described)
@@ -83,7 +83,7 @@ class ClusterStage:
             return True
         found = f"{cells} cell{'s were' if cells != 1 else ' was'} found" if cells else "no cell was found"
         self._fail(
-            f"The cells could not be grouped, since {found} in all and cluster.k is {k}. "
+            f"The cells could not be clustered, since {found} in all and cluster.k is {k}. "
             "Please set cluster.k lower, or look at the segmentation; everything before is kept."
         )
         return False

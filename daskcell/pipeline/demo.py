@@ -1,9 +1,9 @@
-"""The main job on pictures whose truth is known: draw, run, compare.
+"""A complete run on generated images whose truth is known: draw, run, compare.
 
 demo/
   pictures/setA_red.tif ...      four data sets of stained cells, one file per channel
-  truth/setA.tif, setA.csv       every cell, and its type
-  study/                         what `daskcell run` makes of the pictures
+  truth/setA.tif, setA.csv       label image of the cells, and their types
+  study/                         the result of `daskcell run`
   scores.json
 """
 
@@ -36,11 +36,11 @@ _FIRST_SEED = 20
 
 @dataclass(frozen=True)
 class Demo:
-    """What a demo came to."""
+    """Results of a demo."""
 
     study: Study
     scores: dict[str, dict[str, float]]
-    """By data set, and ``all``: cells, found, precision, recall, f1 (IoU 0.5), ari of matched cells."""
+    """By data set, and ``all``: cells, found, precision, recall, f1 (IoU 0.5), ari of the matched cells."""
     text: str
 
 
@@ -52,9 +52,26 @@ def demo(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Demo:
-    """Draw `fields` data sets of ``size x size`` pixels with cells of 11 types, run everything, and score it.
+    """Draw data sets of stained cells of 11 types, run all stages, and compare with the truth.
 
-    The same call on the same folder continues. Raises `StudyError` if `out` holds something else.
+    The same call on the same folder continues.
+
+    Parameters
+    ----------
+    out : path
+        New or empty folder, or that of the same demo.
+    fields : int
+        Number of data sets.
+    size : int
+        Side of each in pixels.
+    workers : int, optional
+        As in the settings: ``compute.workers``.
+    progress : Progress, optional
+
+    Raises
+    ------
+    StudyError
+        `out` holds anything else.
     """
     from daskcell.pipeline import run
 
@@ -74,7 +91,7 @@ def names(fields: int) -> list[str]:
 
 
 def draw(out: Path, fields: int, size: int) -> None:
-    """Write the pictures and their truth, unless they are there."""
+    """Write the images and their truth, unless they exist."""
     from daskcell.evaluation.generated import CELL_TYPES, CHANNELS, synthesize_field
 
     plan = {"demo": 1, "fields": fields, "size": size}
@@ -87,9 +104,9 @@ def draw(out: Path, fields: int, size: int) -> None:
     elif out.exists() and any(out.iterdir()):
         raise StudyError(f"{out} holds something else. Please choose a new or empty folder.")
     else:
-        write_json(mark, plan)  # from now on, the files that are named here are ours
+        write_json(mark, plan)  # from now on, files of these names are ours
     for number, name in enumerate(names(fields)):
-        types = out / "truth" / f"{name}.csv"  # written last: when it is there, all is
+        types = out / "truth" / f"{name}.csv"  # written last: if it exists, so do the others
         if types.exists():
             continue
         field = synthesize_field((size, size), seed=_FIRST_SEED + number)
@@ -101,7 +118,7 @@ def draw(out: Path, fields: int, size: int) -> None:
 
 
 def compare(study: Study, truth: Path) -> dict[str, dict[str, float]]:
-    """Score a study's cells and groups against the truth, by slide and over all."""
+    """Score a study's cells and clusters against the truth, by slide and over all."""
     import numpy as np
     import pandas as pd
     import tifffile
@@ -111,7 +128,7 @@ def compare(study: Study, truth: Path) -> dict[str, dict[str, float]]:
     from daskcell.images import read_labels
 
     scores: dict[str, dict[str, float]] = {}
-    total, all_types, all_groups = Counts(), [], []
+    total, all_types, all_clusters = Counts(), [], []
     for name in study.slides:
         if study.record.ledger(name).entry("describe") is None:
             continue
@@ -122,18 +139,18 @@ def compare(study: Study, truth: Path) -> dict[str, dict[str, float]]:
         counts = Counts(len(a), int(found.max()) - len(a), len(types) - len(a))
         cells = study.cells(name)
         # Row i of the table is label i + 1.
-        groups = cells["cluster"].to_numpy()[b - 1] if "cluster" in cells else np.zeros(len(b), int)
-        scores[name] = _row(counts, types[a - 1], groups)
+        clusters = cells["cluster"].to_numpy()[b - 1] if "cluster" in cells else np.zeros(len(b), int)
+        scores[name] = _row(counts, types[a - 1], clusters)
         total += counts
         all_types.append(types[a - 1])
-        all_groups.append(groups)
+        all_clusters.append(clusters)
     if scores:
-        scores["all"] = _row(total, np.concatenate(all_types), np.concatenate(all_groups))
+        scores["all"] = _row(total, np.concatenate(all_types), np.concatenate(all_clusters))
     return scores
 
 
-def _row(counts: Any, types: Any, groups: Any) -> dict[str, float]:
-    from sklearn.metrics import adjusted_rand_score
+def _row(counts: Any, types: Any, clusters: Any) -> dict[str, float]:
+    from daskcell.evaluation.truth import agreement
 
     return {
         "cells": counts.tp + counts.fn,
@@ -141,12 +158,12 @@ def _row(counts: Any, types: Any, groups: Any) -> dict[str, float]:
         "precision": round(counts.precision, 4),
         "recall": round(counts.recall, 4),
         "f1": round(counts.f1, 4),
-        "ari": round(float(adjusted_rand_score(types, groups)), 4),
+        "ari": round(agreement(types, clusters)["ari"] or 0.0, 4),
     }
 
 
 def tell(study: Study, scores: dict[str, dict[str, float]]) -> str:
-    """The scores, and where the pictures are."""
+    """The scores as text, and which files to open."""
     header = f"{'':8}{'cells':>7}{'found':>7}{'precision':>11}{'recall':>8}{'F1':>7}{'ARI':>7}"
     lines = [header] + [
         f"{name:8}{row['cells']:>7}{row['found']:>7}{row['precision']:>11.3f}{row['recall']:>8.3f}"
@@ -154,7 +171,7 @@ def tell(study: Study, scores: dict[str, dict[str, float]]) -> str:
         for name, row in scores.items()
     ]
     lines += [
-        "(cells found at IoU 0.5; ARI: groups of the matched cells against their 11 types; 0 is chance)",
+        "(cells found at IoU 0.5; ARI: clusters of the matched cells against their 11 types; 0 is chance)",
         *open_first(study),
         f"tables: {study.out / 'tables' / 'cells'}",
         f"napari or any OME-Zarr viewer: {study.out / 'images'}",

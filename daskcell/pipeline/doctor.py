@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from daskcell.config import QUEUES, Config
+from daskcell.config import HERE, QUEUES, Config
 from daskcell.errors import DaskcellError
 
 SHOWN = ("dask", "distributed", "zarr", "torch")
@@ -63,7 +63,7 @@ def examine(config: Config, out: Path | None = None, *, ask: bool = True) -> Ite
         lambda: _disks(config, out),
         lambda: _network(config),
     ]
-    if ask and config.compute.kind not in ("local", "gpu", "inline"):
+    if ask and config.compute.kind not in HERE:
         checks.append(lambda: _workers(config, out))
     for check in checks:
         yield from check()
@@ -106,7 +106,7 @@ def _gpus(config: Config) -> Iterator[Finding]:
 
     compute = config.compute
     wanted = compute.network_device == "cuda"
-    here = wanted and compute.kind in ("local", "gpu", "inline")
+    here = wanted and compute.kind in HERE
     try:
         names = visible_gpus()
     except DaskcellError as error:

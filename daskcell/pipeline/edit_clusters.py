@@ -1,4 +1,4 @@
-"""Groups of a study or model by other names, or joined; a study's tables, labels and pictures follow."""
+"""Rename, merge and split clusters of a study or model, and update the study's tables, labels and images."""
 
 from __future__ import annotations
 
@@ -28,19 +28,20 @@ def edit_clusters(
     change: Callable[[ClusterNames, int], ClusterNames],
     progress: Progress | None = None,
 ) -> None:
-    """Name, merge or split groups of a study or of a saved model.
+    """Rename, merge or split clusters of a study or of a saved model.
 
     Parameters
     ----------
-    path
-        A study, whose tables, labels and pictures are brought up to date, or a model's folder.
-    change
-        From the present `ClusterNames` and the number of fitted groups to the new one.
+    path : path
+        A study, whose tables, labels and images are updated, or the folder of a saved model.
+    change : callable
+        From the present `ClusterNames` and the number of fitted clusters to the new `ClusterNames`.
+    progress : Progress, optional
 
     Raises
     ------
     DaskcellError
-        There are no groups or none of that name, or another run works on the study.
+        There are no clusters, there is none of that name, or another run is working on the study.
     """
     folder = find_model(path)
     if folder == Path(path) or read_record(Path(path)) is None:
@@ -49,6 +50,7 @@ def edit_clusters(
     study = Study(Path(path))
     progress = progress or Progress()
     with Lock(study.out) as lock:
+        study.record.own_outputs()
         upgrade(study.out)
         study.record.update(format=FORMAT)
         change(ClusterNames.load(folder), _size(folder)).save(folder)
@@ -57,8 +59,10 @@ def edit_clusters(
 
 
 def update_slides(study: Study, lock: Lock, progress: Progress) -> None:
-    """Bring every slide's table, labels and pictures to the present names, under the settings of the last
-    run; slides that are not described yet wait for `run`."""
+    """Update every slide's table, labels and images to the present names, with the settings of the last run.
+
+    Slides that are not described yet are left to `run`.
+    """
     weights = study.record.get("weights", {})
     ledgers = {name: study.record.ledger(name) for name in study.slides}
     sources = [
@@ -77,18 +81,19 @@ def update_slides(study: Study, lock: Lock, progress: Progress) -> None:
 
 
 def cluster_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The groups that are shown: number, name, cells of the fit, their share, and the fitted groups in it."""
+    """A dict for each cluster that is shown: ``cluster`` (number), ``name``, ``cells`` of the fit, their
+    ``share``, and ``parts`` (the fitted clusters merged into it)."""
     from daskcell.clustering import load_clusters
 
     model = load_clusters(find_model(path))
-    shown = model.naming.display_ids(model.k)
+    ids = model.naming.display_ids(model.k)
     total = max(int(model.counts_.sum()), 1)
     rows = []
     for i, title in enumerate(model.naming.titles(model.k)):
         if title is not None:
-            parts = [j for j in range(model.k) if shown[j] == i]
+            parts = [j for j in range(model.k) if ids[j] == i]
             cells = int(model.counts_[parts].sum())
-            rows.append({"group": i, "name": title, "cells": cells, "share": cells / total, "parts": parts})
+            rows.append({"cluster": i, "name": title, "cells": cells, "share": cells / total, "parts": parts})
     return rows
 
 

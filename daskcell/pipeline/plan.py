@@ -1,4 +1,4 @@
-"""What a run would do, and why, told without doing it (``daskcell run --plan``).
+"""What a run would do, and why, without doing it (``daskcell run --plan``).
 
 Reads small files only: ledgers, and the heads of images that are not converted yet. Writes nothing.
 """
@@ -40,7 +40,7 @@ _PYRAMID = 4 / 3
 _LABELS = 5
 """Bytes a pixel of label images, before compression: cells and clusters."""
 _SCRATCH = 8
-"""Bytes a pixel that wait on the disk while a slide is segmented."""
+"""Bytes a pixel of temporary files while a slide is segmented."""
 _TILE_BYTES = 3 * 256 * 256 * 4
 _MOST_LINES = 20
 

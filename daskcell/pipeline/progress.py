@@ -1,8 +1,8 @@
-"""How far a run is: bars on a terminal, a line now and then elsewhere, nothing in a library call.
+"""Progress of a run: bars on a terminal, a line now and then elsewhere, nothing in a library call.
 
-Pure functions (`stage_costs`, `work_done`) tell it from the parts of stages that are done and the seconds
-they took. What is to come is weighed by input bytes, the one size that is known of every slide before it is
-opened; large slides count every block and tile.
+Pure functions (`stage_costs`, `work_done`) compute it from the parts of stages that are done and the seconds
+they took. Slides are weighed by input bytes, the only size that is known of every slide before it is opened;
+every block and tile counts.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ from daskcell.pipeline.steps import StageClock
 
 STAGE_SHARES = {name: STAGES[name].weight for name in SLIDE_STAGES}
 SHARES = {name: stage.weight for name, stage in STAGES.items() if stage.weight}
+_WIDE = 60
+"""Columns of a terminal with room for a bar beside the counts."""
+_BESIDE = 8 + 1 + 10 + 1 + 1 + 8
+"""Columns of the stage, a short bar, the seconds, and the gaps."""
 _GROWTH = 0.9
 """Time grows with this power of a slide's bytes: part of the work on a slide is the same for any size."""
 _LEARN_FROM = 0.05
@@ -102,9 +106,9 @@ def is_known(tallies: Mapping[str, Tally], shares: Mapping[str, float]) -> bool:
 
 
 def seconds_left(estimate: Mapping[str, Any], now: float) -> float | None:
-    """What is left of an estimate (``seconds_left``, made ``at`` a time); None: there was none.
+    """Seconds left ``now`` by an estimate (``seconds_left``, made ``at`` a time); None: there was none.
 
-    While nothing is heard it runs down, but not to the end.
+    Between estimates it runs down, but not below half.
     """
     left = estimate["seconds_left"]
     return None if left is None else max(left - max(0.0, now - estimate["at"]), left / 2)
@@ -112,7 +116,7 @@ def seconds_left(estimate: Mapping[str, Any], now: float) -> float | None:
 
 @dataclass
 class _UnderWay:
-    """What the tally of a stage has counted of a slide that is at this stage."""
+    """What the tally of a stage has counted for a slide at this stage."""
 
     part: float = 0.0
     measured: float = 0.0
@@ -120,7 +124,7 @@ class _UnderWay:
 
 
 class Progress:
-    """Counts; says nothing. Methods may be called from several threads."""
+    """Counts, and shows nothing. Methods may be called from several threads."""
 
     def __init__(self) -> None:
         self.slides = self.slides_done = self.cells = self.failed = 0
@@ -192,7 +196,7 @@ class Progress:
             self.reached(slide, stage, *self._clock.step(slide, stage, part))
 
     def reached(self, slide: str, stage: str, part: float, seconds: float) -> None:
-        """So much of a stage (0 to 1) is done in all, so many seconds after it began."""
+        """A `part` of a stage (0 to 1) is done in all, `seconds` after it began."""
         with self._lock:
             if stage in self._left.get(slide, (stage,)) and stage in self._tallies:
                 now = self._under_way.setdefault((slide, stage), _UnderWay())
@@ -202,7 +206,7 @@ class Progress:
         self._update()
 
     def finished(self, slide: str, stage: str, seconds: float | None = None) -> None:
-        """A stage of a slide is done, within so many seconds where that is known."""
+        """A stage of a slide is done, in `seconds` where that is known."""
         with self._lock:
             left = self._left.get(slide, set() if slide else {stage})
             if stage in left:
@@ -216,7 +220,7 @@ class Progress:
         self._update()
 
     def _advance(self, slide: str, stage: str, part: float, seconds: float | None) -> None:
-        """Count a stage of a slide up to `part`, which took so many seconds since it began."""
+        """Count a stage of a slide up to `part`, which took `seconds` since it began."""
         weight, tally = self._weights.get(slide, 0.0), self._tallies[stage]
         now = self._under_way.get((slide, stage), _UnderWay())
         tally.done += weight * (part - now.part)
@@ -243,13 +247,13 @@ class Progress:
         self.step("", stage, 0.0)
 
     def _update(self) -> None:
-        """Fraction and time left, as of now: what is shown here and told to `status`."""
+        """Update the fraction and the time left, which are shown here and by `status`."""
         with self._lock:
             before, done, total = work_done(self._tallies, self._shares)
             fraction = min(1.0, (before + done) / total) if total else 0.0
             now, left = time.monotonic(), None
             if done > 0:
-                # From the first that was done on: workers take a while to start.
+                # Counted from the first finished task on: workers take a while to start.
                 if self._first is None:
                     self._first = now, done / total
                 elapsed, since = now - self._first[0], done / total - self._first[1]
@@ -277,26 +281,33 @@ class Progress:
     @property
     def line(self) -> str:
         """All of it on one line."""
-        left = self.seconds_left
-        parts = [
-            f"{self.fraction:4.0%}",
-            f"{self.slides_done}/{self.slides} slides",
-            f"{self.pixels / 1e6:.1f} Mpx",
-            f"{self.cells:,} cells",
-        ]
-        if self.failed:
-            parts.append(f"{self.failed} set aside")
-        if left is not None and self.fraction < 1:
-            parts.append(f"{clock(left)} left")
-        return ", ".join(parts)
+        return self.text()
 
-    # What the subclasses do.
+    def text(self, width: int | None = None) -> str:
+        """All of it on one line, or of at most `width` characters what matters most."""
+        left = self.seconds_left
+        parts = {
+            "fraction": f"{self.fraction:4.0%}",
+            "slides": f"{self.slides_done}/{self.slides} slides",
+            "pixels": f"{self.pixels / 1e6:.1f} Mpx",
+            "cells": f"{self.cells:,} cells",
+        }
+        if self.failed:
+            parts["failed"] = f"{self.failed} set aside"
+        if left is not None and self.fraction < 1:
+            parts["left"] = f"{clock(left)} left"
+        for name in ("pixels", "cells", "failed", "slides", "left"):
+            if width is not None and len(", ".join(parts.values())) > width:
+                parts.pop(name, None)
+        return ", ".join(parts.values())
+
+    # For subclasses.
 
     def changed(self) -> None:
         """Counts have changed."""
 
     def say(self, text: str) -> None:
-        """Tell the user something that should stay on the screen."""
+        """Print a line that stays on the screen."""
 
     def __enter__(self) -> Progress:
         return self
@@ -306,7 +317,7 @@ class Progress:
 
 
 class Lines(Progress):
-    """One line per interval, for log files; also when nothing was finished in it."""
+    """One line per interval, for log files, even when nothing was finished in it."""
 
     def __init__(self, interval: float = 30.0, stream: TextIO | None = None):
         super().__init__()
@@ -341,19 +352,23 @@ class Bars(Progress):
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as RichProgress
+        from rich.table import Column
 
+        console = Console(file=stream or sys.stderr)
+        counts = TextColumn("{task.fields[counts]}", table_column=Column(no_wrap=True))
         self._rich = RichProgress(
-            TextColumn("{task.fields[stage]:<8}"),
-            BarColumn(),
-            TextColumn("{task.fields[counts]}"),
-            TimeElapsedColumn(),
-            console=Console(file=stream or sys.stderr),
+            *((TextColumn("{task.fields[stage]:<8}"), BarColumn()) if console.width >= _WIDE else ()),
+            counts,
+            *((TimeElapsedColumn(),) if console.width >= _WIDE else ()),
+            console=console,
             transient=True,
         )
         self._task = self._rich.add_task("", total=1.0, stage="", counts="")
 
     def changed(self) -> None:
-        self._rich.update(self._task, completed=self.fraction, stage=self.stage, counts=self.line)
+        width = self._rich.console.width
+        counts = self.text(width - _BESIDE if width >= _WIDE else width)
+        self._rich.update(self._task, completed=self.fraction, stage=self.stage, counts=counts)
 
     def say(self, text: str) -> None:
         self._rich.console.print(text, markup=False, highlight=False)

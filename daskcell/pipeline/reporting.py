@@ -1,4 +1,4 @@
-"""The page that tells what a study found, kept in step with the study."""
+"""Keeps the report of a study up to date."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from daskcell.study import CLUSTERS, Study
 
 
 def bring_report_up_to_date(study: Study) -> None:
-    """Write ``report.html`` anew unless it is there and says what it should (``output.report``)."""
+    """Write ``report.html`` unless it is up to date (``output.report``)."""
     if not study.config.output.report:
         study.record.disown(study.paths.report.name)
         return

@@ -1,6 +1,6 @@
-"""From one study to the next: a fitted model says how its cells were made, and new cells are made that way.
+"""Reuse of a fitted model for new slides, whose cells are found and described like those of the fit.
 
-model ──> settings, weights, code  ──> new slides: convert ... describe ──> its groups, its numbers
+model ──> settings, weights, code ──> new slides: convert ... describe ──> clusters of the model
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from daskcell.clustering import ClusterModel
 
 _BINDING = ("preprocess", "segment", "features", "cluster")
-"""Sections that decide what a model's features mean."""
+"""Sections of the settings that the features of a model depend on."""
 
 
 def _made_by() -> dict[str, int]:
-    """Versions of the stages that make the cells of a fit."""
+    """Versions of the stages that find and describe cells."""
     found: dict[str, int] = {}
     waiting = list(CLUSTER.needs)
     while waiting:
@@ -38,7 +38,7 @@ def _made_by() -> dict[str, int]:
 
 
 def origin(config: Config, weights: Mapping[str, str]) -> dict[str, Any]:
-    """How the cells of a fit were made, for `ClusterModel.origin`."""
+    """How the cells of a fit are found and described, for `ClusterModel.origin`."""
     values = config.model_dump(mode="json")
     return {
         "config": {name: values[name] for name in ("input", *_BINDING)},
@@ -49,26 +49,26 @@ def origin(config: Config, weights: Mapping[str, str]) -> dict[str, Any]:
 
 
 def find_model(path: str | os.PathLike[str]) -> Path:
-    """The folder of a model, of which a study's may be named in its place."""
+    """Folder of a model, given that folder or a study."""
     path = Path(path)
     for folder in (path / "clusters", path):
         if (folder / "model.json").exists():
             return folder
-    raise InputError(f"{path} is neither a study with groups nor a saved model. Please name one of the two.")
+    raise InputError(f"{path} is neither a study with clusters nor a saved model. Please name one of them.")
 
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """A model that new slides are assigned to."""
+    """A fitted model to whose clusters the cells of new slides are assigned."""
 
     folder: Path
     model: ClusterModel
     key: str
-    """Content key in the place of a fit's: of the model's bytes, names of groups included."""
+    """Content key of the clusters: a hash of the model's files, names included."""
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PretrainedModel:
-        """The model in a folder or study; raises `InputError` if there is none."""
+        """Load the model of a folder or study; raises `InputError` if there is none."""
         from daskcell.clustering import load_clusters
 
         folder = find_model(path)
@@ -77,15 +77,15 @@ class PretrainedModel:
         )
 
     def settings(self, config: Config) -> Config:
-        """`config` with all that the model demands.
+        """`config`, completed by the settings of the model.
 
         Raises
         ------
         ConfigError
-            `config` sets something that decides what features mean to another value than the model's.
+            `config` sets something that the features depend on to another value than the model's.
         """
         known = self.model.origin.get("config")
-        if known is None:  # fitted in Python, on features of which we know nothing more
+        if known is None:  # fitted in Python, on features of unknown origin
             return config
         source = f"the model {self.folder}"
         made = parse_config(known, source).model_dump(mode="json")
@@ -103,7 +103,7 @@ class PretrainedModel:
         return parse_config(values, source)
 
     def check(self, config: Config, weights: Mapping[str, str]) -> None:
-        """Raise `InputError` if networks are not those that made the model's features."""
+        """Raise `InputError` unless the networks are those that made the model's features."""
         fitted = {
             NAMES.get(name, name): known for name, known in self.model.origin.get("weights", {}).items()
         }
@@ -122,7 +122,7 @@ class PretrainedModel:
                 )
 
     def outdated(self) -> str | None:
-        """A sentence if the model's cells were made by another version of the code."""
+        """A sentence if a version of daskcell with different results made the model's cells, else None."""
         origin = self.model.origin.get("stages", {})
         made = {NAMES.get(name, name): version for name, version in origin.items()}
         changed = [name for name, version in _made_by().items() if made.get(name, version) != version]
@@ -136,17 +136,20 @@ class PretrainedModel:
 
 
 def set_named_aside(study: Study, say: Callable[[str], None]) -> None:
-    """Keep a model that somebody gave names to, before another takes its place: the groups differ."""
+    """Keep a model whose clusters have names before it is replaced by one with different clusters."""
     if (study.paths.clusters / "names.json").exists():
-        before, number = study.out / "clusters-before", 2
-        while os.path.lexists(before):  # of earlier groups with names
-            before, number = study.out / f"clusters-before-{number}", number + 1
+        name, number = "clusters-before", 2
+        while os.path.lexists(study.out / name):  # taken by earlier clusters, or by a file of the user
+            name, number = f"clusters-before-{number}", number + 1
+        before = study.record.own(name)
         study.paths.clusters.rename(before)
-        say(f"The groups are made anew, so those with names are kept in {before}; please name the new ones.")
+        say(
+            f"The clusters are fitted again; those with names are kept in {before}. Please name the new ones."
+        )
 
 
 def _differing(asked: Any, made: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
-    """Name, value asked for and value of the model of every setting that differs."""
+    """Name, requested value and value of the model, of every setting that differs."""
     if isinstance(asked, Mapping) and isinstance(made, Mapping):
         for key, value in asked.items():
             yield from _differing(value, made.get(key), f"{name}.{key}")

@@ -1,4 +1,4 @@
-"""Many slides: work through a window, set bad ones aside, continue where a run stopped.
+"""Many slides: work on all that is missing, set failing slides aside, continue where a run stopped.
 
     stages of each slide -> clusters of all -> stages of each slide that follow them
 
@@ -34,6 +34,7 @@ from daskcell.pipeline.slide import (
     Outcome,
     counts,
     damage,
+    header,
     missing_stages,
     process_batch,
     process_slide,
@@ -56,16 +57,18 @@ _READ_LATE = frozenset(SLIDE_STAGES) - {CONVERT.name, FIT.name, EXPORT.name}
 part."""
 _WRITE_SECONDS = 5.0
 _BLOCKS_AT_ONCE = 2
-"""A slide of so many blocks or fewer is one task."""
+"""A slide of at most this many blocks is one task."""
 _TOGETHER = 64
 """Most slides in one task."""
 _SECONDS = 5.0
-"""How long a task of several slides should take: far above what a task costs, and little to lose."""
+"""How long a task of several slides should take: far longer than its overhead, and little work to lose."""
 _TASKS_PER_WORKER = 3
 _MOST_TASKS = 20_000
-"""That the scheduler is given at a time."""
+"""Most tasks that the scheduler is given at a time."""
 _USED_BY_SLIDES = ("ome_zarr_models", "pandas", "pyarrow.parquet", "skimage.measure", "torch")
-"""Their modules import each other in circles: threads that import one at once may see it half made."""
+"""Packages with circular imports: threads that import one at the same time may see it half initialised."""
+_MOST_SMALL = 8
+"""More slides are not opened to find out whether they are small."""
 _CHANGED = "Its input or its results changed while the run lasted. Please run again."
 
 
@@ -129,7 +132,9 @@ class Run:
             self.refuse_new_work(missing)
         self.begin_progress(missing)
         with contextlib.ExitStack() as stack:
-            pool = WorkerPool(self.study.out, client, self.config, stack, self.on_task, self.progress.say)
+            pool = WorkerPool(
+                self.study.out, client, self.config, stack, self.on_task, self.progress.say, self.is_small
+            )
             try:
                 self.process([self.job(name) for name in slides if missing[name] or self.verify], pool)
                 if not self.clusters.are_there(slides):  # the fit would take damaged features for good ones
@@ -178,6 +183,16 @@ class Run:
         self.progress.begin(sizes, left, took, shares)
         for name, ledger in ledgers.items():
             self.progress.counts(name, *counts(ledger))
+
+    def is_small(self) -> bool:
+        """Whether all slides together have fewer pixels than one block."""
+        if len(self.sources) > _MOST_SMALL:
+            return False
+        pixels = 0
+        for name in self.sources:
+            with contextlib.suppress(Exception):  # it will be set aside, with the reason
+                pixels += math.prod(header(self.job(name), self.study.record.ledger(name))[0][1:])
+        return pixels < self.config.compute.block**2
 
     def set_aside_incomplete(self, slides: Iterable[str]) -> set[str]:
         """Those of `slides` whose early stages are not all done; each gets a reason."""
@@ -356,7 +371,7 @@ class Run:
         self.account(job, Outcome(job.slide, failure=ledger.failure))
 
     def account(self, job: Job, outcome: Outcome) -> None:
-        """Tell how a slide ended."""
+        """Report how a slide ended."""
         self.progress.counts(outcome.slide, outcome.pixels, outcome.cells)
         for note in outcome.notes:
             self.progress.say(note)
@@ -367,8 +382,8 @@ class Run:
                 self.progress.finished(outcome.slide, stage, outcome.seconds.get(stage))
 
     def sweep_scratch(self) -> None:
-        """Remove what stages kept between their tasks, but that of slides that were set aside: the next run
-        goes on from there."""
+        """Remove what stages kept between their tasks, except for slides that were set aside: the next run
+        continues from there."""
         scratch = self.study.out / "scratch"
         unfinished = (name for name in self.sources if self.study.record.ledger(name).failure)
         kept = {folder for name in unfinished for folder in self.study.paths.scratches(name)}
@@ -385,7 +400,7 @@ class Run:
 
 
 def _input_bytes(source: Source) -> float:
-    """Bytes of the input, as far as they are known before it is opened."""
+    """Bytes of the input, as far as they can be known without reading it."""
     total = 0.0
     for file in source.files:
         with contextlib.suppress(OSError, DaskcellError):

@@ -1,7 +1,7 @@
-"""One slide, stage by stage: what is done already is left, what is not is done, a failure is written down.
+"""One slide, stage by stage: stages that are done are skipped, and a failure is recorded in the ledger.
 
-The same function drives a small slide as one task on a worker (`workers` in its own process) and a large one
-block by block over all workers. Knows no other slides; `collection` does.
+The same function works on a small slide as one task on a worker (`workers` is that process) and on a large
+one block by block over all workers. See `runner` for many slides.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _NOT_THE_SLIDES_FAULT = (ComputeError, ConfigError, StudyError, WeightsError)
 
 @dataclass(frozen=True)
 class Job:
-    """A slide to work on: small, and fit to be sent to a worker."""
+    """A slide to work on: small enough to be sent to a worker."""
 
     out: str
     source: Source
@@ -66,7 +66,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How far a slide came: counts, and why it stopped if it did."""
+    """The result of working on a slide: counts, and why it stopped if it did."""
 
     slide: str
     pixels: int = 0
@@ -75,15 +75,15 @@ class Outcome:
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Of the stages that were done now."""
     notes: tuple[str, ...] = ()
-    """What was found damaged, in sentences."""
+    """Sentences about damaged files."""
     too_large: bool = False
-    """Not begun: the slide has more `pixels` than the limit."""
+    """Not begun, since the slide has more `pixels` than the limit."""
     rescheduled: bool = False
-    """Not done, for no fault of the slide's."""
+    """Not done, since its worker had to leave."""
 
 
 def missing_stages(job: Job, study: Study) -> list[str]:
-    """Stages of `job` that are still to do, told by small files alone; all of them if the input changed."""
+    """Stages of `job` that are still to do, by the ledger and file sizes; all if the input changed."""
     ledger = study.record.ledger(job.slide)
     if job.clusters is None and not unchanged(job.source.files, ledger.files, job.source.said):
         return list(job.stages)
@@ -97,8 +97,10 @@ def missing_stages(job: Job, study: Study) -> list[str]:
 def damage(
     ledger: Ledger, study: Study, workers: Workers | None = None, verify: Container[str] = ()
 ) -> dict[str, list[str]]:
-    """Files that are not as they were left, by the stage whose they are: by their names and sizes, and of the
-    stages `verify` by their checksums."""
+    """Files that are missing or changed since they were written, by stage.
+
+    Names and sizes are compared, and checksums for the stages in `verify`.
+    """
     found = {}
     for stage, entry in ledger.stages.items():
         files = checksums.verify(study.out, entry["files"], workers if stage in verify else None)
@@ -119,16 +121,16 @@ def process_slide(
     Parameters
     ----------
     workers
-        Who works on the blocks; None: this process.
+        Work on the blocks; None: this process.
     limit
         Largest number of pixels to begin with; a larger slide comes back as `too_large`.
     progress
-        Is told of every task and stage.
+        Is called after every task and stage.
 
     Raises
     ------
     DaskcellError
-        What is wrong concerns all slides: settings, weights, workers, disk.
+        The problem concerns all slides: settings, weights, workers, disk.
     """
     study = Study(job.out)
     ledger = study.record.ledger(job.slide)
@@ -184,13 +186,13 @@ def no_room(out: str | Path, error: BaseException) -> StudyError:
 
 
 def sentence(error: BaseException) -> str:
-    """What went wrong, in one line; a block's key is told too."""
+    """What went wrong, in one line, with the key of the block."""
     text = str(error) if isinstance(error, DaskcellError) else f"{type(error).__name__}: {error}"
     return printable(" ".join(" ".join([text, *getattr(error, "__notes__", [])]).split()))
 
 
 def trace(error: BaseException) -> str:
-    """The traceback of an error that is not the user's; empty for one that is."""
+    """The traceback of an unexpected error; empty for one that the user can mend."""
     return "" if isinstance(error, DaskcellError) else "".join(traceback.format_exception(error))
 
 
@@ -213,13 +215,13 @@ def _outcome(job: Job, ledger: Ledger, seconds: Mapping[str, float]) -> Outcome:
 
 
 def counts(ledger: Ledger) -> tuple[int, int]:
-    """Pixels of one channel and cells of a slide, 0 as long as they are not known."""
+    """Pixels of one channel and cells of a slide; 0 while they are not known."""
     converted, segmented = ledger.read(Converted), ledger.read(Segmented)
     return converted.pixels if converted else 0, segmented.cells if segmented else 0
 
 
 def _take_out_damaged(job: Job, ledger: Ledger, study: Study, workers: Workers) -> list[str]:
-    """Take stages whose files are damaged out of the ledger, and the files away; returns what to tell."""
+    """Remove damaged files, and their stages from the ledger; returns sentences about them."""
     notes = []
     for stage, files in damage(ledger, study, workers, job.verify).items():
         ledger.invalidate(stage)
@@ -230,10 +232,10 @@ def _take_out_damaged(job: Job, ledger: Ledger, study: Study, workers: Workers) 
 
 
 def process_batch(jobs: Sequence[Job], limit: int, ref: WorkersRef) -> tuple[list[Outcome], float]:
-    """`process_slide` of several as one task: their blocks are worked on in this process, one after another,
-    but for their network work where only some workers have a GPU.
+    """`process_slide` for several slides as one task.
 
-    Returns what came of each, and the seconds it took.
+    Blocks are worked on in this process, one after another; network work is sent to workers with a GPU where
+    only some have one. Returns the outcome of each slide, and the seconds that all took.
     """
     start = time.perf_counter()
     workers, progress = Workers.of_task(ref), SentSteps(ref.send)

@@ -48,8 +48,8 @@ class Context:
     key: str = ""
     """Content key of the stage at work."""
     scratch: Path = Path()
-    """Folder for what the stage keeps between its tasks, so that a killed run goes on from there. It belongs
-    to the slide, the stage and the key, is not made yet, and is removed once the stage is done."""
+    """Folder for what the stage keeps between its tasks, from where a killed run continues. It belongs to the
+    slide, the stage and the key; it does not exist yet, and is removed when the stage is done."""
     keys: Mapping[str, str] = field(default_factory=dict)
     """Content keys of all stages of the slide that can be done now."""
     weights: Mapping[str, str] = field(default_factory=dict)
@@ -118,8 +118,8 @@ class Stage:
     files
         The files that decide its result.
     precision
-        What its network computes in, None for a stage without one. Where a network runs decides the last
-        bits of its outputs, so that is recorded.
+        Number format of its network; None for a stage without one. Where a network runs decides the last bits
+        of its outputs, so that is recorded.
     """
 
     name: str
@@ -161,7 +161,7 @@ class Stage:
         return self.scope == "study" or any(stage.late for stage in self.needs)
 
     def ran(self, config: Config) -> dict[str, Any]:
-        """Where its network runs, and how."""
+        """Where its network runs, in how many threads and in which precision."""
         precision = self.precision(config)
         if precision is None:
             return {}
@@ -176,7 +176,7 @@ def run_stage(
     then: str | None = None,
     on_step: Callable[[float | None], None] | None = None,
 ) -> float | None:
-    """Bring a stage up to date: nothing is done if it is done under `key`.
+    """Bring a stage up to date; nothing is done if the ledger has it under `key`.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What is done, running and failed in a study, told by its small files alone."""
+"""What is done, running and failed in a study, from its ledgers and other small files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from daskcell import text
 from daskcell.compute import Workers
 from daskcell.pipeline.progress import clock, seconds_left
 from daskcell.pipeline.slide import counts as slide_counts
@@ -18,7 +19,8 @@ from daskcell.study.ledger import FORMAT
 from daskcell.study.results import Assigned, Clustered, Converted
 
 FAR = 5.0
-"""So many times as many cells beyond the 99th percentile of the fit as expected make a slide unlike it."""
+"""A slide is unlike the model if this many times more cells than expected lie beyond the fit's 99th
+percentile."""
 _FAR_CELLS = 5
 _MARKS = {"done": "done", "failed": "FAILED", "running": "running", "old": "old", "": "-"}
 
@@ -85,9 +87,9 @@ def drift(study: Study) -> dict[str, dict[str, Any]]:
 
 
 def drift_sentences(study: Study) -> list[str]:
-    """One for each slide whose cells are unlike those of the model: how many lie far, and in which group."""
+    """For each slide whose cells are unlike the model's: how many are far, and in which cluster."""
     return [
-        f"{slide}: {100 * values['far']:.0f} % of {values['cells']:,} cells lie farther from their group's "
+        f"{slide}: {100 * values['far']:.0f} % of {values['cells']:,} cells lie farther from their cluster's "
         f"centre than 99 % of the model's cells do ({100 * values['expected']:.0f} % is expected)"
         f"{_worst(study, slide, values)}."
         for slide, values in drift(study).items()
@@ -118,20 +120,20 @@ def _many(count: int, what: str) -> str:
 
 
 def remarks(study: Study) -> list[str]:
-    """Sentences that stand on top of a study's report."""
+    """Sentences at the top of a study's report."""
     return [*drift_sentences(study), *mixed(study)]
 
 
 def _worst(study: Study, slide: str, values: dict[str, Any]) -> str:
     shares = values["far_by_cluster"]
-    group = max(range(len(shares)), key=lambda i: shares[i] or 0.0)
+    cluster = max(range(len(shares)), key=lambda i: shares[i] or 0.0)
     assigned = study.record.ledger(slide).read(Assigned)
-    name = assigned and assigned.names.get(str(group))
-    return f", most in group {group}{f' ({name})' if name else ''}: {100 * shares[group]:.0f} %"
+    name = assigned and assigned.names.get(str(cluster))
+    return f", most in cluster {cluster}{f' ({name})' if name else ''}: {100 * shares[cluster]:.0f} %"
 
 
 def counts(study: Study) -> dict[str, int]:
-    """Slides, cells, pixels and groups of a study."""
+    """Slides, cells, pixels and clusters of a study."""
     cells = pixels = failed = 0
     left = set(study.left)
     for slide in study.slides:
@@ -145,7 +147,7 @@ def counts(study: Study) -> dict[str, int]:
 
 
 def table(found: dict[str, Any], limit: int | None = None) -> str:
-    """A `report` for people: the first `limit` slides, and what all came to."""
+    """A `report` as text: the first `limit` slides, and the totals."""
     rows = [["slide", *SLIDE_STAGES, "Mpx", "cells", "seams"]]
     for row in found["slides"][:limit]:
         pixels, cells = row["pixels"], row["cells"]
@@ -158,15 +160,14 @@ def table(found: dict[str, Any], limit: int | None = None) -> str:
                 seams(row["seams"]),
             ]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [text.table(rows)]
     if limit is not None and len(found["slides"]) > limit:
         lines.append(f"and {len(found['slides']) - limit} more slides (--all shows them)")
     total = found["totals"]
     done = sum(all(row["stages"][s] == "done" for s in SLIDE_STAGES) for row in found["slides"])
     lines.append(
         f"{done} of {total['slides']} slides done, {total['pixels'] / 1e6:.1f} Mpx, {total['cells']:,} cells"
-        + (f", {total['clusters']} groups" if total["clusters"] else "")
+        + (f", {total['clusters']} clusters" if total["clusters"] else "")
     )
     left = sum(row["left"] for row in found["slides"])
     if left:
@@ -186,7 +187,7 @@ def table(found: dict[str, Any], limit: int | None = None) -> str:
     scores = found["scores"]
     if scores and scores["ari"] is not None:
         lines.append(
-            f"groups against {scores['truth']}: ARI {scores['ari']:.3f}, NMI {scores['nmi']:.3f} "
+            f"clusters against {scores['truth']}: ARI {scores['ari']:.3f}, NMI {scores['nmi']:.3f} "
             f"({scores['matched']:,} of {scores['cells']:,} cells)"
         )
     if found["drift"]:
@@ -208,7 +209,7 @@ def table(found: dict[str, Any], limit: int | None = None) -> str:
 
 
 def open_first(study: Study) -> list[str]:
-    """What to open of a study, the best of it first, as whole paths."""
+    """What to open first in a study, as absolute paths."""
     named = [("open first", study.paths.report), ("overlays", study.paths.overlays)]
     return [f"{name}: {path.resolve()}" for name, path in named if path.exists()]
 

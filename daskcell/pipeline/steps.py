@@ -11,21 +11,21 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 _SEND_SECONDS = 0.5
-"""A task sends no more often: thousands of small slides need not tell of every stage."""
+"""Shortest time between messages of a task: not every stage of thousands of small slides matters."""
 _UNKNOWN = 0.02
-"""Part of what is left of a stage that a task of unknown share counts for."""
+"""Part of what is left of a stage that a task with an unknown share counts for."""
 _MOST = 0.99
 """Part of a stage that steps alone may reach: the rest is its end."""
 
 
 class Steps(Protocol):
-    """What is told of the work on slides."""
+    """Receives what is finished of the work on slides."""
 
     def step(self, slide: str, stage: str, part: float | None) -> None:
         """A task of a stage is done, which is `part` (0 to 1) of it; 0: it begins; None: an unknown part."""
 
     def finished(self, slide: str, stage: str, seconds: float | None = None) -> None:
-        """A stage is done, in so many seconds."""
+        """A stage is done, in `seconds`."""
 
     def counts(self, slide: str, pixels: int, cells: int) -> None:
         """Pixels of one channel and cells of a slide, as far as they are known."""
@@ -51,9 +51,9 @@ class StageClock:
 
 
 class SentSteps:
-    """`Steps` of a task, sent in messages (see `replay`), of which each says how far things are by then.
+    """`Steps` of a task, sent in messages for `replay`; each holds the latest values, not differences.
 
-    Nothing is sent at the end: the task's result tells of it.
+    Nothing is sent at the end, as the task's result says the rest.
     """
 
     def __init__(self, send: Callable[[Any], None]):
@@ -81,7 +81,7 @@ class SentSteps:
 
 
 def replay(message: list[list[Any]], progress: Any) -> None:
-    """Tell `progress` what a message of `SentSteps` says."""
+    """Apply a message of `SentSteps` to `progress`."""
     for method, *values in message:
         assert method in ("reached", "finished", "counts")
         getattr(progress, method)(*values)

@@ -1,9 +1,9 @@
-"""What a study found, as one page for people: types with their cells, slides, truth, seams, failures.
+"""The results of a study on one page: clusters with their cells, slides, known types, seams, failures.
 
     ledgers, tables, model ──> facts ──┐
-    pictures of typical cells, slides ─┴──> page (one HTML file that needs nothing else)
+    images of cells and slides ────────┴──> page (one self-contained HTML file)
 
-Reads a study and writes one file. The same results give the same bytes.
+Reads a study and writes one file. Equal results give equal bytes.
 """
 
 from daskcell.report.page import page_inputs, write_report

@@ -1,4 +1,4 @@
-"""What the page says, from the small files of a study and one look at its tables."""
+"""The facts on the page, from the small files of a study and one pass over its tables."""
 
 from __future__ import annotations
 
@@ -19,42 +19,42 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 TYPICAL = 10
-"""Cells nearest to a group's centre that are shown."""
+"""Number of cells shown that are nearest to a cluster's centre."""
 FAR = 4
-"""Cells farthest from it."""
+"""Number of cells shown that are farthest from it."""
 _BATCH = 1 << 16
-_MOST_TRAITS = 4
-_LEAST_TRAIT = 0.5
-_SAME = 0.8
-"""Two measurements that go together as closely over the cells say the same."""
+_MAX_TRAITS = 4
+_MIN_DEVIATION = 0.5
+_REDUNDANT = 0.8
+"""Absolute correlation above which two measurements are considered redundant."""
 _SAMPLE = 4000
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell to be shown."""
+    """A cell to show."""
 
     slide: str
     label: int
     centre: tuple[float, float]
     """``(y, x)`` in pixels."""
     side: int
-    """Of its bounding box, the longer one, in pixels."""
+    """Longer side of its bounding box, in pixels."""
     distance: float
 
 
 @dataclass(frozen=True)
 class Trait:
-    """A measurement by which a group differs from all cells."""
+    """A measurement in which a cluster differs from all cells."""
 
     name: str
     deviations: float
-    """Mean of the group less the mean of all cells, in standard deviations of all cells."""
+    """Mean of the cluster minus mean of all cells, in standard deviations of all cells."""
 
 
 @dataclass
-class Group:
-    """One of the groups that are shown."""
+class Cluster:
+    """A cluster as it is shown, after merges."""
 
     number: int
     title: str
@@ -77,25 +77,25 @@ class SlideRow:
     slides: int
     cells: int
     counts: list[int]
-    """Cells of each of `Facts.groups`."""
+    """Cells of each of `Facts.clusters`."""
     megapixels: float
 
 
 @dataclass
 class Facts:
-    """All that the page says, but for pictures."""
+    """Everything on the page except images."""
 
     slides: list[SlideRow]
     conditions: list[SlideRow]
     """The slides of each condition in the manifest together; empty if it names none."""
-    groups: list[Group]
-    ungrouped: int
-    """Cells that belong to no group, as some of their features are no numbers."""
+    clusters: list[Cluster]
+    unassigned: int
+    """Cells without a cluster, because a feature is missing or infinite."""
     unit: str
-    """``µm``, or ``px`` where some slide's pixel size is not known."""
+    """``µm``, or ``px`` if the pixel size of some slide is unknown."""
     seams: dict[str, Any]
     curve: list[dict[str, float]]
-    """Scores by number of groups, where ``cluster.k`` was ``auto``."""
+    """Scores by number of clusters, if ``cluster.k`` was ``auto``."""
 
     @property
     def cells(self) -> int:
@@ -107,13 +107,13 @@ class Facts:
 
 
 def gather(study: Study) -> Facts:
-    """Read what a study holds; slides that were set aside and groups that are not there are left out."""
+    """Read the facts of a study; slides that were set aside and missing clusters are left out."""
     clustered = study.record.ledger(CLUSTERS).read(Clustered)
     k = clustered.k if clustered else 0
     titles = titled(ClusterNames.load(study.paths.clusters).titles(k), k) if k else []
     palette = colors(k)
-    groups = [Group(i, title, "#" + bytes(palette[i]).hex()) for i, title in titles]
-    rows, reports, grouped, sizes, ungrouped = [], [], [], [], 0
+    clusters = [Cluster(i, title, "#" + bytes(palette[i]).hex()) for i, title in titles]
+    rows, reports, assigned_slides, sizes, unassigned = [], [], [], [], 0
     for name in study.slides:
         ledger = study.record.ledger(name)  # one at a time: thousands of them fill the memory
         converted, assigned = ledger.read(Converted), ledger.read(Assigned)
@@ -122,27 +122,27 @@ def gather(study: Study) -> Facts:
         reports.append(ledger.read(Segmented) or Segmented())
         counts = assigned.counts if assigned else (0,) * k
         rows.append(
-            SlideRow(name, 1, reports[-1].cells, [counts[g.number] for g in groups], converted.pixels / 1e6)
+            SlideRow(name, 1, reports[-1].cells, [counts[g.number] for g in clusters], converted.pixels / 1e6)
         )
         if assigned is not None:
-            ungrouped += assigned.unassigned
-            grouped.append(name)
+            unassigned += assigned.unassigned
+            assigned_slides.append(name)
             sizes.append(converted.pixel_size)
-    for i, group in enumerate(groups):
-        group.cells = sum(row.counts[i] for row in rows)
-    total = sum(group.cells for group in groups)
-    for group in groups:
-        group.share = group.cells / max(total, 1)
+    for i, cluster in enumerate(clusters):
+        cluster.cells = sum(row.counts[i] for row in rows)
+    total = sum(cluster.cells for cluster in clusters)
+    for cluster in clusters:
+        cluster.share = cluster.cells / max(total, 1)
     facts = Facts(
         rows,
         _conditions(study, rows),
-        groups,
-        ungrouped,
+        clusters,
+        unassigned,
         "px" if None in sizes else "µm",
         seams(reports),
         _curve(study) if k else [],
     )
-    _look_at_cells(study, grouped, facts)
+    _add_cells(study, assigned_slides, facts)
     return facts
 
 
@@ -161,7 +161,7 @@ def _conditions(study: Study, rows: Sequence[SlideRow]) -> list[SlideRow]:
 
 
 def seams(reports: Sequence[Segmented]) -> dict[str, Any]:
-    """Seam reports of many slides as one: sums, and the share of label changes at seams and beside them."""
+    """Combine the seam reports of many slides: sums, and the rate of label changes at and beside seams."""
     names = (
         "blocks",
         "cells",
@@ -187,8 +187,8 @@ def _curve(study: Study) -> list[dict[str, float]]:
 
 # -- cells -------------------------------------------------------------------------------------------------
 class _Tally:
-    """Sums of some measurements by group, slide by slide, the nearest and farthest cells of each group, and
-    the measurements of every `step`-th cell."""
+    """Sums of measurements by cluster, the nearest and farthest cells of each, and a sample: every `step`-th
+    cell."""
 
     def __init__(self, columns: Sequence[str], size: int, step: int):
         self.columns = list(columns)
@@ -216,18 +216,18 @@ class _Tally:
             self.counts[:, i] += np.bincount(where, minlength=size)
             self.sums[:, i] += np.bincount(where, numbers, minlength=size)
             self.squares[:, i] += np.bincount(where, numbers**2, minlength=size)
-        # A cell that the picture's border cuts is typical of nothing.
+        # Cells cut by the border of the image are not shown.
         whole = good & ~values["touches_edge"] if "touches_edge" in values else good
-        for group in np.unique(cluster[whole]):
-            rows = np.flatnonzero(whole & (cluster == group))
+        for number in np.unique(cluster[whole]):
+            rows = np.flatnonzero(whole & (cluster == number))
             order = rows[np.lexsort((rows, values["distance"][rows]))]
             for kept, some, sign in (
                 (self.near, order[:TYPICAL], 1.0),
                 (self.far, order[::-1][:FAR], -1.0),
             ):
-                best = kept[group] + [self._cell(slide, start, row, values) for row in some]
+                best = kept[number] + [self._cell(slide, start, row, values) for row in some]
                 best.sort(key=lambda cell: (sign * cell.distance, cell.slide, cell.label))
-                kept[group] = best[: TYPICAL if kept is self.near else FAR]
+                kept[number] = best[: TYPICAL if kept is self.near else FAR]
 
     @staticmethod
     def _cell(slide: str, start: int, row: int, values: dict[str, np.ndarray]) -> Cell:
@@ -241,18 +241,18 @@ class _Tally:
 _PLACES = ("centroid-0", "centroid-1", "bbox-0", "bbox-1", "bbox-2", "bbox-3", "touches_edge")
 
 
-def _look_at_cells(study: Study, slides: Sequence[str], facts: Facts) -> None:
-    """Fill in what only the tables tell: areas, traits, and which cells to show."""
-    if not slides or not facts.groups:
+def _add_cells(study: Study, slides: Sequence[str], facts: Facts) -> None:
+    """Fill in the areas, traits and cells to show, from the tables."""
+    if not slides or not facts.clusters:
         return
     area = "area_um2" if facts.unit == "µm" else "area"
     try:
         columns = [
             name for name in shared_columns([study.paths.table(name) for name in slides]) if name != "area"
         ]
-    except InputError:  # slides with other channels, or none measured
+    except InputError:  # slides with different channels, or without measurements
         columns = []
-    size = max(group.number for group in facts.groups) + 1
+    size = max(cluster.number for cluster in facts.clusters) + 1
     tally = _Tally([area, *columns], size, -(-max(facts.cells, 1) // _SAMPLE))
     for name in slides:
         for start, batch in _batches(study, name, [*tally.columns, *_PLACES]):
@@ -267,27 +267,27 @@ def _look_at_cells(study: Study, slides: Sequence[str], facts: Facts) -> None:
         sample = np.concatenate(tally.sample)
         sample = sample[np.isfinite(sample).all(axis=1)]
         together = np.abs(np.corrcoef(sample.T)) if len(sample) > 1 else np.eye(len(mean))
-    for group in facts.groups:
-        group.typical, group.far = tally.near[group.number], tally.far[group.number]
-        group.far = [cell for cell in group.far if cell not in group.typical]
-        value = means[group.number, 0]
-        group.area = float(value) if np.isfinite(value) else None
-        group.traits = _traits(tally.columns, np.nan_to_num(apart[group.number]), together)
+    for cluster in facts.clusters:
+        cluster.typical, cluster.far = tally.near[cluster.number], tally.far[cluster.number]
+        cluster.far = [cell for cell in cluster.far if cell not in cluster.typical]
+        value = means[cluster.number, 0]
+        cluster.area = float(value) if np.isfinite(value) else None
+        cluster.traits = _traits(tally.columns, np.nan_to_num(apart[cluster.number]), together)
 
 
 def _traits(columns: Sequence[str], apart: np.ndarray, together: np.ndarray) -> list[Trait]:
-    """The measurements that set a group apart most, each saying something that those before it do not."""
+    """The measurements in which a cluster differs most, leaving out redundant ones."""
     found: list[int] = []
     for i in np.lexsort((np.arange(len(columns)), -np.abs(apart))):
-        if abs(apart[i]) < _LEAST_TRAIT or len(found) == _MOST_TRAITS:
+        if abs(apart[i]) < _MIN_DEVIATION or len(found) == _MAX_TRAITS:
             break
-        if not any(together[i, j] > _SAME for j in found):
+        if not any(together[i, j] > _REDUNDANT for j in found):
             found.append(int(i))
     return [Trait(columns[i].removesuffix("_um2"), float(apart[i])) for i in found]
 
 
 def _batches(study: Study, slide: str, columns: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Some rows of a slide's cells at a time, with their ``cluster`` and ``distance``."""
+    """A slide's cells in batches of rows, with their ``cluster`` and ``distance``."""
     import pyarrow.parquet as pq
 
     assigned = study.record.assigned_table(slide)
@@ -305,14 +305,14 @@ def _batches(study: Study, slide: str, columns: Sequence[str]) -> Iterator[tuple
 
 
 def best_of(curve: Sequence[dict[str, float]]) -> int | None:
-    """The number of groups whose score is best, the lower of two that are as good."""
+    """The number of clusters with the best score; of equal ones, the lower."""
     return int(max(curve, key=lambda one: (one["score"], -one["k"]))["k"]) if curve else None
 
 
 def points(
     curve: Sequence[dict[str, float]], name: str, width: float, height: float
 ) -> list[tuple[float, float]]:
-    """A line of `curve`, from 0 to 1, as ``(x, y)`` of a chart `width` by `height`, y downwards."""
+    """A column of `curve`, from 0 to 1, as points ``(x, y)`` of a chart `width` by `height`, y downwards."""
     first, last = curve[0]["k"], curve[-1]["k"]
     return [
         (
@@ -323,4 +323,4 @@ def points(
     ]
 
 
-__all__ = ["Cell", "Facts", "Group", "SlideRow", "Trait", "best_of", "gather", "points", "seams"]
+__all__ = ["Cell", "Cluster", "Facts", "SlideRow", "Trait", "best_of", "gather", "points", "seams"]

@@ -1,4 +1,4 @@
-"""The page itself: `report.html`, complete in one file, with no script and nothing from the network."""
+"""The page itself, ``report.html``: one self-contained file, without scripts or network access."""
 
 from __future__ import annotations
 
@@ -12,35 +12,40 @@ from typing import Any
 from daskcell.clustering.names import ClusterNames
 from daskcell.errors import InputError
 from daskcell.render.paint import colors
-from daskcell.report.facts import Cell, Facts, Group, SlideRow, best_of, gather, points
+from daskcell.report.facts import Cell, Cluster, Facts, SlideRow, best_of, gather, points
 from daskcell.report.pictures import Pictures, common_side
 from daskcell.storage.atomic import refuse_impossible, write_atomic
 from daskcell.study import CLUSTERS, Study
 from daskcell.study.results import Clustered
 
 _MARK = b'<meta name="generator" content="daskcell">'
-_MOST_ROWS = 200
-_MOST_SLIDES = 24
-_MOST_GROUPS = 64
-"""Groups whose cells are shown; the page grows by some 70 KB with each."""
+_MAX_ROWS = 200
+_MAX_SLIDES = 24
+_MAX_CLUSTERS = 64
+"""Clusters whose cells are shown; each adds some 70 KB to the page."""
 
 
 def write_report(study: Study, path: str | Path | None = None, warnings: Sequence[str] = ()) -> Path:
-    """Write what a study found as one HTML page.
+    """Write the results of a study as one HTML page.
 
     Parameters
     ----------
     study : Study
-        Finished or not: what is not there yet is left out.
-    path : path
+        Need not be finished: missing results are left out.
+    path : path, optional
         None: ``report.html`` in the study.
     warnings : sequence of str
-        Sentences that stand on top.
+        Sentences shown at the top.
 
     Returns
     -------
     Path
-        The file. The same results give the same bytes, wherever and whenever they were made.
+        The file. Equal results give equal bytes, wherever and whenever they were made.
+
+    Raises
+    ------
+    InputError
+        `path` exists and is not a report.
     """
     import jinja2
 
@@ -61,12 +66,12 @@ def write_report(study: Study, path: str | Path | None = None, warnings: Sequenc
         warnings=list(warnings),
         cards=_cards(facts, pictures),
         slides=[(row, _uri(drawn)) for row, drawn in _slides(study, facts, pictures)],
-        rows=facts.slides[:_MOST_ROWS],
+        rows=facts.slides[:_MAX_ROWS],
         scores=_scores(study),
         curve=_curve(facts),
         failures=_failures(study),
         versions=study.record.get("versions", {}),
-        # Where it ran changes no result, and would make two pages of one result differ.
+        # Without the section compute, which differs between machines and changes no result.
         settings=_yaml({section: values for section, values in config.items() if section != "compute"}),
         model=study.record.get("model"),
         left=study.left,
@@ -81,16 +86,16 @@ def write_report(study: Study, path: str | Path | None = None, warnings: Sequenc
 
 
 def _refuse_other(path: Path) -> None:
-    """Raise `InputError` if there is something at `path` that is no page of daskcell's."""
+    """Raise `InputError` if `path` exists and is not a report of daskcell."""
     refuse_impossible(path)
     if path.is_dir() or (os.path.lexists(path) and _MARK not in path.read_bytes()[:1000]):
         raise InputError(
-            f"{path} exists, and is no report of daskcell's. Please remove it or choose another name."
+            f"{path} exists and is not a report of daskcell. Please remove it or choose another name."
         )
 
 
 def page_inputs(study: Study, warnings: Sequence[str] = ()) -> list[Any]:
-    """All that the page of a study depends on (JSON-able), told by its small files alone."""
+    """Everything the page of a study depends on, as JSON-able values, from its small files alone."""
     keys = {  # one ledger at a time: thousands of them fill the memory
         name: [entry["key"] for entry in study.record.ledger(name).stages.values()] for name in study.slides
     }
@@ -102,41 +107,41 @@ def page_inputs(study: Study, warnings: Sequence[str] = ()) -> list[Any]:
 
 
 def _title(study: Study) -> str:
-    """What the study is of: its inputs' names, which are the same wherever it was written."""
+    """Names of the study's inputs, without folders: the same wherever the study is."""
     names = [PurePath(path).name for path in study.record["inputs"]]
     return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
 def _failures(study: Study) -> list[dict[str, Any]]:
-    """Why slides were set aside, without how often that was tried."""
+    """Why slides were set aside, without the number of tries."""
     return [{name: one[name] for name in ("slide", "stage", "error")} for one in study.failures]
 
 
 # -- parts -------------------------------------------------------------------------------------------------
 def _cards(
     facts: Facts, pictures: Pictures
-) -> list[tuple[Group, list[tuple[Cell, str]], list[tuple[Cell, str]]]]:
-    """Each group with the pictures of its typical and its farthest cells."""
-    groups = facts.groups[:_MOST_GROUPS]
-    side = common_side([cell for group in groups for cell in group.typical])
+) -> list[tuple[Cluster, list[tuple[Cell, str]], list[tuple[Cell, str]]]]:
+    """Each cluster with images of its typical and its farthest cells."""
+    clusters = facts.clusters[:_MAX_CLUSTERS]
+    side = common_side([cell for cluster in clusters for cell in cluster.typical])
 
     def drawn(cells: Sequence[Cell], color: str) -> list[tuple[Cell, str]]:
         return [(cell, _uri(pictures.cell(cell, side, color))) for cell in cells]
 
-    return [(g, drawn(g.typical, g.color), drawn(g.far, g.color)) for g in groups]
+    return [(g, drawn(g.typical, g.color), drawn(g.far, g.color)) for g in clusters]
 
 
 def _slides(study: Study, facts: Facts, pictures: Pictures) -> list[tuple[SlideRow, bytes]]:
-    """The first slides that are grouped, and their pictures."""
+    """The first slides whose cells have clusters, with an image of each."""
     clustered = study.record.ledger(CLUSTERS).read(Clustered)
     k = clustered.k if clustered else 0
     palette = colors(k)
     done = (row for row in facts.slides if study.record.assigned_table(row.name))
-    return [(row, pictures.slide(row.name, palette)) for row in islice(done, _MOST_SLIDES)] if k else []
+    return [(row, pictures.slide(row.name, palette)) for row in islice(done, _MAX_SLIDES)] if k else []
 
 
 def _scores(study: Study) -> dict[str, Any] | None:
-    """The groups against known types, each cell of the table with its share of its row."""
+    """The table of known types by clusters, each entry with its share of the row."""
     scores = study.scores
     if scores is None or scores["ari"] is None:
         return None
@@ -172,7 +177,7 @@ def _curve(facts: Facts) -> dict[str, Any] | None:
 
 
 def _words(name: str) -> str:
-    """A measurement's column as words: ``intensity_mean-red`` is "intensity mean, red"."""
+    """Name of a column in words: "intensity mean, red" for ``intensity_mean-red``."""
     what, _, channel = name.partition("-")
     return what.replace("_", " ") + (f", {channel}" if channel else "")
 

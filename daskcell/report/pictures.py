@@ -50,7 +50,7 @@ class Pictures:
         return _jpeg(np.rint(canvas * 255).astype(np.uint8), _SIDE)
 
     def slide(self, name: str, palette: np.ndarray) -> bytes:
-        """JPEG of a slide, its cells coloured by group, from a level of its pyramid that is large enough."""
+        """JPEG of a slide with its cells coloured by cluster, from the smallest sufficient pyramid level."""
         image = self._image(name)
         levels = image.levels
         level = max((i for i, shape in enumerate(levels) if max(shape) >= _SLIDE), default=0)

@@ -97,6 +97,20 @@ class Record(Mapping[str, Any]):
         self._values = self._values | values
         write_json(self.paths.record, self._values)
 
+    def own_outputs(self) -> None:
+        """Enter all files that a run with the study's settings writes, as `create_study` does.
+
+        Raises
+        ------
+        StudyError
+            If a file that daskcell did not write has the name of one.
+        """
+        names = outputs(self.config)
+        owned = set(self.get("owned", names))
+        refuse_foreign(self.paths.root, names, owned, self["slides"], ())
+        if names - owned:
+            self.update(owned=sorted(owned | names))
+
     def own(self, name: str) -> Path:
         """Enter a file as one that daskcell may replace, and return its path.
 
