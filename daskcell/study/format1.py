@@ -43,13 +43,13 @@ def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
     failure = values.get("failure")
     if failure is not None:
         failure = failure | {"stage": NAMES.get(failure["stage"], failure["stage"])}
-    began = values.get("began") or ""
+    in_progress = values.get("began") or ""
     return {
         "files": values["files"],
         "stages": stages,
         "failure": failure,
         "tries": values.get("tries", 0),
-        "began": NAMES.get(began, began) or None,
+        "began": NAMES.get(in_progress, in_progress) or None,
     }
 
 

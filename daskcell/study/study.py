@@ -332,10 +332,10 @@ class Study:
             raise StudyError(
                 "Study.show draws with matplotlib, which is not installed: pip install 'daskcell[plot]'."
             ) from None
-        picture = self._overlay(slide)
+        overlay = self._overlay(slide)
         if ax is None:
             _, ax = pyplot.subplots()
-        ax.imshow(picture)
+        ax.imshow(overlay)
         ax.set_title(slide)
         ax.set_axis_off()
         return ax
