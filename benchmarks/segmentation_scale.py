@@ -43,11 +43,13 @@ class Clocks(WorkerPlugin):
     name = "clocks"
 
     def setup(self, worker: Any) -> None:
-        from daskcell.segmentation import methods, ownership, tasks
+        from daskcell.segmentation import tasks
+        from daskcell.segmentation.core import ownership
+        from daskcell.segmentation.methods import cellpose
 
         self.seconds = Counter[str]()
-        self.clock(methods, "run_network", "network")
-        self.clock(methods.CellposeMethod, "_label", "dynamics")
+        self.clock(cellpose, "run_network", "network")
+        self.clock(cellpose.CellposeMethod, "follow", "dynamics")
         self.clock(ownership, "choose_owned", "dynamics")
         self.clock(tasks, "check_block", "dynamics")
 
@@ -71,9 +73,9 @@ class StandIn(WorkerPlugin):
     name = "stand-in"
 
     def setup(self, worker: Any) -> None:
-        from daskcell.segmentation import methods
+        from daskcell.segmentation.methods import cellpose
 
-        methods.run_network = uphill
+        cellpose.run_network = uphill
 
 
 def uphill(network: Any, inputs: np.ndarray, batch_size: int) -> np.ndarray:
@@ -115,7 +117,7 @@ def segment(zarr: Path, workers: Workers, block: int, scratch: Path) -> dict[str
 
 def measure(side: int, count: int, block: int, stand_in: bool, folder: Path) -> dict[str, Any]:
     from daskcell.images import convert
-    from daskcell.segmentation.tiles import TileGrid
+    from daskcell.segmentation.core.tiles import TileGrid
 
     for name, size in (("warm", 512), ("picture", side)):
         write_picture(folder / f"{name}.tif", size)

@@ -33,7 +33,7 @@ from daskcell.segmentation import engine, tasks
 SIDES = (100_000, 80_000)
 BLOCK = 2048
 BLOCKS = ("observe_blocks", "run_tiles", "label_block", "check_blocks", "paint_block")
-ONCE = ("measure_window", "freeze_globals")
+ONCE = ("measure_window", "fit_params")
 TASKS = (*BLOCKS, *ONCE)
 SHARES = {"convert": 0.1, "segment": 0.5, "describe": 0.3, "paint": 0.1}
 """Of a slide's seconds; only their sum matters here."""

@@ -45,45 +45,45 @@ def sleep(name: str, *blocks: tuple[int, int]) -> None:
 
 
 # -- tasks of `segmentation.engine`, by its names ---------------------------------------------------------
-def observe_blocks(job: Any, group: Any) -> None:
+def observe_blocks(slide: Any, group: Any) -> None:
     sleep("observe_blocks", *group)
 
 
-def choose_windows(job: Any) -> list[tuple[Any, Any]]:
+def choose_windows(slide: Any) -> list[tuple[Any, Any]]:
     return [(None, None)]
 
 
-def measure_window(job: Any, box: Any, frozen: Any) -> list[int]:
+def measure_window(slide: Any, box: Any, params: Any) -> list[int]:
     sleep("measure_window", (0, 0))
     return [707]
 
 
-def freeze_globals(job: Any, groups: Any, diameter: float) -> None:
-    from daskcell.segmentation.image_params import Globals
+def fit_params(slide: Any, groups: Any, diameter: float) -> None:
+    from daskcell.segmentation.image_params import ImageParams
 
-    sleep("freeze_globals", (0, 0))
-    job.globals_file.write_text(json.dumps(Globals(job.shape, ((0.0, 1.0),), diameter).to_json()))
+    sleep("fit_params", (0, 0))
+    slide.params_file.write_text(json.dumps(ImageParams(slide.shape, ((0.0, 1.0),), diameter).to_json()))
 
 
-def run_tiles(job: Any, at: Any, tiles: list[int]) -> int:
+def run_tiles(slide: Any, at: Any, tiles: list[int]) -> int:
     sleep("run_tiles", at)
     return len(tiles)
 
 
-def label_block(job: Any, at: Any, halo: int, sources: Any, further: Any) -> Any:
-    from daskcell.segmentation.seams import SeamReport
+def label_block(slide: Any, at: Any, halo: int, sources: Any, extra_tiles: Any) -> Any:
+    from daskcell.segmentation.tasks import LabelledBlock
 
     sleep("label_block", at)
-    return SeamReport(), 30
+    return LabelledBlock([], 0, 30)
 
 
-def check_blocks(job: Any, group: Any, steps: int) -> Any:
+def check_blocks(slide: Any, group: Any, steps: int) -> Any:
     sleep("check_blocks", *group)
-    return [(np.zeros(0, np.int64), job.grid.core(at)) for at in group]
+    return [(np.zeros(0, np.int64), slide.grid.core(at)) for at in group]
 
 
-def paint_block(job: Any, at: Any, sources: Any) -> Any:
-    from daskcell.segmentation.seams import SeamReport
+def paint_block(slide: Any, at: Any, sources: Any) -> Any:
+    from daskcell.segmentation.core.seams import SeamReport
 
     sleep("paint_block", at)
     return SeamReport()

@@ -6,11 +6,20 @@ knows what to redo when one changes; `compute` and `output` change none.
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from daskcell.errors import ConfigError, InputError
 
@@ -178,8 +187,22 @@ class WatershedSettings(Settings):
     """How much of the inner brightness a shared border must keep for two sub-regions to be one cell."""
 
 
+METHODS = ("cellpose", "watershed")
+"""Segmentation methods of daskcell itself."""
+
+
+def installed_methods() -> tuple[str, ...]:
+    """Names of all segmentation methods: daskcell's, then those of other packages."""
+    found = {point.name for point in entry_points(group="daskcell.methods")}
+    return *METHODS, *sorted(found - set(METHODS))
+
+
 class SegmentSettings(Settings):
-    method: Literal["cellpose", "watershed"] = "cellpose"
+    method: str = "cellpose"
+    """``cellpose``, ``watershed``, or the name of a method that another package installs
+    (`daskcell.segmentation.methods`)."""
+    options: dict[str, Any] = {}
+    """Options of a method that another package installs."""
     model: str = "tiny"
     """``tiny`` (embedded), ``cpsam_v2``, or a file of weights."""
     precision: Literal["float32", "bfloat16"] | None = None
@@ -211,6 +234,14 @@ class SegmentSettings(Settings):
     keep_flows: bool = False
     """Keep the network's output, so that thresholds can be changed without the network."""
     watershed: WatershedSettings = WatershedSettings()
+
+    @field_validator("method")
+    @classmethod
+    def _check_method(cls, value: str, info: ValidationInfo) -> str:
+        # Asked of settings that are given, not of those a study was made with: it may be read without it.
+        if info.context is not None and value not in METHODS and value not in (names := installed_methods()):
+            raise ValueError(f"installed methods are {', '.join(names)}")
+        return value
 
 
 class FeatureSettings(Settings):
@@ -397,7 +428,7 @@ def parse_config(values: dict[str, Any], source: str = "config") -> Config:
         One sentence per wrong setting: where, what, and the value.
     """
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(values, context={"installed": True})
     except ValidationError as error:
         raise ConfigError(f"{source}: " + "; ".join(_sentences(error))) from None
 

@@ -62,11 +62,11 @@ def contents(folder):
 
 def test_of_a_new_study_everything_is_to_do_and_nothing_is_written(made, tmp_path, monkeypatch):
     counts = []
-    run_tiles = CellposeMethod.run
+    run_tiles = CellposeMethod.run_tiles
 
-    def counted(self, read, frozen, tiles):
+    def counted(self, read, params, tiles):
         counts.append(len(tiles))
-        return run_tiles(self, read, frozen, tiles)
+        return run_tiles(self, read, params, tiles)
 
     plan = api.plan(made / "in", tmp_path / "new", SETTINGS)
     assert not (tmp_path / "new").exists()
@@ -78,7 +78,7 @@ def test_of_a_new_study_everything_is_to_do_and_nothing_is_written(made, tmp_pat
     assert plan.clusters == "not done yet"
     assert plan.seconds is None
     assert "not known yet" in str(plan)
-    monkeypatch.setattr(CellposeMethod, "run", counted)
+    monkeypatch.setattr(CellposeMethod, "run_tiles", counted)
     run(made / "in", tmp_path / "new", SETTINGS)
     assert sum(one.tiles for one in plan.slides) == sum(counts)
     sizes = sum(path.stat().st_size for path in (tmp_path / "new").rglob("*") if path.is_file())

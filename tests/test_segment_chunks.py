@@ -102,4 +102,4 @@ def test_worker_processes_give_the_same_labels_however_many_there_are():
             )  # fmt: skip
             labels, report = client.gather([client.compute(labels), client.compute(report)])
         np.testing.assert_array_equal(labels, expected)
-        assert report.redone > 0
+        assert report.halo_retries > 0

@@ -21,8 +21,9 @@ from daskcell.images import image_info, read_labels
 from daskcell.preprocess import freeze_slide
 from daskcell.preprocess.plan import Plan
 from daskcell.segmentation import engine, tasks
+from daskcell.segmentation.core.ownership import load_candidates, save_candidates
 from daskcell.segmentation.index import block_records, read_index
-from daskcell.segmentation.ownership import load_candidates, save_candidates
+from daskcell.segmentation.methods import CellposeMethod, installed
 
 PLAIN = PreprocessSettings(reconstruct=None, histogram=None)
 SETTINGS = SegmentSettings(diameter=None)
@@ -100,7 +101,7 @@ def test_what_waits_on_the_disk_is_as_large_as_its_cells(tmp_path):
     tifffile.imwrite(tmp_path / "picture.tif", picture)
     dc.convert(tmp_path / "picture.tif", tmp_path / "picture.zarr")
     labels, _ = segment(tmp_path / "picture.zarr", tmp_path, block=300)
-    files = list((tmp_path / "scratch-300" / "labels").iterdir())
+    files = list((tmp_path / "scratch-300" / "candidates").iterdir())
     sizes = [file.stat().st_size for file in files]
     assert len(sizes) == 9
     assert min(sizes) < 3000  # no cell there
@@ -252,8 +253,8 @@ def test_blocks_that_look_further_ask_gpu_workers_for_the_tiles_they_lack(tmp_pa
     picture = np.uint8(np.clip(blobs((420, 440), 5, radius=30, density=0.003), 0, 1) * 200)
     tifffile.imwrite(tmp_path / "picture.tif", picture)
     dc.convert(tmp_path / "picture.tif", tmp_path / "picture.zarr")
-    monkeypatch.setattr(tasks, "network_source", lambda model, device, *_: network)
-    monkeypatch.setattr(engine, "_halo", lambda job, frozen: 16)
+    monkeypatch.setattr(installed, "network_source", lambda model, device, *_: network)
+    monkeypatch.setattr(CellposeMethod, "halo", 16)
     settings = SegmentSettings(diameter=None, niter=500)
     here = True
     expected, report = segment(tmp_path / "picture.zarr", tmp_path, settings, block=4096)
@@ -272,7 +273,7 @@ def test_blocks_that_look_further_ask_gpu_workers_for_the_tiles_they_lack(tmp_pa
     assert report["redone"] > 5
     assert report["repeated"] > 0
     assert report["tiles"] > report["repeated"]
-    assert not any((tmp_path / "scratch-128" / "further").iterdir())
+    assert not any((tmp_path / "scratch-128" / "extra_tiles").iterdir())
 
 
 def test_a_slide_that_could_overflow_the_labels_is_refused_before_any_work(tmp_path):

@@ -16,9 +16,9 @@ from daskcell.config import parse_config
 from daskcell.errors import ComputeError
 from daskcell.geometry import Box
 from daskcell.pipeline.worker_pool import networks_bytes, refuse_small_workers
+from daskcell.segmentation.core.ownership import Thresholds, own_labels
 from daskcell.segmentation.memory import needed_memory, refuse_too_little_memory
 from daskcell.segmentation.methods import touches_rim
-from daskcell.segmentation.ownership import Thresholds, own_labels
 
 
 @pytest.mark.parametrize("block", [512, 2048, 4096, 8192])
@@ -110,14 +110,14 @@ def peak_memory() -> int:
 
 def label_a_block(diameter: float, block: int) -> float:
     """Bytes that this process has grown by, at most, while it labels a real block that is full of cells."""
-    from daskcell.segmentation.image_params import Globals
+    from daskcell.segmentation.core.tiles import TILE
+    from daskcell.segmentation.image_params import ImageParams
     from daskcell.segmentation.methods import CellposeMethod
-    from daskcell.segmentation.tiles import TILE
 
     side = 3 * block
     shape = (side, side)
     method = CellposeMethod(None, diameter=diameter)
-    frozen = Globals(shape, ((0.0, 255.0),), diameter)
+    frozen = ImageParams(shape, ((0.0, 255.0),), diameter)
 
     class Everywhere(dict):
         """Network outputs of tiles full of cells, made when they are asked for, as from disk."""

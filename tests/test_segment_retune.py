@@ -35,13 +35,13 @@ def command(monkeypatch, capsys):
 @pytest.fixture
 def tiles(monkeypatch):
     """Counts tiles that go through the network."""
-    counts, run = Counter(), CellposeMethod.run
+    counts, run = Counter(), CellposeMethod.run_tiles
 
-    def counted(self, read, frozen, tiles):
+    def counted(self, read, params, tiles):
         counts["all"] += len(tiles)
-        return run(self, read, frozen, tiles)
+        return run(self, read, params, tiles)
 
-    monkeypatch.setattr(CellposeMethod, "run", counted)
+    monkeypatch.setattr(CellposeMethod, "run_tiles", counted)
     return counts
 
 

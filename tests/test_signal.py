@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import daskcell as dc
+from daskcell.config import WatershedSettings
 from daskcell.geometry import Box
 from daskcell.images import Image
 from daskcell.preprocess import freeze
 from daskcell.preprocess.signal import TILE, aligned, bin_values, count_tiles, find_signal
 from daskcell.preprocess.steps import Stretch
-from daskcell.segmentation.methods import CellposeMethod
-from daskcell.segmentation.watershed import WatershedMethod
+from daskcell.segmentation.methods import CellposeMethod, WatershedMethod
 
 PATCH = 256
 CENTRES = [(50, 60), (60, 170), (120, 40), (140, 130), (200, 210), (210, 90)]
@@ -90,7 +90,7 @@ def test_percentiles_are_those_of_the_cells_and_not_of_the_noise(around, dtype):
 
 def bounds(image, normalize="signal"):
     method, box = CellposeMethod(None, normalize=normalize), Box(0, 0, *image.shape[1:])
-    return method.freeze([method.observe(image, box, box.shape)], box.shape).bounds
+    return method.fit(method.observe(image, box, box.shape), box.shape).bounds
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint8], ids=lambda d: d.__name__)
@@ -230,10 +230,10 @@ def test_one_value_is_no_signal():
 def test_the_watershed_takes_the_threshold_it_is_given():
     image, _ = dark_field(1024)
     method, box = (
-        WatershedMethod.from_options(WatershedMethod().thresholds, {"threshold": 0.3}),
+        WatershedMethod(WatershedSettings(threshold=0.3)),
         Box(0, 0, 1024, 1024),
     )
-    assert method.freeze([method.observe(image[None], box, box.shape)], box.shape).threshold == 0.3
+    assert method.fit(method.observe(image[None], box, box.shape), box.shape).threshold == 0.3
 
 
 def test_an_image_is_prepared_as_what_it_is():

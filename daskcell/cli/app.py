@@ -57,7 +57,7 @@ Changes = Annotated[
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; errors only.")]
-Method = Annotated[str | None, typer.Option(help="cellpose or watershed.")]
+Method = Annotated[str | None, typer.Option(help="cellpose, watershed, or the name of an installed method.")]
 Model = Annotated[str | None, typer.Option(help="tiny, cpsam_v2, or a file of weights.")]
 Diameter = Annotated[str | None, typer.Option(help="Cell diameter in pixels; auto: estimated.")]
 Pattern = Annotated[

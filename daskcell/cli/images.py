@@ -213,10 +213,13 @@ def _method(settings: Any) -> Any:
     from daskcell.preprocess import apply_block, freeze
     from daskcell.segmentation import segment
 
-    chosen = settings.segment.model_dump(exclude={"watershed", "tissue_mask", "keep_flows"})
-    if settings.segment.method == "watershed":
+    chosen = settings.segment.model_dump(exclude={"watershed", "options", "tissue_mask", "keep_flows"})
+    if settings.segment.method != "cellpose":
+        own = settings.segment.options
+        if settings.segment.method == "watershed":
+            own = settings.segment.watershed.model_dump()
         chosen = {name: chosen[name] for name in ("method", "channels", "min_size", "max_size_fraction")}
-        chosen |= settings.segment.watershed.model_dump()
+        chosen |= own
     else:
         chosen["device"] = settings.compute.network_device
 

@@ -240,7 +240,7 @@ def _clusters(study: Study | None, slides: list[SlidePlan], jobs: list[Job], con
 
 def _tiles(study: Study | None, ledger: Ledger, shape: tuple[int, int], config: Config) -> int:
     """Tiles of a slide; where the diameter is measured, with that of before, or of other slides."""
-    from daskcell.segmentation.tiles import TileGrid
+    from daskcell.segmentation.core.tiles import TileGrid
 
     diameter = config.segment.diameter
     if diameter == "auto":

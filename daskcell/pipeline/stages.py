@@ -15,11 +15,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from daskcell.config import Config
+from daskcell.config import METHODS, Config
 from daskcell.pipeline.stage import Context, Files, Stage
 from daskcell.storage.atomic import remove
 from daskcell.study import CLUSTERS, Study
-from daskcell.study.keys import identity
+from daskcell.study.keys import content_key, identity
 from daskcell.study.results import (
     Assigned,
     Clustered,
@@ -162,14 +162,14 @@ _OF_METHOD = {
         "tissue_mask",
     ),
     "watershed": ("watershed",),
+    "installed": ("options",),
 }
-"""Settings that only one method looks at."""
+"""Settings that only one method looks at, or those that other packages install."""
 
 
 def _segment_settings(config: Config) -> dict[str, Any]:
-    others = {
-        name for method, names in _OF_METHOD.items() if method != config.segment.method for name in names
-    }
+    method = config.segment.method if config.segment.method in METHODS else "installed"
+    others = {name for other, names in _OF_METHOD.items() if other != method for name in names}
     return _dump(config.segment, {"keep_flows", *others})
 
 
@@ -209,12 +209,17 @@ def _segment(context: Context) -> Segmented:
 
 
 def _network(config: Config) -> Files | None:
-    from daskcell.models import network_fingerprint
+    """Weights of Cellpose's network; of a method of another package, its version."""
+    method, name = config.segment.method, config.segment.model
+    if method == "cellpose":
+        from daskcell.models import network_fingerprint
 
-    if config.segment.method != "cellpose":
+        return Files(network_fingerprint(name), "network", name)
+    if method in METHODS:
         return None
-    name = config.segment.model
-    return Files(network_fingerprint(name), "network", name)
+    from daskcell.segmentation.methods import method_version
+
+    return Files(content_key("method", 1, method, method_version(method)), "version of the method", method)
 
 
 def _network_precision(config: Config) -> str | None:

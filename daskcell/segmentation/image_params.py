@@ -1,7 +1,7 @@
-"""What must be known of the whole picture before any block of it can be computed.
+"""Image parameters of Cellpose: what must be known of the whole image before any block of it is computed.
 
-Percentiles, the tile grid, the number of steps: measured once, frozen, written into the study, and handed to
-every block. A block that measured them by itself would segment a different picture than its neighbour.
+Percentiles, the tile grid and the number of steps are measured once, written into the study, and handed to
+every block. A block that measured them by itself would segment another image than its neighbour.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import numpy as np
 
 from daskcell.errors import InputError
 from daskcell.preprocess.signal import bin_values, find_signal
-from daskcell.segmentation.tiles import MEAN_DIAMETER, TileGrid
+from daskcell.segmentation.core.tiles import MEAN_DIAMETER, TileGrid
 
 EXACT_UP_TO = 224**3
 """Values of a channel up to which Cellpose takes percentiles of all of them; above, of a strided sample."""
 
 
 def sampling_step(shape: tuple[int, int]) -> tuple[int, int]:
-    """Stride along y and x at which Cellpose samples a picture for its percentiles.
+    """Stride along y and x at which Cellpose samples an image for its percentiles.
 
     The rule of `cellpose.transforms.normalize99`, so that slides far above memory get the very numbers that
     Cellpose would take from them.
@@ -76,19 +76,19 @@ def _percentiles(values: np.ndarray) -> tuple[float, float]:
 
 
 def merge_observed(parts: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
-    """What was observed of several parts: samples one after the other, and the sum of the tiles' counts."""
+    """What was observed of several blocks: samples one after the other, and the sum of the counts."""
     *samples, tiles = zip(*parts, strict=True)
     return [*(np.concatenate(channel) for channel in samples), np.sum(tiles, axis=0)]
 
 
 @dataclass(frozen=True)
-class Globals:
-    """Frozen facts of one picture.
+class ImageParams:
+    """Facts of one image, the same for all its blocks.
 
     Attributes
     ----------
     shape : (Y, X)
-        Size of the picture in pixels.
+        Size of the image in pixels.
     bounds : tuple of (low, high) or None, one per channel
         Intensities that become 0 and 1; None: the channel has no contrast and becomes 0.
     diameter : float or None
@@ -130,7 +130,7 @@ class Globals:
         }
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Globals:
+    def from_json(cls, values: dict[str, Any]) -> ImageParams:
         bounds = tuple(
             None if pair is None else (float(pair[0]), float(pair[1])) for pair in values["bounds"]
         )

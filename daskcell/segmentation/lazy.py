@@ -1,13 +1,13 @@
 """`segment`: lazy labels of a dask or numpy image.
 
 One task a block runs the network on the tiles it owns, one follows the flows, one checks the masks, one
-paints; in between stand three small reductions over the whole picture (percentiles, largest mask, ids).
+paints; in between stand three small reductions over the whole image (percentiles, largest mask, ids).
 """
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -18,12 +18,12 @@ from daskcell.errors import InputError
 from daskcell.geometry import Box, Grid
 from daskcell.images.arrays import as_image
 from daskcell.preprocess.signal import TILE, aligned
-from daskcell.segmentation.cells import Cells, check_block, number, refuse_too_many
-from daskcell.segmentation.methods import BlockMethod, CellposeMethod, Method, network_source
-from daskcell.segmentation.ownership import Candidates, Thresholds, own_labels
-from daskcell.segmentation.seams import SeamReport, paint_core
-from daskcell.segmentation.tiles import TileGrid
-from daskcell.segmentation.tissue import is_bright, smallest_level, tiles_without
+from daskcell.segmentation import blocks
+from daskcell.segmentation.core.cells import Cells, check_block, number, refuse_too_many
+from daskcell.segmentation.core.ownership import Candidates
+from daskcell.segmentation.core.seams import SeamReport, paint_core
+from daskcell.segmentation.methods import Method, make_method
+from daskcell.segmentation.tissue import is_bright, smallest_level
 from daskcell.segmentation.tissue import tissue_mask as find_tissue
 
 _DEFAULT = SegmentSettings()
@@ -67,7 +67,7 @@ def segment(
     model : str or torch.nn.Module
         Network for Cellpose: a name, a file of weights, or a module as `cellpose.core.run_net` accepts it.
     diameter : float, "auto" or None
-        Expected cell diameter in pixels, to which the picture is rescaled; None: no rescaling; auto:
+        Expected cell diameter in pixels, to which the image is rescaled; None: no rescaling; auto:
         estimated from a first pass, which is computed at once.
     precision : "float32", "bfloat16" or None
         What the network computes in; None: float32, and bfloat16 for Cellpose-SAM. Only for a `model` that is
@@ -111,32 +111,48 @@ def segment(
     >>> from skimage.measure import label
     >>> labels = dc.segment(image, method=lambda block: label(block[0] > 0.3))
     """
+    overview = _overview(image if tissue_mask is True else tissue_mask, image, axes)
+    image = as_channels(image, channels, axes)
+    shape = image.shape[1:]
+    refuse_too_many(shape, min_size)
+    settings = _DEFAULT.model_copy(
+        update={
+            "diameter": diameter,
+            "precision": precision,
+            "normalize": normalize,
+            "cellprob_threshold": cellprob_threshold,
+            "flow_threshold": flow_threshold,
+            "min_size": min_size,
+            "max_size_fraction": max_size_fraction,
+            "niter": niter,
+            "batch_size": batch_size,
+        }
+    )
+    way = make_method(method, settings, model=model, device=device, options=options)
+    if way.measures_diameter:
+        from daskcell.segmentation.diameter import estimate_diameter
+
+        way = way.with_diameter(estimate_diameter(way, ArrayImage(image), shape))
+    labels, report = _lay_graph(way, image, block, way.halo if halo is None else halo, overview)
+    return (labels, report) if return_report else labels
+
+
+def _lay_graph(
+    method: Method, image: Any, block: int, halo: int, overview: tuple[Any, bool | None] | None
+) -> tuple[Any, Any]:
+    """Labels ``(Y, X)`` and the seam report, each as a lazy value."""
     import dask
     import dask.array as da
     from dask.delayed import Delayed
     from dask.highlevelgraph import HighLevelGraph
 
-    overview = _overview(image if tissue_mask is True else tissue_mask, image, axes)
-    image = as_channels(image, channels, axes)
     shape = image.shape[1:]
-    refuse_too_many(shape, min_size)
-    thresholds = Thresholds(cellprob_threshold, flow_threshold, min_size, max_size_fraction)
-    way = make_method(
-        method, model, thresholds, diameter, niter, batch_size, device, halo, options, precision, normalize
-    )
-    source = Source(image)
-    if isinstance(way, CellposeMethod):
-        if diameter == "auto":
-            from daskcell.segmentation.diameter import estimate_diameter
-
-            way.diameter = estimate_diameter(way, source, shape)
-        TileGrid.lay(shape, way.diameter)  # refuses a diameter that leaves no pixel
+    tiles = method.tile_grid(shape)  # refuses a diameter that leaves no pixel
     grid = Grid.regular(shape, block)
-    halo = way.halo if halo is None else halo
     graph = _Graph(dask.base.tokenize(image.name, block, halo, object()))
     # One value each in the graph: a worker gets the network and the image's own graph once.
-    shared = graph.add("method", (), way)
-    pixels = graph.add("image", (), Source(image))
+    shared = graph.add("method", (), method)
+    pixels = graph.add("image", (), ArrayImage(image))
     image = image.rechunk({0: -1})
     chunks = Grid.from_chunks(image.chunks[1:])
 
@@ -144,22 +160,24 @@ def segment(
         touching = chunks.touching(box)
         return [chunks.core(at) for at in touching], [(image.name, 0, *at) for at in touching]
 
-    whole_tiles = image.rechunk((-1, *aligned(image.chunks[1:], TILE)))  # the same image where they are
-    parts_seen = Grid.from_chunks(whole_tiles.chunks[1:])
-    seen = [
+    # Facts of the whole image, from chunks that begin where tiles of pixels do.
+    aligned_image = image.rechunk((-1, *aligned(image.chunks[1:], TILE)))
+    parts_seen = Grid.from_chunks(aligned_image.chunks[1:])
+    observed = [
         graph.add(
             "observe",
             at,
             partial(_observe, box=parts_seen.core(at), shape=shape),
             shared,
-            (whole_tiles.name, 0, *at),
+            (aligned_image.name, 0, *at),
         )
         for at in parts_seen
     ]
     glass = [] if overview is None else [(overview[0].name, 0, 0, 0)]
-    freeze = partial(_freeze, shape=shape, bright=overview and overview[1])
-    frozen = graph.add("globals", (), freeze, shared, seen, glass)
-    tiles = TileGrid.lay(shape, way.diameter) if isinstance(way, CellposeMethod) else None
+    fit = partial(_fit, shape=shape, bright=overview and overview[1])
+    params = graph.add("params", (), fit, shared, observed, glass)
+
+    # Tiles through the network, each with the block that owns it.
     owner: dict[int, tuple[int, int]] = {}
     networks: dict[tuple[int, int], Any] = {}
     if tiles is not None:
@@ -167,24 +185,27 @@ def segment(
             owned = tiles.owned(grid.core(at))
             owner.update(dict.fromkeys(owned, at))
             boxes, parts = chunks_of(_around([tiles.to_image(tiles.box(tile)) for tile in owned]))
-            run = partial(_network, tiles=owned, boxes=boxes)
-            networks[at] = graph.add("network", at, run, shared, frozen, parts)
+            run = partial(_run_tiles, tiles=owned, boxes=boxes)
+            networks[at] = graph.add("network", at, run, shared, params, parts)
 
+    # Labels of every block; the flow check needs the largest extent of all.
     found = {}
     for at in grid:
         core = grid.core(at)
-        held = core.grow(halo).clip(shape)
+        grown = core.grow(halo).clip(shape)
         near: list[Any] = []
         boxes, parts = [], []
         if tiles is not None:
-            owners = {owner[tile] for tile in tiles.touching(tiles.to_scaled(held))}
+            owners = {owner[tile] for tile in tiles.touching(tiles.to_scaled(grown))}
             near = [networks[other] for other in sorted(owners)]
         else:
-            boxes, parts = chunks_of(held)
-        follow = partial(_labels, core=core, halo=halo, shape=shape, boxes=boxes)
-        found[at] = graph.add("labels", at, follow, shared, frozen, near, pixels, parts)
+            boxes, parts = chunks_of(grown)
+        label = partial(_label, core=core, halo=halo, shape=shape, boxes=boxes)
+        found[at] = graph.add("labels", at, label, shared, params, near, pixels, parts)
     steps = graph.add("steps", (), _steps, [graph.add("extent", at, _extent, found[at]) for at in grid])
     checked = {at: graph.add("check", at, _check, shared, steps, found[at]) for at in grid}
+
+    # Ids, and every block's own pixels.
     facts = [graph.add("facts", at, partial(_facts, grid=grid, at=at), checked[at]) for at in grid]
     numbered = graph.add("ids", (), partial(_number, order=list(grid), shape=shape), facts)
     reports = []
@@ -199,10 +220,10 @@ def segment(
     layers = HighLevelGraph.from_collections(
         graph.name("cells"),
         graph.tasks,
-        dependencies=[image, whole_tiles] + ([] if overview is None else [overview[0]]),
+        dependencies=[image, aligned_image] + ([] if overview is None else [overview[0]]),
     )
     labels = da.Array(layers, graph.name("cells"), grid.chunks, dtype=np.uint32)
-    return (labels, Delayed(seams, layers, layer=graph.name("cells"))) if return_report else labels
+    return labels, Delayed(seams, layers, layer=graph.name("cells"))
 
 
 class _Graph:
@@ -222,8 +243,8 @@ class _Graph:
         return key
 
 
-class Source:
-    """The image as something to read boxes from, inside a task too (for a halo larger than foreseen)."""
+class ArrayImage:
+    """A Dask array to read boxes from, inside a task too (for a halo larger than foreseen)."""
 
     def __init__(self, image: Any):
         self.image = image
@@ -257,57 +278,28 @@ def as_channels(image: Any, channels: list[int] | None = None, axes: str | None 
     if not 1 <= image.shape[0] <= most:
         raise InputError(
             f"The image has {image.shape[0]} channels, and one to {most} can be segmented. "
-            "Please choose with channels=[...], or make a colour picture with reconstruct()."
+            "Please choose with channels=[...], or make a colour image with reconstruct()."
         )
     return image
 
 
-def make_method(
-    method: Any, model: Any, thresholds: Thresholds, diameter: Any, niter: int | None, batch_size: int | None,
-    device: str, halo: int | None, options: dict[str, Any], precision: str | None = None,
-    normalize: Literal["signal", "cellpose"] = "signal",
-) -> Any:  # fmt: skip
-    """The method object for `segment`'s arguments."""
-    if method == "watershed":
-        from daskcell.segmentation.watershed import WatershedMethod
-
-        return WatershedMethod.from_options(thresholds, options)
-    if options:
-        raise InputError(f"{method!r} has no option {sorted(options)[0]!r}.")
-    if callable(method):
-        values = (thresholds.cellprob, 0.0, thresholds.min_size, thresholds.max_size_fraction)
-        return BlockMethod(method, Thresholds(*values), 64 if halo is None else halo)
-    if method != "cellpose":
-        raise InputError(f"Unknown method {method!r}. Please give 'cellpose', 'watershed' or a function.")
-    if isinstance(diameter, str) and diameter != "auto":
-        raise InputError(f"diameter cannot be {diameter!r}. Please give pixels, 'auto' or None.")
-    if isinstance(diameter, (int, float)) and not diameter > 0:
-        raise InputError(f"diameter cannot be {diameter}. Please give a size in pixels above 0, or None.")
-    if normalize not in ("signal", "cellpose"):
-        raise InputError(f"normalize cannot be {normalize!r}. Please give 'signal' or 'cellpose'.")
-    size = None if diameter in (None, "auto") else float(diameter)
-    network = network_source(model, device, precision)
-    return CellposeMethod(network, thresholds, size, batch_size, niter, normalize)
+def _observe(method: Method, part: np.ndarray, *, box: Box, shape: tuple[int, int]) -> list[np.ndarray]:
+    return blocks.observe(method, lambda box: part, [box], shape)
 
 
-def _observe(method: Method, part: np.ndarray, *, box: Box, shape: tuple[int, int]) -> Any:
-    return method.observe(part, box, shape)
-
-
-def _freeze(
+def _fit(
     method: Method,
-    observed: list[Any],
+    observed: list[list[np.ndarray]],
     overview: list[np.ndarray],
     *,
     shape: tuple[int, int],
     bright: bool | None,
 ) -> Any:
-    frozen = method.freeze(observed, shape)
-    if not overview or not isinstance(method, CellposeMethod):
-        return frozen
-    picture = np.asarray(overview[0])
-    tissue = find_tissue(picture, is_bright(picture) if bright is None else bright)
-    return replace(frozen, skipped=tiles_without(tissue, frozen.tiles))
+    tissue = None
+    if overview and method.uses_network:
+        small = np.asarray(overview[0])
+        tissue = find_tissue(small, is_bright(small) if bright is None else bright)
+    return blocks.fit(method, observed, shape, tissue)
 
 
 def _overview(seen: Any, image: Any, axes: str | None) -> tuple[Any, bool | None] | None:
@@ -320,18 +312,19 @@ def _overview(seen: Any, image: Any, axes: str | None) -> tuple[Any, bool | None
     return smallest_level(level), getattr(seen, "is_rgb", None)
 
 
-def _network(
-    method: CellposeMethod, frozen: Any, parts: list[np.ndarray], *, tiles: list[int], boxes: list[Box]
+def _run_tiles(
+    method: Method, params: Any, parts: list[np.ndarray], *, tiles: list[int], boxes: list[Box]
 ) -> dict[int, np.ndarray]:
-    tiles = [tile for tile in tiles if tile not in frozen.skipped]
-    return dict(zip(tiles, method.run(partial(_assemble, boxes, parts), frozen, tiles), strict=True))
+    skipped = method.skipped_tiles(params)
+    tiles = [tile for tile in tiles if tile not in skipped]
+    return dict(zip(tiles, method.run_tiles(partial(_assemble, boxes, parts), params, tiles), strict=True))
 
 
-def _labels(
+def _label(
     method: Method,
-    frozen: Any,
+    params: Any,
     networks: list[dict[int, np.ndarray]],
-    source: Source,
+    image: ArrayImage,
     parts: list[np.ndarray],
     *,
     core: Box,
@@ -339,15 +332,15 @@ def _labels(
     shape: tuple[int, int],
     boxes: list[Box],
 ) -> tuple[Candidates, SeamReport]:
-    outputs = {tile: output for network in networks for tile, output in network.items()}
-    known = len(outputs)
     expected = core.grow(halo).clip(shape)
 
     def read(box: Box) -> np.ndarray:
-        return _assemble(boxes, parts, box) if parts and box == expected else source(box)
+        return _assemble(boxes, parts, box) if parts and box == expected else image(box)
 
-    found, doublings = own_labels(core, halo, shape, method.look(frozen, read, outputs), method.thresholds)
-    return found, SeamReport(redone=int(doublings > 0), repeated=len(outputs) - known)
+    labelled = blocks.label_block(method, params, read, core, halo, shape, ChainMap(*networks))
+    assert labelled.found is not None
+    retried = int(labelled.halo_retries > 0)
+    return labelled.found, SeamReport(halo_retries=retried, repeated=len(labelled.extra_tiles))
 
 
 def _extent(labelled: tuple[Candidates, SeamReport]) -> int:

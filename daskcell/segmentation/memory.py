@@ -13,7 +13,6 @@ PER_WEIGHT = 1.6
 """Bytes per byte of a larger network's file, while it is loaded and runs (Cellpose-SAM: 1.4 to 1.6)."""
 HALO = 96
 """Pixels that every method looks at around a block, at least."""
-USUAL_DIAMETER = 30.0
 SMALLEST, STEP = 256, 256
 
 
@@ -28,13 +27,9 @@ def settings_halo(settings: SegmentSettings) -> int:
 
     A diameter that is measured is not known yet; it is taken for the usual one.
     """
-    from daskcell.segmentation.methods import CellposeMethod
-    from daskcell.segmentation.watershed import WatershedMethod
+    from daskcell.segmentation.methods import make_method
 
-    if settings.method != "cellpose":
-        return WatershedMethod.halo
-    diameter = USUAL_DIAMETER if settings.diameter == "auto" else settings.diameter
-    return CellposeMethod(None, diameter=None if diameter is None else float(diameter)).halo
+    return make_method(settings.method, settings).halo
 
 
 def refuse_too_little_memory(

@@ -12,21 +12,21 @@ from typing import Any
 import numpy as np
 
 from daskcell.geometry import Box
-from daskcell.segmentation.image_params import Globals
-from daskcell.segmentation.rescale import resize_part
-from daskcell.segmentation.tiles import TILE
+from daskcell.segmentation.core.rescale import resize_part
+from daskcell.segmentation.core.tiles import TILE
+from daskcell.segmentation.image_params import ImageParams
 
 FLOW_Y, FLOW_X, CELLPROB = 0, 1, 2
 """Planes of a network output."""
 GLASS_CELLPROB = -20.0
 """Cell probability (a logit) of tiles that are not computed because they hold no tissue."""
 _STRIP = 512
-"""Rows of the rescaled picture that are blended at a time."""
+"""Rows of the rescaled image that are blended at a time."""
 
 
-def needed_box(frozen: Globals, tiles: list[int]) -> Box | None:
+def needed_box(params: ImageParams, tiles: Sequence[int]) -> Box | None:
     """Image pixels that these tiles are made from; None without tiles."""
-    boxes = [frozen.tiles.to_image(frozen.tiles.box(tile)) for tile in tiles]
+    boxes = [params.tiles.to_image(params.tiles.box(tile)) for tile in tiles]
     if not boxes:
         return None
     return Box(
@@ -35,26 +35,26 @@ def needed_box(frozen: Globals, tiles: list[int]) -> Box | None:
     )  # fmt: skip
 
 
-def cut_tiles(part: np.ndarray, held: Box, frozen: Globals, tiles: Sequence[int]) -> np.ndarray:
-    """Network inputs: rescaled, zero beyond the picture.
+def cut_tiles(part: np.ndarray, grown: Box, params: ImageParams, tiles: Sequence[int]) -> np.ndarray:
+    """Network inputs: rescaled, zero beyond the image.
 
     Parameters
     ----------
     part : (C, h, w) float32
-        Normalised pixels `held` of the preprocessed image.
+        Normalised pixels `grown` of the preprocessed image.
     tiles
-        Tiles to cut; `held` must cover ``needed_box(frozen, tiles)``.
+        Tiles to cut; `grown` must cover ``needed_box(params, tiles)``.
 
     Returns
     -------
     (len(tiles), C, 256, 256) float32
     """
-    grid = frozen.tiles
+    grid = params.tiles
     out = np.zeros((len(tiles), part.shape[0], TILE, TILE), np.float32)
     for n, tile in enumerate(tiles):
         box = grid.box(tile)
         inside = box.clip(grid.scaled)
-        out[(n, slice(None), *inside.within(box))] = resize_part(part, held, grid.image, grid.scaled, inside)
+        out[(n, slice(None), *inside.within(box))] = resize_part(part, grown, grid.image, grid.scaled, inside)
     return out
 
 
@@ -92,12 +92,12 @@ def run_network(network: Any, inputs: np.ndarray, batch_size: int) -> np.ndarray
     return result[: len(inputs), :3].detach().to("cpu", torch.float32).numpy()
 
 
-def blend(outputs: Mapping[int, np.ndarray], frozen: Globals, box: Box) -> np.ndarray:
+def blend(outputs: Mapping[int, np.ndarray], params: ImageParams, box: Box) -> np.ndarray:
     """Network output over `box` of the image: tapered tiles summed in the grid's order, then rescaled back.
 
     The order of the sum is the grid's, not the blocks', so every block gets the same bits. It is the
     arithmetic of `cellpose.transforms.average_tiles`: products in float64, sums in float32. Worked off strip
-    by strip, as small cells make the rescaled picture many times larger than the image.
+    by strip, as small cells make the rescaled image many times larger than the image.
 
     Parameters
     ----------
@@ -109,15 +109,15 @@ def blend(outputs: Mapping[int, np.ndarray], frozen: Globals, box: Box) -> np.nd
     (3, h, w) float32 : flow along y, flow along x, cell probability
     """
     blended = np.empty((3, *box.shape), np.float32)
-    rows = max(64, _STRIP * frozen.tiles.image[0] // frozen.tiles.scaled[0])
+    rows = max(64, _STRIP * params.tiles.image[0] // params.tiles.scaled[0])
     for y in range(box.y0, box.y1, rows):
         strip = Box(y, box.x0, min(y + rows, box.y1), box.x1)
-        blended[(slice(None), *strip.within(box))] = _blend(outputs, frozen, strip)
+        blended[(slice(None), *strip.within(box))] = _blend(outputs, params, strip)
     return blended
 
 
-def _blend(outputs: Mapping[int, np.ndarray], frozen: Globals, box: Box) -> np.ndarray:
-    grid = frozen.tiles
+def _blend(outputs: Mapping[int, np.ndarray], params: ImageParams, box: Box) -> np.ndarray:
+    grid = params.tiles
     scaled = grid.to_scaled(box)
     total = np.zeros((3, *scaled.shape), np.float32)
     weight = np.zeros(scaled.shape)

@@ -8,7 +8,7 @@ import numpy as np
 
 from daskcell.geometry import Box
 from daskcell.images.pyramid import halve_mean, level_shapes
-from daskcell.segmentation.tiles import TileGrid
+from daskcell.segmentation.core.tiles import TileGrid
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -17,12 +17,12 @@ MARGIN = 2
 """Pixels of the small level that tissue is widened by on every side."""
 
 
-def tissue_mask(picture: np.ndarray, bright_field: bool) -> np.ndarray:
+def tissue_mask(image: np.ndarray, bright_field: bool) -> np.ndarray:
     """Pixels that are not bare background.
 
     Parameters
     ----------
-    picture : (C, y, x)
+    image : (C, y, x)
         A whole slide at a small pyramid level.
     bright_field : bool
         Light background (stained slides) instead of dark (fluorescence).
@@ -40,24 +40,24 @@ def tissue_mask(picture: np.ndarray, bright_field: bool) -> np.ndarray:
     from scipy import ndimage
     from skimage.filters import threshold_otsu
 
-    picture = picture.astype(np.float32)
+    image = image.astype(np.float32)
     if bright_field:
-        light = np.percentile(picture, 95, axis=(1, 2), keepdims=True)
-        signal = -np.log((picture + 1) / (light + 1)).min(axis=0)
+        light = np.percentile(image, 95, axis=(1, 2), keepdims=True)
+        signal = -np.log((image + 1) / (light + 1)).min(axis=0)
         low, high = 0.02, 0.15
     else:
-        dark = np.median(picture, axis=(1, 2), keepdims=True)
-        spread = np.median(np.abs(picture - dark), axis=(1, 2), keepdims=True) * 1.4826 + 1e-6
-        signal = ((picture - dark) / spread).max(axis=0)
+        dark = np.median(image, axis=(1, 2), keepdims=True)
+        spread = np.median(np.abs(image - dark), axis=(1, 2), keepdims=True) * 1.4826 + 1e-6
+        signal = ((image - dark) / spread).max(axis=0)
         low, high = 2.0, 5.0
     threshold = float(np.clip(threshold_otsu(signal), low, high)) if np.ptp(signal) > 0 else low
     found = ndimage.median_filter(signal, 3) > threshold
     return np.asarray(ndimage.binary_dilation(found, np.ones((3, 3)), iterations=MARGIN))
 
 
-def is_bright(picture: np.ndarray) -> bool:
-    """Whether the ground of a picture ``(C, y, x)`` is bright: most pixels lie above the middle."""
-    low, middle, high = np.percentile(picture, (0.1, 50, 99.9))
+def is_bright(image: np.ndarray) -> bool:
+    """Whether the ground of a image ``(C, y, x)`` is bright: most pixels lie above the middle."""
+    low, middle, high = np.percentile(image, (0.1, 50, 99.9))
     return bool(middle > (low + high) / 2)
 
 

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,14 +88,27 @@ def save_arrays(path: str | Path, *arrays: np.ndarray) -> None:
 
 def save_parts(path: str | Path, shape: tuple[int, ...], dtype: Any, parts: Iterable[np.ndarray]) -> None:
     """Write an array that comes in parts, along its first axis, as `save_arrays` would write it."""
+    with saving_parts(path, shape, dtype) as write:
+        for part in parts:
+            write(part)
+
+
+@contextmanager
+def saving_parts(
+    path: str | Path, shape: tuple[int, ...], dtype: Any
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """A function to call with each part of an array, which is there whole in the end, or not at all."""
     dtype = np.dtype(dtype)
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
-        written = 0
-        for part in parts:
-            written += file.write(np.ascontiguousarray(part, dtype).data)
-        assert written == math.prod(shape) * dtype.itemsize, "the parts are not the whole"
+        start = file.tell()
+
+        def write(part: np.ndarray) -> None:
+            file.write(np.ascontiguousarray(part, dtype).data)
+
+        yield write
+        assert file.tell() - start == math.prod(shape) * dtype.itemsize, "the parts are not the whole"
 
 
 def save_npz(path: str | Path, *arrays: np.ndarray, **named: np.ndarray) -> None:

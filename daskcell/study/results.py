@@ -61,7 +61,7 @@ class Exported(Result):
 
 
 class Segmented(Result):
-    """The seam report: see `daskcell.segmentation.seams.SeamReport`."""
+    """The seam report: see `daskcell.segmentation.core.seams.SeamReport`."""
 
     stage = "segment"
     cells: int = 0

@@ -1,6 +1,6 @@
-"""Finished cells: the checks that need the whole picture, the numbers, and painting.
+"""Finished cells: the checks that need the whole image, the numbers, and painting.
 
-own_labels  -> Candidates    with the halo's labels, as later steps look at neighbours (`ownership`)
+own_labels  -> Candidates    with labels around the owned ones, which later steps look at (`ownership`)
 check_block -> Cells         only owned ones, after flow check, holes and size
 paint       -> labels of any box
 """
@@ -15,8 +15,8 @@ from numba import njit
 
 from daskcell.errors import InputError
 from daskcell.geometry import Box
-from daskcell.segmentation import flowcheck
-from daskcell.segmentation.ownership import Candidates, Thresholds, find_hole
+from daskcell.segmentation.core import flowcheck
+from daskcell.segmentation.core.ownership import Candidates, Thresholds, find_hole
 from daskcell.storage.atomic import save_npz
 
 MAX_CELLS = 2**32 - 1
@@ -24,7 +24,7 @@ MAX_CELLS = 2**32 - 1
 
 @dataclass
 class Cells:
-    """Finished cells of one block, in whole-picture coordinates.
+    """Finished cells of one block, in whole-image coordinates.
 
     `boxes` ``(n, 4)`` int64; `anchors` ``(n, 2)`` int64, first pixel of each; `bits` uint8, each box's mask
     flattened, one after another, eight pixels a byte.
@@ -67,7 +67,7 @@ def check_block(found: Candidates, steps: int, thresholds: Thresholds) -> Cells:
     steps : int
         Steps of the diffusion: twice the largest extent over all blocks.
     """
-    wanted = found.owned | found.mates
+    wanted = found.owned | found.enclosing
     if found.flows.size and thresholds.flow > 0:
         errors = flowcheck.flow_errors(found.labels, found.flows, found.boxes, wanted, steps)
         wanted = wanted & ~(errors > thresholds.flow)
@@ -77,7 +77,7 @@ def check_block(found: Candidates, steps: int, thresholds: Thresholds) -> Cells:
     _fill(labels, found.boxes, wanted)
     counts = np.bincount(labels.ravel(), minlength=len(wanted) + 1)[1:]
     kept = np.flatnonzero(wanted & found.owned & (counts >= max(1, thresholds.min_size)))
-    y, x = int(found.held[0]), int(found.held[1])
+    y, x = int(found.box[0]), int(found.box[1])
     boxes = found.boxes[kept].astype(np.int64)
     masks, anchors = [], np.zeros((len(kept), 2), np.int64)
     for n, (index, box) in enumerate(zip(kept, boxes, strict=True)):
@@ -90,22 +90,22 @@ def check_block(found: Candidates, steps: int, thresholds: Thresholds) -> Cells:
 
 
 def refuse_too_many(shape: tuple[int, int], min_size: int) -> None:
-    """Raise `InputError` if a picture of `shape` ``(Y, X)`` could hold more cells than labels can number."""
+    """Raise `InputError` if an image of `shape` ``(Y, X)`` could hold more cells than labels can number."""
     most = shape[0] * shape[1] // max(1, min_size)
     if most > MAX_CELLS:
         raise InputError(
-            f"A picture of {shape[0]} x {shape[1]} pixels could hold {most} cells of {min_size} pixels, more "
+            f"An image of {shape[0]} x {shape[1]} pixels could hold {most} cells of {min_size} pixels, more "
             "than 32-bit labels can number. "
             f"Please raise min_size to {shape[0] * shape[1] // MAX_CELLS + 1} or more."
         )
 
 
-def number(places: list[np.ndarray]) -> list[np.ndarray]:
-    """Ids 1..N in reading order over the whole picture.
+def number(anchors: list[np.ndarray]) -> list[np.ndarray]:
+    """Ids 1..N in reading order over the whole image.
 
     Parameters
     ----------
-    places : list of (n,) int
+    anchors : list of (n,) int
         For each block, the anchors of its cells as pixel numbers ``y * X + x``.
 
     Returns
@@ -117,14 +117,14 @@ def number(places: list[np.ndarray]) -> list[np.ndarray]:
     InputError
         If there are more cells than 32 bits can number.
     """
-    together = np.concatenate(places)
+    together = np.concatenate(anchors)
     if len(together) > MAX_CELLS:
         raise InputError(
             f"{len(together)} cells are more than 32-bit labels can number. Please cut the slide."
         )
     ids = np.empty(len(together), np.uint32)
     ids[np.argsort(together, kind="stable")] = np.arange(1, len(together) + 1, dtype=np.uint32)
-    return np.split(ids, np.cumsum([len(part) for part in places])[:-1])
+    return np.split(ids, np.cumsum([len(part) for part in anchors])[:-1])
 
 
 def paint(parts: list[tuple[Cells, np.ndarray]], box: Box) -> tuple[np.ndarray, int]:

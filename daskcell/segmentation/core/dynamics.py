@@ -1,9 +1,9 @@
-"""Pixels follow the flows to their cell: Cellpose's dynamics on a part, with the whole picture's bits.
+"""Pixels follow the flows to their cell: Cellpose's dynamics on a part, with the whole image's bits.
 
 The method is that of Stringer et al., "Cellpose: a generalist algorithm for cellular segmentation", Nature
 Methods 18 (2021), as `cellpose.dynamics` 4.2 computes it. Positions are kept there as float32 fractions of
 the whole side and sampled with ``grid_sample(align_corners=False)``, which shifts them by up to half a pixel
-depending on the side; so a part must use the whole picture's sides and its own offset. The arithmetic below
+depending on the side; so a part must use the whole image's sides and its own offset. The arithmetic below
 repeats that of torch operation by operation (its kernel multiplies and adds without rounding in between), so
 that every pixel ends on the same spot.
 
@@ -31,18 +31,18 @@ MIN_GROWTH = 2
 
 
 def follow(
-    flows: np.ndarray, held: Box, shape: tuple[int, int], foreground: np.ndarray, steps: int
+    flows: np.ndarray, grown: Box, shape: tuple[int, int], foreground: np.ndarray, steps: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Move every foreground pixel along the flows.
 
     Parameters
     ----------
     flows : (2, h, w) float32
-        Flow along y and x over `held`, as the network gives it (five times the unit vector).
-    held : Box
-        Where the part lies in the picture.
+        Flow along y and x over `grown`, as the network gives it (five times the unit vector).
+    grown : Box
+        Where the part lies in the image.
     shape : (Y, X)
-        Size of the whole picture.
+        Size of the whole image.
     foreground : (h, w) bool
         Pixels to move; flows elsewhere count as zero.
     steps : int
@@ -54,7 +54,7 @@ def follow(
     end : (2, n) int32
         Bins they end in, from the part's corner. Meaningless for pixels that left the part.
     tainted : (n,) uint8
-        0: as in the whole picture. 1: starts in the rim. 2: left the part.
+        0: as in the whole image. 1: starts in the rim. 2: left the part.
     """
     step = (flows * foreground) / np.float32(5)
     start = np.empty((2, np.count_nonzero(foreground)), np.int32)
@@ -66,7 +66,7 @@ def follow(
         step[..., axis] *= np.float32(2.0 / max(1, shape[axis] - 1))
     end = np.empty_like(start)
     tainted = np.zeros(start.shape[1], np.uint8)
-    _follow(step, held.y0, held.x0, shape[0], shape[1], start, steps, rim, end, tainted)
+    _follow(step, grown.y0, grown.x0, shape[0], shape[1], start, steps, rim, end, tainted)
     return start, end, tainted
 
 
@@ -111,7 +111,7 @@ def _follow(step, top, left, height, width, start, steps, rim, end, tainted):  #
                 dy = fma(d[0], se, fma(c[0], sw, fma(b[0], ne, a[0] * nw)))
                 dx = fma(d[1], se, fma(c[1], sw, fma(b[1], ne, a[1] * nw)))
             else:
-                # Beyond the picture there is no flow; what lies in the picture must lie in the part.
+                # Beyond the image there is no flow; what lies in the image must lie in the part.
                 dy = dx = zero
                 for corner in range(4):
                     v, u = py + corner // 2, px + corner % 2

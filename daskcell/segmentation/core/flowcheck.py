@@ -3,8 +3,8 @@
 Heat is spread from each mask's centre inside the mask; its gradient is the flow that the mask would have; the
 mean squared difference to the network's flow is the mask's error (`cellpose.dynamics.remove_bad_flow_masks`).
 
-Cellpose spreads heat in all masks of the picture at once, for twice the largest extent of any of them: that
-number is one of the whole picture's and is handed in. At a border between two touching masks its gradient
+Cellpose spreads heat in all masks of the image at once, for twice the largest extent of any of them: that
+number is one of the whole image's and is handed in. At a border between two touching masks its gradient
 mixes the heat of both, so the heat of neighbours is made too. Each mask is spread in its own box, which stays
 in the cache.
 """
@@ -36,7 +36,7 @@ def flow_errors(
         ``y0, x0, y1, x1`` of label ``i + 1``.
     wanted : (n,) bool
     steps : int
-        Steps of the diffusion: twice the largest `extent` in the whole picture.
+        Steps of the diffusion: twice the largest `extent` in the whole image.
 
     Returns
     -------

@@ -1,12 +1,12 @@
-"""The one grid of network tiles over the whole picture, and the picture's way onto it.
+"""The one grid of network tiles over the whole image, and the mapping of the image onto it.
 
-Cellpose rescales a picture, pads it and lays 256-pixel tiles over it, spaced evenly over the *whole* length
+Cellpose rescales an image, pads it and lays 256-pixel tiles over it, spaced evenly over the *whole* length
 (`cellpose.transforms.make_tiles`). A block that did this by itself would get other tiles, and so other cells.
 Here every block asks the same global grid. Covers coordinates only, no pixels.
 
     image (Y, X)  --scale-->  scaled (y, x)  --pads-->  padded  --starts-->  tiles
 
-All four spaces are whole pixels of the whole picture.
+All four spaces are whole pixels of the whole image.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MEAN_DIAMETER = 30.0
 
 @dataclass(frozen=True)
 class TileGrid:
-    """Tiles of a picture of `image` ``(Y, X)`` pixels that is first rescaled to `scaled` pixels."""
+    """Tiles of an image of `image` ``(Y, X)`` pixels that is first rescaled to `scaled` pixels."""
 
     image: tuple[int, int]
     scaled: tuple[int, int]
@@ -44,7 +44,7 @@ class TileGrid:
         scaled = (int(image[0] * factor), int(image[1] * factor))
         if 0 in scaled:
             raise InputError(
-                f"diameter={diameter:g} leaves no pixel of a picture of {image[0]} x {image[1]}. "
+                f"diameter={diameter:g} leaves no pixel of an image of {image[0]} x {image[1]}. "
                 "Please give a smaller one."
             )
         return cls(image, scaled)
@@ -77,14 +77,14 @@ class TileGrid:
         return self.counts[0] * self.counts[1]
 
     def box(self, tile: int) -> Box:
-        """Pixels of a tile in the scaled picture; may reach beyond it, into the padding."""
+        """Pixels of a tile in the scaled image; may reach beyond it, into the padding."""
         i, j = divmod(tile, self.counts[1])
         y = int(self.starts[0][i]) - self.pads[0][0]
         x = int(self.starts[1][j]) - self.pads[1][0]
         return Box(y, x, y + TILE, x + TILE)
 
     def touching(self, box: Box) -> list[int]:
-        """Tiles that share a pixel with `box` of the scaled picture, in reading order."""
+        """Tiles that share a pixel with `box` of the scaled image, in reading order."""
         rows, columns = (
             np.flatnonzero((starts - before < stop) & (starts - before + TILE > start))
             for starts, (before, _), start, stop in zip(
@@ -114,16 +114,16 @@ class TileGrid:
         return centres[0], centres[1]
 
     def to_image(self, box: Box) -> Box:
-        """Pixels of the image that linear interpolation needs for `box` of the scaled picture."""
+        """Pixels of the image that linear interpolation needs for `box` of the scaled image."""
         return _footprint(box.clip(self.scaled), self.scaled, self.image)
 
     def to_scaled(self, box: Box) -> Box:
-        """Pixels of the scaled picture that linear interpolation needs for `box` of the image."""
+        """Pixels of the scaled image that linear interpolation needs for `box` of the image."""
         return _footprint(box.clip(self.image), self.image, self.scaled)
 
 
 def _footprint(box: Box, target: tuple[int, int], source: tuple[int, int]) -> Box:
-    """Pixels of `source` sampled by `box` of `target`, both being the same picture at two scales."""
+    """Pixels of `source` sampled by `box` of `target`, both being the same image at two scales."""
     if source == target:
         return box
     edges = []

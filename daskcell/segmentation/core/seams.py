@@ -1,4 +1,4 @@
-"""The seam report: did cutting the picture into blocks leave a trace?
+"""The seam report: did cutting the image into blocks leave a trace?
 
 A cell that is cut at a block border, doubled or missing on one side shows as a change of label exactly there.
 Counted over all neighbouring pixels of which at least one belongs to a cell, such changes are as frequent
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from daskcell.geometry import Box
-from daskcell.segmentation.cells import Cells, paint
+from daskcell.segmentation.core.cells import Cells, paint
 
 NEAR = 8
 """Lines beside a seam that it is compared with."""
@@ -25,8 +25,8 @@ class SeamReport:
 
     blocks: int = 0
     cells: int = 0
-    redone: int = 0
-    """Blocks that needed a larger halo for a large cell."""
+    halo_retries: int = 0
+    """Blocks that were labelled again with a larger halo, for a cell that reached beyond it."""
     tiles: int = 0
     """Tiles that went through the network."""
     repeated: int = 0
@@ -60,21 +60,23 @@ class SeamReport:
 
     def to_json(self) -> dict[str, Any]:
         rates = {"seam_rate": self.seam_rate, "near_rate": self.near_rate, "cut_rate": self.cut_rate}
-        return asdict(self) | {name: None if np.isnan(rate) else rate for name, rate in rates.items()}
+        values = asdict(self)
+        values["redone"] = values.pop("halo_retries")  # as studies have called it from the first on
+        return values | {name: None if np.isnan(rate) else rate for name, rate in rates.items()}
 
 
 def paint_core(
     parts: list[tuple[Cells, np.ndarray]], core: Box, shape: tuple[int, int]
 ) -> tuple[np.ndarray, SeamReport]:
     """Labels ``(h, w)`` uint32 of a block from the cells and ids reaching into it; what its seams show."""
-    held = Box(core.y0, core.x0, core.y1 + 1, core.x1 + 1).clip(shape)
-    labels, conflicts = paint(parts, held)
-    report = count_changes(labels, held, core)
+    grown = Box(core.y0, core.x0, core.y1 + 1, core.x1 + 1).clip(shape)
+    labels, conflicts = paint(parts, grown)
+    report = count_changes(labels, core)
     report.conflicts = conflicts
     return labels[: core.shape[0], : core.shape[1]], report
 
 
-def count_changes(labels: np.ndarray, held: Box, core: Box) -> SeamReport:
+def count_changes(labels: np.ndarray, core: Box) -> SeamReport:
     """Label changes across the right and lower border of `core`, and across lines just inside it.
 
     The lines of comparison are the `NEAR` next ones: they pass through the same cells as the border itself.
@@ -82,13 +84,13 @@ def count_changes(labels: np.ndarray, held: Box, core: Box) -> SeamReport:
     Parameters
     ----------
     labels : (h, w)
-        Labels over `held`: the core and, but at the picture's border, one more row and column after it.
+        Labels of the core and, but at the image's border, of one more row and column after it.
     """
     report = SeamReport()
     down, across = core.shape
     for part, last in ((labels[:, :across], down), (labels[:down].T, across)):
         if part.shape[0] == last:
-            continue  # the picture ends here
+            continue  # the image ends here
         part = part[max(0, last - NEAR - 1) :]
         first, second = part[:-1], part[1:]
         pairs, changes = (first > 0) | (second > 0), first != second

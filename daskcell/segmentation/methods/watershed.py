@@ -13,6 +13,7 @@ and nearly as bright, as they are themselves.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,18 +21,16 @@ import numpy as np
 from numba import njit
 
 from daskcell.config import WatershedSettings
-from daskcell.errors import InputError
 from daskcell.geometry import Box
 from daskcell.preprocess.signal import SIGMAS, Signal, bin_values, find_signal
-from daskcell.segmentation import dynamics
+from daskcell.segmentation.core import dynamics
 from daskcell.segmentation.image_params import merge_observed
-from daskcell.segmentation.methods import Look, Read, refuse_unusable, sample, tiles_of
-from daskcell.segmentation.ownership import Thresholds
+from daskcell.segmentation.methods.base import BoxLabels, Method, Read, count_values, sample
 
 
 @dataclass(frozen=True)
-class WatershedGlobals:
-    """Frozen facts of one picture: intensity range, polarity and threshold (on the 0-1 scale)."""
+class WatershedParams:
+    """Facts of one image: intensity range, polarity and threshold (on the 0-1 scale)."""
 
     shape: tuple[int, int]
     low: float
@@ -45,52 +44,31 @@ class WatershedGlobals:
         scaled = np.clip(1 - scaled if self.dark else scaled, 0, 1)
         return scaled > np.float32(self.threshold), scaled
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass
-class WatershedMethod:
+class WatershedMethod(Method):
     """Threshold, opening, distance transform, basins, joining."""
 
     settings: WatershedSettings = field(default_factory=WatershedSettings)
-    thresholds: Thresholds = field(default_factory=lambda: Thresholds(flow=0.0))
     halo: int = 96
 
-    def __post_init__(self) -> None:
-        limits = self.thresholds
-        self.thresholds = Thresholds(limits.cellprob, 0.0, limits.min_size, limits.max_size_fraction)
+    def observe(self, block: np.ndarray, box: Box, shape: tuple[int, int]) -> list[np.ndarray]:
+        grey = gray(block)[None]
+        return [*sample(grey, box, shape), count_values(grey, box)]
 
-    @classmethod
-    def from_options(cls, thresholds: Thresholds, options: dict[str, Any]) -> WatershedMethod:
-        unknown = set(options) - set(WatershedSettings.model_fields)
-        if unknown:
-            known = ", ".join(WatershedSettings.model_fields)
-            raise InputError(f"'watershed' has no option {sorted(unknown)[0]!r}; it has {known}.")
-        try:
-            return cls(WatershedSettings(**options), thresholds)
-        except ValueError as error:
-            raise InputError(f"Watershed options {options} cannot be used: {error}.") from None
+    def merge(self, observed: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
+        return merge_observed(observed)
 
-    @staticmethod
-    def globals_from_json(values: dict[str, Any]) -> WatershedGlobals:
-        return WatershedGlobals(**values | {"shape": (values["shape"][0], values["shape"][1])})
-
-    def observe(self, part: np.ndarray, box: Box, shape: tuple[int, int]) -> list[np.ndarray]:
-        refuse_unusable(part, box)
-        grey = gray(part)[None]
-        return [*sample(grey, box, shape), tiles_of(grey, box)]
-
-    def freeze(self, observed: list[list[np.ndarray]], shape: tuple[int, int]) -> WatershedGlobals:
-        """Range, polarity and Otsu's threshold of the whole picture (of a strided sample, if it is large).
+    def fit(self, observed: list[np.ndarray], shape: tuple[int, int]) -> WatershedParams:
+        """Range, polarity and Otsu's threshold of the whole image (of a strided sample, if it is large).
 
         Of the signal alone (see `daskcell.preprocess.signal`): without padding, and where nearly all is
-        ground, which Otsu would cut in two, half way from there to the cells.
+        background, which Otsu would cut in two, half way from there to the cells.
         """
         from skimage.filters import threshold_otsu
 
-        values, tiles = merge_observed(observed)
-        signal = find_signal(tiles[0], bin_values(values.dtype))
+        values, counts = observed
+        signal = find_signal(counts[0], bin_values(values.dtype))
         if signal is not None:
             values = signal.without_padding(values)
         low, middle, high = (float(v) for v in np.percentile(values, (0.1, 50, 99.9)))
@@ -100,7 +78,7 @@ class WatershedMethod:
             sparse = usual != (low, high)
         dark = self.settings.dark if self.settings.dark != "auto" else middle > (low + high) / 2
         if high <= low:
-            return WatershedGlobals(shape, low, high, bool(dark), 1.0)
+            return WatershedParams(shape, low, high, bool(dark), 1.0)
         scaled = np.clip((values - np.float32(low)) / np.float32(high - low), 0, 1)
         threshold = self.settings.threshold
         if threshold is None:
@@ -109,14 +87,23 @@ class WatershedMethod:
                 level = low + (1 - threshold if dark else threshold) * (high - low)
                 if sparse or (signal.even and abs(level - signal.ground) < SIGMAS * signal.noise):
                     threshold = _half_way(signal, low, high, bool(dark))
-        return WatershedGlobals(shape, low, high, bool(dark), threshold)
+        return WatershedParams(shape, low, high, bool(dark), threshold)
 
-    def look(self, frozen: WatershedGlobals, read: Read, outputs: Any) -> Look:
-        def at(held: Box) -> tuple[np.ndarray, np.ndarray, None]:
-            labels, unsafe = basins(*frozen.foreground(read(held)), held, frozen.shape, self.settings)
-            return labels, unsafe, None
+    def dump_params(self, params: WatershedParams) -> dict[str, Any]:
+        return asdict(params)
 
-        return at
+    def load_params(self, values: dict[str, Any]) -> WatershedParams:
+        return WatershedParams(**values | {"shape": (values["shape"][0], values["shape"][1])})
+
+    def segment_box(
+        self,
+        box: Box,
+        read: Read,
+        params: WatershedParams,
+        shape: tuple[int, int],
+        outputs: Mapping[int, np.ndarray],
+    ) -> BoxLabels:
+        return BoxLabels(*basins(*params.foreground(read(box)), box, params.shape, self.settings))
 
 
 def _half_way(signal: Signal, low: float, high: float, dark: bool) -> float:
@@ -137,9 +124,9 @@ def gray(part: np.ndarray) -> np.ndarray:
 
 
 def basins(
-    cells: np.ndarray, bright: np.ndarray, held: Box, shape: tuple[int, int], settings: WatershedSettings
+    cells: np.ndarray, bright: np.ndarray, box: Box, shape: tuple[int, int], settings: WatershedSettings
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Label the cells of a part of a picture.
+    """Label the cells of a part of an image.
 
     Parameters
     ----------
@@ -147,10 +134,10 @@ def basins(
         Pixels above the threshold.
     bright : (h, w) float32
         Their brightness, 0 to 1.
-    held : Box
+    box : Box
         Where the part lies.
     shape : (Y, X)
-        Size of the whole picture.
+        Size of the whole image.
 
     Returns
     -------
@@ -162,14 +149,14 @@ def basins(
 
     radius = settings.opening
     if radius:
-        # Beyond the picture counts as cell for the erosion, so that cells at its border stay whole.
+        # Beyond the image counts as cell for the erosion, so that cells at its border stay whole.
         eroded = ndimage.binary_erosion(cells, disk(radius), border_value=1)
         cells = ndimage.binary_dilation(eroded, disk(radius))
-    unknown = _distance_to_outside(held, shape) - 2 * radius
+    unknown = _distance_to_outside(box, shape) - 2 * radius
     padded = np.pad(cells, 1, constant_values=True)
     height = ndimage.distance_transform_edt(padded)[1:-1, 1:-1].astype(np.float32)
     if not cells.any():
-        return np.zeros(held.shape, np.int32), cells & (unknown <= 0)
+        return np.zeros(box.shape, np.int32), cells & (unknown <= 0)
     # Seen with more around it, a pixel could be nearer to the background than it seems.
     doubtful = cells & (height > unknown)
     root, tainted = _climb(height, cells, doubtful, settings.min_distance)
@@ -181,10 +168,10 @@ def basins(
         joined = _join(labels, height, bright, settings.merge_similarity)
         beside = np.zeros_like(unsafe_label)
         _mark_beside(labels, unsafe_label, beside)
-        group_unsafe = np.zeros_like(unsafe_label)
-        np.logical_or.at(group_unsafe, joined, unsafe_label | beside)
+        basin_unsafe = np.zeros_like(unsafe_label)
+        np.logical_or.at(basin_unsafe, joined, unsafe_label | beside)
         labels = joined[labels]
-        unsafe_label = group_unsafe
+        unsafe_label = basin_unsafe
         unsafe = unsafe_label[labels] & (labels > 0)
         dynamics.renumber(labels)
     else:
@@ -192,11 +179,11 @@ def basins(
     return labels, unsafe | ((unknown <= 0) & (labels == 0))
 
 
-def _distance_to_outside(held: Box, shape: tuple[int, int]) -> np.ndarray:
-    """Distance of each pixel to the nearest pixel of the picture that is not held."""
+def _distance_to_outside(box: Box, shape: tuple[int, int]) -> np.ndarray:
+    """Distance of each pixel to the nearest pixel of the image that is not box."""
     far = float(sum(shape))
     sides = []
-    for start, stop, side in ((held.y0, held.y1, shape[0]), (held.x0, held.x1, shape[1])):
+    for start, stop, side in ((box.y0, box.y1, shape[0]), (box.x0, box.x1, shape[1])):
         place = np.arange(stop - start, dtype=np.float64)
         before = place + 1 if start > 0 else np.full(len(place), far)
         after = place[::-1] + 1 if stop < side else np.full(len(place), far)

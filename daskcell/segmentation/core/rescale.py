@@ -1,7 +1,7 @@
-"""Linear resizing of a part of a picture, with the pixels the whole picture would get.
+"""Linear resizing of a part of an image, with the pixels the whole image would get.
 
 `cv2.resize` places its samples by the length of the array it is given; here they are placed by the length of
-the whole picture, whatever part of it is at hand.
+the whole image, whatever part of it is at hand.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ from daskcell.geometry import Box
 
 
 def resize_part(
-    part: np.ndarray, held: Box, source: tuple[int, int], target: tuple[int, int], wanted: Box
+    part: np.ndarray, grown: Box, source: tuple[int, int], target: tuple[int, int], wanted: Box
 ) -> np.ndarray:
-    """Pixels `wanted` of a picture resized from `source` to `target`, as ``cv2.INTER_LINEAR`` gives them.
+    """Pixels `wanted` of an image resized from `source` to `target`, as ``cv2.INTER_LINEAR`` gives them.
 
     Parameters
     ----------
     part : (C, h, w) float32
-        Pixels `held` of the source picture; must cover what `wanted` samples.
-    held : Box
-        Where `part` lies in the source picture.
+        Pixels `grown` of the source image; must cover what `wanted` samples.
+    grown : Box
+        Where `part` lies in the source image.
     source, target : (Y, X)
-        Sizes of the whole picture before and after.
+        Sizes of the whole image before and after.
     wanted : Box
-        Pixels of the target picture to make.
+        Pixels of the target image to make.
 
     Returns
     -------
     (C, wanted.y1 - wanted.y0, wanted.x1 - wanted.x0) float32
     """
     if source == target:
-        return part[(..., *wanted.within(held))]
-    rows = _samples(source[0], target[0], wanted.y0, wanted.y1, held.y0)
-    columns = _samples(source[1], target[1], wanted.x0, wanted.x1, held.x0)
+        return part[(..., *wanted.within(grown))]
+    rows = _samples(source[0], target[0], wanted.y0, wanted.y1, grown.y0)
+    columns = _samples(source[1], target[1], wanted.x0, wanted.x1, grown.x0)
     left, right, share = columns
     across = part[..., left] * (np.float32(1) - share) + part[..., right] * share
     above, below, share = rows

@@ -3,7 +3,7 @@
 A block labels its core and a halo around it. It owns the cells whose anchor, their first pixel in reading
 order, lies in its core; its neighbours see the same cells with the same pixels, so every cell has exactly one
 owner and nothing is stitched. What makes that true is checked, not assumed: a cell that could look different
-if more were known makes the block ask for a larger halo.
+if more were seen makes the block ask for a larger halo.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from numba import njit
 
 from daskcell.geometry import Box
-from daskcell.segmentation import dynamics, flowcheck
+from daskcell.segmentation.core import dynamics, flowcheck
 from daskcell.storage.atomic import save_npz
 
 
@@ -33,20 +33,29 @@ class Thresholds:
 
 @dataclass
 class Candidates:
-    """Labels around one block, before the checks that need the whole picture.
+    """Labels around one block, before the checks that need the whole image.
 
-    `labels` ``(h, w)`` int32 and `flows` ``(2, h, w)`` float32 cover the box `held` ``(4,)``; `boxes` ``(n,
-    4)`` are ``y0, x0, y1, x1`` of each label within it. `owned` and `mates` ``(n,)`` say which labels are the
-    block's own and which foreign ones may swallow pixels of those. `flows` is empty when there is no flow
-    check to come.
+    Attributes
+    ----------
+    box : (4,) int64
+        ``y0, x0, y1, x1`` of what the arrays cover.
+    labels : (h, w) int32
+    flows : (2, h, w) float32
+        Empty when there is no flow check to come.
+    boxes : (n, 4) int64
+        ``y0, x0, y1, x1`` of each label, from the corner of `box`.
+    owned : (n,) bool
+        Labels that are the block's own.
+    enclosing : (n,) bool
+        Labels of other blocks that have an owned one in a hole, and may swallow its pixels.
     """
 
-    held: np.ndarray
+    box: np.ndarray
     labels: np.ndarray
     flows: np.ndarray
     boxes: np.ndarray
     owned: np.ndarray
-    mates: np.ndarray
+    enclosing: np.ndarray
 
     @property
     def extent(self) -> int:
@@ -87,32 +96,37 @@ def own_labels(
     core: Box,
     halo: int,
     shape: tuple[int, int],
-    look: Callable[[Box], tuple[np.ndarray, np.ndarray, np.ndarray | None]],
+    segment_box: Callable[[Box], tuple[np.ndarray, np.ndarray, np.ndarray | None] | None],
     thresholds: Thresholds,
-) -> tuple[Candidates, int]:
-    """Labels that the block `core` owns, looking as far beyond it as that takes.
+) -> tuple[Candidates | None, int]:
+    """Labels that the block `core` owns, looking as far around it as that takes.
 
     Parameters
     ----------
     halo : int
         Pixels around the core to look at first; doubled until every owned cell is certain.
     shape : (Y, X)
-        Size of the whole picture.
-    look
-        Box -> labels ``(h, w)`` int32 in reading order, doubtful pixels ``(h, w)`` bool, flows or None.
+        Size of the whole image.
+    segment_box : callable
+        Box -> labels ``(h, w)`` int32 in reading order, unsafe pixels ``(h, w)`` bool, flows or None. None in
+        the place of all: what is needed for this box is not there.
 
     Returns
     -------
-    Candidates, and how often the halo was doubled
+    Candidates, or None if `segment_box` gave None
+    int
+        How often the halo was doubled.
     """
     for doublings in itertools.count():
-        held = core.grow(halo << doublings).clip(shape)
-        labels, unsafe, flows = look(held)
-        found = choose_owned(labels, unsafe, flows, held, core, shape, thresholds)
+        grown = core.grow(halo << doublings).clip(shape)
+        part = segment_box(grown)
+        if part is None:
+            return None, doublings
+        found = choose_owned(*part, grown, core, shape, thresholds)
         if found is not None:
             return found, doublings
-        del labels, unsafe, flows  # or a worker would hold both parts
-        assert held != Box(0, 0, *shape), "nothing lies outside the whole picture"
+        del part  # or a worker would hold both parts
+        assert grown != Box(0, 0, *shape), "nothing lies outside the whole image"
     raise AssertionError
 
 
@@ -120,28 +134,31 @@ def choose_owned(
     labels: np.ndarray,
     unsafe: np.ndarray,
     flows: np.ndarray | None,
-    held: Box,
+    grown: Box,
     core: Box,
     shape: tuple[int, int],
     thresholds: Thresholds,
 ) -> Candidates | None:
-    """Choose the owned labels, if nothing beyond `held` can change them; else None.
+    """Choose the owned labels, if nothing beyond `grown` can change them; else None.
 
     `labels` are numbered in reading order; `unsafe` marks pixels whose label depends on what lies outside.
     `flows` None: no flow check is wanted.
     """
-    limit = thresholds.max_size_fraction * shape[0] * shape[1]
-    counts = np.bincount(labels.ravel())
     # A label above the limit is dropped however much of it lies outside.
-    too_large = counts > limit
+    limit = thresholds.max_size_fraction * shape[0] * shape[1]
+    too_large = np.bincount(labels.ravel()) > limit
     too_large[0] = False
     if too_large.any():
         unsafe = unsafe & ~too_large[labels]
         labels = np.where(too_large[labels], 0, labels).astype(np.int32)
         dynamics.renumber(labels)
-    inner = core.within(held)
+
+    # Background in the core that may be a cell: its first pixel could be here, and the cell would be ours.
+    inner = core.within(grown)
     if (unsafe[inner] & (labels[inner] == 0)).any():
         return None
+
+    # A label that reaches into the core and may look different: its first pixel may come to lie here, or not.
     boxes, anchors = _locate(labels)
     doubtful, in_core = np.zeros((2, len(boxes) + 1), bool)
     doubtful[labels[unsafe]] = True
@@ -149,30 +166,37 @@ def choose_owned(
     doubtful, in_core = doubtful[1:], in_core[1:]
     if (doubtful & in_core).any():
         return None
-    low, high = (core.y0 - held.y0, core.x0 - held.x0), (core.y1 - held.y0, core.x1 - held.x0)
+
+    # Owned is what has its first pixel in the core.
+    low, high = (core.y0 - grown.y0, core.x0 - grown.x0), (core.y1 - grown.y0, core.x1 - grown.x0)
     owned = ((anchors >= low) & (anchors < high)).all(axis=1)
-    mates = _outer_cells(labels, boxes, owned)
-    wanted = owned | mates
-    near = wanted if flows is None else wanted | flowcheck.touching(labels, wanted)
-    if doubtful[near].any():
+
+    # Later steps look at more: holes are filled with what lies in them, and the flow check mixes the heat of
+    # labels that touch. All of these must be certain too, and are kept beside the owned ones.
+    enclosing = _outer_cells(labels, boxes, owned)
+    wanted = owned | enclosing
+    kept = wanted if flows is None else wanted | flowcheck.touching(labels, wanted)
+    if doubtful[kept].any():
         return None
-    if not near.any():
+    if not kept.any():
         empty = np.zeros((0, 4), np.int64)
         none = np.zeros(0, bool)
         crop = Box(core.y0, core.x0, core.y0, core.x0)
         return Candidates(
             _array(crop), np.zeros((0, 0), np.int32), np.zeros((2, 0, 0), np.float32), empty, none, none
         )
-    low, high = boxes[near, :2].min(axis=0), boxes[near, 2:].max(axis=0)
+
+    # Everything else is cut away, so that the candidates are as small as their cells.
+    low, high = boxes[kept, :2].min(axis=0), boxes[kept, 2:].max(axis=0)
     crop = Box(int(low[0]), int(low[1]), int(high[0]), int(high[1]))
-    keep = np.concatenate([[0], np.cumsum(near) * near]).astype(np.int32)
+    new = np.concatenate([[0], np.cumsum(kept) * kept]).astype(np.int32)
     return Candidates(
-        held=_array(Box(crop.y0 + held.y0, crop.x0 + held.x0, crop.y1 + held.y0, crop.x1 + held.x0)),
-        labels=keep[labels[crop.slices]],
+        box=_array(Box(crop.y0 + grown.y0, crop.x0 + grown.x0, crop.y1 + grown.y0, crop.x1 + grown.x0)),
+        labels=new[labels[crop.slices]],
         flows=np.zeros((2, 0, 0), np.float32) if flows is None else flows[(slice(None), *crop.slices)],
-        boxes=boxes[near] - [crop.y0, crop.x0, crop.y0, crop.x0],
-        owned=owned[near],
-        mates=mates[near],
+        boxes=boxes[kept] - [crop.y0, crop.x0, crop.y0, crop.x0],
+        owned=owned[kept],
+        enclosing=enclosing[kept],
     )
 
 

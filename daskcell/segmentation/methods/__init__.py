@@ -1,0 +1,5 @@
+"""Ways to find cells, and the base that all share."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,11 @@
+from .base import BoxLabels as BoxLabels
+from .base import Method as Method
+from .base import Read as Read
+from .base import sample as sample
+from .base import touches_rim as touches_rim
+from .cellpose import CellposeMethod as CellposeMethod
+from .function import FunctionMethod as FunctionMethod
+from .installed import installed_methods as installed_methods
+from .installed import make_method as make_method
+from .installed import method_version as method_version
+from .watershed import WatershedMethod as WatershedMethod

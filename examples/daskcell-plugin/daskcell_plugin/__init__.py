@@ -1,0 +1,1 @@
+"""What this package adds to daskcell: see the entry points in pyproject.toml."""
