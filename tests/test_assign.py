@@ -99,7 +99,7 @@ def test_cells_that_were_fitted_get_their_clusters_again(fitted, folder, tmp_pat
     again = no_warning(folder / "old", tmp_path / "again", model=fitted.out, config=WHERE)
     for slide in fitted.slides:
         pd.testing.assert_frame_equal(again.cells(slide), fitted.cells(slide))
-    assert again.record.ledger(CLUSTERS).result("cluster")["given"] is True
+    assert again.record.ledger(CLUSTERS).entry("cluster")["result"]["given"] is True
     for name in ("arrays.npz", "model.json"):
         assert (again.paths.clusters / name).read_bytes() == (fitted.paths.clusters / name).read_bytes()
 

@@ -259,7 +259,7 @@ def test_the_choice_of_the_number_of_clusters_is_shown(study):
 
 
 def test_seams_are_told(made):
-    reports = [made.record.ledger(name).result("segment") for name in ("one", "two", "three")]
+    reports = [made.record.ledger(name).entry("segment")["result"] for name in ("one", "two", "three")]
     assert [report["blocks"] for report in reports] == [4, 4, 9]
     words = page_of(made).words("seams")
     assert f"{len(made.cells())} cells in 17 blocks" in words

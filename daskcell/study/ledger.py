@@ -61,10 +61,6 @@ class Ledger:
         entries = (*self.stages.values(), *self.suspended.values())
         return {file for entry in entries for file in entry.get("files", ())}
 
-    def result(self, stage: str) -> dict[str, Any]:
-        """What `stage` returned, as JSON; empty if it is not done."""
-        return self.stages.get(stage, {}).get("result") or {}
-
     def read(self, kind: type[R]) -> R | None:
         """What a stage returned; None if it is not done."""
         entry = self.stages.get(kind.stage)

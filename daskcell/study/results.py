@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
     from daskcell.preprocess import Plan
+    from daskcell.segmentation.core.seams import SeamReport
 
 
 class Result(BaseModel):
@@ -61,26 +62,21 @@ class Exported(Result):
 
 
 class Segmented(Result):
-    """The seam report: see `daskcell.segmentation.core.seams.SeamReport`."""
+    """On disk, the counts of the seam report stand beside the other values."""
 
+    model_config = ConfigDict(frozen=True, extra="allow")
     stage = "segment"
     cells: int = 0
-    blocks: int = 0
-    redone: int = 0
-    tiles: int = 0
-    repeated: int = 0
-    skipped: int = 0
-    conflicts: int = 0
-    seam_pairs: int = 0
-    seam_changes: int = 0
-    near_pairs: int = 0
-    near_changes: int = 0
-    seam_rate: float | None = None
-    near_rate: float | None = None
-    cut_rate: float | None = None
     diameter: float | None = None
-    """In pixels, as the network's images were scaled by; None: not at all."""
+    """In pixels, as the network's images were rescaled by; None: they were not rescaled."""
     skipped_fraction: float | None = None
+    """Share of the tiles that were skipped as bare glass; None: no tissue mask."""
+
+    @property
+    def seams(self) -> SeamReport:
+        from daskcell.segmentation.core.seams import SeamReport
+
+        return SeamReport.from_json(self.model_dump())
 
 
 class Described(Result):
