@@ -182,7 +182,7 @@ def test_small_batches_tell_the_same(made, monkeypatch):
     monkeypatch.setattr(facts, "_BATCH", 7)
     again = gather(made)
     assert again.clusters[0].typical == expected.clusters[0].typical
-    assert [[t.name for t in g.traits] for g in again.paths.clusters] == [
+    assert [[t.name for t in g.traits] for g in again.clusters] == [
         [t.name for t in g.traits] for g in expected.clusters
     ]
 
