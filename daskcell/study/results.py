@@ -1,7 +1,7 @@
-"""What the stages find, as the ledger keeps it: one type a stage.
+"""Results of the stages, as the ledger keeps them: one type per stage.
 
-Read one with `Ledger.read(Segmented)`, which is None as long as the stage is not done. Lists of files hold
-paths in the study.
+``Ledger.read(Segmented)`` gives the result of a stage, or None if it is not done. Lists of files hold paths
+in the study.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 class Result(BaseModel):
-    """What a stage found: small, and JSON in the ledger."""
+    """Base of all results: small, and JSON in the ledger."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
     stage: ClassVar[str]
     """Name of the stage."""
     notes: tuple[str, ...] = ()
-    """What to tell the user, in sentences."""
+    """Sentences for the user."""
 
 
 class Converted(Result):
@@ -41,7 +41,7 @@ class Converted(Result):
 
     @property
     def pixels(self) -> int:
-        """Of one channel."""
+        """Number of pixels of one channel."""
         return self.shape[1] * self.shape[2]
 
 
@@ -85,7 +85,7 @@ class Described(Result):
     features: int = 0
     """Features of each cell."""
     missing: int = 0
-    """Labels up to the largest that no pixel has."""
+    """Number of labels below the largest that have no pixel."""
 
 
 class Clustered(Result):
@@ -94,7 +94,7 @@ class Clustered(Result):
     counts: tuple[int, ...] = ()
     """Cells of each cluster in the fit."""
     given: bool = False
-    """The model was fitted elsewhere."""
+    """Whether the model was fitted elsewhere."""
 
 
 class Assigned(Result):
