@@ -426,10 +426,25 @@ class Config(Settings):
 def parse_config(values: dict[str, Any], source: str = "config") -> Config:
     """Settings from nested dictionaries.
 
+    Parameters
+    ----------
+    values : dict
+        Sections and settings; what is missing has its default.
+    source : str
+        What to call `values` in errors.
+
     Raises
     ------
     ConfigError
-        One sentence per wrong setting: where, what, and the value.
+        For unknown or unsuitable settings: one sentence each, with the setting and its value.
+
+    Examples
+    --------
+    >>> parse_config({"segment": {"diameter": 30}}).segment.diameter
+    30.0
+    >>> parse_config({"segment": {"diametre": 30}})
+    Traceback (most recent call last):
+    daskcell.errors.ConfigError: config: unknown setting 'segment.diametre'
     """
     try:
         return Config.model_validate(values, context={"installed": True})
@@ -438,7 +453,18 @@ def parse_config(values: dict[str, Any], source: str = "config") -> Config:
 
 
 def load_config(path: str | Path) -> Config:
-    """Read settings from a YAML file; raises `ConfigError` for anything that is not one."""
+    """Read settings from a YAML file.
+
+    Parameters
+    ----------
+    path : str or Path
+        Such as those in ``configs/``; sections and settings that are missing have their defaults.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read, is not YAML, or has unknown or unsuitable settings.
+    """
     path = Path(path)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -455,11 +481,6 @@ def load_config(path: str | Path) -> Config:
             f"{path} must hold sections such as 'segment:', but holds a {type(values).__name__}."
         )
     return parse_config(values, str(path))
-
-
-def dump_config(config: Config) -> str:
-    """Settings as YAML, all defaults written out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def _sentences(error: ValidationError) -> list[str]:
