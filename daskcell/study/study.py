@@ -1,4 +1,4 @@
-"""What users read of a study: tables, arrays, the model, as data; `Study.paths` has the files."""
+"""What users read of a study: its tables, arrays and model as data, and its files as paths."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from daskcell.config import Config
 from daskcell.errors import IncompleteWarning, StudyError
 from daskcell.study.paths import CLUSTERS, StudyPaths
 from daskcell.study.record import Record, create_record
-from daskcell.study.results import Assigned, Clustered, Described, Fitted, Result, Segmented
+from daskcell.study.results import Assigned, Clustered, Converted, Described, Fitted, Result, Segmented
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -406,7 +406,6 @@ class Study:
 
     def _image_path(self, slide: str, level: int = 0) -> Path:
         from daskcell.images import image_info
-        from daskcell.study.results import Converted
 
         self._require(slide, Converted, "image")
         path = self.paths.image(slide)
