@@ -3,14 +3,15 @@
     import daskcell as dc
 
     image = dc.open_image("slide.svs")                      # lazy (C, Y, X)
-    picture = dc.adjust_histogram(image.data)
-    labels = dc.segment(picture)                            # lazy (Y, X), the same cells for any chunks
-    cells = dc.measure(labels, picture)                     # a row a cell
-    features = dc.embed(picture, labels, encoder="tiny")
+    x = dc.prepare(image)                                   # colours and histogram
+    labels = dc.segment(x)                                  # lazy (Y, X), the same cells for any chunks
+    cells = dc.measure(labels, image)                       # DataFrame, one row per cell
+    features = dc.embed(x, labels, encoder="tiny")
     model = dc.fit_clusters(features, k=11)
-    colours = dc.overlay(picture, labels, model.predict(features))
+    overlay = dc.overlay(x, labels, model.predict(features))
 
-or all of it, disk to disk, for one slide or thousands: ``dc.run(inputs, out)``, or ``daskcell run``.
+or everything, from disk to disk, for one slide or thousands: ``study = dc.run(inputs, out)``, or
+``daskcell run``. Errors and warnings are in `daskcell.errors`; ``docs/glossary.md`` explains the terms.
 """
 
 import lazy_loader

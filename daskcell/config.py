@@ -1,7 +1,7 @@
 """All settings, as one tree of models that is read from and written to YAML.
 
-Unknown keys are refused. Every setting that changes a result is part of a stage's content key, so a study
-knows what to redo when one changes; `compute` and `output` change none.
+Unknown keys are refused. Every setting that decides a result is part of the content key of its stage, so a
+study knows what to redo when one changes. No setting of `compute` is part of a key (see `ComputeSettings`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Settings(BaseModel):
 
 
 def check_axes(axes: Any) -> str:
-    """Axes in capital letters; raises `InputError` for what can be no axes of an image."""
+    """Axes in capital letters; raises `InputError` if they cannot be the axes of an image."""
     letters = axes.upper() if isinstance(axes, str) else ""
     good = set(letters) <= set("TCZYXS") and len(set(letters)) == len(letters)
     if not good or not {"Y", "X"} <= set(letters) or {"C", "S"} <= set(letters):
@@ -48,23 +48,24 @@ class InputSettings(Settings):
     """How files become images."""
 
     pattern: str | None = None
-    """File names of images with one file per channel, such as ``{field}_{channel}.tif``; None: guessed."""
+    """File names of images with one file per channel, such as ``{field}_{channel}.tif``; None: recognised."""
     channels: list[str] | None = None
-    """Channels to take, in this order; None: all, in file order."""
+    """Channels to use, in this order; None: all, in the order of the file."""
     pixel_size: tuple[Positive, Positive] | Positive | None = None
     """Micrometres per pixel ``(y, x)``, where the file does not say or is wrong."""
     z: int | Literal["max", "all"] = "max"
-    """Plane of a stack to take, the maximum over planes, or one image per plane."""
+    """Plane of a stack to use, the maximum over planes, or one image per plane."""
     t: int | Literal["all"] = "all"
-    """Time point to take, or one image per time point."""
+    """Time point to use, or one image per time point."""
     axes: str | None = None
     """Order of the axes of files and arrays that do not say it (TIFF, NumPy, Zarr), such as ``YXC``: letters
     of T, C, Z, Y, X, or S for samples of a colour image. None: ``CYX``, or ``YXC`` for a last of up to 4."""
     scenes: Literal["all"] | list[str | int] = "all"
-    """Images to take of a file that holds several (scenes, positions, series, fields of a plate): each is a
-    slide named ``<file>_<scene>``. All; or a list of names, patterns with ``*``, or numbers from 0 on."""
+    """Which images of a file that holds several (scenes, positions, series, fields of a plate) to use; each
+    is a slide named ``<file>_<scene>``. All; or a list of names, patterns with ``*``, or numbers from 0
+    on."""
     ome_zarr: Literal["0.5", "0.4"] = "0.5"
-    """Version of OME-Zarr to write; 0.4 for viewers that know no other, with a file for every 512 pixels."""
+    """Version of OME-Zarr to write; 0.4 is for older viewers, and has one file per 512 x 512 pixels."""
 
     @field_validator("axes")
     @classmethod
@@ -73,7 +74,7 @@ class InputSettings(Settings):
 
 
 class ReconstructSettings(Settings):
-    """Colour picture from one picture per stain."""
+    """A colour image from one channel per stain."""
 
     colors: list[str] | Literal["auto"] = "auto"
     """Colour of each channel (any matplotlib name); auto: from channel names, else red, green, blue, cyan."""
@@ -82,7 +83,7 @@ class ReconstructSettings(Settings):
 
 
 class HistogramSettings(Settings):
-    """Histogram adjustment over the whole image, each channel by itself."""
+    """Histogram adjustment over the whole image, separately for each channel."""
 
     method: Literal["stretch", "equalize", "clahe", "match"] = "stretch"
     low: Annotated[float, Field(ge=0, lt=100)] = 0.2
@@ -90,9 +91,9 @@ class HistogramSettings(Settings):
     high: Annotated[float, Field(gt=0, le=100)] = 99.8
     """Percentile that becomes the largest value (stretch)."""
     linked: bool | Literal["auto"] = "auto"
-    """All channels get the same curve, which keeps colours; auto: for colour pictures (stained slides)."""
+    """All channels get the same curve, which keeps colours; auto: for colour images (stained slides)."""
     reference: str | list[str] | None = None
-    """Image whose histogram is taken over, or several, whose pixels are counted together (match)."""
+    """Image whose histogram is matched, or several, whose pixels are counted together (match)."""
     tiles: Annotated[int, Field(ge=1)] = 8
     """Tiles along each side of the image: more adapt to smaller structures (clahe)."""
     clip_limit: Fraction = 0.01
@@ -110,18 +111,20 @@ class HistogramSettings(Settings):
 
 
 class BackgroundSettings(Settings):
-    """Uneven light, taken out of every channel before anything else: the flat field first, then the disc."""
+    """Correction of uneven light in every channel, before all other steps: flat field, then rolling disc."""
 
     flat: str | None = None
-    """Picture of the evenly lit, empty field that pixels are divided by (``daskcell flat`` makes one). As
-    large as the image, or repeated over an image that camera fields were put together to."""
+    """Image of an evenly lit, empty field, by which pixels are divided (``daskcell flat`` makes one). As
+    large as the image, or as one camera field of an image that was stitched from many, over which it is
+    repeated."""
     dark: Annotated[float, Field(ge=0)] = 0.0
-    """What the camera gives without light; taken off the image and the flat field."""
+    """Signal of the camera without light; subtracted from the image and the flat field."""
     radius: Annotated[float, Field(ge=1)] | None = None
-    """Radius in pixels of the disc that the background is rolled with, larger than the largest clump of
-    cells: low follows the light closer and eats into cells; high leaves more of it. None: not taken off."""
+    """Radius in pixels of the rolling disc, larger than the largest clump of cells. Low: follows the
+    background more closely and may remove parts of cells; high: leaves more background. None: nothing is
+    subtracted."""
     light: bool = False
-    """The ground is bright (bright field): pixels are divided by it and it becomes white."""
+    """The background is bright (bright field): pixels are divided by it, and it becomes white."""
 
     @model_validator(mode="after")
     def _check(self) -> BackgroundSettings:
@@ -134,11 +137,11 @@ class StainSettings(Settings):
     """Stains of a colour slide in bright field."""
 
     method: Literal["normalize", "separate"] = "normalize"
-    """normalize: glass becomes white, and with a reference tissue as dense in each colour as there, so that
-    slides of different batches look alike; separate: haematoxylin, eosin and DAB as channels (scikit-image's
-    ``rgb2hed``)."""
+    """normalize: glass becomes white, and with a reference, tissue becomes as dense in each colour as there,
+    so that slides of different batches look alike; separate: haematoxylin, eosin and DAB as channels
+    (scikit-image's ``rgb2hed``)."""
     reference: str | None = None
-    """Slide that is the standard (normalize)."""
+    """Slide to match (normalize)."""
 
     @model_validator(mode="after")
     def _check(self) -> StainSettings:
@@ -165,12 +168,12 @@ class PreprocessSettings(Settings):
     def _check(self) -> PreprocessSettings:
         matched = self.histogram is not None and self.histogram.method == "match"
         if matched and self.stains is not None and self.stains.method == "normalize":
-            raise ValueError("stains and histogram both bring the picture to a reference: leave one out")
+            raise ValueError("stains and histogram both match the image to a reference: leave one out")
         return self
 
 
 class WatershedSettings(Settings):
-    """Threshold, distance transform, markers, flood; and the two cures for over-segmentation."""
+    """Threshold, distance transform, markers, flooding; and two remedies for over-segmentation."""
 
     threshold: float | None = None
     """Intensity on the 0-1 scale above which a pixel is a cell; None: Otsu over the whole image."""
@@ -178,11 +181,11 @@ class WatershedSettings(Settings):
     """Cells are darker than the background (stained, bright field); auto: by the image's border and
     median."""
     opening: Annotated[int, Field(ge=0)] = 2
-    """Radius in pixels of the morphological opening (first cure); 0: none."""
+    """Radius in pixels of the morphological opening (first remedy); 0: none."""
     min_distance: Annotated[int, Field(ge=1)] = 7
     """Smallest distance in pixels between two markers: low splits cells, high joins them."""
     merge: bool = True
-    """Join similar sub-regions (second cure)."""
+    """Join similar sub-regions (second remedy)."""
     merge_similarity: Fraction = 0.75
     """How much of the inner brightness a shared border must keep for two sub-regions to be one cell."""
 
@@ -206,12 +209,12 @@ class SegmentSettings(Settings):
     model: str = "tiny"
     """``tiny`` (embedded), ``cpsam_v2``, or a file of weights."""
     precision: Literal["float32", "bfloat16"] | None = None
-    """What the network computes in; None: float32, and bfloat16 for Cellpose-SAM, as Cellpose does.
-    Processors that only emulate bfloat16 (``daskcell doctor`` says so) take some ten times as long for it."""
+    """Number format the network computes in; None: float32, and bfloat16 for Cellpose-SAM, as in Cellpose.
+    Processors that only emulate bfloat16 (``daskcell doctor`` says so) take about ten times as long."""
     normalize: Literal["signal", "cellpose"] = "signal"
-    """What becomes 0 and 1 for the network. cellpose: the 1st and 99th percentile of all pixels; signal: the
-    same, but padding is not counted, and where cells cover so little that the percentile lies in the noise
-    of the background, the cells' own brightness is taken (``daskcell/preprocess/signal.py``)."""
+    """Intensities that become 0 and 1 for the network. cellpose: the 1st and 99th percentile of all pixels;
+    signal: the same without padding, and where cells cover so little that the percentile lies in the noise of
+    the background, the brightness of the cells (``daskcell/preprocess/signal.py``)."""
     channels: list[int] | None = None
     """Channels of the preprocessed image the network sees (at most three); None: all."""
     diameter: Positive | Literal["auto"] | None = "auto"
@@ -227,12 +230,12 @@ class SegmentSettings(Settings):
     niter: Annotated[int, Field(ge=1)] | None = None
     """Steps along the flows; None: as Cellpose chooses."""
     batch_size: Annotated[int, Field(ge=1)] | None = None
-    """Tiles per network call, fixed and padded, as results may depend on it in the last bit; None: 8 on a
-    GPU, 1 on a CPU, where larger ones only leave the cache."""
+    """Tiles per call of the network. Batches are padded to this size, since results may depend on it in the
+    last bit. None: 8 on a GPU, 1 on a CPU, where larger batches only overflow the cache."""
     tissue_mask: bool = False
     """Skip tiles of bare glass (bright-field slides)."""
     keep_flows: bool = False
-    """Keep the network's output, so that thresholds can be changed without the network."""
+    """Keep the network's output, so that thresholds can be changed without running it again."""
     watershed: WatershedSettings = WatershedSettings()
 
     @field_validator("method")
@@ -254,18 +257,18 @@ class FeatureSettings(Settings):
     size: Annotated[int, Field(ge=8)] | None = None
     """Side in pixels a crop is resized to; None: the encoder's own."""
     margin: Annotated[float, Field(ge=0)] = 0.1
-    """Room around a cell, as a share of its larger side."""
+    """Margin around a cell, as a share of its larger side."""
     window: Annotated[int, Field(ge=8)] | None = None
-    """Side in pixels of the square around every cell, in place of the margin: keeps cells at one scale."""
+    """Side in pixels of a square around every cell, instead of the margin: keeps all cells at one scale."""
     channels: list[Annotated[int, Field(ge=0)]] | None = None
     """Channels of the preprocessed image the encoder sees; None: all (at most seven)."""
     mask: bool = True
     """Blank out everything that is not the cell (crop) or no cell (mask), with the colour of the
     background."""
     pooling: Literal["crop", "mask"] = "crop"
-    """``crop``: every cell's picture by itself through the network; ``mask``: the network once over the
-    picture, and the maps of its stages pooled over each cell. Many times faster where cells are small; for
-    ``tiny`` and torchvision's ResNets."""
+    """``crop``: the network runs on the crop of each cell; ``mask``: it runs once over the image, and its
+    feature maps are pooled over each cell. Many times faster for small cells; for ``tiny`` and torchvision's
+    ResNets."""
     scale: Positive | Literal["auto"] = 1.0
     """Network pixels per pixel of the image (mask), the same for all slides; cells 30 to 100 network pixels
     wide are described best. auto: by the median cell of each slide by itself, for slides of various
@@ -306,11 +309,11 @@ class OutputSettings(Settings):
     channels: bool = False
     """Write every channel as its own .tif."""
     preprocessed: bool = False
-    """Write the preprocessed picture as .tif."""
+    """Write the preprocessed image as .tif."""
     overlays: list[Literal["tif", "png"]] = ["tif", "png"]
-    """Write the picture with cells coloured by cluster."""
+    """Write the image with its cells coloured by cluster."""
     overlay_side: Annotated[int, Field(ge=256)] = 8192
-    """Longest side in pixels of an overlay picture; larger images use a pyramid level."""
+    """Longest side in pixels of an overlay; larger images are drawn from a level of their pyramid."""
     report: bool = True
     """Write ``report.html``: the clusters with their cells, the slides, and how well it went, on one page."""
 
@@ -318,39 +321,39 @@ class OutputSettings(Settings):
 class JobSettings(Settings):
     """Jobs of a batch queue, under dask-jobqueue's names.
 
-    What is None here is as the site's Dask YAML says (``jobqueue: slurm: ...``).
+    Settings that are None come from the site's Dask YAML (``jobqueue: slurm: ...``).
     """
 
     count: Annotated[int, Field(ge=1)] = 1
-    """Jobs at a time; one that ends is asked for again."""
+    """Number of jobs; a job that ends is submitted again."""
     minimum: Annotated[int, Field(ge=1)] | None = None
-    """Jobs that are kept while there is little to do; None: all."""
+    """Jobs to keep while there is little work; None: all."""
     cores: Annotated[int, Field(ge=1)] | None = None
     """Cores of a job, shared by one worker per `compute.threads`; a GPU job has one worker."""
     memory: str | None = None
     """Memory of a job, such as ``64GB``, shared evenly by its workers."""
     walltime: str | None = None
-    """As the queue writes it, such as ``04:00:00``; workers leave in good order before it ends."""
+    """In the format of the queue, such as ``04:00:00``; workers leave in good order before it ends."""
     queue: str | None = None
     """Queue, or partition."""
     account: str | None = None
     """Account, or project."""
     interface: str | None = None
-    """Network that the nodes and this machine share, such as ``ib0``."""
+    """Network interface that the nodes and this machine share, such as ``ib0``."""
     log_directory: str | None = None
-    """Folder for what the jobs print; None: ``daskcell-jobs`` in the present folder."""
+    """Folder for the output of the jobs; None: ``daskcell-jobs`` in the current folder."""
     job_extra_directives: list[str] | None = None
     """More options of the queue, such as ``--constraint=avx512``."""
     job_script_prologue: list[str] | None = None
     """Shell commands before a worker starts, such as ``module load cuda``."""
     options: dict[str, Any] = {}
-    """Anything else dask-jobqueue's class takes, such as ``resource_spec`` or ``local_directory``."""
+    """Other arguments of the dask-jobqueue class, such as ``resource_spec`` or ``local_directory``."""
 
 
 class ComputeSettings(Settings):
     """Where the work runs. Results do not depend on the number and kind of workers or on the size of blocks.
-    On what networks run (`device`), and in how many `threads`, changes their last bits, since sums are then
-    made in another order."""
+    The `device` on which networks run, and the number of `threads`, change the last bits of their outputs,
+    since sums are then computed in another order; both are recorded with each result."""
 
     kind: str = "auto"
     """``auto`` (``inline`` where all inputs together fit one block and `workers` is not set, else ``local``),
@@ -361,25 +364,26 @@ class ComputeSettings(Settings):
     """Worker processes on this machine; None: one per core, or fewer where they would have too little
     memory."""
     threads: Annotated[int, Field(ge=1)] = 1
-    """Threads of torch, BLAS and numba in each worker; see above for what depends on it."""
+    """Threads of torch, BLAS and numba in each worker; see above for what depends on them."""
     memory: str = "auto"
     """Memory limit per worker on this machine."""
     block: Annotated[int, Field(ge=256, multiple_of=16)] = 2048
-    """Side in pixels of the blocks the work is cut into."""
+    """Side in pixels of the blocks into which images are cut."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where networks run; auto: ``cuda`` with kind ``gpu`` or `gpu_jobs`, else ``cpu``, whatever is there."""
+    """Where networks run; auto: ``cuda`` with kind ``gpu`` or `gpu_jobs`, else ``cpu`` even if there is a
+    GPU."""
     task_seconds: Positive = 3600.0
-    """Longest time for one task: a block, or a slide of at most two. One that hangs is tried three times, on
-    other workers where there are, and its slide set aside."""
+    """Longest time for one task: a block, or a slide of at most two blocks. A task that hangs is tried three
+    times, on other workers where there are any; then its slide is set aside."""
     wait: Positive | None = None
-    """Seconds until workers must be there; None: a minute, an hour for jobs."""
+    """Seconds to wait for workers; None: a minute, or an hour for jobs."""
     dashboard: int | str | None = None
-    """Where Dask's dashboard listens, such as 8787 (on 127.0.0.1) or ``0.0.0.0:8787``; it asks for no
-    password. None: no dashboard."""
+    """Where Dask's dashboard listens, such as 8787 (on 127.0.0.1) or ``0.0.0.0:8787``; it has no password.
+    None: no dashboard."""
     jobs: JobSettings = JobSettings()
     """Jobs of kind slurm, pbs, lsf or sge."""
     gpu_jobs: JobSettings | None = None
-    """Jobs with one GPU each beside them; what is not said is as in `jobs`."""
+    """Jobs with one GPU each beside them; settings that are missing are those of `jobs`."""
 
     @property
     def network_device(self) -> str:
@@ -423,10 +427,25 @@ class Config(Settings):
 def parse_config(values: dict[str, Any], source: str = "config") -> Config:
     """Settings from nested dictionaries.
 
+    Parameters
+    ----------
+    values : dict
+        Sections and settings; what is missing has its default.
+    source : str
+        What to call `values` in errors.
+
     Raises
     ------
     ConfigError
-        One sentence per wrong setting: where, what, and the value.
+        For unknown or unsuitable settings: one sentence each, with the setting and its value.
+
+    Examples
+    --------
+    >>> parse_config({"segment": {"diameter": 30}}).segment.diameter
+    30.0
+    >>> parse_config({"segment": {"diametre": 30}})
+    Traceback (most recent call last):
+    daskcell.errors.ConfigError: config: unknown setting 'segment.diametre'
     """
     try:
         return Config.model_validate(values, context={"installed": True})
@@ -435,7 +454,18 @@ def parse_config(values: dict[str, Any], source: str = "config") -> Config:
 
 
 def load_config(path: str | Path) -> Config:
-    """Read settings from a YAML file; raises `ConfigError` for anything that is not one."""
+    """Read settings from a YAML file.
+
+    Parameters
+    ----------
+    path : str or Path
+        Such as those in ``configs/``; sections and settings that are missing have their defaults.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read, is not YAML, or has unknown or unsuitable settings.
+    """
     path = Path(path)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -452,11 +482,6 @@ def load_config(path: str | Path) -> Config:
             f"{path} must hold sections such as 'segment:', but holds a {type(values).__name__}."
         )
     return parse_config(values, str(path))
-
-
-def dump_config(config: Config) -> str:
-    """Settings as YAML, all defaults written out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def _sentences(error: ValidationError) -> list[str]:

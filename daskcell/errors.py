@@ -1,16 +1,22 @@
-"""Every error daskcell raises on purpose.
+"""Every error and warning that daskcell raises on purpose.
 
     DaskcellError
     ├── ConfigError      a setting is unknown, of the wrong type or out of range
-    ├── InputError       an array or value handed to a function cannot be used
-    │   └── ImageError   a file cannot be read as the picture it should be
-    ├── WeightsError     a network's weights are missing or not what they should be
-    ├── StudyError       the output folder cannot be used or continued
-    └── ComputeError     the machine asked for is not there
+    ├── InputError       an array or value passed to a function cannot be used
+    │   └── ImageError   a file cannot be read as an image
+    ├── WeightsError     a network's weights are missing or damaged
+    ├── StudyError       a study's folder cannot be used, or a result is not there yet
+    └── ComputeError     the requested workers or devices are not available
 
-Messages are one sentence or two: what, which file or value, what to do. All but
-`StudyError` and `ComputeError` are `ValueError` too, so code that knows nothing of daskcell may catch them.
-A `DaskcellError` is for what a user did; `assert` is for our own invariants.
+    UserWarning
+    ├── InputWarning       an input was left out, or its metadata had to be guessed
+    ├── MemoryWarning      an image needs more memory than others
+    ├── DriftWarning       new cells are unlike those that a model was fitted on
+    └── IncompleteWarning  slides without results were left out
+
+A message is one or two sentences: what failed, for which file or value, and what to do. All errors but
+`StudyError` and `ComputeError` are also `ValueError`, so that code which does not know daskcell can catch
+them. Raise a `DaskcellError` for what a user can correct; use `assert` for our own invariants.
 """
 
 from __future__ import annotations
@@ -20,7 +26,7 @@ import warnings
 
 
 class DaskcellError(Exception):
-    """Base of all errors a user can mend."""
+    """Base class of all errors that a user can correct."""
 
 
 class ConfigError(DaskcellError, ValueError):
@@ -28,35 +34,35 @@ class ConfigError(DaskcellError, ValueError):
 
 
 class InputError(DaskcellError, ValueError):
-    """An array or value handed to a function cannot be used."""
+    """An array or value passed to a function cannot be used."""
 
 
 class ImageError(InputError):
-    """A file cannot be read as the picture it should be."""
+    """A file cannot be read as an image."""
 
 
 class WeightsError(DaskcellError, ValueError):
-    """A network's weights are missing or not what they should be."""
+    """A network's weights are missing or damaged."""
 
 
 class StudyError(DaskcellError):
-    """The output folder cannot be used or continued."""
+    """A study's folder cannot be used or continued, or does not have the requested result yet."""
 
 
 class ComputeError(DaskcellError):
-    """The machine asked for is not there."""
+    """The requested workers or devices are not available."""
 
 
 class InputWarning(UserWarning):
-    """Something among the inputs was left out, or is not said by a file and was guessed."""
+    """An input was left out, or a file does not say something and it was guessed."""
 
 
 class MemoryWarning(UserWarning):
-    """An image takes more memory than others do, since its file can only be read whole."""
+    """An image needs more memory than others, since its file can only be read as a whole."""
 
 
 class DriftWarning(UserWarning):
-    """New cells lie far from those a model was fitted on: what their clusters mean is in doubt."""
+    """New cells lie far from those a model was fitted on, so their clusters may mean something else."""
 
 
 class IncompleteWarning(UserWarning):

@@ -1,10 +1,9 @@
-"""Where things are: boxes, block grids and halos, in whole pixels of the whole image.
+"""Boxes, block grids and halos, in whole pixels of the whole image.
 
-Covers integer geometry only. Knows neither Dask nor files nor pixel values.
-All boxes are half-open and all orders are ``(y, x)``.
+Integers only; knows no Dask, no files and no pixel values. Boxes are half-open; orders are ``(y, x)``.
 
     |hhhhh|cccccccccccc|hhhhh|      c core: the pixels a block writes
-    |<------- grown -------->|      h halo: pixels it reads besides, cut at the image's border
+    |<------- grown -------->|      h halo: pixels it also reads, clipped to the image
 """
 
 from __future__ import annotations
@@ -18,7 +17,17 @@ from daskcell.errors import InputError
 
 @dataclass(frozen=True, order=True, slots=True)
 class Box:
-    """Half-open rectangle ``[y0, y1) x [x0, x1)``."""
+    """Half-open rectangle ``[y0, y1) x [x0, x1)``.
+
+    Examples
+    --------
+    >>> core = Box(0, 256, 256, 512)
+    >>> grown = core.grow(10).clip((1000, 1000))
+    >>> grown
+    Box(y0=0, x0=246, y1=266, x1=522)
+    >>> core.within(grown)                     # where the core lies in the pixels of the grown box
+    (slice(0, 256, None), slice(10, 266, None))
+    """
 
     y0: int
     x0: int
@@ -47,6 +56,7 @@ class Box:
         )
 
     def grow(self, halo: int) -> Box:
+        """The box with `halo` more pixels on each side."""
         return Box(self.y0 - halo, self.x0 - halo, self.y1 + halo, self.x1 + halo)
 
     def clip(self, shape: tuple[int, int]) -> Box:
@@ -72,10 +82,20 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """A picture of `shape` ``(Y, X)`` cut into blocks by their edges along each axis.
+    """An image cut into blocks, which may be uneven (any Dask chunking).
 
-    `rows` and `columns` are increasing edges, from 0 to the side: uneven blocks (any Dask chunking) are
-    allowed.
+    Attributes
+    ----------
+    rows, columns : tuple of int
+        Edges of the blocks along y and x, increasing from 0 to the side of the image.
+
+    Examples
+    --------
+    >>> grid = Grid.regular((500, 300), 256)
+    >>> grid.counts, list(grid)
+    ((2, 2), [(0, 0), (0, 1), (1, 0), (1, 1)])
+    >>> grid.core((1, 0))
+    Box(y0=256, x0=0, y1=500, x1=256)
     """
 
     rows: tuple[int, ...]
@@ -83,12 +103,12 @@ class Grid:
 
     @classmethod
     def regular(cls, shape: tuple[int, int], block: int) -> Grid:
-        """Blocks of ``block`` pixels a side; the last of a row or column may be smaller."""
+        """Blocks with sides of `block` pixels; the last of a row or column may be smaller."""
         return cls(*((*range(0, side, block), side) if side else (0,) for side in shape))
 
     @classmethod
     def from_chunks(cls, chunks: tuple[tuple[int, ...], tuple[int, ...]]) -> Grid:
-        """The grid of a Dask array's two last ``chunks``."""
+        """The grid of the last two ``chunks`` of a Dask array."""
         edges = []
         for sizes in chunks:
             edge = [0]
@@ -100,7 +120,7 @@ class Grid:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Height and width of the picture."""
+        """Height and width of the image in pixels."""
         return self.rows[-1], self.columns[-1]
 
     @property

@@ -99,7 +99,7 @@ def test_cells_that_were_fitted_get_their_clusters_again(fitted, folder, tmp_pat
     again = no_warning(folder / "old", tmp_path / "again", model=fitted.out, config=WHERE)
     for slide in fitted.slides:
         pd.testing.assert_frame_equal(again.cells(slide), fitted.cells(slide))
-    assert again.record.ledger(CLUSTERS).result("cluster")["given"] is True
+    assert again.record.ledger(CLUSTERS).entry("cluster")["result"]["given"] is True
     for name in ("arrays.npz", "model.json"):
         assert (again.paths.clusters / name).read_bytes() == (fitted.paths.clusters / name).read_bytes()
 
@@ -114,7 +114,7 @@ def test_new_slides_are_made_as_the_models_and_only_once(fitted, folder, tmp_pat
         features = zarr.open_array(study.paths.features(slide), mode="r")[:]
         np.testing.assert_array_equal(clusters_of(study, slide), model.predict(features))
         assert (study.paths.overlays / f"{slide}.png").exists()
-    monkeypatch.setattr(api.Run, "work", lambda self, jobs, workers: jobs and pytest.fail("works again"))
+    monkeypatch.setattr(api.Run, "process", lambda self, jobs, pool: jobs and pytest.fail("works again"))
     no_warning(folder / "new", tmp_path / "new", model=fitted.out, config=WHERE)
     rows = report(study)["slides"]
     assert all(state == "done" for row in rows for state in row["stages"].values())
@@ -331,7 +331,7 @@ def test_what_was_named_and_merged_can_be_taken_back_to_the_byte(study):
 
 def test_a_later_run_keeps_names_and_makes_nothing_again(study, folder, monkeypatch):
     rename(study, 0, "round")
-    monkeypatch.setattr(api.Run, "work", lambda self, jobs, workers: jobs and pytest.fail("works again"))
+    monkeypatch.setattr(api.Run, "process", lambda self, jobs, pool: jobs and pytest.fail("works again"))
     api.run(folder / "old", study.out, SETTINGS)
     assert load_clusters(study.paths.clusters).naming.names == {0: "round"}
     assert all(state == "done" for row in report(study)["slides"] for state in row["stages"].values())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,6 +110,15 @@ def _study(folder: Path, request: pytest.FixtureRequest) -> Any:
 
     shutil.copytree(request.getfixturevalue("small_study"), folder / "study")
     return dc.open_study("study")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_names_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:daskcell|tests|docs|configs|deploy)/[\w./-]+)`", text))
+    named |= {str(Path(page).parent / link) for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text)}
+    missing = {name for name in named if not (ROOT / name).exists()}
+    assert not missing
 
 
 def test_a_wrong_example_fails():

@@ -38,7 +38,7 @@ study = run()
 assert not study.failures
 assert dc.load_encoder("colour").size == 32
 assert dc.embed(image, labels, encoder="colour").shape == (9, 6)
-print(study.ledger("a").entry("describe")["result"])
+print(study.record.ledger("a").entry("describe")["result"])
 
 import daskcell_plugin.encoder as plugin
 from daskcell.models import encoder_fingerprint

@@ -253,14 +253,14 @@ def test_the_choice_of_the_number_of_clusters_is_shown(study):
     settings = SETTINGS | {"cluster": {"k": "auto", "use": ["measurements"]}}
     again = run(study.record["inputs"][0], study.out, settings)
     found = gather(again)
-    assert facts.best_of(found.curve) == len(found.paths.clusters)
+    assert facts.best_of(found.curve) == len(found.clusters)
     html = again.paths.report.read_text()
     lines = re.findall(r'<polyline points="([^"]+)"', html)
     assert [len(line.split()) for line in lines] == [len(found.curve)] * 3
 
 
 def test_seams_are_told(made):
-    reports = [made.record.ledger(name).result("segment") for name in ("one", "two", "three")]
+    reports = [made.record.ledger(name).entry("segment")["result"] for name in ("one", "two", "three")]
     assert [report["blocks"] for report in reports] == [4, 4, 9]
     words = page_of(made).words("seams")
     assert f"{len(made.cells())} cells in 17 blocks" in words

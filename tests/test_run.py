@@ -92,7 +92,7 @@ def test_good_pictures_have_cells_clusters_and_overlays(study):
 
 
 def test_a_picture_without_cells_is_a_result(study):
-    assert study.record.ledger("blank").result("segment")["cells"] == 0
+    assert study.record.ledger("blank").entry("segment")["result"]["cells"] == 0
     assert len(study.cells("blank")) == 0
     assert "cluster" in study.cells("blank")
     assert zarr.open_array(study.paths.features("blank"), mode="r").shape[0] == 0
@@ -133,7 +133,7 @@ def test_what_the_study_says_of_itself_can_be_read(study):
     assert record["config"]["segment"]["method"] == "watershed"
     assert record["versions"]["daskcell"]
     assert record["slides"] == sorted(record["slides"])
-    plan = study.record.ledger("good1").result("fit")["plan"]
+    plan = study.record.ledger("good1").entry("fit")["result"]["plan"]
     assert plan["shape"] == [160, 160]
 
 

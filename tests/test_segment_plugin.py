@@ -22,7 +22,7 @@ from daskcell.geometry import Box
 from daskcell.images import read_labels
 from daskcell.pipeline.stages import SEGMENT
 from daskcell.segmentation.methods import Method, installed, sample
-from daskcell.study import Study
+from daskcell.study import create_study
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "daskcell-plugin"
 SHAPE = (300, 330)
@@ -145,7 +145,7 @@ def test_a_study_runs_the_method_and_redoes_it_when_its_options_or_version_chang
 def test_a_study_can_be_read_where_its_method_is_not_installed(tmp_path):
     config = parse_config({})
     config = config.model_copy(update={"segment": config.segment.model_copy(update={"method": "gone"})})
-    Study.create(tmp_path, ["a.tif"], config)
+    create_study(tmp_path, ["a.tif"], config)
     assert dc.open_study(tmp_path).config.segment.method == "gone"
 
 

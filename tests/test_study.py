@@ -168,7 +168,7 @@ def test_a_finished_stage_is_done_under_its_key_alone(tmp_path):
     assert again.is_done("convert", "k1")
     assert not again.is_done("convert", "k2")
     assert not again.is_done("fit", "k1")
-    assert again.result("convert") == {"shape": [1, 2, 3]}
+    assert again.entry("convert")["result"] == {"shape": [1, 2, 3]}
 
 
 def test_beginning_a_stage_forgets_it_and_all_made_from_it(tmp_path):

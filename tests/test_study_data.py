@@ -185,6 +185,16 @@ def test_the_report_is_the_page(study, tmp_path):
     assert copy.report == "<html>å</html>"
 
 
+def test_what_the_readme_shows_of_a_study_can_be_called(tmp_path, small_study, monkeypatch):
+    shutil.copytree(small_study, tmp_path / "study")
+    (tmp_path / "study" / "report.html").write_text("<html></html>")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dc.Study, "show", lambda self, slide: self.labels(slide))
+    blocks = (ROOT / "README.md").read_text(encoding="utf-8").split("\n\n")
+    (code,) = (textwrap.dedent(block) for block in blocks if "dc.open_study(" in block)
+    exec(code.replace('"a"', '"one"'), {"dc": dc})
+
+
 # ---------------------------------------------------------------------- pictures
 
 

@@ -147,7 +147,7 @@ def score_study(study: Study, truth: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _of_slide(study: Study, slide: str, known: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """Types and clusters of the cells of one slide that were found and have a cluster."""
-    cells = study.cells(slide) if study.paths.table(slide).exists() else None
+    cells = study.cells(slide) if study.record.ledger(slide).entry("describe") else None
     if cells is None or "cluster" not in cells:
         return np.zeros(0, object), np.zeros(0, np.int64)
     labels = known["label"].to_numpy(np.int64) if "label" in known else _labels_at(study, slide, known, cells)

@@ -34,7 +34,7 @@ from daskcell.pipeline.worker_pool import networks_bytes
 from daskcell.segmentation.memory import needed_memory
 from daskcell.study import CLUSTERS, Ledger, Study
 from daskcell.study.keys import unchanged
-from daskcell.study.results import Segmented
+from daskcell.study.results import Converted, Segmented
 
 _PYRAMID = 4 / 3
 _LABELS = 5
@@ -261,12 +261,12 @@ def _seconds(study: Study | None, todo: list[SlidePlan], config: Config) -> floa
     pixels: Counter[str] = Counter()
     for name in study.slides:
         ledger = study.record.ledger(name)
-        shape = ledger.result(CONVERT.name).get("shape")
-        if shape is None:
+        converted = ledger.read(Converted)
+        if converted is None:
             continue
         for stage, entry in ledger.stages.items():
             seconds[stage] += entry["seconds"]
-            pixels[stage] += shape[1] * shape[2]
+            pixels[stage] += converted.pixels
     if not pixels:
         return None
     # A stage that was never done takes as much longer than the others as its share of the work says.

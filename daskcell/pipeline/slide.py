@@ -164,7 +164,8 @@ def process_slide(
             took = run_stage(STAGES[stage], context, keys[stage], next(later, None), step)
             if took is not None:
                 seconds[stage] = took
-                notes += ledger.result(stage).get("notes", ())
+                finished = ledger.read(STAGES[stage].result)
+                notes += finished.notes if finished else ()
                 if progress is not None:
                     progress.counts(job.slide, *counts(ledger))
                     progress.finished(job.slide, stage, took)

@@ -16,7 +16,7 @@ from daskcell.storage.lock import holder
 from daskcell.study import CLUSTERS, Ledger, Study
 from daskcell.study.checksums import verify
 from daskcell.study.ledger import FORMAT
-from daskcell.study.results import Assigned, Clustered, Converted
+from daskcell.study.results import Assigned, Clustered, Converted, Segmented
 
 FAR = 5.0
 """A slide is unlike the model if this many times more cells than expected lie beyond the fit's 99th
@@ -42,15 +42,16 @@ def report(study: Study) -> dict[str, Any]:
     for slide in study.slides:
         ledger = study.record.ledger(slide)
         keys = slide_keys(config, ledger.files, weights, cluster)
+        segmented = ledger.read(Segmented)
         rows.append(
             {
                 "slide": slide,
                 "left": slide in left,
                 "stages": {stage: _state(stage, keys.get(stage), ledger, owner) for stage in SLIDE_STAGES},
-                "cells": ledger.result("segment").get("cells"),
+                "cells": segmented.cells if segmented else None,
                 "pixels": _pixels(ledger),
                 "seconds": round(sum(entry["seconds"] for entry in ledger.stages.values()), 1),
-                "seams": ledger.result("segment"),
+                "seams": segmented.model_dump() if segmented else {},
                 "error": ledger.failure["error"] if ledger.failure else None,
             }
         )

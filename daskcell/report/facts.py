@@ -168,21 +168,9 @@ def _conditions(study: Study, rows: Sequence[SlideRow]) -> list[SlideRow]:
 
 def seams(reports: Sequence[Segmented]) -> dict[str, Any]:
     """Combine the seam reports of many slides: sums, and the rate of label changes at and beside seams."""
-    names = (
-        "blocks",
-        "cells",
-        "redone",
-        "conflicts",
-        "seam_pairs",
-        "seam_changes",
-        "near_pairs",
-        "near_changes",
-    )
-    total: dict[str, Any] = {name: sum(getattr(report, name) for report in reports) for name in names}
-    for where in ("seam", "near"):
-        pairs = total[f"{where}_pairs"]
-        total[f"{where}_rate"] = total[f"{where}_changes"] / pairs if pairs else None
-    return total
+    from daskcell.segmentation.core.seams import SeamReport
+
+    return sum((report.seams for report in reports), SeamReport()).to_json()
 
 
 def _curve(study: Study) -> list[dict[str, float]]:

@@ -1,10 +1,10 @@
-"""Checksums of what the stages wrote: damage to a study is found, however long after.
+"""Checksums of the files that stages wrote, so that damage to a study is found at any later time.
 
 A ledger entry lists the files of its stage, which no other stage writes: path in the study -> ``[bytes,
-CRC-32]``. Names and sizes cost a microsecond a file and are
-looked at always; the bytes are read where a slide has work left to do, or when asked (``--verify``).
+CRC-32]``. Names and sizes are always checked, since that costs a microsecond per file. The bytes are read for
+slides that have work left, and on request (``--verify``).
 
-The checksum inside a Zarr shard covers its index only, and a shard that is missing reads as zeros.
+Zarr alone does not notice: the checksum in a shard covers only its index, and a missing shard reads as zeros.
 """
 
 from __future__ import annotations
@@ -23,9 +23,21 @@ _TASK_FILES = 256
 
 
 def checksum(out: Path, roots: Iterable[Path], workers: Workers) -> dict[str, list[int]]:
-    """Size and CRC-32 of every file at or under `roots`, by path in the study `out`; temporary ones left out.
+    """Size and CRC-32 of files.
 
-    Large folders are read by all `workers`.
+    Parameters
+    ----------
+    out : Path
+        Folder of the study.
+    roots : iterable of Path
+        Files, and folders whose files are taken except temporary ones.
+    workers : Workers
+        Read the files, in tasks of about 256 MB.
+
+    Returns
+    -------
+    dict
+        ``[bytes, CRC-32]`` by path in the study, sorted.
     """
     sizes = {}
     for root in roots:
@@ -41,7 +53,17 @@ def checksum(out: Path, roots: Iterable[Path], workers: Workers) -> dict[str, li
 
 
 def verify(out: Path, files: Files, workers: Workers | None = None) -> list[str]:
-    """Files that are missing or of another size than they were; with `workers`, or of other bytes."""
+    """Names of damaged files: missing, of another size, or, with `workers`, of other bytes.
+
+    Parameters
+    ----------
+    out : Path
+        Folder of the study.
+    files : mapping
+        As `checksum` returned it.
+    workers : Workers, optional
+        Read the files; None: only sizes are compared.
+    """
     wrong, left = [], {}
     for name, was in files.items():
         size = _size(os.path.join(out, name))
@@ -68,7 +90,7 @@ def _files(root: str) -> Iterator[str]:
 
 
 def _shares(sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    """`sizes` cut into tasks of a sensible length."""
+    """File names in shares of a suitable size for one task."""
     share: list[str] = []
     total = 0
     for name, size in sizes.items():

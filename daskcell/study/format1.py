@@ -1,8 +1,8 @@
-"""Studies of format 1: what their ledgers say, in today's words.
+"""Ledgers of studies of format 1, translated to the present format.
 
-In format 1 an entry did not name what it was made from, fitting was called freezing, a cell's cluster was a
-column of the cells table, and so the entry of the assignment vouched for the table of the description, whose
-own checksum was None.
+In format 1 an entry did not name what it was made from, and the stage ``fit`` was called ``freeze``. The
+cluster of a cell was a column of the cells table, so the entry of ``assign`` had the checksum of the table
+that ``describe`` wrote, whose own checksum was None.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 NAMES = {"freeze": "fit"}
-"""Stages that had another name."""
+"""Present names of stages that had another name."""
 NEEDS = {
     "convert": [],
     "fit": ["convert"],
@@ -43,13 +43,13 @@ def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
     failure = values.get("failure")
     if failure is not None:
         failure = failure | {"stage": NAMES.get(failure["stage"], failure["stage"])}
-    began = values.get("began") or ""
+    in_progress = values.get("began") or ""
     return {
         "files": values["files"],
         "stages": stages,
         "failure": failure,
         "tries": values.get("tries", 0),
-        "began": NAMES.get(began, began) or None,
+        "began": NAMES.get(in_progress, in_progress) or None,
     }
 
 

@@ -1,9 +1,9 @@
 """Content keys: what a stage's result depends on, as one hash.
 
-A key covers the keys of the stages before, the settings and files (weights) that decide the stage's result,
-and the stage's version; the first stage's covers the input's bytes. Two runs with equal keys have equal
-results, so a study redoes what has another key, and nothing else. Where a run works (`compute`) is no part of
-any key. What stages there are is said in `daskcell.pipeline.stages`.
+A key covers the keys of the stages it needs, the settings and files (weights) that decide its result, and the
+version of the stage; the key of the first stage covers the bytes of the input. Equal keys mean equal results,
+so a study redoes what has another key, and nothing else. Where a run works (`compute`) is part of no key. The
+stages are in `daskcell.pipeline.stages`.
 """
 
 from __future__ import annotations
@@ -27,18 +27,27 @@ def content_key(stage: str, version: int, *parts: Any) -> str:
 
 
 def identity(files: Iterable[Mapping[str, Any]]) -> list[list[Any]]:
-    """What of an input decides results, from what `identify` gives: not where it lies, nor when it was
-    written."""
+    """The part of what `identify` returns that decides results: neither the folder nor the time."""
     return [[file["name"], file["digest"], *file.get("said", ())] for file in files]
 
 
 def identify(
     files: Iterable[str | Path], known: Iterable[Mapping[str, Any]] = (), said: Iterable[str] = ()
 ) -> list[dict[str, Any]]:
-    """Name, size, time and digest of each input file; a folder (Zarr) counts as all its files.
+    """Name, size, time and digest of each input file; a folder (Zarr) counts as one file.
 
-    `said` is what a manifest says of them. `known` is an earlier answer: a file of the same size and time is
-    not read again. Nothing on object storage is read for this: the digest is that of names, sizes and ETags.
+    Parameters
+    ----------
+    files : iterable of paths
+    known : iterable of mappings
+        An earlier answer: a file of the same size and time is not read again.
+    said : iterable of str
+        What a manifest says of the files.
+
+    Returns
+    -------
+    list of dict
+        For remote files, which are not read, the digest covers names, sizes and ETags.
     """
     earlier = {entry["path"]: entry for entry in known}
     found = []
@@ -64,7 +73,7 @@ def identify(
 
 
 def unchanged(files: Iterable[str | Path], known: list[dict[str, Any]], said: Iterable[str] = ()) -> bool:
-    """Whether files are as `known` says, by size and time alone, and so is what a manifest says of them."""
+    """Whether files have the sizes and times in `known`, and the manifest says the same of them."""
     found = [str(path) for path in files]
     if [entry["path"] for entry in known] != found or (known and known[0].get("said", []) != list(said)):
         return False

@@ -1,7 +1,12 @@
-"""What is done of a slide: an entry for every finished stage, under the stage's content key.
+"""Which stages of a slide are done: an entry for every finished stage, under its content key.
 
-A stage's entry leaves the ledger before its output is touched and comes back when the output is whole, so a
-run that is killed at any moment continues with nothing half-made taken for done.
+The entry of a stage is removed before its output is touched, and written again when the output is complete.
+So a run that is killed at any moment never takes incomplete output for finished.
+
+    begin(stage)       remove its entry and those of stages made from it
+    finish(stage)      enter it, and restore what was suspended for it
+    invalidate(stage)  its files are damaged: suspend the stages made from it
+    fail(stage)        enter why it could not be done
 """
 
 from __future__ import annotations
@@ -21,14 +26,21 @@ FORMAT = 2
 
 
 class Ledger:
-    """Finished stages of one slide, in one small file that is replaced whole.
+    """Finished stages of one slide, in one small JSON file that is replaced as a whole.
 
     ``entry(stage)`` is ``{"key": content key, "needs": stages whose output it was made from, "result": what
     the stage returned, "seconds": ..., "files": see `daskcell.study.checksums`}``, and ``"ran"``, the device,
-    threads and precision of a stage that runs a network. A ledger knows the stages by these entries alone.
+    threads and precision of a stage that runs a network. A ledger knows of stages only what is entered.
 
-    A stage whose files were damaged is taken out by `invalidate`, and so is all that was made from it; but
-    that is `held`, and restored when the stage gives the very files again.
+    A stage whose files are damaged is taken out by `invalidate`. The stages that were made from it are
+    `suspended`, and restored if the stage gives exactly the same files again.
+
+    Parameters
+    ----------
+    path : Path
+        The file; it need not exist.
+    slide : str
+        Name of the slide, for `failure`.
     """
 
     def __init__(self, path: Path, slide: str):
@@ -46,36 +58,34 @@ class Ledger:
             self.suspended: dict[str, dict[str, Any]] = values.get("held", {})
             _refuse_strange_paths(self.stages, self.suspended)
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-            # A ledger that cannot be read, or names files elsewhere, says nothing is done: work is repeated,
-            # never a result invented.
+            # A ledger that cannot be read, or names files outside the study, counts as empty: work is
+            # repeated, but no result is invented.
             self.format = FORMAT
             self.files, self.stages, self.failure, self.tries = [], {}, None, 0
             self.in_progress, self.suspended = None, {}
 
     def entry(self, stage: str) -> dict[str, Any] | None:
+        """The entry of a stage; None if it is not done."""
         return self.stages.get(stage)
 
     @property
     def entered(self) -> set[str]:
-        """Files, as paths in the study, that stages which are done have written."""
+        """Files, as paths in the study, that finished and suspended stages have written."""
         entries = (*self.stages.values(), *self.suspended.values())
         return {file for entry in entries for file in entry.get("files", ())}
 
-    def result(self, stage: str) -> dict[str, Any]:
-        """What `stage` returned, as JSON; empty if it is not done."""
-        return self.stages.get(stage, {}).get("result") or {}
-
     def read(self, kind: type[R]) -> R | None:
-        """What a stage returned; None if it is not done."""
+        """The result of the stage whose result has the type `kind`; None if it is not done."""
         entry = self.stages.get(kind.stage)
         return None if entry is None else kind.model_validate(entry["result"])
 
     def is_done(self, stage: str, key: str) -> bool:
+        """Whether a stage was finished under this content key."""
         entry = self.stages.get(stage)
         return entry is not None and entry["key"] == key
 
     def dependents(self, stage: str) -> set[str]:
-        """Stages that were made, at first or second hand, from the output of `stage`."""
+        """Stages that were made, directly or indirectly, from the output of `stage`."""
         needs = {name: set(entry["needs"]) for name, entry in (self.suspended | self.stages).items()}
         found: set[str] = set()
         while more := {name for name, of in needs.items() if of & (found | {stage})} - found:
@@ -83,7 +93,7 @@ class Ledger:
         return found
 
     def begin(self, stage: str) -> None:
-        """Forget `stage` and all that was made from it. Call before its output is touched."""
+        """Remove `stage` and all that was made from it. Call before its output is touched."""
         doomed = {stage} | self.dependents(stage)
         changed = doomed & set(self.stages) or self.in_progress != stage
         self.stages = {name: entry for name, entry in self.stages.items() if name not in doomed}
@@ -105,20 +115,27 @@ class Ledger:
         ran: Mapping[str, Any] | None = None,
         version: int | None = None,
     ) -> None:
-        """Enter `stage` as done. Call when its output is whole.
+        """Enter `stage` as done. Call when its output is complete.
 
         Parameters
         ----------
-        files
-            Checksums of its output.
-        needs
-            Stages whose output it was made from.
-        ran
-            Where it ran, as far as results depend on that in the last bit.
-        version
-            Of the stage.
-        then
+        stage : str
+        key : str
+            Its content key.
+        result : mapping, optional
+            What it returned (JSON).
+        seconds : float
+            How long it took.
+        then : str, optional
             The stage that begins at once.
+        files : mapping, optional
+            Checksums of its output.
+        needs : iterable of str
+            Stages whose output it was made from.
+        ran : mapping, optional
+            Device, threads and precision, on which the last bits of its result depend.
+        version : int, optional
+            Of the stage.
         """
         entry = {"key": key, "needs": list(needs), "result": dict(result or {}), "seconds": round(seconds, 3)}
         entry["files"] = dict(files or {})
@@ -134,7 +151,7 @@ class Ledger:
         self.save()
 
     def invalidate(self, stage: str) -> None:
-        """Take out `stage`, whose files were damaged, and hold what was made from it."""
+        """Take out `stage`, whose files are damaged, and suspend what was made from it."""
         for name in {stage} | self.dependents(stage):
             if name in self.stages:
                 self.suspended[name] = self.stages.pop(name) | {"damaged": False}
@@ -143,7 +160,7 @@ class Ledger:
         self.save()
 
     def _restore(self, stage: str) -> None:
-        """Restore what is held with `stage`, now done anew, if its files are the same; else forget it."""
+        """Restore what was suspended for `stage`, now done again, if its files are the same; else drop it."""
         before, entry = self.suspended.pop(stage, None), self.stages[stage]
         if before is None:
             return
@@ -162,11 +179,11 @@ class Ledger:
                 }
 
     def _whole(self, entry: Mapping[str, Any]) -> bool:
-        """Whether nothing that an entry was made from waits to be made anew."""
+        """Whether nothing that an entry was made from is still suspended."""
         return not set(entry["needs"]) & set(self.suspended)
 
     def fail(self, stage: str, error: str, trace: str = "") -> None:
-        """Enter why `stage` could not be done; `trace` is for errors that are no user's."""
+        """Enter why `stage` failed; `trace` is the traceback of an error that no user can correct."""
         self.tries += 1
         self.in_progress = None
         self.failure = {"slide": self.slide, "stage": stage, "error": error, "tries": self.tries}
@@ -175,6 +192,7 @@ class Ledger:
         self.save()
 
     def save(self) -> None:
+        """Replace the file; ``began`` and ``held`` are the names in studies of format 2."""
         values = {
             "format": self.format,
             "files": self.files,
@@ -189,7 +207,7 @@ class Ledger:
 
 
 def _refuse_strange_paths(*kinds: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise `ValueError` where files of a stage lie outside the study: damaged ones are removed."""
+    """Raise `ValueError` if an entry names files outside the study, since damaged files are removed."""
     for stages in kinds:
         for entry in stages.values():
             written = entry["result"].get("files")  # of a conversion, their number

@@ -97,18 +97,13 @@ class Record(Mapping[str, Any]):
         self._values = self._values | values
         write_json(self.paths.record, self._values)
 
-    @property
-    def conditions(self) -> dict[str, str]:
-        """Condition of each slide for which the manifest names one (on disk: ``groups``)."""
-        return dict(self.get("groups") or {})
-
     def own_outputs(self) -> None:
-        """Enter all files that the study's settings make, as `create_record` does for a run.
+        """Enter all files that a run with the study's settings writes, as `create_study` does.
 
         Raises
         ------
         StudyError
-            A file that is not the study's has the name of one.
+            If a file that daskcell did not write has the name of one.
         """
         names = outputs(self.config)
         owned = set(self.get("owned", names))
@@ -150,12 +145,12 @@ class Record(Mapping[str, Any]):
 
     @property
     def clusters_key(self) -> str | None:
-        """Content key of the clusters as they are shown, with names and merges; None before the fit."""
+        """Content key of the clusters with their present names and merges; None before the fit."""
         entry = self.ledger(CLUSTERS).entry("cluster")
         return None if entry is None else self.named_key(entry["key"])
 
     def named_key(self, key: str) -> str:
-        """Content key of clusters of the content key `key` with the names and merges they have now."""
+        """Content key `key` of the clusters, combined with their present names and merges."""
         names = self.paths.clusters / "names.json"
         said = names.read_bytes() if names.exists() else b""
         return hashlib.sha256(key.encode() + said).hexdigest() if said else key

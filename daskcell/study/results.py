@@ -1,7 +1,7 @@
-"""What the stages find, as the ledger keeps it: one type a stage.
+"""Results of the stages, as the ledger keeps them: one type per stage.
 
-Read one with `Ledger.read(Segmented)`, which is None as long as the stage is not done. Lists of files hold
-paths in the study.
+``Ledger.read(Segmented)`` gives the result of a stage, or None if it is not done. Lists of files hold paths
+in the study.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
     from daskcell.preprocess import Plan
+    from daskcell.segmentation.core.seams import SeamReport
 
 
 class Result(BaseModel):
-    """What a stage found: small, and JSON in the ledger."""
+    """Base of all results: small, and JSON in the ledger."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
     stage: ClassVar[str]
     """Name of the stage."""
     notes: tuple[str, ...] = ()
-    """What to tell the user, in sentences."""
+    """Sentences for the user."""
 
 
 class Converted(Result):
@@ -40,7 +41,7 @@ class Converted(Result):
 
     @property
     def pixels(self) -> int:
-        """Of one channel."""
+        """Number of pixels of one channel."""
         return self.shape[1] * self.shape[2]
 
 
@@ -61,26 +62,21 @@ class Exported(Result):
 
 
 class Segmented(Result):
-    """The seam report: see `daskcell.segmentation.core.seams.SeamReport`."""
+    """On disk, the counts of the seam report stand beside the other values."""
 
+    model_config = ConfigDict(frozen=True, extra="allow")
     stage = "segment"
     cells: int = 0
-    blocks: int = 0
-    redone: int = 0
-    tiles: int = 0
-    repeated: int = 0
-    skipped: int = 0
-    conflicts: int = 0
-    seam_pairs: int = 0
-    seam_changes: int = 0
-    near_pairs: int = 0
-    near_changes: int = 0
-    seam_rate: float | None = None
-    near_rate: float | None = None
-    cut_rate: float | None = None
     diameter: float | None = None
-    """In pixels, as the network's images were scaled by; None: not at all."""
+    """In pixels, as the network's images were rescaled by; None: they were not rescaled."""
     skipped_fraction: float | None = None
+    """Share of the tiles that were skipped as bare glass; None: no tissue mask."""
+
+    @property
+    def seams(self) -> SeamReport:
+        from daskcell.segmentation.core.seams import SeamReport
+
+        return SeamReport.from_json(self.model_dump())
 
 
 class Described(Result):
@@ -89,7 +85,7 @@ class Described(Result):
     features: int = 0
     """Features of each cell."""
     missing: int = 0
-    """Labels up to the largest that no pixel has."""
+    """Number of labels below the largest that have no pixel."""
 
 
 class Clustered(Result):
@@ -98,7 +94,7 @@ class Clustered(Result):
     counts: tuple[int, ...] = ()
     """Cells of each cluster in the fit."""
     given: bool = False
-    """The model was fitted elsewhere."""
+    """Whether the model was fitted elsewhere."""
 
 
 class Assigned(Result):

@@ -1,4 +1,4 @@
-"""What users read of a study: tables, arrays, the model, as data; `Study.paths` has the files."""
+"""What users read of a study: its tables, arrays and model as data, and its files as paths."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from daskcell.config import Config
 from daskcell.errors import IncompleteWarning, StudyError
 from daskcell.study.paths import CLUSTERS, StudyPaths
 from daskcell.study.record import Record, create_record
-from daskcell.study.results import Assigned, Clustered, Described, Fitted, Result, Segmented
+from daskcell.study.results import Assigned, Clustered, Converted, Described, Fitted, Result, Segmented
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -104,8 +104,8 @@ class Study:
 
     @property
     def conditions(self) -> dict[str, str]:
-        """Condition of each slide for which the manifest names one."""
-        return self.record.conditions
+        """Condition of each slide for which the manifest names one (on disk: ``groups``)."""
+        return dict(self.record.get("groups") or {})
 
     @property
     def config(self) -> Config:
@@ -142,7 +142,7 @@ class Study:
         -------
         DataFrame
             Row i of a slide is label i + 1. Lengths in pixels, and in micrometres in columns ending in
-            ``_um`` and ``_um2``.
+            ``_um`` and ``_um2``; ``condition`` where the manifest names one.
 
         Raises
         ------
@@ -386,10 +386,10 @@ class Study:
             raise StudyError(
                 "Study.show draws with matplotlib, which is not installed: pip install 'daskcell[plot]'."
             ) from None
-        picture = self._overlay(slide)
+        overlay = self._overlay(slide)
         if ax is None:
             _, ax = pyplot.subplots()
-        ax.imshow(picture)
+        ax.imshow(overlay)
         ax.set_title(slide)
         ax.set_axis_off()
         return ax
@@ -460,7 +460,6 @@ class Study:
 
     def _image_path(self, slide: str, level: int = 0) -> Path:
         from daskcell.images import image_info
-        from daskcell.study.results import Converted
 
         self._require(slide, Converted, "image")
         path = self.paths.image(slide)

@@ -7,6 +7,7 @@ across the border of two blocks as across the lines beside it if, and only if, t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -17,6 +18,8 @@ from daskcell.segmentation.core.cells import Cells, paint
 
 NEAR = 8
 """Lines beside a seam that it is compared with."""
+_STORED = {"halo_retries": "redone"}
+"""Names in studies where they differ."""
 
 
 @dataclass
@@ -59,10 +62,16 @@ class SeamReport:
         return self.seam_rate - self.near_rate
 
     def to_json(self) -> dict[str, Any]:
+        """Counts, and the rates that follow from them (None in place of NaN)."""
         rates = {"seam_rate": self.seam_rate, "near_rate": self.near_rate, "cut_rate": self.cut_rate}
-        values = asdict(self)
-        values["redone"] = values.pop("halo_retries")  # as studies have called it from the first on
+        values = {_STORED.get(name, name): value for name, value in asdict(self).items()}
         return values | {name: None if np.isnan(rate) else rate for name, rate in rates.items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> SeamReport:
+        """The report that `to_json` gave; other values, and rates, are left out."""
+        names = {field.name: _STORED.get(field.name, field.name) for field in fields(cls)}
+        return cls(**{name: values[stored] for name, stored in names.items() if stored in values})
 
 
 def paint_core(
