@@ -9,7 +9,7 @@ All boxes are half-open and all orders are ``(y, x)``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -52,6 +52,15 @@ class Box:
     def clip(self, shape: tuple[int, int]) -> Box:
         """The part inside an image of `shape` ``(Y, X)``."""
         return self & Box(0, 0, *shape)
+
+    @classmethod
+    def hull(cls, boxes: Iterable[Box]) -> Box:
+        """The smallest box around some boxes; an empty one if there are none."""
+        corners = [(box.y0, box.x0, box.y1, box.x1) for box in boxes]
+        if not corners:
+            return cls(0, 0, 0, 0)
+        y0, x0, y1, x1 = zip(*corners, strict=True)
+        return cls(min(y0), min(x0), max(y1), max(x1))
 
     def __and__(self, other: Box) -> Box:
         y0, x0 = max(self.y0, other.y0), max(self.x0, other.x0)

@@ -26,7 +26,7 @@ PAIRS = {
     "segment": (
         config.SegmentSettings,
         {"image", "device", "block", "halo", "return_report", "options"},
-        {"watershed", "keep_flows"},  # given as **options; of a study
+        {"watershed", "options", "keep_flows"},  # given as **options; of a study
     ),
     "embed": (
         config.FeatureSettings,

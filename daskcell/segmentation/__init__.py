@@ -1,11 +1,12 @@
 """Pixels to cells: exact at every seam.
 
-tiles, rescale, globals      the whole picture's coordinates and facts
-network, dynamics            tiles through the network; pixels along the flows
-methods                      Cellpose, watershed, or any function of a block
-ownership, flowcheck, cells  which cells are a block's own; checks, numbers, painting
-lazy, engine, tasks          the two drivers: dask arrays; OME-Zarr on disk, and what its workers do
-seams, memory                what the cutting did (it should be nothing), and what a block takes
+methods        ways to find cells: Cellpose, the watershed, any function, what other packages install
+core           what makes blocks exact: global tiles, dynamics, ownership, checks, painting
+image_params, network, diameter, tissue    of Cellpose: facts of the whole image, tiles, network outputs
+blocks         the work on one block, on arrays
+lazy           `segment`: that work as a graph over a Dask array
+engine, tasks  `segment_slide`: the same over a study, with files between the tasks
+index, memory  where each label is; what a block takes of a worker's memory
 """
 
 import lazy_loader

@@ -1,7 +1,8 @@
 """`segment`: lazy labels of a dask or numpy image.
 
-One task a block runs the network on the tiles it owns, one follows the flows, one checks the masks, one
-paints; in between stand three small reductions over the whole image (percentiles, largest mask, ids).
+The work on blocks (`blocks`) as a graph: one task a block runs the network on the tiles it owns, one labels
+it, one checks its cells, one paints. In between stand three small reductions over the whole image: its
+parameters, the largest mask, ids.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _DEFAULT = SegmentSettings()
 
 def segment(
     image: Any,
-    method: str | Callable[[np.ndarray], np.ndarray] = _DEFAULT.method,
+    method: str | Method | Callable[[np.ndarray], np.ndarray] = _DEFAULT.method,
     model: Any = _DEFAULT.model,
     diameter: float | str | None = _DEFAULT.diameter,
     *,
@@ -52,41 +53,51 @@ def segment(
     return_report: bool = False,
     **options: Any,
 ) -> Any:
-    """Find every cell; the same cells for any chunks and workers.
+    """Find every cell; the same cells for any chunks, blocks and workers.
 
     Parameters
     ----------
-    image : (Y, X) or (C, Y, X) array, dask or numpy, any integer or float type
+    image : (Y, X) or (C, Y, X) array, dask or numpy, of integers or floats
         With one to three channels (or choose with `channels`). Also an `Image`, xarray, Zarr or torch array.
-    axes : str, optional
-        Order of the axes of `image`, such as ``"YXC"``; None: as the array says, else ``CYX``, or ``YXC`` for
-        a last axis of up to 4 (with a warning).
-    method
-        ``"cellpose"``, ``"watershed"``, or a callable from a block ``(C, h, w)`` to labels ``(h, w)``, 0 for
-        background. A callable may look `halo` pixels around a cell; a study (`run`) takes only the names.
+    method : str, Method or callable
+        ``"cellpose"``, ``"watershed"`` or the name of a method that another package installs; a
+        `daskcell.segmentation.methods.Method`; or a function from a block ``(C, h, w)`` to labels ``(h, w)``,
+        0 for background. A function whose labels depend on pixels beside a cell, as with a filter, is given
+        as ``FunctionMethod(function, reach=pixels)``.
     model : str or torch.nn.Module
         Network for Cellpose: a name, a file of weights, or a module as `cellpose.core.run_net` accepts it.
     diameter : float, "auto" or None
-        Expected cell diameter in pixels, to which the image is rescaled; None: no rescaling; auto:
-        estimated from a first pass, which is computed at once.
+        Expected cell diameter in pixels, to which the image is rescaled; None: no rescaling; auto: estimated
+        from a first pass, which is computed at once.
+    channels : list of int, optional
+        Channels to segment, at most three; None: all.
+    axes : str, optional
+        Order of the axes of `image`, such as ``"YXC"``; None: as the array says, else ``CYX``, or ``YXC`` for
+        a last axis of up to 4 (with a warning).
     precision : "float32", "bfloat16" or None
         What the network computes in; None: float32, and bfloat16 for Cellpose-SAM. Only for a `model` that is
         a name or a file.
     normalize : "signal" or "cellpose"
         What becomes 0 and 1 for the network: percentiles 1 and 99 of all pixels, as in Cellpose; or of the
         signal, which differ where an image is padded or nearly empty (see `daskcell.preprocess.signal`).
+    cellprob_threshold, flow_threshold, niter, batch_size : float, float, int, int
+        As in ``CellposeModel.eval``.
+    min_size : int
+        Smallest cell in pixels, for all methods.
+    max_size_fraction : float
+        Cells larger than this share of the whole image are dropped, for all methods.
     tissue_mask : bool or `Image`
         Skip tiles of bare glass (Cellpose), seen in `image`, or in the `Image` that it was made from.
-    cellprob_threshold, flow_threshold, min_size, max_size_fraction, niter, batch_size
-        As in ``CellposeModel.eval``. `min_size` and `max_size_fraction` hold for all methods.
+    device : "cpu" or "cuda"
+        Where the network runs.
     block : int
         Advanced use: side in pixels of the blocks the work is cut into; changes no label.
     halo : int, optional
-        Advanced use: pixels around a block to look at first; changes no label of Cellpose or watershed.
+        Advanced use: pixels around a block to look at first; changes no label.
     return_report : bool
         Also return the seam report, a `dask.delayed` `SeamReport`.
     **options
-        Of the watershed, see `WatershedSettings`.
+        Of the watershed (see `daskcell.config.WatershedSettings`), or of an installed method.
 
     Returns
     -------
@@ -108,8 +119,13 @@ def segment(
     --------
     Any function of a block, without seams:
 
+    >>> import daskcell as dc
     >>> from skimage.measure import label
-    >>> labels = dc.segment(image, method=lambda block: label(block[0] > 0.3))
+    >>> image = np.zeros((90, 90))
+    >>> image[20:40, 20:40] = image[60:80, 30:50] = 1
+    >>> labels = dc.segment(image, method=lambda block: label(block[0] > 0.3), block=32)
+    >>> int(labels.compute().max())
+    2
     """
     overview = _overview(image if tissue_mask is True else tissue_mask, image, axes)
     image = as_channels(image, channels, axes)
@@ -128,12 +144,12 @@ def segment(
             "batch_size": batch_size,
         }
     )
-    way = make_method(method, settings, model=model, device=device, options=options)
-    if way.measures_diameter:
+    chosen = make_method(method, settings, model=model, device=device, options=options)
+    if chosen.measures_diameter:
         from daskcell.segmentation.diameter import estimate_diameter
 
-        way = way.with_diameter(estimate_diameter(way, ArrayImage(image), shape))
-    labels, report = _lay_graph(way, image, block, way.halo if halo is None else halo, overview)
+        chosen = chosen.with_diameter(estimate_diameter(chosen, ArrayImage(image), shape))
+    labels, report = _lay_graph(chosen, image, block, chosen.halo if halo is None else halo, overview)
     return (labels, report) if return_report else labels
 
 
@@ -184,7 +200,7 @@ def _lay_graph(
         for at in grid:
             owned = tiles.owned(grid.core(at))
             owner.update(dict.fromkeys(owned, at))
-            boxes, parts = chunks_of(_around([tiles.to_image(tiles.box(tile)) for tile in owned]))
+            boxes, parts = chunks_of(Box.hull(tiles.to_image(tiles.box(tile)) for tile in owned))
             run = partial(_run_tiles, tiles=owned, boxes=boxes)
             networks[at] = graph.add("network", at, run, shared, params, parts)
 
@@ -357,7 +373,7 @@ def _check(method: Method, steps: int, labelled: tuple[Candidates, SeamReport]) 
 
 def _facts(cells: Cells, *, grid: Grid, at: tuple[int, int]) -> tuple[np.ndarray, Cells | None]:
     """Anchors; and all cells if one reaches beyond the neighbouring blocks."""
-    reach = _around([grid.core(other) for other in _neighbours(grid, at)])
+    reach = Box.hull(grid.core(other) for other in _neighbours(grid, at))
     return cells.anchors, None if (cells.reach & reach) == cells.reach else cells
 
 
@@ -406,21 +422,12 @@ def _neighbours(grid: Grid, at: tuple[int, int]) -> list[tuple[int, int]]:
     ]
 
 
-def _around(boxes: list[Box]) -> Box:
-    if not boxes:
-        return Box(0, 0, 0, 0)
-    return Box(
-        min(box.y0 for box in boxes), min(box.x0 for box in boxes),
-        max(box.y1 for box in boxes), max(box.x1 for box in boxes),
-    )  # fmt: skip
-
-
 def _assemble(boxes: list[Box], parts: list[np.ndarray], box: Box) -> np.ndarray:
     """Pixels of `box` from the chunks that hold them."""
     first = np.asarray(parts[0])
     out = np.empty((first.shape[0], *box.shape), first.dtype)
-    for held, part in zip(boxes, parts, strict=True):
-        shared = held & box
+    for chunk, part in zip(boxes, parts, strict=True):
+        shared = chunk & box
         if not shared.is_empty:
-            out[(slice(None), *shared.within(box))] = np.asarray(part)[(slice(None), *shared.within(held))]
+            out[(slice(None), *shared.within(box))] = np.asarray(part)[(slice(None), *shared.within(chunk))]
     return out

@@ -1,4 +1,4 @@
-"""What a block takes of a worker's memory, so that one with too little is told before any work."""
+"""What a block takes of a worker's memory, so that too little is refused before any work."""
 
 from __future__ import annotations
 
@@ -8,17 +8,26 @@ from daskcell.errors import ComputeError
 PROCESS = 800 * 2**20
 """Bytes of a worker that has loaded torch and a small network."""
 PER_PIXEL = 64
-"""Bytes per pixel of a block and its halo where all is foreground (measured: 55)."""
+"""Bytes per pixel of a block and its halo where all is foreground (measured: 54)."""
 PER_WEIGHT = 1.6
 """Bytes per byte of a larger network's file, while it is loaded and runs (Cellpose-SAM: 1.4 to 1.6)."""
 HALO = 96
-"""Pixels that every method looks at around a block, at least."""
+"""Pixels that Cellpose and the watershed look at around a block, at least."""
 SMALLEST, STEP = 256, 256
 
 
 def needed_memory(block: int, weights: int = 0, halo: int = HALO) -> int:
-    """Bytes a worker should have for blocks of `block` pixels a side, a method that looks `halo` pixels
-    further, and networks in files of `weights` bytes."""
+    """Bytes of memory that a worker should have.
+
+    Parameters
+    ----------
+    block : int
+        Side of the blocks in pixels.
+    weights : int
+        Bytes of the files of the networks it loads.
+    halo : int
+        Pixels around a block that the method looks at first (`settings_halo`).
+    """
     return PROCESS + int(PER_WEIGHT * weights) + PER_PIXEL * (block + 2 * halo) ** 2
 
 
@@ -41,7 +50,7 @@ def refuse_too_little_memory(
 ) -> None:
     """Raise `ComputeError` if `limit` bytes (None: any number) are too few for blocks of `block` pixels.
 
-    `setting` is what says how many there are.
+    `setting` is the name of the setting that says how many there are, for the sentence.
     """
     needed = needed_memory(block, weights, halo)
     if limit is None or limit >= needed:

@@ -26,13 +26,9 @@ _STRIP = 512
 
 def needed_box(params: ImageParams, tiles: Sequence[int]) -> Box | None:
     """Image pixels that these tiles are made from; None without tiles."""
-    boxes = [params.tiles.to_image(params.tiles.box(tile)) for tile in tiles]
-    if not boxes:
+    if not tiles:
         return None
-    return Box(
-        min(box.y0 for box in boxes), min(box.x0 for box in boxes),
-        max(box.y1 for box in boxes), max(box.x1 for box in boxes),
-    )  # fmt: skip
+    return Box.hull(params.tiles.to_image(params.tiles.box(tile)) for tile in tiles)
 
 
 def cut_tiles(part: np.ndarray, grown: Box, params: ImageParams, tiles: Sequence[int]) -> np.ndarray:

@@ -45,11 +45,13 @@ class Method:
 
     A subclass says how a block is labelled (`segment`), and what has to be known of the whole image before
     (`observe`, `fit`): percentiles, a threshold, a background. Its options are the arguments it is made with,
-    most simply the fields of a dataclass. It must be picklable, as it is sent to workers.
+    most simply the fields of a dataclass. It is sent to workers, and made anew for every task of a study:
+    what takes long to load, such as a network, belongs in a function with a cache (`functools.cache`).
 
     Blocks are labelled with a halo around them. A cell is taken from the block that holds its first pixel,
     and the halo is doubled as long as a cell comes within `reach` of its border; so the labels are those of
-    the whole image for any blocks, provided that `reach` is right.
+    the whole image for any blocks, provided that `reach` is right. Holes in cells are filled, as for all
+    methods, and cells below ``min_size`` pixels dropped.
 
     Attributes
     ----------
