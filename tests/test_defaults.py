@@ -30,7 +30,7 @@ PAIRS = {
     ),
     "embed": (
         config.FeatureSettings,
-        {"image", "labels", "limits", "device"},
+        {"image", "labels", "limits", "device", "threads"},
         {"measurements"},  # of `measure`
     ),
     "fit_clusters": (

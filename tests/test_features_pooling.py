@@ -12,7 +12,7 @@ from daskcell.errors import InputError
 from daskcell.features import embed, feature_maps
 from daskcell.features.cell_index import block_records
 from daskcell.features.feature_maps import WIDTH, as_feature_maps
-from daskcell.features.tiles import MARGIN, Tiling
+from daskcell.features.tiles import MARGIN, NetworkTiling
 from daskcell.geometry import Box, Grid
 
 
@@ -150,7 +150,7 @@ def test_every_cell_is_planned_once_and_read_whole():
     _, labels = field()
     records = block_records(labels)
     for scale in (0.4, 1.0, 2.3):
-        tiling = Tiling(labels.shape, scale)
+        tiling = NetworkTiling(labels.shape, scale)
         for block in (100, 400, 2000):
             plans = tiling.plan(records, block)
             reads = [read for some in plans.values() for read in some]
@@ -166,7 +166,7 @@ def test_every_cell_is_planned_once_and_read_whole():
 @given(st.floats(0.2, 3), st.integers(1, 1500), st.integers(1, 1500))
 @settings(max_examples=40, deadline=None)
 def test_cores_cover_the_image(scale, height, width):
-    tiling = Tiling((height, width), scale)
+    tiling = NetworkTiling((height, width), scale)
     assert all(side % 32 == 0 for side in tiling.frame)
     for y, x in ((0, 0), (height - 1, width - 1), (height // 2, width // 3)):
         i, j = tiling.at(y, x)
@@ -183,7 +183,7 @@ def test_a_tile_is_the_image_resized(scale):
 
     rng = np.random.default_rng(0)
     image = rng.random((2, 700, 640)).astype(np.float32)
-    tiling = Tiling((700, 640), scale)
+    tiling = NetworkTiling((700, 640), scale)
     tile = (0, tiling.counts[1] - 1)
     background = np.array([7.0, 8.0], np.float32)
     got = tiling.resample(image[(slice(None), *tiling.source(tile).slices)], tile, background)

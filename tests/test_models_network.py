@@ -77,7 +77,9 @@ def test_an_untrained_network_fails_where_the_embedded_one_succeeds():
 
     field = synthesize_field((384, 384), seed=2026)
     assert average_precision(field.labels, usual_colors(field)) > 0.87
-    assert average_precision(field.labels, usual_colors(field), TinyUNet().eval()) < 0.15
+    part = np.s_[:192, :192]
+    image = usual_colors(field)[:, *part]
+    assert average_precision(field.labels[part], image, TinyUNet().eval()) < 0.15
 
 
 def test_a_constant_image_has_no_cells():

@@ -16,7 +16,7 @@ from daskcell.features.cell_index import ReadPlan, plan_reads
 from daskcell.features.crops import BackgroundSample, Framing, cut_cells, fit_framing, resize
 from daskcell.features.encoders import Batches, Encoder, EncoderSpec, load
 from daskcell.features.feature_maps import FeatureMaps, load_feature_maps
-from daskcell.features.tiles import Tiling
+from daskcell.features.tiles import NetworkTiling
 from daskcell.geometry import Grid
 from daskcell.models.registry import encoder_kind
 
@@ -95,7 +95,7 @@ class MaskEmbedder:
 
     network: EncoderSpec | FeatureMaps
     framing: Framing
-    tiling: Tiling
+    tiling: NetworkTiling
 
     def plan(self, records: np.ndarray, grid: Grid) -> dict[int, list[ReadPlan]]:
         block = max((side for sides in grid.chunks for side in sides), default=1)
@@ -169,7 +169,7 @@ def make_embedder(
             else _CELL.get(encoder_kind(network.name), _OTHER_CELL)
         )
         scale = natural_scale(records, cell)
-    return MaskEmbedder(network, framing, Tiling(shape, scale))
+    return MaskEmbedder(network, framing, NetworkTiling(shape, scale))
 
 
 @dataclass(frozen=True)

@@ -244,24 +244,17 @@ def _load(spec: EncoderSpec) -> Encoder:
 def as_encoder(
     encoder: Any,
     *,
-    layer: Literal["output", "pool"] = "output",
     size: int | None = None,
     batch_size: int = 32,
     device: str = "cpu",
     precision: Precision = "float32",
 ) -> Encoder:
-    """`Encoder` of a name, a torch module, or a function of crops from 0 to 1.
+    """`Encoder` of a torch module or a function of crops from 0 to 1.
 
     The module or function may have the attributes ``size`` (else 224), ``mean`` and ``std``.
     """
     if isinstance(encoder, Encoder):
         return encoder
-    if isinstance(encoder, str | Path):
-        return load(
-            encoder_spec(
-                encoder, layer=layer, size=size, batch_size=batch_size, device=device, precision=precision
-            )
-        )
     if not callable(encoder):
         raise InputError(f"encoder must be a name, a file or a callable, not {encoder!r}.")
     import torch

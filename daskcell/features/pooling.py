@@ -15,7 +15,7 @@ import numpy as np
 
 from daskcell.features.crops import Framing, brightness, three_channels
 from daskcell.features.feature_maps import FeatureMaps
-from daskcell.features.tiles import Tiling
+from daskcell.features.tiles import NetworkTiling
 from daskcell.geometry import Box
 
 REGIONS = 3
@@ -41,10 +41,10 @@ def pool_cells(
     box: Box,
     records: np.ndarray,
     framing: Framing,
-    tiling: Tiling,
+    tiling: NetworkTiling,
     network: FeatureMaps,
 ) -> np.ndarray:
-    """Vectors of cells that one read of `Tiling.plan` holds, with all pixels of their tiles.
+    """Vectors of cells that one read of `NetworkTiling.plan` holds, with all pixels of their tiles.
 
     Parameters
     ----------
@@ -92,7 +92,7 @@ def _tile(
     labels: np.ndarray,
     box: Box,
     framing: Framing,
-    tiling: Tiling,
+    tiling: NetworkTiling,
     tile: tuple[int, int],
     background: np.ndarray,
 ) -> np.ndarray:
@@ -129,7 +129,7 @@ class _Sums:
         self.sums = [np.zeros((2, stage.shape[2])) for stage in maps]
         self.squares = [np.zeros((2, stage.shape[2])) for stage in maps]
 
-    def add(self, maps: list[np.ndarray], tiling: Tiling, tile: tuple[int, int], whole: bool) -> None:
+    def add(self, maps: list[np.ndarray], tiling: NetworkTiling, tile: tuple[int, int], whole: bool) -> None:
         from daskcell.features._pooling import pool_maps
 
         origin = np.array(tiling.origin(tile))

@@ -27,7 +27,7 @@ _EDGE = 16  # network pixels at a frame's edge that hardly know their surroundin
 
 
 @dataclass(frozen=True)
-class Tiling:
+class NetworkTiling:
     """The grid of one image.
 
     Attributes
