@@ -369,12 +369,12 @@ def test_images_on_a_web_server(tmp_path: Path, web: str, zarr_format: int) -> N
 def test_without_aiohttp_one_sentence_says_which_extra_to_install(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    from fsspec import registry
+    from fsspec.registry import _registry
 
     monkeypatch.setitem(sys.modules, "aiohttp", None)
     monkeypatch.delitem(sys.modules, "fsspec.implementations.http", raising=False)
     for scheme in ("http", "https"):
-        monkeypatch.delitem(registry._registry, scheme, raising=False)
+        monkeypatch.delitem(_registry, scheme, raising=False)
         with pytest.raises(ImageError, match=r"needs a package .*pip install 'daskcell\[http\]'") as error:
             open_image(f"{scheme}://127.0.0.1:9/{name}")
         assert "\n" not in str(error.value)
