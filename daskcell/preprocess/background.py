@@ -1,7 +1,7 @@
-"""Uneven light taken out: by a flat field, or by the background below the cells.
+"""Correction of uneven illumination: by a flat field, or by the background below the cells.
 
 A camera sees ``pixel = dark + light * (cells + background)``. `Flat` divides by the light, as an image of
-the empty field shows it; `Background` takes off what is left below structures of a given size.
+the empty field shows it; `Background` subtracts what varies more slowly than structures of a given size.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -32,9 +32,9 @@ class Background(_Same):
     """The image less the background that a disc of `radius` pixels rolls under.
 
     The background is the morphological opening, by the disc, of the means of small square cells (a sixth of
-    the radius), spread linearly: what is narrower than the disc is no background. Where the ground is `light`
-    the closing, and the image is divided by it, so that the ground becomes white. Same dtype; integers are
-    rounded and cut, so nothing of theirs is below 0.
+    the radius), interpolated linearly: what is narrower than the disc is no background. Where the background
+    is `light` it is the closing, and the image is divided by it, so that the background becomes white. Same
+    dtype; integers are rounded and clipped, so that none is below 0.
 
     At a coarser level the disc covers the same part of the image, but never less than `_LEAST_RADIUS` pixels:
     under a smaller one every pixel, a mean of many, would be background.
@@ -96,13 +96,6 @@ class Background(_Same):
         turn = ndimage.grey_closing if self.light else ndimage.grey_opening
         ground = turn(self.means(block, box), footprint=self.disc[None], mode="reflect")
         return self.clear(block, ground, self.grid.inside(box), box)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"shape": list(self.shape), "radius": self.radius, "light": self.light}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Background:
-        return cls(tuple(values["shape"]), values["radius"], values["light"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,20 +178,6 @@ class FlatFile(_Placed):
 
     def apply(self, block: np.ndarray, box: Box) -> np.ndarray:
         return _flat(self, block.dtype).apply(block, box)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "path": self.path,
-            "digest": self.digest,
-            "dark": self.dark,
-            "shape": list(self.shape),
-            "level": self.level,
-        }
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> FlatFile:
-        level = values.get("level", 0)
-        return cls(values["path"], values["digest"], values["dark"], tuple(values["shape"]), level=level)
 
     @classmethod
     def open(cls, path: str, dark: float, shape: tuple[int, int, int], dtype: np.dtype) -> FlatFile:

@@ -1,15 +1,15 @@
-"""Stains of a colour slide: taken apart, or brought to standard colours.
+"""Stains of a colour slide: separated, or normalised to standard colours.
 
-Light that passes stains is weakened by the product of what each leaves (Beer and Lambert), so optical
-densities add up, and both are one matrix between densities. What it is of is counted once over the whole
-image, as numbers of pixels of each colour: sums of whole numbers, the same however the image is cut.
+Light that passes several stains is attenuated by each in turn (Beer and Lambert), so their optical densities
+add up, and both operations multiply densities by one matrix. The matrix comes from a histogram of colours of
+the whole image: sums of whole numbers, the same however the image is cut.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -72,17 +72,6 @@ class Stains(_Pointwise):
     def _density(self, values: np.ndarray, white: float) -> np.ndarray:
         share = values.astype(np.float64) / largest(values.dtype)
         return -np.log(np.maximum(share, self.least) / white)
-
-    def to_json(self) -> dict[str, Any]:
-        target = None if self.target is None else list(self.target)
-        matrix = [list(row) for row in self.matrix]
-        return {"matrix": matrix, "white": list(self.white), "least": self.least, "target": target}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Stains:
-        target = None if values["target"] is None else tuple(values["target"])
-        matrix = tuple(tuple(row) for row in values["matrix"])
-        return cls(matrix, tuple(values["white"]), values["least"], target)
 
 
 def separation() -> Stains:

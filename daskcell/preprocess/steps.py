@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, ClassVar, Protocol, Self
 
@@ -62,8 +62,9 @@ class Step(Protocol):
     def to_json(self) -> dict[str, Any]: ...
 
 
+@dataclass(frozen=True, eq=False)
 class _Same:
-    """Channels and dtype stay."""
+    """Channels and dtype stay. In JSON, a step is its fields."""
 
     placed: ClassVar[bool] = False
 
@@ -72,6 +73,13 @@ class _Same:
 
     def dtype(self, dtype: np.dtype) -> np.dtype:
         return dtype
+
+    def to_json(self) -> dict[str, Any]:
+        return {one.name: _to_json(getattr(self, one.name)) for one in fields(self) if one.compare}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        return cls(**{one.name: _from_json(values[one.name]) for one in fields(cls) if one.name in values})
 
 
 class _Pointwise(_Same):
@@ -111,13 +119,6 @@ class Floor(_Pointwise):
         lows = np.array(self.lows, block.dtype)[:, None, None]
         return np.asarray(np.maximum(block, lows) - lows)
 
-    def to_json(self) -> dict[str, Any]:
-        return {"lows": list(self.lows)}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Floor:
-        return cls(tuple(values["lows"]))
-
 
 @dataclass(frozen=True)
 class Mix(_Pointwise):
@@ -133,13 +134,6 @@ class Mix(_Pointwise):
         from daskcell.preprocess.colors import mix
 
         return mix(block, self.weights)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"weights": [list(row) for row in self.weights]}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Mix:
-        return cls(tuple(tuple(row) for row in values["weights"]))
 
 
 @dataclass(frozen=True)
@@ -167,13 +161,6 @@ class Stretch(_Pointwise):
         values = np.clip(values, low, high)
         values = (values - low) / (high - low) * white if low < high else np.clip(values, 0, white)
         return to_dtype(values, dtype, truncate=True)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"low": list(self.low), "high": list(self.high)}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Stretch:
-        return cls(tuple(values["low"]), tuple(values["high"]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,21 +190,6 @@ class Curve(_Pointwise):
             target[...] = _by_table(plane, follow)
         return out
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "x": [encode_array(a) for a in self.x],
-            "y": [encode_array(a) for a in self.y],
-            "to_float": self.to_float,
-        }
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Curve:
-        return cls(
-            tuple(decode_array(a) for a in values["x"]),
-            tuple(decode_array(a) for a in values["y"]),
-            values["to_float"],
-        )
-
 
 @dataclass(frozen=True)
 class Gaussian(_Same):
@@ -240,13 +212,6 @@ class Gaussian(_Same):
 
     def apply(self, block: np.ndarray, box: Box) -> np.ndarray:
         return smooth(block, self.sigma)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"sigma": self.sigma}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Gaussian:
-        return cls(values["sigma"])
 
 
 def reach_of(sigma: float) -> int:
@@ -302,3 +267,15 @@ def decode_array(values: dict[str, Any]) -> np.ndarray:
     """Back from `encode_array`."""
     data = np.frombuffer(base64.b64decode(values["base64"]), values["dtype"])
     return data.reshape(values["shape"]).astype(data.dtype.newbyteorder("="))
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return encode_array(value)
+    return [_to_json(one) for one in value] if isinstance(value, tuple) else value
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return decode_array(value)
+    return tuple(_from_json(one) for one in value) if isinstance(value, list) else value
