@@ -145,8 +145,8 @@ def assign(
     --------
     >>> import numpy as np, tempfile
     >>> from daskcell import assign, run
-    >>> image = np.zeros((1, 96, 96), np.uint8)
-    >>> image[:, 20:34, 20:34] = image[:, 60:80, 50:70] = 200
+    >>> image = np.zeros((96, 96), np.uint8)
+    >>> image[20:34, 20:34] = image[60:80, 50:70] = 200
     >>> folder, here = tempfile.mkdtemp(), {"kind": "inline"}
     >>> settings = {"segment": {"method": "watershed"}, "cluster": {"k": 2}, "compute": here}
     >>> study = run([("january", image)], f"{folder}/study", settings)
