@@ -78,10 +78,10 @@ def export_crops(
     --------
     >>> import numpy as np, tempfile
     >>> from daskcell import export_crops, run
-    >>> image = np.zeros((1, 96, 96), np.uint8)
-    >>> image[:, 20:34, 20:34] = image[:, 60:74, 50:64] = 200
+    >>> image = np.zeros((96, 96), np.uint8)
+    >>> image[20:34, 20:34] = image[60:80, 50:70] = 200
     >>> folder = tempfile.mkdtemp()
-    >>> settings = {"segment": {"method": "watershed"}, "cluster": {"k": 1}, "compute": {"kind": "inline"}}
+    >>> settings = {"segment": {"method": "watershed"}, "cluster": {"k": 2}, "compute": {"kind": "inline"}}
     >>> study = run([("field", image)], f"{folder}/study", settings)
     >>> export_crops(study, f"{folder}/crops", format="png")
     2
