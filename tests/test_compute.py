@@ -93,7 +93,7 @@ def cluster():
         yield workers
 
 
-@pytest.fixture(params=["inline", "cluster"])
+@pytest.fixture(params=["inline", pytest.param("cluster", marks=pytest.mark.cluster)])
 def workers(request):
     return Workers() if request.param == "inline" else request.getfixturevalue("cluster")
 
@@ -148,6 +148,7 @@ def test_leaving_the_loop_early_drops_what_is_left(workers):
     assert len(window) == 0
 
 
+@pytest.mark.cluster
 def test_no_more_than_the_limit_is_in_flight(cluster, tmp_path):
     window = cluster.window(1)
     for i in range(6):
@@ -159,6 +160,7 @@ def test_no_more_than_the_limit_is_in_flight(cluster, tmp_path):
     assert max(running for _, running in window) == 2
 
 
+@pytest.mark.cluster
 def test_threads_of_a_worker_are_held_to_the_setting(cluster):
     window = cluster.window()
     window.submit(0, threads_here, 0)
@@ -182,6 +184,7 @@ def test_callbacks_follow_finished_tasks(workers):
     assert len(list(window)) == len(ticks) == 5
 
 
+@pytest.mark.cluster
 def test_a_task_whose_worker_dies_runs_again(tmp_path):
     with start_workers(ComputeSettings(workers=2)) as workers:
         window = workers.window()
@@ -191,6 +194,7 @@ def test_a_task_whose_worker_dies_runs_again(tmp_path):
     assert (tmp_path / "died").exists()
 
 
+@pytest.mark.cluster
 @pytest.mark.slow
 def test_a_task_that_kills_every_worker_is_one_failure_among_results():
     with start_workers(ComputeSettings(workers=2)) as workers:
@@ -215,6 +219,7 @@ def hand_on(ref, _):
     return os.getpid(), [{pid for (kind, _), pid in found.items() if kind == k} for k in ("cpu", "network")]
 
 
+@pytest.mark.cluster
 def test_network_tasks_run_on_labelled_workers_only():
     from distributed import Client, Nanny, Scheduler, SpecCluster
 
@@ -283,6 +288,7 @@ def test_kind_of_a_task_must_be_known():
         Window(Workers()).submit(0, double, 1, kind="gpu")  # type: ignore[arg-type]
 
 
+@pytest.mark.cluster
 def test_a_script_without_a_main_guard_is_told_so(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
@@ -297,6 +303,7 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path):
     assert "__main__" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize(
     "name", ["distributed.comm.require-encryption", "distributed.scheduler.preload", "temporary-directory"]
 )
@@ -316,6 +323,7 @@ def test_settings_of_a_site_that_keep_workers_from_starting_are_named(name, tmp_
     assert any(word in text for word in ("encryption required", "no_such_module", "/proc/nowhere"))
 
 
+@pytest.mark.cluster
 def test_nothing_listens_beyond_this_machine(cluster):
     """Reads the kernel's list of listening sockets: all of ours and our workers' are on 127.0.0.1."""
     inodes = set()

@@ -7,7 +7,7 @@ import logging
 import os
 import subprocess
 import sys
-import time
+import threading
 from dataclasses import replace
 
 import dask
@@ -24,6 +24,7 @@ from daskcell.compute.given import version_difference
 from daskcell.config import ComputeSettings
 from daskcell.errors import ComputeError
 
+pytestmark = pytest.mark.cluster
 QUIET = {"dashboard_address": None, "n_workers": 1, "threads_per_worker": 2}
 SETTINGS = {
     "segment": {"method": "watershed", "min_size": 5},
@@ -42,10 +43,14 @@ def threads_and_logs() -> tuple[int, str | None, int]:
     )
 
 
+BOTH_THREADS = threading.Barrier(2)
+"""Of a worker: each of its threads takes one of two tasks that wait here."""
+
+
 def set_torch_threads(_, threads: int) -> tuple[int, str | None, int]:
     """As a user's own task leaves it, in the thread that tasks run in."""
     torch.set_num_threads(threads)
-    time.sleep(0.2)  # so that each of the worker's threads takes one of these tasks
+    BOTH_THREADS.wait(60)
     return threads_and_logs()
 
 
@@ -128,7 +133,7 @@ def test_given_workers_give_the_same_bits_and_are_put_back(kind, inside, outside
 
 
 def threads_in_a_task(_):
-    time.sleep(0.1)
+    BOTH_THREADS.wait(60)
     return threads_and_logs()[:2]
 
 

@@ -15,14 +15,14 @@ import dask
 import pytest
 from fake_queue import FakeQueue
 
-from daskcell.compute import autoscaler as keeper_module
+from daskcell.compute import autoscaler as autoscaler_module
 from daskcell.compute import start_workers
 from daskcell.compute.autoscaler import JobAutoscaler
 from daskcell.compute.jobqueue import job_cluster, job_options, job_specs, lifetime, walltime_seconds
 from daskcell.config import ComputeSettings, parse_config
 from daskcell.errors import ComputeError, ConfigError
 
-pytestmark = pytest.mark.alone
+pytestmark = [pytest.mark.alone, pytest.mark.cluster]
 
 pytest.importorskip("dask_jobqueue", reason="needs the extra 'hpc'")
 TESTS = str(Path(__file__).parent)
@@ -49,7 +49,7 @@ def queue(request, tmp_path, monkeypatch):
 def hurried(monkeypatch):
     """A autoscaler that looks more often than is polite."""
     for name in ("_ASK_SECONDS", "_LOOK_SECONDS", "_AGAIN_SECONDS"):
-        monkeypatch.setattr(keeper_module, name, 0.1)
+        monkeypatch.setattr(autoscaler_module, name, 0.1)
 
 
 def scripts(settings: ComputeSettings) -> dict[str, str]:
@@ -359,8 +359,8 @@ class World:
     def __init__(self, monkeypatch, minimum=2, maximum=2):
         self.cluster, self.now, self.gone, self.told, self.answers = Cluster(), 1000.0, set(), [], True
         specs = {"cpu": [(f"cpu-{number}", {}) for number in range(maximum)]}
-        monkeypatch.setattr(keeper_module, "listed_jobs", self.listed)
-        monkeypatch.setattr(keeper_module, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(autoscaler_module, "listed_jobs", self.listed)
+        monkeypatch.setattr(autoscaler_module, "time", SimpleNamespace(monotonic=lambda: self.now))
         self.autoscaler = JobAutoscaler(self.cluster, "slurm", specs, {"cpu": minimum}, self.told.append)
         self.gave_up = []
         self.autoscaler.give_up = lambda: self.gave_up.append(True)

@@ -14,13 +14,14 @@ from daskcell.compute import Window
 from daskcell.evaluation.generated import CHANNELS, synthesize_field
 from daskcell.pipeline import run
 
+pytestmark = pytest.mark.cluster
+
 
 class Log(SchedulerPlugin):
     """Which function ran on which worker, how often."""
 
-    name = "log"
-
-    def __init__(self):
+    def __init__(self, name: str):
+        self.name = name
         self.ran: dict[str, Counter[str]] = {}
 
     def transition(self, key, start, finish, *args, worker=None, **kwargs):
@@ -71,25 +72,42 @@ def pictures(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def client():
+    """Of workers that believe to have a GPU where they are labelled for one."""
+    with labelled() as cluster, Client(cluster) as client:
+        client.wait_for_workers(3)
+        labels = labels_of(client)
+        client.run(pretend_no_gpu, workers=[name for name, label in labels.items() if label == "CPU"])
+        client.run(pretend_gpu, workers=[name for name, label in labels.items() if label == "GPU"])
+        yield client
+
+
+@pytest.fixture
+def log(client, request):
+    log = Log(request.node.name)
+    client.cluster.scheduler.add_plugin(log)
+    yield log
+    client.cluster.scheduler.remove_plugin(log.name)
+
+
+def labels_of(client: Client) -> dict[str, str]:
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    return {address: next(iter(worker["resources"])) for address, worker in workers.items()}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("pooling", ["crop", "mask"])
-def test_only_workers_labelled_gpu_need_one(pictures, tmp_path, monkeypatch, pooling):
+def test_only_workers_labelled_gpu_need_one(client, log, pictures, tmp_path, monkeypatch, pooling):
     """The process that drives the run and the CPU workers find no GPU, as on a cluster's login node."""
     import torch
 
     settings = {"cluster": {"k": 2}, "features": {"pooling": pooling}}
-    expected = run(pictures, tmp_path / "cpu", settings | {"compute": {"block": 256, "workers": 2}})
+    expected = run(pictures, tmp_path / "cpu", settings | {"compute": {"block": 256, "kind": "inline"}})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with labelled() as cluster, Client(cluster) as client:
-        client.wait_for_workers(3)
-        workers = client.scheduler_info(n_workers=-1)["workers"]
-        gpu = [address for address, worker in workers.items() if "GPU" in worker["resources"]]
-        client.run(pretend_no_gpu, workers=[address for address in workers if address not in gpu])
-        client.run(pretend_gpu, workers=gpu)
-        log = Log()
-        cluster.scheduler.add_plugin(log)
-        compute = {"block": 256, "device": "cuda", "kind": cluster.scheduler_address}
-        study = run(pictures, tmp_path / "gpu", settings | {"compute": compute})
+    gpu = [address for address, label in labels_of(client).items() if label == "GPU"]
+    compute = {"block": 256, "device": "cuda", "kind": client.cluster.scheduler_address}
+    study = run(pictures, tmp_path / "gpu", settings | {"compute": compute})
     # The small slide is one task, which sends away nothing but its network work; the other has four blocks.
     assert log.ran["label_block"].total() == 4
     assert log.ran["run_tiles"].total() > 4
@@ -103,7 +121,7 @@ def test_only_workers_labelled_gpu_need_one(pictures, tmp_path, monkeypatch, poo
 
 
 @pytest.mark.slow
-def test_network_tasks_run_on_gpu_workers_and_all_others_on_cpu_workers(tmp_path, monkeypatch):
+def test_network_tasks_run_on_gpu_workers_and_all_others_on_cpu_workers(client, log, tmp_path, monkeypatch):
     field = synthesize_field((400, 400), seed=3)
     (tmp_path / "in").mkdir()
     for channel, pixels in zip(CHANNELS, field.channels, strict=True):
@@ -116,16 +134,8 @@ def test_network_tasks_run_on_gpu_workers_and_all_others_on_cpu_workers(tmp_path
         submit(self, key, function, *args, kind=kind)
 
     monkeypatch.setattr(Window, "submit", noted)
-    with labelled() as cluster:
-        log = Log()
-        cluster.scheduler.add_plugin(log)
-        with Client(cluster) as client:
-            client.wait_for_workers(3)
-            workers = client.scheduler_info(n_workers=-1)["workers"]
-            labels = {address: next(iter(worker["resources"])) for address, worker in workers.items()}
-            study = run(
-                tmp_path / "in", tmp_path / "out", {"cluster": {"k": 2}, "compute": {"block": 256}}, client
-            )
+    labels = labels_of(client)
+    study = run(tmp_path / "in", tmp_path / "out", {"cluster": {"k": 2}, "compute": {"block": 256}}, client)
     assert study.failures == []
     assert any("_encode" in name for name in kinds["network"])
     assert any("_measure" in name for name in kinds["cpu"])

@@ -14,18 +14,24 @@ from distributed.comm import CommClosedError
 from daskcell.compute import Workers
 from daskcell.compute._distributed import Completed
 
-SUBMIT = """
+pytestmark = pytest.mark.cluster
+SUBMIT = '''
 import sys
 from distributed import Client
 from daskcell.compute import Workers
-address, folder, mark = sys.argv[1:]
+address, folder, mark, go = sys.argv[1:]
 window = Workers(Client(address)).claim(folder).window()
-window.submit(0, eval, f"__import__('time').sleep(4) or open({mark!r}, 'w').close()")
+window.submit(0, exec, f"""
+import os, time
+while not os.path.exists({go!r}):
+    time.sleep(0.05)
+open({mark!r}, 'w').close()
+""")
 window.submit(1, print)
 print("first", flush=True)
 for key, _ in window:
     print(key, flush=True)
-"""
+'''
 
 
 def start(kind: str, *options: str) -> subprocess.Popen:
@@ -66,11 +72,11 @@ def until(ready, seconds: float = 60.0) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_is_continued_waits_for_what_a_killed_one_left_at_work(cluster, tmp_path):
-    mark = tmp_path / "mark"
+    mark, go = tmp_path / "mark", tmp_path / "go"
     with Client(scheduler_file=str(cluster), set_as_default=False) as client:
         client.wait_for_workers(2)
         process = subprocess.Popen(
-            [sys.executable, "-c", SUBMIT, client.scheduler.address, str(tmp_path), str(mark)],
+            [sys.executable, "-c", SUBMIT, client.scheduler.address, str(tmp_path), str(mark), str(go)],
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -82,6 +88,7 @@ def test_a_run_that_is_continued_waits_for_what_a_killed_one_left_at_work(cluste
         said: list[str] = []
         others = Workers(client).claim(tmp_path / "another", said.append)
         assert not mark.exists(), "a task of another folder is nobody's business"
+        threading.Timer(1, go.touch).start()
         workers = Workers(client).claim(tmp_path, said.append)
         assert mark.exists()
         assert workers.owner != others.owner

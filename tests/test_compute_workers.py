@@ -21,7 +21,7 @@ from daskcell.compute.process import NEEDS_GPU
 from daskcell.config import ComputeSettings
 from daskcell.errors import ComputeError, ConfigError
 
-pytestmark = pytest.mark.alone
+pytestmark = [pytest.mark.alone, pytest.mark.cluster]
 
 OPTIONS = {"host": "127.0.0.1", "nthreads": 1, "dashboard": False}
 QUIET = {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": "127.0.0.1:0"}
@@ -33,13 +33,36 @@ def cluster(**workers) -> SpecCluster:
     return SpecCluster(workers=spec, scheduler={"cls": Scheduler, "options": QUIET})
 
 
-def begun_and_ended(folder: str, number: int, seconds: float) -> int:
-    """Notes when it begins and when it ends, apart for each time it runs."""
+def begun_and_ended(folder: str, number: int) -> int:
+    """Notes when it begins and, once there is a file ``go``, that it ends, apart for each time it runs."""
     mark = Path(folder) / f"{number}-{time.monotonic_ns()}"
     mark.with_suffix(".begun").touch()
-    time.sleep(seconds)
+    while not (Path(folder) / "go").exists():
+        time.sleep(0.05)
     mark.with_suffix(".ended").touch()
     return os.getpid()
+
+
+def leave(dask_worker: Worker) -> None:
+    """What Dask calls when a worker's lifetime is over."""
+    dask_worker.loop.add_callback(dask_worker.close_gracefully)
+
+
+def is_busy(dask_worker: Worker) -> bool:
+    return bool(dask_worker.active_threads)
+
+
+def until(ready) -> None:
+    deadline = time.monotonic() + 120
+    while not ready():
+        assert time.monotonic() < deadline, "it never came to that"
+        time.sleep(0.05)
+
+
+def address_of(client: Client, name: str) -> str:
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    (found,) = [address for address, worker in workers.items() if worker["name"] == name]
+    return found
 
 
 def marks(folder: Path) -> tuple[int, int]:
@@ -50,15 +73,16 @@ def marks(folder: Path) -> tuple[int, int]:
 @pytest.mark.parametrize("kind", [JobWorker, Worker])
 def test_a_worker_whose_lifetime_is_over_finishes_the_task_it_is_at(kind, tmp_path):
     """Dask's own worker is the control: it leaves at once, and its task runs twice at the same time."""
-    leaving = {"lifetime": "1.5 s", "worker_class": kind}
-    with cluster(leaving=leaving, staying={}) as here, Client(here) as client:
+    with cluster(leaving={"worker_class": kind}, staying={}) as here, Client(here) as client:
         client.wait_for_workers(2)
-        futures = client.map(begun_and_ended, [str(tmp_path)] * 4, range(4), [3.0] * 4, pure=False)
+        first = address_of(client, "leaving")
+        futures = client.map(begun_and_ended, [str(tmp_path)] * 4, range(4), pure=False)
+        until(lambda: marks(tmp_path)[0] == 2)
+        client.run(leave, workers=[first])
+        until(lambda: client.scheduler_info()["workers"].get(first, {}).get("status") != "running")
+        (tmp_path / "go").touch()
         pids = client.gather(futures)
-        deadline = time.monotonic() + 10
-        while len(client.scheduler_info()["workers"]) > 1 and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert len(client.scheduler_info()["workers"]) == 1
+        until(lambda: len(client.scheduler_info()["workers"]) == 1)
     begun, ended = marks(tmp_path)
     if kind is JobWorker:
         assert (begun, ended) == (4, 4)
@@ -76,19 +100,17 @@ def need_gpu(ref: WorkersRef) -> None:
 @pytest.mark.slow
 def test_a_task_that_waits_for_a_gpu_lets_its_worker_leave_in_time():
     """Else its job would be killed at the walltime, again and again, and the task with it."""
-    leaving = {"lifetime": "4 s", "worker_class": JobWorker, "resources": {"CPU": 1}}
+    leaving = {"worker_class": JobWorker, "resources": {"CPU": 1}}
     with cluster(leaving=leaving, staying={"resources": {"CPU": 1}}) as here, Client(here) as client:
         client.wait_for_workers(2)
-        workers = client.scheduler_info(n_workers=-1)["workers"]
-        (first,) = [address for address, worker in workers.items() if worker["name"] == "leaving"]
+        first = address_of(client, "leaving")
         ref = WorkersRef(labels=frozenset({"CPU", "GPU"}))
         future = client.submit(need_gpu, ref, workers=[first], allow_other_workers=True)
+        until(lambda: client.run(is_busy, workers=[first])[first])
+        client.run(leave, workers=[first])
         with pytest.raises(Reschedule):
-            future.result(timeout=30)
-        deadline = time.monotonic() + 20
-        while len(client.scheduler_info()["workers"]) > 1 and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert len(client.scheduler_info()["workers"]) == 1
+            future.result(timeout=120)
+        until(lambda: len(client.scheduler_info()["workers"]) == 1)
 
 
 @pytest.mark.slow
@@ -101,15 +123,16 @@ def test_a_worker_that_is_closed_does_not_go_on_with_a_task_that_others_have(wor
             client.register_plugin(WorkerSetup(1))
         addresses = list(client.scheduler_info()["workers"])
         future = client.submit(
-            begun_and_ended, str(tmp_path), 0, 4.0, workers=addresses, allow_other_workers=True, pure=False
+            begun_and_ended, str(tmp_path), 0, workers=addresses, allow_other_workers=True, pure=False
         )
-        deadline = time.monotonic() + 20
-        while not marks(tmp_path)[0] and time.monotonic() < deadline:
-            time.sleep(0.05)
+        until(lambda: marks(tmp_path)[0])
         (busy,) = [address for address, tasks in client.processing().items() if tasks]
         client.retire_workers([busy], close_workers=True)
-        future.result(timeout=60)
-        time.sleep(1)
+        until(lambda: marks(tmp_path)[0] == 2)
+        (tmp_path / "go").touch()
+        future.result(timeout=120)
+        if not workers_set_up:
+            until(lambda: marks(tmp_path)[1] == 2)
     begun, ended = marks(tmp_path)
     assert begun == 2
     assert ended == (1 if workers_set_up else 2)

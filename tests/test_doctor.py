@@ -147,6 +147,7 @@ def queue(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_one_job_is_asked_for_and_looks_around(queue, tmp_path):
     found = lines(tmp_path / "study", compute={"kind": "slurm", "jobs": JOBS | {"count": 50}})
     assert len(queue.jobs) == 1
@@ -158,6 +159,7 @@ def test_one_job_is_asked_for_and_looks_around(queue, tmp_path):
     assert not list(tmp_path.glob(".daskcell*"))
 
 
+@pytest.mark.cluster
 def test_a_job_that_does_not_come_is_a_failure_in_time(queue):
     (queue.folder / "hold").touch()
     found = lines(compute={"kind": "slurm", "jobs": JOBS, "wait": 1})

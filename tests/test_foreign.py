@@ -246,9 +246,11 @@ def test_arrays_that_are_refused_leave_nothing(tmp_path):
 KILLED = """
 import os, signal, sys
 import daskcell as dc
-sys.path.insert(0, sys.argv[4])
+from daskcell.pipeline import runner
+import sklearn.decomposition, pandas, torch  # once for all forks
+sys.path.insert(0, sys.argv[3])
 from test_foreign import CHANGED
-last, count = int(sys.argv[3]), 0
+last, count = 0, 0
 def counted(function):
     def call(*args, **options):
         global count
@@ -258,23 +260,32 @@ def counted(function):
         return function(*args, **options)
     return call
 os.replace, os.rename, os.unlink = counted(os.replace), counted(os.rename), counted(os.unlink)
-dc.run(sys.argv[1], sys.argv[2], CHANGED)
+for line in sys.stdin:
+    last = int(line)
+    child = os.fork()
+    if not child:
+        dc.run(sys.argv[1], sys.argv[2], CHANGED)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+"""Runs in forks of one process, each of which is killed at a change of files, told by its number on stdin."""
 
 
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_leaves_them_too(finished, study):
     files = write(study, *NOTES)
-    last, kills = 2, 0
+    last, kills, code = 2, 0, -signal.SIGKILL
     here = str(Path(__file__).parent)
-    while True:
-        command = [sys.executable, "-c", KILLED, str(finished / "in" / "a.tif"), str(study), str(last), here]
-        done = subprocess.run(command, capture_output=True, text=True)
-        check(files)
-        if done.returncode == 0:
-            break
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        last, kills = last * 2, kills + 1
+    command = [sys.executable, "-c", KILLED, str(finished / "in" / "a.tif"), str(study), here]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as forks:
+        while code == -signal.SIGKILL:
+            forks.stdin.write(f"{last}\n")
+            forks.stdin.flush()
+            code = int(forks.stdout.readline())
+            check(files)
+            last, kills = last * 2, kills + (code != 0)
+        forks.stdin.close()
+    assert code == 0
     assert kills > 3
     assert run(finished / "in" / "a.tif", study, CHANGED).failures == []
     check(files)

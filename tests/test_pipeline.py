@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import dask
 import numpy as np
 import pytest
 import tifffile
@@ -648,6 +649,7 @@ def paint_cells(folder, names, first=0):
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_slide_that_kills_its_worker_is_set_aside_and_the_others_finish(tmp_path, monkeypatch):
     """Also those that wait on the same worker, against which Dask counts its deaths."""
     bad, good = {"bad0": Deadly, "bad1": Hungry}, [f"good{i}" for i in range(3)]
@@ -660,7 +662,8 @@ def test_a_slide_that_kills_its_worker_is_set_aside_and_the_others_finish(tmp_pa
         "cluster": {"k": 2},
         "compute": {"workers": 1, "memory": "2GB"},
     }
-    study = run(tmp_path / "in", tmp_path / "out", settings)
+    with dask.config.set({"distributed.scheduler.allowed-failures": 0}):  # each death takes a new worker
+        study = run(tmp_path / "in", tmp_path / "out", settings)
     assert [(f["slide"], f["stage"]) for f in study.failures] == [(name, "convert") for name in bad]
     for failure in study.failures:
         assert "killed its worker" in failure["error"]
@@ -683,6 +686,7 @@ def contents(out: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.cluster
 def test_many_small_slides_share_tasks(fakes, tmp_path, monkeypatch):
     from distributed import Client
 

@@ -164,6 +164,7 @@ def test_the_block_size_changes_no_cell_and_no_cluster(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_network_work_goes_to_labelled_workers_and_the_result_is_the_same(tmp_path, monkeypatch):
     """One worker labelled GPU, two CPU: a log of every task says who did what."""
     from distributed import Client, Nanny, Scheduler, SpecCluster

@@ -18,11 +18,11 @@ import pytest
 import tifffile
 import yaml
 from slurm_here import missing, slurm_here
-from test_survival import finish, is_at, results
+from test_survival import finish, results
 
 from daskcell.evaluation.generated import CHANNELS, synthesize_field
 
-pytestmark = pytest.mark.alone
+pytestmark = [pytest.mark.alone, pytest.mark.cluster]
 
 pytest.importorskip("dask_jobqueue", reason="needs the extra 'hpc'")
 COMMON = {"cluster": {"k": 3}}
@@ -76,6 +76,15 @@ def until(ready, process: subprocess.Popen, seconds: float = 200):
             return found
         time.sleep(0.1)
     raise AssertionError(f"the run ended too early: {process.communicate()[0]}")
+
+
+def is_at(out: Path, slide: str, stage: str) -> bool:
+    """Whether `stage` of `slide` is being worked on, or is done."""
+    try:
+        ledger = json.loads((out / "ledger" / f"{slide}.json").read_text())
+    except FileNotFoundError:
+        return False
+    return ledger["began"] == stage or stage in ledger["stages"]
 
 
 def states(slurm) -> dict[str, str]:

@@ -24,7 +24,7 @@ def doctor(
 ) -> None:
     """Check this machine, and with jobs or a scheduler its workers too; one line each.
 
-    Exit code 0: nothing in the way. 2: something is.
+    Exit code 0: a run can start. 2: something would stop it.
     """
     from daskcell.pipeline.doctor import examine
 

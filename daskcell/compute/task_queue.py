@@ -61,11 +61,14 @@ class WorkersRef:
     def send(self, message: Any) -> None:
         """Send a small message (msgpack) from within a task; see `Workers.listening`.
 
-        It comes before the task's result, or not at all where the worker dies.
+        It arrives before the task's result, or never if the worker dies. Outside a task, nothing is sent.
         """
         from distributed import get_worker
 
-        worker = get_worker()
+        try:
+            worker = get_worker()
+        except ValueError:  # called outside a task
+            return
         worker.loop.add_callback(worker.log_event, self.topic, message)
 
 

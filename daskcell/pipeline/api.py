@@ -82,27 +82,33 @@ def run(
 
     Parameters
     ----------
-    inputs
+    inputs : path, or iterable of paths or of (str, array)
         Files, folders, patterns with ``*``, OME-Zarr images, or tables of images (CSV, Parquet; see
         `daskcell.images.manifest`); one or several. Any iterable of these; or of ``(name, array)``, with
         arrays of ``(Y, X)``, ``(C, Y, X)`` or other axes (`images.axes`; also of xarray, Zarr or torch),
         which are kept in the study's folder ``inputs``. An image is known
         by its name: another file of the name of a slide is refused, unless its content is the same.
-    config
+    out : path
+        Folder of the study; continued if it is there.
+    config : Config, mapping or path, optional
         Settings: a `Config`, nested dictionaries, or a YAML file. None: the defaults.
-    client
+    client : distributed.Client, cluster or str, optional
         A Dask client, a cluster object or a scheduler's address, whose workers to use; None: as
         ``config.compute`` says. While the run lasts its workers have ``config.compute.threads``.
-    progress
+    progress : Progress, optional
         Receives progress; None: nothing is shown.
-    retry_failed
-        Work on the slides that were set aside only.
-    verify
+    retry_failed : bool
+        Work only on the slides that were set aside.
+    verify : bool
         Compare the checksums of everything that is done. Without, names and sizes are looked at, and
         checksums of slides that have work left.
-    truth
+    truth : path, optional
         CSV file of cells with known types, to compare the clusters with; see `evaluation.read_truth`.
         The result is in the study's ``scores.json``.
+
+    Returns
+    -------
+    Study
 
     Raises
     ------
@@ -136,10 +142,14 @@ def assign(
     ----------
     inputs, out, client, progress, retry_failed, truth
         As for `run`.
-    model
+    model : path
         A study with clusters, or the folder of a saved model.
-    config
+    config : Config, mapping or path, optional
         Settings of input, output and compute, as for `run`; those of the model cannot be changed.
+
+    Returns
+    -------
+    Study
 
     Raises
     ------

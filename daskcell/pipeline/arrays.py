@@ -17,15 +17,15 @@ from daskcell.study import Study
 
 FOLDER = "inputs"
 _TOGETHER = 64
-"""Arrays that are entered in the study's list at a time."""
+"""Arrays that are added to the study's list at a time."""
 
 
 def given_inputs(
     inputs: Any, out: str | os.PathLike[str]
 ) -> tuple[list[str], Iterator[tuple[str, Any]] | None]:
-    """What was given, as paths, and the arrays among it; of a generator, arrays are taken one at a time.
+    """The inputs as paths, and as ``(name, array)`` pairs if they are arrays, one at a time from a generator.
 
-    Where the first is an array, all must be, and the path is that of the folder that keeps them.
+    If the first input is an array, all must be; the path is then that of the folder that will hold them.
     """
     if isinstance(inputs, (str, os.PathLike)):
         return [os.fspath(inputs)], None
@@ -48,14 +48,15 @@ def keep_arrays(
     axes: str | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> list[str]:
-    """Write arrays into the study; equal ones stay as they are, and so do those that are no longer given.
+    """Write arrays into the study, unless the same array is there; arrays no longer given stay.
 
-    `axes` is the setting of that name; `tell` is called with a sentence where a shape alone told the axes.
+    `axes` is the setting of that name; `tell` is called with a sentence where the axes follow from the shape
+    alone.
 
     Returns
     -------
     list of str
-        The files of `arrays`. The study lists them (``arrays``), and takes no other file there for its own.
+        The files of `arrays`. The study lists them (``arrays``); it replaces no other file in that folder.
 
     Raises
     ------
@@ -88,7 +89,7 @@ def keep_arrays(
                 folder.mkdir(exist_ok=True)
                 written[file.name] = temporary_beside(file)
                 written[file.name].write_bytes(data)
-            # First the list: who is killed here leaves no file that is not in it.
+            # First the list: a run that is killed here leaves no file that is not listed.
             mine |= written.keys()
             study.record.update(arrays=sorted(mine))
             for name, temporary in written.items():
@@ -99,7 +100,7 @@ def keep_arrays(
 
 
 def take_back_arrays(out: Path, record: dict[str, Any]) -> None:
-    """Remove the arrays of a new study that was refused, and their folder if nothing else is in it."""
+    """Remove the arrays of a new study that was refused, and their folder if it is empty then."""
     folder = out / FOLDER
     remove(*(folder / name for name in record.get("arrays", ())), *temporaries(folder))
     if folder.is_dir() and not any(folder.iterdir()):
@@ -107,7 +108,7 @@ def take_back_arrays(out: Path, record: dict[str, Any]) -> None:
 
 
 def _before_lists(study: Study) -> set[str]:
-    """Files of arrays in a study that has no list of them yet: those its slides were made from."""
+    """Files of arrays in a study written before there was such a list: those its slides were made from."""
     folder = os.path.abspath(study.out / FOLDER)
     files = [file["path"] for slide in study.slides for file in study.record.ledger(slide).files]
     return {os.path.basename(file) for file in files if os.path.dirname(file) == folder}

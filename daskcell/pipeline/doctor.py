@@ -1,8 +1,8 @@
-"""What would keep a run from working here, found before it is started: one line per check.
+"""Finds what would stop a run, before it is started: one line per check.
 
-Looks at versions, GPUs, weights, disks and ports of this machine; with jobs or a scheduler in the settings it
-also asks for a worker of every kind and looks the same up there. Changes nothing but a file in the output
-folder that it removes.
+Checks versions, GPUs, weights, disks and ports of this machine; with jobs or a scheduler in the settings it
+also asks for a worker of every kind and checks the same there. It writes one file in the output folder and
+removes it again.
 """
 
 from __future__ import annotations
@@ -245,13 +245,13 @@ def _workers(config: Config, out: Path | None) -> Iterator[Finding]:
             start_workers(compute.model_copy(update=changes)) as workers,
         ):
             client: Any = workers.client
-            told = client.run(look_around, str(token) if token else None, on_error="return")
+            answers = client.run(look_around, str(token) if token else None, on_error="return")
             labels = {
                 address: "".join(worker.get("resources") or {})
                 for address, worker in client.scheduler_info(n_workers=-1)["workers"].items()
             }
-            yield Finding(about, "ok", f"{compute.kind} gave {len(told)} worker{'s' * (len(told) > 1)}")
-            for address, answer in told.items():
+            yield Finding(about, "ok", f"{compute.kind} gave {len(answers)} worker{'s' * (len(answers) > 1)}")
+            for address, answer in answers.items():
                 yield _judge(f"{labels.get(address, '')} {address}".strip(), answer)
     except DaskcellError as error:
         yield Finding(about, "fail", str(error))

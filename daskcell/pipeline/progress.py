@@ -195,8 +195,8 @@ class Progress:
         with self._lock:
             self.reached(slide, stage, *self._clock.step(slide, stage, part))
 
-    def reached(self, slide: str, stage: str, part: float, seconds: float) -> None:
-        """A `part` of a stage (0 to 1) is done in all, `seconds` after it began."""
+    def reached(self, slide: str, stage: str, part: float, seconds: float | None) -> None:
+        """A `part` of a stage (0 to 1) is done in all, `seconds` after it began; None: `part` is a guess."""
         with self._lock:
             if stage in self._left.get(slide, (stage,)) and stage in self._tallies:
                 now = self._under_way.setdefault((slide, stage), _UnderWay())

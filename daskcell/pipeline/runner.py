@@ -228,7 +228,8 @@ class Run:
     def write_progress(self) -> None:
         """Write progress for `status`, now and then."""
         with self._writing:
-            if time.monotonic() - self._written > _WRITE_SECONDS and not self.stop.is_set():
+            late = time.monotonic() - self._written > _WRITE_SECONDS
+            if late and not self.stop.is_set() and not self.lock.lost:
                 self._written = time.monotonic()
                 self.study.record.write_progress(**self.progress.estimate)
 

@@ -197,15 +197,14 @@ def run_stage(
     ledger.begin(stage.name)
     slide = context.slide or CLUSTERS
     scratch = study.paths.scratch(slide, stage.name, key, context.config.compute.block)
-    remove(
-        *(folder for folder in study.paths.scratches(slide, stage.name) if folder != scratch)
-    )  # of other keys
-    team = context.workers
+    # Those of other keys are of no use any more.
+    remove(*(folder for folder in study.paths.scratches(slide, stage.name) if folder != scratch))
+    workers = context.workers
     if on_step is not None:
         on_step(0.0)
-        team = team.metered(on_step)
+        workers = workers.metered(on_step)
     context = replace(context, key=key, scratch=scratch)
-    result = stage.run(replace(context, workers=team))
+    result = stage.run(replace(context, workers=workers))
     files = checksum(study.out, stage.outputs(context, result), context.workers)
     remove(scratch)
     seconds = time.perf_counter() - start

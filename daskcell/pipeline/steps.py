@@ -37,17 +37,24 @@ class StageClock:
     def __init__(self) -> None:
         self._begun: dict[tuple[str, str], float] = {}
         self._parts: dict[tuple[str, str], float] = {}
+        self._guessed: set[tuple[str, str]] = set()
 
-    def step(self, slide: str, stage: str, part: float | None) -> tuple[float, float]:
-        """The part that is done after a step (see `Steps.step`), and the seconds since the stage began."""
+    def step(self, slide: str, stage: str, part: float | None) -> tuple[float, float | None]:
+        """The part that is done after a step (see `Steps.step`), and the seconds since the stage began.
+
+        None in place of the seconds: the part is a guess, which does not tell how long the stage takes.
+        """
         key, now = (slide, stage), time.monotonic()
+        if part is None:
+            self._guessed.add(key)
         begun, done = self._begun.setdefault(key, now), self._parts.get(key, 0.0)
         self._parts[key] = done = min(done + (_UNKNOWN * (1 - done) if part is None else part), _MOST)
-        return done, now - begun
+        return done, None if key in self._guessed else now - begun
 
     def forget(self, slide: str, stage: str) -> None:
         self._begun.pop((slide, stage), None)
         self._parts.pop((slide, stage), None)
+        self._guessed.discard((slide, stage))
 
 
 class SentSteps:

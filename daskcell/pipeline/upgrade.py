@@ -1,8 +1,8 @@
-"""A study of format 1 becomes one of format 2, with all that is done in it.
+"""Brings a study of format 1 to format 2, and keeps its results.
 
-What there was of cluster columns in the cells tables goes into tables of their own, and every result stands
-under the content key that it has now, if it was made from this input under the study's own settings. A stage
-that gives other results now than in format 1 is done again, and so is what depends on it.
+Cluster columns of the cells tables move into tables of their own. Every result that was made from the
+present input under the study's settings is entered under its new content key. A stage whose results have
+changed since format 1 is done again, with the stages that depend on it.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _VERSIONS = {
     "paint": 1,
     "cluster": 2,
 }
-"""Of the stages, when format 1 was left."""
+"""Versions of the stages at the end of format 1."""
 _CLUSTER_COLUMNS = ["cluster", "cluster_name", "distance"]
 _ROWS = 8192
 
 
 def upgrade(out: Path) -> None:
-    """Bring the study in `out`, which nobody else works on, to the present format; others are left alone.
+    """Bring the study in `out`, whose lock the caller holds, to the present format; others stay as they are.
 
-    May be killed at any moment, and called again.
+    It may be killed at any moment and called again.
     """
     record = read_record(out)
     if record is None or record["format"] != 1:
@@ -47,7 +47,7 @@ def upgrade(out: Path) -> None:
     study = Study(out)
     try:
         old, config = record["config"], study.config
-    except ConfigError:  # it has settings that are no more: all is done again
+    except ConfigError:  # a setting no longer exists: everything is done again
         return
     weights = record.get("weights", {})
     new_weights = {NAMES.get(name, name): digest for name, digest in weights.items()}

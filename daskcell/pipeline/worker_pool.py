@@ -110,9 +110,9 @@ def comfortable_memory(config: Config) -> int:
     return int(1.5 * needed_memory(config.compute.block, networks_bytes(config), halo))
 
 
-def slides_at_once(team: Workers, blocks: int) -> int:
+def slides_at_once(workers: Workers, blocks: int) -> int:
     """How many slides of `blocks` blocks to drive at a time: enough to give all workers a few tasks."""
-    if team.client is None:
+    if workers.client is None:
         return 1
     fewest, most = _AT_ONCE
-    return min(max(fewest, -(-2 * team.count // blocks)), most)
+    return min(max(fewest, -(-2 * workers.count // blocks)), most)
