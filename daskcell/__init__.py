@@ -1,4 +1,4 @@
-"""daskcell: from microscope images to every cell segmented, described and grouped by type.
+"""daskcell: from microscope images to every cell segmented, described and clustered by type.
 
     import daskcell as dc
 

@@ -288,7 +288,7 @@ class FeatureSettings(Settings):
 
 class ClusterSettings(Settings):
     k: Annotated[int, Field(ge=2, le=65534)] | Literal["auto"] = 11
-    """Number of clusters; auto: the one from 2 to 20 that is most compact and comes back most reliably."""
+    """Number of clusters; auto: the one from 2 to 20 that is most compact and most stable."""
     use: list[Literal["encoder", "measurements"]] = ["encoder"]
     """What cells are compared by: the encoder's vectors, the table's measurements, or both at equal
     weight."""

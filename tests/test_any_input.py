@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse
-import torch
 
 import daskcell as dc
 
@@ -53,7 +52,7 @@ KINDS = {
     "labels": lambda: LABELS,
     "far labels": lambda: np.where(LABELS == 2, 2_200_000_000, LABELS * 5).astype(np.uint32),
     "a table": lambda: pd.DataFrame(BASE),
-    "a tensor": lambda: torch.from_numpy(BASE.copy()),
+    "a tensor": lambda: pytest.importorskip("torch").from_numpy(BASE.copy()),
 }
 
 CALLS = {

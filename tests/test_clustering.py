@@ -185,6 +185,38 @@ def test_what_is_no_table_of_numbers_is_refused(values):
         fit_clusters(values, 2)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"k": 0},
+        {"k": 2.5},
+        {"k": "many"},
+        {"components": 0},
+        {"components": -3},
+        {"engine": "x"},
+        {"seed": -1},
+    ],
+)
+def test_an_option_that_cannot_be_is_named_with_what_it_may_be(options):
+    ((name, value),) = options.items()
+    with pytest.raises(InputError, match=rf"{name} must be .*, not {value!r}"):
+        fit_clusters(np.eye(5), **{"k": 2, **options})
+
+
+def test_cells_without_features_are_refused():
+    with pytest.raises(InputError, match=r"shape is \(5, 0\)"):
+        fit_clusters(np.zeros((5, 0)), 2)
+
+
+@pytest.mark.parametrize("kind", ["masked", "object", "complex", "1-d"])
+def test_a_dask_array_of_another_kind_is_refused_for_new_cells_too(kind):
+    x = np.eye(5)
+    made = {"masked": np.ma.masked_less(x, 1), "object": x.astype(object), "complex": x + 1j, "1-d": x[0]}
+    model = fit_clusters(x, 2)
+    with pytest.raises(InputError):
+        model.predict(da.from_array(made[kind], chunks=5))
+
+
 def test_standardising_lets_every_feature_count():
     rng = np.random.default_rng(0)
     y = rng.integers(0, 2, 500)

@@ -6,8 +6,6 @@ from __future__ import annotations
 import io
 import itertools
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import dask.array as da
 import numpy as np
@@ -30,7 +28,7 @@ from daskcell.preprocess import PreparedArray, PreparedImage, apply_block, freez
 from daskcell.preprocess.background import Background
 from daskcell.preprocess.steps import Gaussian
 from daskcell.render import colors, write_overlay
-from daskcell.report.pictures import Pictures
+from daskcell.render.thumbnails import Thumbnails
 
 LIGHT = [None, {"radius": 30}, {"flat": True}, {"flat": True, "radius": 40}]
 STAINS = [None, "normalize", "separate"]
@@ -156,10 +154,8 @@ def test_the_report_shows_a_slide_as_it_was_segmented(slide):
     folder, x = slide
     chosen = PreprocessSettings.model_validate({"stains": {"method": "separate"}})
     image = PreparedImage(str(folder / "s.zarr"), freeze_slide(folder / "s.zarr", chosen))
-    study: Any = SimpleNamespace(
-        prepared=lambda name: image, assigned_table=lambda name: folder / "s.parquet"
-    )
-    shown = skimage.io.imread(io.BytesIO(Pictures(study).slide("s", colors(2))))
+    jpeg = Thumbnails(lambda name: image).slide("s", folder / "s.parquet", colors(2))
+    shown = skimage.io.imread(io.BytesIO(jpeg))
     assert shown.mean() < 100, "densities of a slide that is mostly glass are dark"
     glass = skimage.transform.resize(x.min(axis=0), shown.shape[:2], anti_aliasing=True)
     assert np.corrcoef(glass.ravel(), shown.mean(axis=2).ravel())[0, 1] < -0.7

@@ -136,6 +136,38 @@ def test_what_does_not_fit_is_refused(image, labels, clusters, words):
         overlay(image, labels, clusters)
 
 
+def test_labels_below_0_have_no_colour_of_another_cell():
+    image, labels, clusters = scene()
+    below = da.from_array(np.where(labels == 0, -1, labels.astype(int)))
+    with pytest.raises(InputError, match="below 0"):
+        overlay(image, below, clusters).compute(scheduler="synchronous")
+
+
+@pytest.mark.parametrize("cluster", [70_000, 2_200_000_000, 2**63 + 5])
+def test_clusters_far_beyond_their_number_say_how_to_renumber_them(cluster):
+    image, labels, _ = scene()
+    with pytest.raises(InputError, match=rf"{cluster}.*np\.unique"):
+        overlay(image, labels, np.array([0, 1, cluster], np.uint64))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"palette": np.zeros((1, 3), np.uint8)},
+        {"palette": np.zeros((3, 4), np.uint8)},
+        {"palette": np.full((3, 3), 0.5)},
+        {"palette": np.full((3, 3), 256)},
+        {"opacity": 7},
+        {"opacity": float("nan")},
+        {"outline": -1},
+    ],
+)
+def test_options_that_cannot_be_are_named(options):
+    image, labels, clusters = scene()
+    with pytest.raises(InputError, match=f"{next(iter(options))} must be"):
+        overlay(image, labels, clusters, **options)
+
+
 def test_colours_are_stable_and_can_be_told_apart():
     from skimage.color import rgb2lab
 

@@ -18,9 +18,9 @@ from PIL import Image
 from daskcell.evaluation.truth import score_study
 from daskcell.pipeline import run
 from daskcell.pipeline.edit_clusters import edit_clusters
+from daskcell.render.thumbnails import Thumbnails, common_side
 from daskcell.report import facts, write_report
 from daskcell.report.facts import FAR, TYPICAL, gather
-from daskcell.report.pictures import Pictures, common_side
 from daskcell.study import Study
 
 SETTINGS = {
@@ -190,8 +190,9 @@ def test_small_batches_tell_the_same(made, monkeypatch):
 def test_a_cell_is_shown_in_the_middle_with_its_outline(made):
     cluster = gather(made).clusters[0]
     cell = cluster.typical[0]
-    side = common_side(cluster.typical)
-    drawn = np.asarray(Image.open(io.BytesIO(Pictures(made).cell(cell, side, "#ff0000"))), float)
+    side = common_side([typical.side for typical in cluster.typical])
+    jpeg = Thumbnails(made.prepared).cell(cell.slide, cell.label, cell.centre, side, "#ff0000")
+    drawn = np.asarray(Image.open(io.BytesIO(jpeg)), float)
     red = (drawn[..., 0] > 150) & (drawn[..., 1] < 110)
     y, x = np.nonzero(red)
     scale = drawn.shape[0] / side

@@ -43,7 +43,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="From microscope images to every cell segmented, described and grouped by type. "
+    help="From microscope images to every cell segmented, described and clustered by type. "
     "Any command takes --debug to show where an error comes from.",
 )
 

@@ -16,16 +16,14 @@ app.add_typer(export, name="export")
 @export.command()
 def crops(
     study: Annotated[Path, typer.Argument(help="Folder of a study.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="New folder for the pictures.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="New folder for the images.")],
     format: Annotated[
-        str, typer.Option(help="parquet: shards for training; png: a folder for each cluster.")
+        str, typer.Option(help="parquet: shards for training; png: a folder per cluster.")
     ] = "parquet",
-    size: Annotated[
-        int | None, typer.Option(min=8, help="Side in pixels; the encoder's unless told.")
-    ] = None,
-    slide: Annotated[list[str] | None, typer.Option(help="Only this slide; may be given again.")] = None,
+    size: Annotated[int | None, typer.Option(min=8, help="Side in pixels; default: the encoder's.")] = None,
+    slide: Annotated[list[str] | None, typer.Option(help="Only this slide; may be repeated.")] = None,
 ) -> None:
-    """Write every cell as a small picture, with its slide, number, place and cluster."""
+    """Write every cell as a small image, with its slide, label, position and cluster."""
     from daskcell.compute import start_workers
     from daskcell.export import export_crops
     from daskcell.study import Study

@@ -7,7 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -117,14 +117,10 @@ def fit_clusters(
     """
     import dask.array as da
 
-    if random_state is not None:
-        seed = random_state
+    seed = seed if random_state is None else random_state
     features = as_values(features, "The array of features")
-    if features.ndim != 2:
+    if features.ndim != 2 or not features.shape[1]:
         raise InputError(f"features must be an array (cells, features), but its shape is {features.shape}.")
-    if np.isnan(features.shape[0]):
-        raise InputError("features must have a known number of rows. Call compute_chunk_sizes() first.")
-
     if isinstance(features, da.Array) and features.nbytes <= _IN_MEMORY_BYTES:
         features = features.compute()
     width = min(features.shape[1], components or features.shape[1])
@@ -191,8 +187,7 @@ def fit_blocks(
         If features of several kinds stand side by side, each kind is scaled and projected separately, and all
         have the same weight.
     """
-    if k != "auto" and k < 1:
-        raise InputError(f"k must be at least 1, not {k}.")
+    _check_options(k, engine, components, seed)
     size = SAMPLE if k == "auto" else max(SAMPLE, 20 * k)
     seen = feature_stats(blocks, size, seed, workers)
     least = 2 if k == "auto" else k
@@ -235,6 +230,18 @@ def fit_blocks(
     model.spread_ = np.array([_percentiles(far[labels == i]) for i in range(model.k)])
     model.centers_ = _centers_in_feature_units(model, sample, labels)
     return model
+
+
+def _check_options(k: Any, engine: Any, components: Any, seed: Any) -> None:
+    whole = (int, np.integer)
+    if k != "auto" and not (isinstance(k, whole) and k >= 1):
+        raise InputError(f"k must be 'auto' or a whole number from 1, not {k!r}.")
+    if engine not in get_args(Engine):
+        raise InputError(f"engine must be {' or '.join(map(repr, get_args(Engine)))}, not {engine!r}.")
+    if components is not None and not (isinstance(components, whole) and components >= 1):
+        raise InputError(f"components must be None or a whole number from 1, not {components!r}.")
+    if not (isinstance(seed, whole) and seed >= 0):
+        raise InputError(f"seed must be a whole number from 0, not {seed!r}.")
 
 
 def _fit_scaling(

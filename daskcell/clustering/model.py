@@ -258,19 +258,22 @@ class ClusterModel:
             self.naming.save(temporary)
 
     def _checked(self, features: np.ndarray) -> np.ndarray:
-        if features.ndim != 2:
-            raise InputError(
-                f"features must be an array (cells, features), but its shape is {features.shape}."
-            )
-        self.check(features.shape[1])
+        self._check_shape(features)
         return np.ascontiguousarray(features, np.float32)
+
+    def _check_shape(self, features: Any) -> None:
+        if features.ndim != 2:
+            raise InputError(f"features must be an array (cells, features), not of shape {features.shape}.")
+        self.check(features.shape[1])
 
     def _map(self, features: Any, function: Any, dtype: Any) -> Any:
         import dask.array as da
 
+        what = "The array of features"
         if not isinstance(features, da.Array):
-            return function(np.asarray(as_values(features, "The array of features")))
-        self.check(features.shape[1])
+            return function(np.asarray(as_values(features, what)))
+        as_values(features._meta, what)  # not the array: its number of rows may be unknown
+        self._check_shape(features)
         whole = features.rechunk({1: -1})
         return whole.map_blocks(function, dtype=dtype, drop_axis=1)
 

@@ -81,11 +81,11 @@ def read_columns(path: str, columns: Sequence[str], start: int, stop: int) -> np
     with pq.ParquetFile(path) as table:
         sizes = [table.metadata.row_group(i).num_rows for i in range(table.metadata.num_row_groups)]
         ends = np.cumsum([0, *sizes])
-        groups = [i for i in range(len(sizes)) if ends[i] < stop and ends[i + 1] > start]
-        if not groups:
+        row_groups = [i for i in range(len(sizes)) if ends[i] < stop and ends[i + 1] > start]
+        if not row_groups:
             return np.zeros((0, len(columns)), np.float32)
-        values = table.read_row_groups(groups, columns=list(columns))
-        values = values.slice(start - ends[groups[0]], stop - start)
+        values = table.read_row_groups(row_groups, columns=list(columns))
+        values = values.slice(start - ends[row_groups[0]], stop - start)
         # By name: Parquet returns columns in the order of the file.
         return np.stack([values[name].to_numpy() for name in columns], axis=1).astype(np.float32)
 

@@ -1,6 +1,6 @@
-"""Pictures of stained cells with known truth: 11 cell types, four stains, uneven light, noise, clumps.
+"""Generated images of stained cells with known truth: 11 types, four stains, uneven light, noise, clumps.
 
-Used by the demo and to train the embedded networks. Covers drawing only; knows neither files nor networks.
+Used by the demo and to train the embedded networks. Covers drawing only, neither files nor networks.
 
 Stains, one per channel: red membrane and cytoplasm, green cytoplasm, blue DNA, cyan granules. Some types
 differ in one property only: `granulocyte_cyan` and `granulocyte_red` in the stain of their granules,
@@ -105,20 +105,20 @@ def synthesize_field(
     shape
         ``(Y, X)`` in pixels, each at least 32.
     seed
-        The same seed gives the same picture.
+        The same seed gives the same image.
     cells
         Number aimed at; None: one per 3200 square pixels. Fewer are drawn where there is no room.
     clumping
         Share of cells placed against another cell, from 0 to 1.
     noise
-        Strength of shot noise, read noise and debris; 0 gives a clean picture.
+        Strength of shot noise, read noise and debris; 0 gives a clean image.
     types
         Types to draw, in equal numbers; None: all 11.
 
     Raises
     ------
     InputError
-        If the picture is too small or a type does not exist.
+        The image is too small or a type does not exist.
     """
     return _draw(shape, seed, cells, clumping, noise, types)[0]
 

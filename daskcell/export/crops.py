@@ -1,6 +1,6 @@
-"""A study's cells as a data set of single-cell pictures: Parquet shards, or folders of PNG by cluster.
+"""The cells of a study as a data set of single-cell images: Parquet shards, or PNG files by cluster.
 
-Every task cuts the crops of its cells as the features were made from them and writes its own files; no crop
+Every task cuts the crops of its cells in the same way as for the features and writes its own files; no crop
 passes through this process.
 """
 
@@ -20,17 +20,15 @@ from daskcell.errors import InputError, StudyError
 from daskcell.storage.atomic import refuse_impossible, remove, temporaries, write_atomic, write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from daskcell.compute import Workers
     from daskcell.features.crops import Framing
     from daskcell.features.embedders import Task
     from daskcell.features.engine import Slide
     from daskcell.study import Study
 
-_SHARD = 4096  # cells at least in a shard
+_SHARD = 4096  # minimum number of cells in a shard
 _SCRATCH = ".daskcell-export-"
-_LIST = ".daskcell-"  # and the name of a task: its pictures
+_LIST = ".daskcell-"  # prefix of the list of a task's images
 _COLUMNS = ["centroid-0", "centroid-1"]
 
 
@@ -42,41 +40,51 @@ def export_crops(
     size: int | None = None,
     slides: list[str] | None = None,
     workers: Workers | None = None,
-    progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Write every cell of a study as a small picture of its own.
+    """Write every cell of a study as a small image of its own.
 
     Parameters
     ----------
     study : Study or path
-        Cells must have been described; clusters are told where there are any.
+        Its cells must have been described; clusters are included if there are any.
     out : path
-        New or empty folder, or one with the same export that was cut off, which is continued.
+        New or empty folder, or that of the same export, interrupted, which is continued.
     format : {"parquet", "png"}
-        ``parquet``: shards ``<slide>-00000.parquet`` with a row a cell: ``slide``, ``label``, ``centroid-0``
-        and ``centroid-1`` in pixels, ``cluster`` (-1: none) and ``image``, a PNG. ``png``, for small studies:
-        files ``cluster-<c>/<slide>-<label>.png``, and `cells.csv` with the same columns and the file.
-    size : int
-        Side of the pictures; None: the encoder's, so that the pictures are those the features were made from
-        (rounded to 8 bits).
-    slides : list of str
-        Only these.
-    workers : Workers
+        ``parquet``: shards ``<slide>-00000.parquet`` with one row per cell and the columns ``slide``,
+        ``label``, ``centroid-0`` and ``centroid-1`` (y and x in pixels), ``cluster`` (-1: none) and ``image``
+        (a PNG file as bytes). ``png``, for small studies: files ``cluster-<c>/<slide>-<label>.png``, and
+        ``cells.csv`` with the same columns and the name of the file.
+    size : int, optional
+        Side of the images in pixels; None: that of the encoder, so that the images are those the features
+        were made from (rounded to 8 bits).
+    slides : list of str, optional
+        Only these slides.
+    workers : Workers, optional
         None: this process.
-    progress : callable
-        Told how many cells of how many are done, of the slide at hand.
 
     Returns
     -------
     int
-        Cells written.
+        Number of cells written.
 
     Raises
     ------
     StudyError
         A slide has not been described yet.
     InputError
-        `out` holds something else, or there is no such slide or format.
+        `out` holds anything else, or there is no such slide or format.
+
+    Examples
+    --------
+    >>> import numpy as np, tempfile
+    >>> from daskcell import export_crops, run
+    >>> image = np.zeros((1, 96, 96), np.uint8)
+    >>> image[:, 20:34, 20:34] = image[:, 60:74, 50:64] = 200
+    >>> folder = tempfile.mkdtemp()
+    >>> settings = {"segment": {"method": "watershed"}, "cluster": {"k": 1}, "compute": {"kind": "inline"}}
+    >>> study = run([("field", image)], f"{folder}/study", settings)
+    >>> export_crops(study, f"{folder}/crops", format="png")
+    2
     """
     from daskcell.study import Study
 
@@ -91,7 +99,7 @@ def export_crops(
         if study.record.ledger(name).entry("describe") is None or not study.paths.table(name).exists():
             raise StudyError(f"The cells of {name} have not been described yet. Please run the study first.")
     unfinished = _begin(out, study, {"format": format, "size": size, "slides": chosen})
-    count = sum(_export_slide(study, name, out, format, size, workers, progress) for name in chosen)
+    count = sum(_export_slide(study, name, out, format, size, workers) for name in chosen)
     if format == "png":
         _gather_lists(out)
     unfinished.unlink()
@@ -99,13 +107,13 @@ def export_crops(
 
 
 def _begin(out: Path, study: Study, asked: dict[str, Any]) -> Path:
-    """The note in `out` of what is being exported, there until all is: who finds his own goes on."""
+    """Path of the note in `out` of what is exported, which exists until the export is complete."""
     refuse_impossible(out)
     note = out / ".unfinished.json"
     content = asked | {
         "study": str(study.out.absolute()),
         "keys": {name: _keys(study, name) for name in asked["slides"]},
-        "block": study.config.compute.block,  # which cells are in which task
+        "block": study.config.compute.block,  # decides which cells are in which task
     }
     if note.exists() and json.loads(note.read_text()) != content:
         raise InputError(
@@ -113,7 +121,7 @@ def _begin(out: Path, study: Study, asked: dict[str, Any]) -> Path:
             "remove it or choose another name."
         )
     if not note.exists():
-        # A run that was killed at its very start has left nothing but half a note.
+        # A run killed at its very start leaves nothing but a temporary file of the note.
         if os.path.lexists(out) and (not out.is_dir() or set(out.iterdir()) - set(temporaries(out))):
             raise InputError(f"{out} exists already. Please remove it or choose another name.")
         out.mkdir(parents=True, exist_ok=True)
@@ -123,7 +131,7 @@ def _begin(out: Path, study: Study, asked: dict[str, Any]) -> Path:
 
 
 def _keys(study: Study, slide: str) -> dict[str, str]:
-    """Content keys of what a slide's crops are made of."""
+    """Content keys of the results that a slide's crops are made from."""
     entries = {name: study.record.ledger(slide).entry(name) for name in ("describe", "assign")}
     return {name: entry["key"] for name, entry in entries.items() if entry}
 
@@ -135,7 +143,6 @@ def _export_slide(
     format: str,
     size: int | None,
     workers: Workers | None,
-    progress: Callable[[int, int], None] | None,
 ) -> int:
     import dataclasses
 
@@ -167,17 +174,13 @@ def _export_slide(
         table |= _read(assigned, ["cluster"])
     window, done = workers.window(), 0
     for task in share_out(way.plan(records, grid), _SHARD):
-        if _last_file(out, name, task, format).exists():  # of a call that was cut off
+        if _last_file(out, name, task, format).exists():  # by an interrupted call
             done += task.count
             continue
         labels = np.concatenate([reading.records["label"] for reading in task.readings])
         rows = {column: values[labels - 1] for column, values in table.items()}
         window.submit(task.count, _write_task, slide, name, task, framing, rows, str(out), format)
-    for count, _ in window:
-        done += count
-        if progress is not None:
-            progress(done, len(records))
-    return done
+    return done + sum(count for count, _ in window)
 
 
 def _read(path: Path, columns: list[str]) -> dict[str, np.ndarray]:
@@ -218,13 +221,13 @@ def _write_task(
 
 
 def _last_file(out: Path, name: str, task: Task, format: str) -> Path:
-    """What a task writes last: the shard, or the list of its pictures."""
+    """The file that a task writes last: the shard, or the list of its images."""
     stem = f"{name}-{task.number:05d}"
     return out / (f"{stem}.parquet" if format == "parquet" else f"{_LIST}{stem}.csv")
 
 
 def _png(crop: np.ndarray) -> bytes:
-    """``(3, size, size)`` from 0 to 1 as a PNG of 8 bits."""
+    """``(3, size, size)`` from 0 to 1 as an 8-bit PNG."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -233,7 +236,7 @@ def _png(crop: np.ndarray) -> bytes:
 
 
 def _gather_lists(out: Path) -> None:
-    """One list of the cells from those of the tasks; it comes last, so its being there says all is."""
+    """Merge the lists of the tasks into one, which is written last: it exists only once all files do."""
     import pandas as pd
 
     lists = sorted(out.glob(f"{_LIST}*-[0-9][0-9][0-9][0-9][0-9].csv"))

@@ -155,6 +155,19 @@ def assign(
     ------
     DaskcellError
         As for `run`; or settings, an encoder or a network other than the model's.
+
+    Examples
+    --------
+    >>> import numpy as np, tempfile
+    >>> from daskcell import assign, run
+    >>> image = np.zeros((1, 96, 96), np.uint8)
+    >>> image[:, 20:34, 20:34] = image[:, 60:74, 50:64] = 200
+    >>> folder, here = tempfile.mkdtemp(), {"kind": "inline"}
+    >>> settings = {"segment": {"method": "watershed"}, "cluster": {"k": 1}, "compute": here}
+    >>> study = run([("january", image)], f"{folder}/study", settings)
+    >>> new = assign([("june", image)], f"{folder}/new", model=f"{folder}/study", config={"compute": here})
+    >>> new.cells("june")["cluster"].tolist()
+    [0, 0]
     """
     given = PretrainedModel.load(model)
     settings = given.settings(as_config(config))

@@ -1,4 +1,4 @@
-"""Clusters to see: colours, pictures, and the label image of clusters."""
+"""Images of results: colours, overlays, thumbnails of cells and slides, and the label image of clusters."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""From disk to disk: the label image of clusters, and overlay pictures."""
+"""From disk to disk: the label image of clusters, and overlay images."""
 
 from __future__ import annotations
 
@@ -35,21 +35,27 @@ def write_cluster_labels(
 
     Parameters
     ----------
-    zarr_path
+    zarr_path : path
         OME-Zarr image with the label image ``cells``.
-    clusters_path
+    clusters_path : path
         Table with the column ``cluster``, row i for label i + 1.
-    k
-        Number of clusters of the model (of which a slide may show a few).
-    block
-        Side in pixels of the files and tasks.
-    names
-        Of the clusters, for the viewer (None for one that is shown as another); None: numbers.
+    k : int
+        Number of clusters of the model; a slide need not have cells of each.
+    workers : Workers
+    block : int
+        Side in pixels of files and tasks.
+    names : sequence of str or None, optional
+        Of the clusters, for viewers; those named None are shown as another. None: their numbers.
 
     Returns
     -------
     list of int
-        Cells of each cluster, as in the properties of the label image.
+        Number of cells of each cluster, as in the properties of the label image.
+
+    Raises
+    ------
+    InputError
+        The table has no column ``cluster``.
     """
     from daskcell import images
 
@@ -83,7 +89,7 @@ def _cluster_labels_task(zarr_path: str, clusters_path: str, k: int, box: Box) -
 
 
 def cluster_lookup(clusters_path: str | Path) -> np.ndarray:
-    """Cluster + 1 of every label, from a table; 0 for no cell and for cells of no cluster."""
+    """Cluster + 1 of every label, ``(n + 1,)``, from a table; 0: background, or a cell without a cluster."""
     clusters_path = str(clusters_path)
     return _read_lookup(clusters_path, os.stat(clusters_path).st_mtime_ns)
 
@@ -116,22 +122,30 @@ def write_overlay(
 
     Parameters
     ----------
-    image
+    image : PreparedImage
         With the label image ``cells``.
-    table_path
+    table_path : path
         The slide's cells table, with the column ``area``.
-    clusters_path, k, names
+    clusters_path, k, workers, names
         As in `write_cluster_labels`.
-    folder
-        Where to write; files appear whole or not at all.
-    side
-        Longest side in pixels: of a larger image the first level of its pyramid that is smaller.
+    folder : path
+        Where to write. Files are written atomically.
+    name : str
+        Of the files, without suffix.
+    formats : iterable of {"tif", "png"}
+    side : int
+        Longest side in pixels; of a larger image, the first smaller level of its pyramid is drawn.
 
     Returns
     -------
     list of Path
-        The ``.tif`` is tiled and compressed, with the pixel size where it is known; the ``.png`` has a
-        legend.
+        The files. The ``.tif`` is tiled and compressed, with the pixel size if it is known; the ``.png`` has
+        a legend.
+
+    Raises
+    ------
+    InputError
+        The table has no column ``cluster``.
     """
     formats = list(formats)
     if not formats:
@@ -160,7 +174,7 @@ def _overlay_task(
     level = next((i for i, shape in enumerate(levels) if max(shape) <= side), len(levels) - 1)
     shape = levels[level]
     lookup, palette = cluster_lookup(clusters_path), colors(k)
-    # Of the image and not of the level, so that colours are the same at every level.
+    # Sampled from the full image, so that colours are the same at every level.
     boxes, step = sample_boxes(image.shape)
     samples = [image.read(box)[:, ::step, ::step] for box in boxes]
     low, high = stretch_limits(samples, samples[0].dtype)
@@ -194,7 +208,7 @@ def _typical_diameter(table_path: str) -> float:
 def _write_tif(path: Path, picture: np.ndarray, pixel_size: Any) -> None:
     import tifffile
 
-    # Pixels per centimetre, (x, y): what a TIFF can say that every program reads.
+    # Pixels per centimetre, (x, y): the unit that every program reads.
     known = pixel_size is not None
     tifffile.imwrite(
         path,

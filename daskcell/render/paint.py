@@ -1,17 +1,17 @@
-"""Images of the cells coloured by cluster: colours, painting, and the legend beside it.
+"""Cells coloured by cluster over the image: colours, painting, and the legend.
 
-    picture, stretched  ──>  tinted inside each cell by its cluster's colour  ──>  cells outlined in full
-    colour
+    image, stretched  ──>  cells tinted in the colour of their cluster  ──>  cells outlined in full colour
 
-The tint keeps the picture's light and dark, so that a cell shows its texture and its type. `paint` is the
-pure function; over it `overlay` for arrays, and `write_overlay` and `write_cluster_labels` from disk to disk.
+The tint keeps the brightness of the image, so that a cell shows its texture as well as its cluster. `paint`
+is the pure function; `overlay` applies it to arrays, `write_overlay` and `write_cluster_labels` from disk to
+disk.
 """
 
 from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 OPACITY = 0.5
 STRETCH = (0.5, 99.8)
-_BRIGHT = 200  # of 255: a colour picture that reaches it is shown as it is
+MAX_CLUSTERS = 65534
+"""As many as a label image of 16 bits has values for."""
+_BRIGHT = 200  # of 255: a colour image that reaches it is shown as it is
 CLUSTER_COLORS = np.array(
     [
         (0, 150, 255),
@@ -55,9 +57,8 @@ CLUSTER_COLORS = np.array(
     ],
     dtype=np.uint8,
 )
-"""Colours of the first clusters: seen on black and on white, each as far as can be from those before it, for
-people with red-green blindness too (greedy choice in CIELAB, with the vision model of Machado et al.
-2009)."""
+"""Colours of the first clusters, visible on black and on white. Each is as far as possible from those before
+it, also with red-green colour blindness (greedy choice in CIELAB; vision model of Machado et al. 2009)."""
 
 
 def overlay(
@@ -70,35 +71,50 @@ def overlay(
     palette: np.ndarray | None = None,
     axes: str | None = None,
 ) -> ArrayLike:
-    """Cells coloured by cluster over the picture.
+    """Colour cells by cluster over the image.
 
     Parameters
     ----------
     image : (C, Y, X) or (Y, X) numpy or Dask array
-        Three channels are shown as they are in colour, one in grey, others in the colours of
-        `features.crops.three_channels`. Bytes of three channels that are bright somewhere are taken as they
-        are; anything else is stretched, each channel by itself, between percentiles of the whole image.
+        Three channels are shown as red, green and blue, one as grey, others in the colours of
+        `features.crops.three_channels`. A uint8 image of three channels with bright pixels is shown as it is;
+        any other is stretched, each channel between two percentiles of the whole image.
     labels : (Y, X) numpy or Dask array of whole numbers
+        0 is background.
     clusters : (n,) array of whole numbers
-        Cluster of label 1, 2, ..., as `ClusterModel.predict` gives it; -1: none, the cell is not coloured.
+        Cluster of label 1, 2, ..., as from `ClusterModel.predict`; cells of cluster -1 are not coloured.
     opacity : float
         Of the tint, from 0 (outlines only) to 1.
     outline : int
-        Width in pixels of the line inside each cell's border.
-    palette : (k, 3) uint8
-        Colours of the clusters; None: `colors`.
+        Width in pixels of the line inside each cell's border; 0: none.
+    palette : (k, 3) array of whole numbers from 0 to 255, optional
+        Colour of each cluster (red, green, blue); None: `colors`.
     axes : str, optional
-        Order of the axes of `image`, such as ``"YXC"``; None: told by the shape of the labels.
+        Order of the axes of `image`, such as ``"YXC"``; None: inferred from the shape of the labels.
 
     Returns
     -------
     (Y, X, 3) uint8
-        Dask if image or labels are, else numpy.
+        Dask array if `image` or `labels` is one, else numpy.
 
     Raises
     ------
     InputError
-        The shapes do not fit, or there are labels beyond the last of `clusters`.
+        The shapes do not fit, `labels` is not a label image or has labels beyond the last of `clusters`, or
+        an option is out of range.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from daskcell import overlay
+    >>> image = np.zeros((1, 6, 8), np.uint8)
+    >>> labels = np.zeros((6, 8), np.uint32)
+    >>> labels[1:5, 1:4], labels[1:5, 5:8] = 1, 2
+    >>> picture = overlay(image, labels, clusters=[0, -1])
+    >>> picture.shape
+    (6, 8, 3)
+    >>> picture[1, 1].tolist(), picture[1, 5].tolist()  # the outline of cluster 0; a cell of no cluster
+    ([0, 150, 255], [0, 0, 0])
     """
     import dask.array as da
 
@@ -118,8 +134,18 @@ def overlay(
         raise InputError(
             f"clusters must be one whole number per cell, not {clusters.dtype} {clusters.shape}."
         )
+    largest = int(clusters.max(initial=0))
+    if largest >= MAX_CLUSTERS:
+        raise InputError(
+            f"There is a cluster {largest}, but at most {MAX_CLUSTERS} can be shown. Please renumber the "
+            "clusters, as with np.unique(clusters, return_inverse=True)[1]."
+        )
     lookup = cluster_values(clusters)
-    palette = colors(max(int(lookup.max(initial=0)), 1)) if palette is None else np.asarray(palette, np.uint8)
+    palette = colors(largest + 1) if palette is None else _checked_palette(palette, int(lookup.max()))
+    if not 0 <= opacity <= 1:
+        raise InputError(f"opacity must be from 0 to 1, not {opacity!r}.")
+    if outline < 0:
+        raise InputError(f"outline must be a number of pixels from 0, not {outline!r}.")
     boxes, step = sample_boxes(cells.shape)
     samples = [np.asarray(picture[(slice(None), *box.slices)][:, ::step, ::step]) for box in boxes]
     low, high = stretch_limits(samples, picture.dtype)
@@ -148,8 +174,19 @@ def overlay(
     return result if lazy else result.compute()
 
 
+def _checked_palette(palette: Any, count: int) -> np.ndarray:
+    values = np.asarray(as_values(palette, "palette"))
+    good = values.ndim == 2 and values.shape[1] == 3 and len(values) >= count and values.dtype.kind in "iu"
+    if not good or (values.size and not (values.min() >= 0 and values.max() <= 255)):
+        raise InputError(
+            f"palette must be (k, 3) whole numbers from 0 to 255, a colour for each of {count} clusters, not "
+            f"{values.dtype} {values.shape}."
+        )
+    return values.astype(np.uint8)
+
+
 def cluster_values(clusters: np.ndarray) -> np.ndarray:
-    """What stands in the label image of clusters for label 0, 1, ...: cluster + 1, or 0 for none."""
+    """Value in the label image of clusters for label 0, 1, ...: cluster + 1, or 0 for none."""
     return np.concatenate([[0], np.maximum(np.asarray(clusters, np.int64), -1) + 1])
 
 
@@ -169,16 +206,20 @@ def paint(
     picture : (h, w, 3) float
         From 0 to 1.
     labels : (h, w) array of whole numbers
-        With `outline` pixels more around the part that is wanted: a cell's border is where its neighbour
-        differs.
+        Including a margin of `outline` pixels, since borders are found by comparing neighbours.
     lookup : (n + 1,) array
-        Cluster + 1 of every label; 0: not coloured.
+        Cluster + 1 of every label; 0: not coloured. See `cluster_values`.
     palette : (k, 3) uint8
 
     Returns
     -------
     (h, w, 3) uint8
     """
+    if labels.dtype.kind == "i" and labels.min(initial=0) < 0:
+        raise InputError(
+            f"There is a label {labels.min()}, below 0. Please give 0 to the background, as with "
+            "np.maximum(labels, 0)."
+        )
     if labels.size and int(labels.max()) >= len(lookup):
         raise InputError(
             f"There is a cell {int(labels.max())}, but clusters of {len(lookup) - 1} cells only. "
@@ -190,8 +231,8 @@ def paint(
     color = table[value]
     light = (picture.max(axis=-1) + picture @ np.array([0.299, 0.587, 0.114], np.float32)) / 2
     light = light[..., None]
-    # Inside cells, colour means the type: the picture keeps half of its own, so that stains can still be told
-    # apart. Dark texture stays dark, but never so dark that the type's colour is lost.
+    # Inside cells the image keeps half of its colour, so that stains can still be told apart. Dark texture
+    # stays dark, but never so dark that the colour of the cluster is lost.
     tinted = (1 - opacity) * (picture + light) / 2 + opacity * color * (0.5 + 0.5 * light)
     out = np.where((value > 0)[..., None], tinted, picture)
     edge = borders(labels, outline) & (value > 0)
@@ -200,8 +241,7 @@ def paint(
 
 
 def borders(labels: np.ndarray, width: int) -> np.ndarray:
-    """Pixels less than `width` steps from a pixel of another label (steps to the sides and corners in
-    turn)."""
+    """Pixels within `width` pixels of another label along an axis: boolean, of the shape of `labels`."""
     edge = np.zeros(labels.shape, bool)
     for step in range(1, width + 1):
         for axis in (0, 1):
@@ -214,7 +254,7 @@ def borders(labels: np.ndarray, width: int) -> np.ndarray:
 
 
 def as_rgb(block: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Channels ``(C, h, w)`` as a picture ``(h, w, 3)`` from 0 to 1; `low` and `high` (C,) become 0 and 1."""
+    """Channels ``(C, h, w)`` as colours ``(h, w, 3)`` from 0 to 1, which are `low` and `high` (C,)."""
     from daskcell.features.crops import three_channels
 
     low, high = (np.asarray(values, np.float32)[:, None, None] for values in (low, high))
@@ -226,7 +266,7 @@ def as_rgb(block: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
 
 def stretch_limits(samples: Sequence[np.ndarray], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Values of each channel that become 0 and 1, from samples ``(C, h, w)``."""
+    """Values ``(C,)`` that become black and white in each channel, from samples ``(C, h, w)``."""
     count = len(samples[0]) if samples else 1
     values = np.concatenate([sample.reshape(count, -1) for sample in samples] or [np.zeros((1, 1))], axis=1)
     values = np.where(np.isfinite(values), values, 0).astype(np.float64)
@@ -240,7 +280,7 @@ def stretch_limits(samples: Sequence[np.ndarray], dtype: np.dtype) -> tuple[np.n
 def colors(k: int) -> np.ndarray:
     """Colours of `k` clusters, ``(k, 3)`` uint8; those of the first clusters do not depend on `k`."""
     more = [
-        # Steps of the golden angle never come back to a hue; lightness and strength change with every turn.
+        # Steps of the golden angle never repeat a hue; saturation and brightness vary as well.
         colorsys.hsv_to_rgb(
             (0.1 + i * 0.6180339887) % 1, (0.95, 0.6, 0.8)[i % 3], (1.0, 0.95, 0.7)[i // 3 % 3]
         )
@@ -251,7 +291,7 @@ def colors(k: int) -> np.ndarray:
 
 
 def titled(names: Sequence[str | None] | None, k: int) -> list[tuple[int, str]]:
-    """Number and name of the clusters that are shown; a name that is None belongs to one shown as another."""
+    """Number and name of each cluster that is shown; those with the name None are shown as another."""
     if names is None:
         names = [f"cluster {i}" for i in range(k)]
     return [(i, name) for i, name in enumerate(names) if name is not None]
@@ -263,10 +303,21 @@ def add_legend(
     counts: np.ndarray,
     names: Sequence[str | None] | None = None,
 ) -> np.ndarray:
-    """The picture with a panel to its right: colour, name and number of cells of every cluster.
+    """Add a panel with the colour, name and number of cells of every cluster to the right of an image.
 
-    A cluster whose name is None is left out: it is shown as another. As many rows as there is room for; a
-    picture too low for three is made higher.
+    Parameters
+    ----------
+    picture : (Y, X, 3) uint8
+    palette : (k, 3) uint8
+    counts : (k,) array of whole numbers
+        Cells of each cluster.
+    names : sequence, optional
+        Name of each cluster; those with the name None are left out. None: their numbers.
+
+    Returns
+    -------
+    (Y, X + panel, 3) uint8
+        With as many rows of the legend as fit; an image too low for three is extended.
     """
     from PIL import Image, ImageDraw, ImageFont
 

@@ -12,8 +12,8 @@ from typing import Any
 from daskcell.clustering.names import ClusterNames
 from daskcell.errors import InputError
 from daskcell.render.paint import colors
+from daskcell.render.thumbnails import Thumbnails, common_side
 from daskcell.report.facts import Cell, Cluster, Facts, SlideRow, best_of, gather, points
-from daskcell.report.pictures import Pictures, common_side
 from daskcell.storage.atomic import refuse_impossible, write_atomic
 from daskcell.study import CLUSTERS, Study
 from daskcell.study.results import Clustered
@@ -50,7 +50,7 @@ def write_report(study: Study, path: str | Path | None = None, warnings: Sequenc
     import jinja2
 
     facts = gather(study)
-    pictures = Pictures(study)
+    thumbnails = Thumbnails(study.prepared)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("daskcell.report", "."),
         autoescape=True,
@@ -64,8 +64,8 @@ def write_report(study: Study, path: str | Path | None = None, warnings: Sequenc
         name=_title(study),
         facts=facts,
         warnings=list(warnings),
-        cards=_cards(facts, pictures),
-        slides=[(row, _uri(drawn)) for row, drawn in _slides(study, facts, pictures)],
+        cards=_cards(facts, thumbnails),
+        slides=[(row, _uri(drawn)) for row, drawn in _slides(study, facts, thumbnails)],
         rows=facts.slides[:_MAX_ROWS],
         scores=_scores(study),
         curve=_curve(facts),
@@ -119,25 +119,26 @@ def _failures(study: Study) -> list[dict[str, Any]]:
 
 # -- parts -------------------------------------------------------------------------------------------------
 def _cards(
-    facts: Facts, pictures: Pictures
+    facts: Facts, thumbnails: Thumbnails
 ) -> list[tuple[Cluster, list[tuple[Cell, str]], list[tuple[Cell, str]]]]:
     """Each cluster with images of its typical and its farthest cells."""
     clusters = facts.clusters[:_MAX_CLUSTERS]
-    side = common_side([cell for cluster in clusters for cell in cluster.typical])
+    side = common_side([cell.side for cluster in clusters for cell in cluster.typical])
 
     def drawn(cells: Sequence[Cell], color: str) -> list[tuple[Cell, str]]:
-        return [(cell, _uri(pictures.cell(cell, side, color))) for cell in cells]
+        draw = thumbnails.cell
+        return [(cell, _uri(draw(cell.slide, cell.label, cell.centre, side, color))) for cell in cells]
 
-    return [(g, drawn(g.typical, g.color), drawn(g.far, g.color)) for g in clusters]
+    return [(one, drawn(one.typical, one.color), drawn(one.far, one.color)) for one in clusters]
 
 
-def _slides(study: Study, facts: Facts, pictures: Pictures) -> list[tuple[SlideRow, bytes]]:
+def _slides(study: Study, facts: Facts, thumbnails: Thumbnails) -> list[tuple[SlideRow, bytes]]:
     """The first slides whose cells have clusters, with an image of each."""
     clustered = study.record.ledger(CLUSTERS).read(Clustered)
     k = clustered.k if clustered else 0
     palette = colors(k)
-    done = (row for row in facts.slides if study.record.assigned_table(row.name))
-    return [(row, pictures.slide(row.name, palette)) for row in islice(done, _MAX_SLIDES)] if k else []
+    done = ((row, table) for row in facts.slides if (table := study.record.assigned_table(row.name)))
+    return [(row, thumbnails.slide(row.name, table, palette)) for row, table in islice(done, _MAX_SLIDES)]
 
 
 def _scores(study: Study) -> dict[str, Any] | None:
