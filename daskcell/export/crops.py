@@ -76,15 +76,9 @@ def export_crops(
 
     Examples
     --------
-    >>> import numpy as np, tempfile
-    >>> from daskcell import export_crops, run
-    >>> image = np.zeros((1, 96, 96), np.uint8)
-    >>> image[:, 20:34, 20:34] = image[:, 60:74, 50:64] = 200
-    >>> folder = tempfile.mkdtemp()
-    >>> settings = {"segment": {"method": "watershed"}, "cluster": {"k": 1}, "compute": {"kind": "inline"}}
-    >>> study = run([("field", image)], f"{folder}/study", settings)
-    >>> export_crops(study, f"{folder}/crops", format="png")
-    2
+    >>> study = dc.open_study("study")
+    >>> dc.export_crops(study, "crops", format="png")
+    32
     """
     from daskcell.study import Study
 

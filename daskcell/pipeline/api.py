@@ -158,16 +158,12 @@ def assign(
 
     Examples
     --------
-    >>> import numpy as np, tempfile
-    >>> from daskcell import assign, run
-    >>> image = np.zeros((1, 96, 96), np.uint8)
-    >>> image[:, 20:34, 20:34] = image[:, 60:74, 50:64] = 200
-    >>> folder, here = tempfile.mkdtemp(), {"kind": "inline"}
-    >>> settings = {"segment": {"method": "watershed"}, "cluster": {"k": 1}, "compute": here}
-    >>> study = run([("january", image)], f"{folder}/study", settings)
-    >>> new = assign([("june", image)], f"{folder}/new", model=f"{folder}/study", config={"compute": here})
-    >>> new.cells("june")["cluster"].tolist()
-    [0, 0]
+    >>> settings = {"segment": {"method": "watershed"}, "cluster": {"k": 2}, "compute": {"kind": "inline"}}
+    >>> image[:, 40:48, 10:18] = 100                         # a third cell, small and dark
+    >>> study = dc.run([("january", image)], "first", settings)
+    >>> new = dc.assign([("june", image)], "next", model="first", config={"compute": {"kind": "inline"}})
+    >>> bool((new.cells("june")["cluster"] == study.cells("january")["cluster"]).all())
+    True
     """
     given = PretrainedModel.load(model)
     settings = given.settings(as_config(config))
