@@ -173,10 +173,15 @@ def test_labels_in_a_png_are_its_values_whatever_its_colours(mode, tmp_path):
 
 
 @pytest.mark.parametrize("value", [1, 255])
-def test_one_label_in_several_pieces_is_named(value):
+def test_one_label_in_several_pieces_is_named(value, tmp_path):
     mask = ((two_cells() > 0) * value).astype(np.uint8)
     with pytest.warns(InputWarning, match=r"one label in 2 pieces.*skimage\.measure\.label"):
         score_pair(two_cells(), mask)
+    for name in ("truth", "found"):
+        (tmp_path / name).mkdir()
+        tifffile.imwrite(tmp_path / name / "a.tif", mask)
+    with pytest.warns(InputWarning, match=r"^a: The labels found are one label in 2 pieces"):
+        score_folder(tmp_path / "found", tmp_path / "truth")
 
 
 def test_two_halves_are_one_right_cell_and_one_surplus():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -118,10 +119,14 @@ def score_folder(
     for name, path in truths.items():
         true = read_labels(path)
         labels = found(read_image(sources[name])) if callable(found) else read_labels(sources[name])
-        try:
-            scores.append((categories.get(name, "all"), score_pair(true, labels)))
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from None
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                scores.append((categories.get(name, "all"), score_pair(true, labels)))
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from None
+        for warning in caught:
+            warnings.warn(f"{name}: {warning.message}", warning.category, stacklevel=2)
     return score_table(scores)
 
 

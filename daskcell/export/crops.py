@@ -76,9 +76,15 @@ def export_crops(
 
     Examples
     --------
-    >>> study = dc.open_study("study")
-    >>> dc.export_crops(study, "crops", format="png")
-    32
+    >>> import numpy as np, tempfile
+    >>> from daskcell import export_crops, run
+    >>> image = np.zeros((1, 96, 96), np.uint8)
+    >>> image[:, 20:34, 20:34] = image[:, 60:80, 50:70] = 200
+    >>> folder = tempfile.mkdtemp()
+    >>> settings = {"segment": {"method": "watershed"}, "cluster": {"k": 2}, "compute": {"kind": "inline"}}
+    >>> study = run([("field", image)], f"{folder}/study", settings)
+    >>> export_crops(study, f"{folder}/crops", format="png")
+    2
     """
     from daskcell.study import Study
 

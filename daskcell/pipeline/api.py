@@ -1,4 +1,4 @@
-"""The public verbs: refuse early what cannot work, then execute a `Run`."""
+"""A run from outside: refuse early what cannot work, then hand the slides to `collection`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import os
 import re
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -49,8 +48,6 @@ if TYPE_CHECKING:
 
     from daskcell.pipeline.plan import RunPlan
 
-_PASSED_OVER = ("daskcell", "contextlib")
-
 Inputs = str | os.PathLike[str] | Iterable[str | os.PathLike[str] | tuple[str, Any]]
 
 
@@ -82,33 +79,27 @@ def run(
 
     Parameters
     ----------
-    inputs : path, or iterable of paths or of (str, array)
+    inputs
         Files, folders, patterns with ``*``, OME-Zarr images, or tables of images (CSV, Parquet; see
         `daskcell.images.manifest`); one or several. Any iterable of these; or of ``(name, array)``, with
         arrays of ``(Y, X)``, ``(C, Y, X)`` or other axes (`images.axes`; also of xarray, Zarr or torch),
         which are kept in the study's folder ``inputs``. An image is known
         by its name: another file of the name of a slide is refused, unless its content is the same.
-    out : path
-        Folder of the study; continued if it is there.
-    config : Config, mapping or path, optional
+    config
         Settings: a `Config`, nested dictionaries, or a YAML file. None: the defaults.
-    client : distributed.Client, cluster or str, optional
+    client
         A Dask client, a cluster object or a scheduler's address, whose workers to use; None: as
         ``config.compute`` says. While the run lasts its workers have ``config.compute.threads``.
-    progress : Progress, optional
-        Receives progress; None: nothing is shown.
-    retry_failed : bool
-        Work only on the slides that were set aside.
-    verify : bool
+    progress
+        Who is told how far it is; None: nobody.
+    retry_failed
+        Work on the slides that were set aside only.
+    verify
         Compare the checksums of everything that is done. Without, names and sizes are looked at, and
         checksums of slides that have work left.
-    truth : path, optional
+    truth
         CSV file of cells with known types, to compare the clusters with; see `evaluation.read_truth`.
         The result is in the study's ``scores.json``.
-
-    Returns
-    -------
-    Study
 
     Raises
     ------
@@ -116,9 +107,7 @@ def run(
         Refused before any work (settings, inputs, weights, output folder, machine), or something concerns
         all slides, such as a full disk; the same call continues once it is mended.
     """
-    with _prepared(inputs, out, as_config(config), None, progress, retry_failed, truth, verify) as prepared:
-        prepared.execute(client)
-    return Study(Path(out))
+    return _go(inputs, out, as_config(config), client, None, progress, retry_failed, truth, verify)
 
 
 def assign(
@@ -142,14 +131,10 @@ def assign(
     ----------
     inputs, out, client, progress, retry_failed, truth
         As for `run`.
-    model : path
+    model
         A study with clusters, or the folder of a saved model.
-    config : Config, mapping or path, optional
+    config
         Settings of input, output and compute, as for `run`; those of the model cannot be changed.
-
-    Returns
-    -------
-    Study
 
     Raises
     ------
@@ -158,37 +143,38 @@ def assign(
 
     Examples
     --------
-    >>> settings = {"segment": {"method": "watershed"}, "cluster": {"k": 2}, "compute": {"kind": "inline"}}
-    >>> image[:, 40:48, 10:18] = 100                         # a third cell, small and dark
-    >>> study = dc.run([("january", image)], "first", settings)
-    >>> new = dc.assign([("june", image)], "next", model="first", config={"compute": {"kind": "inline"}})
-    >>> bool((new.cells("june")["cluster"] == study.cells("january")["cluster"]).all())
+    >>> import numpy as np, tempfile
+    >>> from daskcell import assign, run
+    >>> image = np.zeros((1, 96, 96), np.uint8)
+    >>> image[:, 20:34, 20:34] = image[:, 60:80, 50:70] = 200
+    >>> folder, here = tempfile.mkdtemp(), {"kind": "inline"}
+    >>> settings = {"segment": {"method": "watershed"}, "cluster": {"k": 2}, "compute": here}
+    >>> study = run([("january", image)], f"{folder}/study", settings)
+    >>> new = assign([("june", image)], f"{folder}/new", model=f"{folder}/study", config={"compute": here})
+    >>> new.cells("june")["cluster"].equals(study.cells("january")["cluster"])
     True
     """
     given = PretrainedModel.load(model)
     settings = given.settings(as_config(config))
     given.check(settings, fingerprints(settings))
-    with _prepared(inputs, out, settings, given, progress, retry_failed, truth) as prepared:
-        prepared.execute(client)
-    study = Study(Path(out))
+    study = _go(inputs, out, settings, client, given, progress, retry_failed, truth)
     for sentence in (given.outdated(), *drift_sentences(study)):
         if sentence:
             warnings.warn(sentence, DriftWarning, stacklevel=2)
     return study
 
 
-@contextlib.contextmanager
-def _prepared(
+def _go(
     inputs: Inputs,
     out: str | os.PathLike[str],
     settings: Config,
+    client: Client | None,
     model: PretrainedModel | None,
     progress: Progress | None,
     retry_failed: bool,
     truth: str | os.PathLike[str] | None,
     verify: bool = False,
-) -> Iterator[Run]:
-    """A run, refused or ready to be executed; on leaving, it is compared with the `truth` and reported."""
+) -> Study:
     given, arrays = given_inputs(inputs, out)
     if not given:
         raise InputError("There is no input: please name files, folders or patterns.")
@@ -222,19 +208,16 @@ def _prepared(
         _tell_what_left(study, progress)
         if model is not None:
             study.record.update(model=os.path.abspath(model.folder))
-        yield Run(study, sources, settings, weights, lock, progress, retry_failed, model, verify)
+        Run(study, sources, settings, weights, lock, progress, retry_failed, model, verify).go(client)
         if truth is not None and study.record.clusters_key is not None:
             score_study(study, truth)
         sweep(out)
         bring_report_up_to_date(study)
+    return Study(out)
 
 
 def _warn(sentence: str) -> None:
-    """Warn of the line that called daskcell."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals["__name__"].split(".")[0] in _PASSED_OVER:
-        frame, level = frame.f_back, level + 1
-    warnings.warn(sentence, InputWarning, stacklevel=level)
+    warnings.warn(sentence, InputWarning, stacklevel=4)
 
 
 def _check_kind(out: Path, known: Mapping[str, Any] | None, model: PretrainedModel | None) -> None:
@@ -332,7 +315,7 @@ def name_as_before(sources: Sequence[Source], out: Path, record: Mapping[str, An
 
 
 def _are_alike(name: str, other: str) -> bool:
-    """Whether two names differ by a number or by folders only, not because another name was chosen."""
+    """Whether two names differ by a number or by folders only, and not since somebody chose another."""
     name, other = sorted((re.sub(r"-\d+$", "", one) for one in (name, other)), key=len)
     return name == other or other.endswith(f"_{name}")
 
