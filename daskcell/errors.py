@@ -72,6 +72,7 @@ class IncompleteWarning(UserWarning):
 def warn(sentence: str, category: type[Warning] = InputWarning) -> None:
     """Warn at the line outside this package that called it, however deep the call is."""
     level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "daskcell":
+    passed = ("daskcell", "contextlib")  # a context manager of ours is entered through contextlib
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in passed:
         level, frame = level + 1, frame.f_back
     warnings.warn(sentence, category, stacklevel=level)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from daskcell.cli import app
 from daskcell.config import parse_config
-from daskcell.models import precision
+from daskcell.models import loading
 from daskcell.pipeline import doctor
 
 JOBS = {"cores": 1, "memory": "2GB", "interface": "lo"}
@@ -70,7 +70,7 @@ def test_networks_in_a_precision_that_the_processor_only_emulates_are_a_warning(
     (tmp_path / "cpsam_v2").write_bytes(b"some weights")
     sam = {"model": str(tmp_path / "cpsam_v2")}
     asked = {"precision": "bfloat16"}
-    monkeypatch.setattr(precision, "has_bfloat16", lambda device: False)
+    monkeypatch.setattr(loading, "has_bfloat16", lambda device: False)
     assert "precision" not in lines()
     assert "precision" not in lines(segment=sam | {"precision": "float32"})
     assert "precision" not in lines(segment=asked | {"method": "watershed"})
@@ -81,7 +81,7 @@ def test_networks_in_a_precision_that_the_processor_only_emulates_are_a_warning(
         (line,) = lines(**settings)["precision"]
         assert line.startswith("warn")
         assert f"Please set {names} to float32." in line
-    monkeypatch.setattr(precision, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(loading, "has_bfloat16", lambda device: True)
     assert "precision" not in lines(segment=sam)
 
 

@@ -162,10 +162,13 @@ def _types(types: Any) -> tuple[list[Any], np.ndarray]:
     """Names of the types in ascending order, and each cell's place among them; -1: none."""
     import pandas as pd
 
-    values = pd.Series(np.asarray(types, object) if isinstance(types, list | tuple) else types)
-    if values.ndim != 1:
-        raise InputError("types must be one for each cell.")
-    values = values.reset_index(drop=True).astype(object)
+    try:
+        given = np.asarray(types, object)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"types must be one number or name for each cell: {error}.") from None
+    if given.ndim != 1:
+        raise InputError(f"types must be one number or name for each cell, not of shape {given.shape}.")
+    values = pd.Series(given)
     known = values.notna() & (values != -1)
     try:
         names = sorted(set(values[known]))

@@ -102,7 +102,7 @@ class JobAutoscaler(Autoscaler):
         self._refusal: str | None = None
         self._failures = dict.fromkeys(specs, 0)
         self._not_before = dict.fromkeys(specs, 0.0)
-        self._told = self._ask_after = time.monotonic()
+        self._noticed = self._ask_after = time.monotonic()
 
     def ask(self) -> None:
         """Ask for the first jobs; raises what the queue's command raised."""
@@ -203,6 +203,6 @@ class JobAutoscaler(Autoscaler):
             )
             self._ended.set()
             self.give_up()
-        elif now - self._told > _TELL_SECONDS:
-            self._told = now
+        elif now - self._noticed > _TELL_SECONDS:
+            self._noticed = now
             self.notify(f"No {label.upper()} worker at present; jobs: {self.state}.")

@@ -159,7 +159,7 @@ def _wait_for_jobs(
     logs = autoscaler.cluster.new_spec["options"].get("log_directory")
     look = f"Please look at the queue, and at what the jobs printed in {logs}."
     limit = settings.wait or _WAIT_SECONDS_JOBS
-    start = told = time.monotonic()
+    start = noticed = time.monotonic()
     while True:
         workers = client.scheduler_info(n_workers=-1)["workers"].values()
         found = {label for worker in workers for label in worker.get("resources") or {}}
@@ -174,8 +174,8 @@ def _wait_for_jobs(
                 f"There was no {missing} on {settings.kind} within {limit:.0f} s (compute.wait); jobs: "
                 f"{autoscaler.state}. {look}"
             )
-        if now - told > _TELL_SECONDS:
-            told = now
+        if now - noticed > _TELL_SECONDS:
+            noticed = now
             notify(f"Waiting for a {missing} for {now - start:.0f} s; jobs: {autoscaler.state}.")
         time.sleep(0.2)
 

@@ -408,15 +408,15 @@ def wait_for_orphans(client: Client, owner: str, notify: Callable[[str], None] |
     that is running continues until it finishes, and writes files. If the run were continued at once, two
     tasks would write the same files. So the keys of tasks name their owner, and the next run waits here.
     """
-    start = told = time.monotonic()
+    start = noticed = time.monotonic()
     while True:
         found = client.run(running_tasks, owner, on_error="ignore")
         count = sum(map(len, found.values()))
         if not count:
             return
         now = time.monotonic()
-        if notify is not None and now - told > _NOTICE_SECONDS:
-            told = now
+        if notify is not None and now - noticed > _NOTICE_SECONDS:
+            noticed = now
             notify(f"Waiting for {count} tasks that an earlier run left running, for {now - start:.0f} s.")
         time.sleep(_POLL_SECONDS)
 

@@ -377,7 +377,7 @@ def _photograph(light: np.ndarray, rng: np.random.Generator, noise: float) -> np
     centre = rng.uniform(-0.4, 0.4, 2)
     fall = rng.uniform(0.12, 0.28)
     lamp = (1 - fall * ((y - centre[0]) ** 2 + (x - centre[1]) ** 2) / 2).astype(np.float32)
-    pictures = np.empty(light.shape, np.uint8)
+    images = np.empty(light.shape, np.uint8)
     dust = _debris((height, width), rng, noise)
     for channel, ink in enumerate(light):
         ink = ink + dust * rng.uniform(0.1, 0.5)
@@ -392,8 +392,8 @@ def _photograph(light: np.ndarray, rng: np.random.Generator, noise: float) -> np
         if noise > 0:
             photons = 350 / noise
             signal = rng.poisson(signal * photons) / photons + rng.normal(0, 0.008 * noise, signal.shape)
-        pictures[channel] = np.clip(np.rint(signal * 230 + 4), 0, 255)
-    return pictures
+        images[channel] = np.clip(np.rint(signal * 230 + 4), 0, 255)
+    return images
 
 
 def _debris(shape: tuple[int, int], rng: np.random.Generator, noise: float) -> np.ndarray:

@@ -162,26 +162,26 @@ def _write_task(
 
     from daskcell.features.crops import cut_cells, resize
 
-    labels, pictures = [], []
+    labels, images = [], []
     for read in task.reads:
         cells = slide.cells(read.box)
         _, prepared = slide.pixels(read.box)
         labels += read.records["label"].tolist()
         for crop in cut_cells(prepared, cells, read.box, read.records, framing):
-            pictures.append(_png(resize(crop, framing.size)))
+            images.append(_png(resize(crop, framing.size)))
     table = pd.DataFrame({"slide": name, "label": labels, **rows})
     if format == "parquet":
-        table["image"] = pictures
+        table["image"] = images
         buffer = io.BytesIO()
         table.to_parquet(buffer, index=False)
         write_atomic(_last_file(Path(out), name, task, format), buffer.getvalue())
         return
     folders = [f"cluster-{cluster}" if cluster >= 0 else "no-cluster" for cluster in rows["cluster"]]
     table["file"] = [f"{folder}/{name}-{label}.png" for folder, label in zip(folders, labels, strict=True)]
-    for file, picture in zip(table["file"], pictures, strict=True):
+    for file, image in zip(table["file"], images, strict=True):
         target = Path(out, file)
         target.parent.mkdir(exist_ok=True)
-        target.write_bytes(picture)
+        target.write_bytes(image)
     write_atomic(_last_file(Path(out), name, task, format), table.to_csv(index=False).encode())
 
 

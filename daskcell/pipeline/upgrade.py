@@ -105,10 +105,10 @@ def _slide_keys(
     if segment["method"] != "cellpose":
         others = ["model", "cellprob_threshold", "flow_threshold", "niter", "batch_size"]
     segment = {name: value for name, value in segment.items() if name not in others}
-    pictures = {name: config["output"][name] for name in ("channels", "preprocessed")}
+    written = {name: config["output"][name] for name in ("channels", "preprocessed")}
     keys = {"convert": _key("convert", identity(files), config["input"])}
     keys["fit"] = _key("freeze", keys["convert"], config["preprocess"], weights.get("freeze", ""))
-    keys["export"] = _key("export", keys["fit"], pictures)
+    keys["export"] = _key("export", keys["fit"], written)
     keys["segment"] = _key("segment", keys["fit"], segment, weights.get("segment", ""))
     keys["describe"] = _key("describe", keys["segment"], config["features"], weights.get("describe", ""))
     return keys

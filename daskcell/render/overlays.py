@@ -179,22 +179,22 @@ def _overlay_task(
     samples = [image.read(box)[:, ::step, ::step] for box in boxes]
     low, high = stretch_limits(samples, samples[0].dtype)
     outline = 1 if level or _typical_diameter(table_path) < 24 else 2
-    picture = np.empty((*shape, 3), np.uint8)
+    rgb = np.empty((*shape, 3), np.uint8)
     for y0 in range(0, shape[0], _STRIP):
         strip = Box(y0, 0, min(y0 + _STRIP, shape[0]), shape[1])
         grown = strip.grow(outline).clip(shape)
         cells = images.read_labels(image.path, LABELS, grown, level)
         painted = paint(as_rgb(image.read(grown, level), low, high), cells, lookup, palette, outline=outline)
-        picture[strip.slices] = painted[strip.within(grown)]
+        rgb[strip.slices] = painted[strip.within(grown)]
     counts = np.bincount(lookup[1:], minlength=k + 1)[1:]
     for path in files:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
             if path.suffix == ".png":
-                _write_png(temporary, add_legend(picture, palette, counts, names))
+                _write_png(temporary, add_legend(rgb, palette, counts, names))
             else:
                 size = images.image_info(image.path).pixel_size
-                _write_tif(temporary, picture, None if size is None else tuple(v * 2**level for v in size))
+                _write_tif(temporary, rgb, None if size is None else tuple(v * 2**level for v in size))
 
 
 def _typical_diameter(table_path: str) -> float:
@@ -205,7 +205,7 @@ def _typical_diameter(table_path: str) -> float:
     return float(np.sqrt(np.median(area) * 4 / np.pi)) if len(area) else 0.0
 
 
-def _write_tif(path: Path, picture: np.ndarray, pixel_size: Any) -> None:
+def _write_tif(path: Path, rgb: np.ndarray, pixel_size: Any) -> None:
     import tifffile
 
     from daskcell.images.derived import mark
@@ -214,7 +214,7 @@ def _write_tif(path: Path, picture: np.ndarray, pixel_size: Any) -> None:
     known = pixel_size is not None
     tifffile.imwrite(
         path,
-        picture,
+        rgb,
         photometric="rgb",
         tile=(256, 256),
         compression="deflate",
@@ -225,7 +225,7 @@ def _write_tif(path: Path, picture: np.ndarray, pixel_size: Any) -> None:
     )
 
 
-def _write_png(path: Path, picture: np.ndarray) -> None:
+def _write_png(path: Path, rgb: np.ndarray) -> None:
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
@@ -235,4 +235,4 @@ def _write_png(path: Path, picture: np.ndarray) -> None:
     info = PngInfo()
     info.add_text("Software", mark("overlay"))
     with open(path, "wb") as file:
-        Image.fromarray(picture).save(file, format="png", pnginfo=info)
+        Image.fromarray(rgb).save(file, format="png", pnginfo=info)

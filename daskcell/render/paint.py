@@ -110,10 +110,10 @@ def overlay(
     >>> image = np.zeros((1, 6, 8), np.uint8)
     >>> labels = np.zeros((6, 8), np.uint32)
     >>> labels[1:5, 1:4], labels[1:5, 5:8] = 1, 2
-    >>> picture = overlay(image, labels, clusters=[0, -1])
-    >>> picture.shape
+    >>> rgb = overlay(image, labels, clusters=[0, -1])
+    >>> rgb.shape
     (6, 8, 3)
-    >>> picture[1, 1].tolist(), picture[1, 5].tolist()  # the outline of cluster 0; a cell of no cluster
+    >>> rgb[1, 1].tolist(), rgb[1, 5].tolist()  # the outline of cluster 0; a cell of no cluster
     ([0, 150, 255], [0, 0, 0])
     """
     import dask.array as da
@@ -121,13 +121,13 @@ def overlay(
     from daskcell.features.crops import sample_boxes
 
     cells = as_labels(labels)
-    picture = as_image(image, axes=axes, like=cells.shape).data
-    lazy = isinstance(picture, da.Array) or isinstance(cells, da.Array)
-    picture, cells = da.asarray(picture), da.asarray(cells)
-    if picture.shape[1:] != cells.shape:
+    channels = as_image(image, axes=axes, like=cells.shape).data
+    lazy = isinstance(channels, da.Array) or isinstance(cells, da.Array)
+    channels, cells = da.asarray(channels), da.asarray(cells)
+    if channels.shape[1:] != cells.shape:
         raise InputError(
-            f"image must be (C, Y, X) with the Y and X of the labels, but the shapes are {picture.shape} and "
-            f"{cells.shape}."
+            "image must be (C, Y, X) with the Y and X of the labels, but the shapes are "
+            f"{channels.shape} and {cells.shape}."
         )
     clusters = np.asarray(as_values(clusters, "clusters"))
     if clusters.ndim != 1 or clusters.dtype.kind not in "iu":
@@ -147,8 +147,8 @@ def overlay(
     if outline < 0:
         raise InputError(f"outline must be a number of pixels from 0, not {outline!r}.")
     boxes, step = sample_boxes(cells.shape)
-    samples = [np.asarray(picture[(slice(None), *box.slices)][:, ::step, ::step]) for box in boxes]
-    low, high = stretch_limits(samples, picture.dtype)
+    samples = [np.asarray(channels[(slice(None), *box.slices)][:, ::step, ::step]) for box in boxes]
+    low, high = stretch_limits(samples, channels.dtype)
 
     def block(pixels: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         rgb = as_rgb(pixels, low, high)
@@ -160,7 +160,7 @@ def overlay(
         cells = cells.rechunk(512)  # a halo has to come from the next block alone
     painted = da.map_overlap(
         block,
-        picture.rechunk((-1, *cells.chunks)),
+        channels.rechunk((-1, *cells.chunks)),
         cells[None],
         depth={0: 0, 1: outline, 2: outline},
         boundary="nearest",
@@ -191,7 +191,7 @@ def cluster_values(clusters: np.ndarray) -> np.ndarray:
 
 
 def paint(
-    picture: np.ndarray,
+    rgb: np.ndarray,
     labels: np.ndarray,
     lookup: np.ndarray,
     palette: np.ndarray,
@@ -203,7 +203,7 @@ def paint(
 
     Parameters
     ----------
-    picture : (h, w, 3) float
+    rgb : (h, w, 3) float
         From 0 to 1.
     labels : (h, w) array of whole numbers
         Including a margin of `outline` pixels, since borders are found by comparing neighbours.
@@ -229,12 +229,12 @@ def paint(
     value = lookup[labels]
     table = np.concatenate([np.zeros((1, 3), np.uint8), palette]).astype(np.float32) / 255
     color = table[value]
-    light = (picture.max(axis=-1) + picture @ np.array([0.299, 0.587, 0.114], np.float32)) / 2
+    light = (rgb.max(axis=-1) + rgb @ np.array([0.299, 0.587, 0.114], np.float32)) / 2
     light = light[..., None]
     # Inside cells the image keeps half of its colour, so that stains can still be told apart. Dark texture
     # stays dark, but never so dark that the colour of the cluster is lost.
-    tinted = (1 - opacity) * (picture + light) / 2 + opacity * color * (0.5 + 0.5 * light)
-    out = np.where((value > 0)[..., None], tinted, picture)
+    tinted = (1 - opacity) * (rgb + light) / 2 + opacity * color * (0.5 + 0.5 * light)
+    out = np.where((value > 0)[..., None], tinted, rgb)
     edge = borders(labels, outline) & (value > 0)
     out[edge] = color[edge]
     return np.round(np.clip(out, 0, 1) * 255).astype(np.uint8)
@@ -298,7 +298,7 @@ def titled(names: Sequence[str | None] | None, k: int) -> list[tuple[int, str]]:
 
 
 def add_legend(
-    picture: np.ndarray,
+    rgb: np.ndarray,
     palette: np.ndarray,
     counts: np.ndarray,
     names: Sequence[str | None] | None = None,
@@ -307,7 +307,7 @@ def add_legend(
 
     Parameters
     ----------
-    picture : (Y, X, 3) uint8
+    rgb : (Y, X, 3) uint8
     palette : (k, 3) uint8
     counts : (k,) array of whole numbers
         Cells of each cluster.
@@ -321,7 +321,7 @@ def add_legend(
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    height = picture.shape[0]
+    height = rgb.shape[0]
     text = int(np.clip(height / 45, 13, 64))
     row = int(1.7 * text)
     titles = titled(names, len(palette))
@@ -346,7 +346,7 @@ def add_legend(
             color = tuple(palette[titles[i][0]].tolist())
             draw.rectangle((row // 2, y + 2, row // 2 + text, y + 2 + text), fill=color)
         draw.text((row // 2 + int(1.5 * text), y), line, fill=(235, 235, 235), font=font)
-    out = np.zeros((height, picture.shape[1] + width, 3), np.uint8)
-    out[: picture.shape[0], : picture.shape[1]] = picture
-    out[:, picture.shape[1] :] = np.asarray(panel)
+    out = np.zeros((height, rgb.shape[1] + width, 3), np.uint8)
+    out[: rgb.shape[0], : rgb.shape[1]] = rgb
+    out[:, rgb.shape[1] :] = np.asarray(panel)
     return out

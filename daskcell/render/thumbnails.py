@@ -83,10 +83,10 @@ def common_side(sides: Sequence[float]) -> int:
     return int(min(_MAX_SIDE, max(16, 1.3 * np.percentile(sides, 95))) // 2 * 2)
 
 
-def _jpeg(picture: np.ndarray, side: int) -> bytes:
+def _jpeg(rgb: np.ndarray, side: int) -> bytes:
     from PIL import Image
 
-    image = Image.fromarray(picture)
+    image = Image.fromarray(rgb)
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "jpeg", quality=85, subsampling=0)  # keeps thin coloured lines sharp

@@ -441,3 +441,10 @@ def _at(path: str) -> tuple[Any, str]:
 
 def _short(error: BaseException) -> str:
     return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+
+
+def why_unreadable(path: str | Path, error: OSError) -> str:
+    """Why a file cannot be read, as the end of a sentence; of a dangling link, where it leads."""
+    if not is_remote(path) and os.path.islink(path) and not os.path.exists(path):
+        return f"it is a link to {os.readlink(path)}, which is not there"
+    return str(error.strerror or error)

@@ -88,5 +88,8 @@ def _weigh(path: str | Path) -> tuple[int, int | str]:
         found = paths.versions_below(str(path))
         tags = hashlib.blake2b(repr(found).encode(), digest_size=20)
         return sum(size for size, _ in found.values()), tags.hexdigest()
-    status = [file.stat() for file in files_of(Path(path))]
+    try:
+        status = [file.stat() for file in files_of(Path(path))]
+    except FileNotFoundError as error:
+        raise ImageError(f"Cannot read {path}: {paths.why_unreadable(path, error)}.") from error
     return sum(s.st_size for s in status), max((s.st_mtime_ns for s in status), default=0)

@@ -133,8 +133,8 @@ def _red_cores(
         if box is None:
             continue
         inside = basins[box] == i
-        held = np.bincount(nuclei[box][inside], minlength=len(nucleus_sizes))[1:]
-        if (held >= 0.15 * nucleus_sizes[1:]).any() and held.any():
+        shared = np.bincount(nuclei[box][inside], minlength=len(nucleus_sizes))[1:]
+        if (shared >= 0.15 * nucleus_sizes[1:]).any() and shared.any():
             continue
         if plasma is not None and others is not None and from_nucleus[box][inside].min() <= 12 * s:
             own = np.median(density[box][inside], axis=0)

@@ -166,10 +166,7 @@ def _head(path: str) -> bytes:
     try:
         return paths.read_head(path, 512)
     except OSError as error:
-        reason = error.strerror or error
-        if not paths.is_remote(path) and os.path.islink(path) and not os.path.exists(path):
-            reason = f"it is a link to {os.readlink(path)}, which is not there"
-        raise ImageError(f"Cannot read {path}: {reason}.") from None
+        raise ImageError(f"Cannot read {path}: {paths.why_unreadable(path, error)}.") from None
 
 
 def _what(path: str, head: bytes) -> str:
