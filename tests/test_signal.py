@@ -15,6 +15,7 @@ import daskcell as dc
 from daskcell.config import PreprocessSettings, WatershedSettings
 from daskcell.geometry import Box, Grid
 from daskcell.images import Image
+from daskcell.pipeline import status
 from daskcell.pipeline.progress import Progress
 from daskcell.preprocess import Plan, fit_plan
 from daskcell.preprocess.signal import ROWS, SPAN, TILE, aligned, bin_values, count_tiles, find_signal
@@ -340,6 +341,7 @@ def test_a_run_and_its_report_tell_what_the_limits_leave_out(tmp_path):
     told = "mosaic: 30.6 % of the image is padding (value 0)"
     assert any(told in sentence for sentence in said)
     assert told in study.report
+    assert told in status.table(status.report(study))
 
 
 @settings(deadline=None, max_examples=15)

@@ -31,7 +31,7 @@ from daskcell.pipeline.stages import (
     slide_keys,
 )
 from daskcell.pipeline.worker_pool import networks_bytes
-from daskcell.segmentation.memory import needed_memory
+from daskcell.segmentation.memory import needed_memory, settings_halo
 from daskcell.study import CLUSTERS, Ledger, Study
 from daskcell.study.keys import unchanged
 from daskcell.study.results import Converted, Segmented
@@ -146,7 +146,7 @@ def make_plan(study: Study | None, out: Path, jobs: list[Job], config: Config) -
         slides,
         clusters,
         int(images + labels + scratch + flows),
-        needed_memory(config.compute.block, networks_bytes(config)),
+        needed_memory(config.compute.block, networks_bytes(config), settings_halo(config.segment)),
         _seconds(study, todo, config),
     )
 

@@ -16,7 +16,7 @@ from daskcell.storage.lock import holder
 from daskcell.study import CLUSTERS, Ledger, Study
 from daskcell.study.checksums import verify
 from daskcell.study.ledger import FORMAT
-from daskcell.study.results import Assigned, Clustered, Converted, Segmented
+from daskcell.study.results import Assigned, Clustered, Converted, Fitted, Segmented
 
 FAR = 5.0
 """A slide is unlike the model if this many times more cells than expected lie beyond the fit's 99th
@@ -38,11 +38,13 @@ def report(study: Study) -> dict[str, Any]:
         progress["seconds_left"] = seconds_left(progress, time.time())
     clustered = study.record.ledger(CLUSTERS).read(Clustered)
     cluster = study.record.clusters_key
+    notes: list[str] = []
     rows, left = [], set(study.left)
     for slide in study.slides:
         ledger = study.record.ledger(slide)
         keys = slide_keys(config, ledger.files, weights, cluster)
-        segmented = ledger.read(Segmented)
+        segmented, fitted = ledger.read(Segmented), ledger.read(Fitted)
+        notes += fitted.notes if fitted else ()
         rows.append(
             {
                 "slide": slide,
@@ -62,6 +64,7 @@ def report(study: Study) -> dict[str, Any]:
         "model": study.record.get("model"),
         "drift": drift(study),
         "warnings": remarks(study),
+        "notes": notes,
         "scores": study.scores,
         "clusters": clustered and clustered.k,
         "failures": study.failures,
@@ -202,6 +205,9 @@ def table(found: dict[str, Any], limit: int | None = None) -> str:
             f"({100 * usual:.1f} % is expected)"
         )
     lines += found["warnings"]
+    lines += found["notes"][:limit]
+    if limit is not None and len(found["notes"]) > limit:
+        lines.append(f"and {len(found['notes']) - limit} more notes on what preprocessing left out (--all)")
     for failure in found["failures"]:
         lines.append(
             f"set aside: {failure['slide'] or 'all slides'} ({failure['stage']}): {failure['error']}"
