@@ -17,7 +17,7 @@ test: lint
 	$(BIN)/python -m pytest -q --durations 5 -m alone
 
 fast: lint
-	$(BIN)/python -m pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not alone" -n 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -31,6 +31,7 @@ def page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
+@pytest.mark.slow
 def test_workers_do_not_ask_the_system_for_every_array():
     with start_workers(ComputeSettings(workers=1)) as workers:
         window = workers.window()
@@ -48,6 +49,7 @@ def faults_in(code: str, **variables: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.slow
 def test_it_is_the_cure():
     plain = "import test_allocator; print(test_allocator.page_faults())"
     cured = f"from daskcell.allocator import keep_freed_memory; keep_freed_memory()\n{plain}"
@@ -55,6 +57,7 @@ def test_it_is_the_cure():
     assert faults_in(cured) < ROUNDS * PAGES / 10
 
 
+@pytest.mark.slow
 def test_what_the_user_set_stays():
     code = "from daskcell.allocator import keep_freed_memory; keep_freed_memory()\n"
     code += "import test_allocator; print(test_allocator.page_faults())"

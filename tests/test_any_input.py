@@ -111,6 +111,7 @@ def test_every_public_function_is_in_the_table():
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_any_input_gives_a_result_or_one_sentence(name, tmp_path):
     wrong = []

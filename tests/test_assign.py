@@ -95,6 +95,7 @@ def clusters_of(study, slide: str) -> np.ndarray:
 # -- assign ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_cells_that_were_fitted_get_their_clusters_again(fitted, folder, tmp_path):
     again = no_warning(folder / "old", tmp_path / "again", model=fitted.out, config=WHERE)
     for slide in fitted.slides:
@@ -104,6 +105,7 @@ def test_cells_that_were_fitted_get_their_clusters_again(fitted, folder, tmp_pat
         assert (again.paths.clusters / name).read_bytes() == (fitted.paths.clusters / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_new_slides_are_made_as_the_models_and_only_once(fitted, folder, tmp_path, monkeypatch):
     study = no_warning(folder / "new", tmp_path / "new", model=fitted.paths.clusters, config=WHERE)
     assert study.failures == []
@@ -120,6 +122,7 @@ def test_new_slides_are_made_as_the_models_and_only_once(fitted, folder, tmp_pat
     assert all(state == "done" for row in rows for state in row["stages"].values())
 
 
+@pytest.mark.slow
 def test_an_assigned_study_is_a_model_too(fitted, folder, tmp_path):
     first = no_warning(folder / "new", tmp_path / "first", model=fitted.out, config=WHERE)
     shutil.copytree(first.paths.clusters, tmp_path / "saved")
@@ -127,6 +130,7 @@ def test_an_assigned_study_is_a_model_too(fitted, folder, tmp_path):
     pd.testing.assert_frame_equal(first.cells(), second.cells())
 
 
+@pytest.mark.slow
 def test_another_model_gives_new_clusters_and_keeps_the_features(fitted, folder, tmp_path):
     out = tmp_path / "out"
     no_warning(folder / "new", out, model=fitted.out, config=WHERE)
@@ -163,6 +167,7 @@ def test_settings_that_would_change_what_features_mean_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_settings_that_say_what_the_model_says_are_taken(fitted, folder, tmp_path):
     same = SETTINGS | {"output": {"overlays": ["png"]}, "input": {"pixel_size": 0.5}}
     study = no_warning(folder / "new", tmp_path / "out", model=fitted.out, config=same)
@@ -179,6 +184,7 @@ def test_features_of_an_encoder_of_the_same_name_but_other_weights_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_model_without_settings_takes_those_that_are_given(fitted, folder, tmp_path):
     features = np.concatenate([zarr.open_array(fitted.paths.features(s), mode="r")[:] for s in fitted.slides])
     dc.fit_clusters(features, 3).save(tmp_path / "plain")
@@ -195,6 +201,7 @@ def test_what_is_no_model_is_refused_before_work(folder, tmp_path):
         dc.assign(folder / "new", tmp_path / "out", model=tmp_path)
 
 
+@pytest.mark.slow
 def test_run_and_assign_do_not_take_each_others_studies(fitted, folder, tmp_path):
     no_warning(folder / "new", tmp_path / "out", model=fitted.out, config=WHERE)
     with pytest.raises(StudyError, match="continue it with 'assign'"):
@@ -203,6 +210,7 @@ def test_run_and_assign_do_not_take_each_others_studies(fitted, folder, tmp_path
         dc.assign(folder / "old", fitted.out, model=fitted.out, config=WHERE)
 
 
+@pytest.mark.slow
 def test_cells_unlike_the_models_are_told_with_numbers(fitted, folder, tmp_path):
     with pytest.warns(DriftWarning, match=r"thin: \d+ % of [\d,]+ cells lie farther .* most in cluster \d"):
         study = dc.assign(folder / "odd", tmp_path / "odd", model=fitted.out, config=WHERE)
@@ -218,6 +226,7 @@ def test_cells_unlike_the_models_are_told_with_numbers(fitted, folder, tmp_path)
     assert all(values["far"] < 0.2 for values in drift(like).values())
 
 
+@pytest.mark.slow
 def test_a_model_of_another_version_of_the_code_is_told(study, folder, tmp_path):
     path = study.paths.clusters / "model.json"
     values = json.loads(path.read_text())
@@ -290,6 +299,7 @@ def properties(study, slide: str) -> dict[int, str]:
     return {p["label-value"]: p["name"] for p in found["properties"]}
 
 
+@pytest.mark.slow
 def test_names_and_merges_go_into_model_tables_labels_and_pictures(study):
     before = contents(study)
     base = {slide: clusters_of(study, slide) for slide in study.slides}
@@ -315,6 +325,7 @@ def test_names_and_merges_go_into_model_tables_labels_and_pictures(study):
     assert 2 not in model.predict(model.centers_)
 
 
+@pytest.mark.slow
 def test_what_was_named_and_merged_can_be_taken_back_to_the_byte(study):
     before = contents(study)
     merge(study, 0, 2)
@@ -329,6 +340,7 @@ def test_what_was_named_and_merged_can_be_taken_back_to_the_byte(study):
     assert contents(study) == before
 
 
+@pytest.mark.slow
 def test_a_later_run_keeps_names_and_makes_nothing_again(study, folder, monkeypatch):
     rename(study, 0, "round")
     monkeypatch.setattr(api.Run, "process", lambda self, jobs, pool: jobs and pytest.fail("works again"))
@@ -359,6 +371,7 @@ def test_names_are_given_without_the_input_files(study, folder, monkeypatch):
     assert "round" in set(study.cells()["cluster_name"])
 
 
+@pytest.mark.slow
 def test_a_folder_that_has_the_name_of_earlier_clusters_stays(study, folder):
     mine = study.out / "clusters-before" / "names.json"
     mine.parent.mkdir()
@@ -374,6 +387,7 @@ def files_in(study: Study) -> dict[str, bytes]:
     return {str(p.relative_to(study.out)): p.read_bytes() for p in study.out.rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 def test_a_rename_writes_only_what_is_in_the_list_of_the_studys_files(study):
     before = files_in(study)
     rename(study, 0, "round")
@@ -403,6 +417,7 @@ def test_what_has_the_name_of_a_file_that_is_not_in_the_list_refuses_a_rename(st
     assert files_in(study) == before
 
 
+@pytest.mark.slow
 def test_a_new_fit_sets_the_named_clusters_aside(study, folder):
     class Heard(Progress):
         said = ""
@@ -420,6 +435,7 @@ def test_a_new_fit_sets_the_named_clusters_aside(study, folder):
     assert set(study.cells()["cluster_name"]) <= {"cluster 0", "cluster 1"}
 
 
+@pytest.mark.slow
 def test_new_slides_get_the_names_and_merges(study, folder, tmp_path):
     rename(study, 1, "large")
     merge(study, 0, 2, name="rest")
@@ -477,6 +493,7 @@ def test_clusters_are_compared_with_known_types(study, truth):
     assert "ARI 1.000" in table(report(study))
 
 
+@pytest.mark.slow
 def test_old_scores_are_not_shown_of_cells_that_changed(fitted, folder, tmp_path):
     """A given model is the same for any input, so its clusters alone do not say what was compared."""
     shutil.copytree(folder / "new", tmp_path / "in")
@@ -560,6 +577,7 @@ def call(capsys, monkeypatch):
     return call
 
 
+@pytest.mark.slow
 def test_clusters_are_shown_named_and_merged_from_the_command_line(call, study):
     assert call("clusters", "rename", study.out, 0, "round ones", "-q")[0] == 0
     code, out, _ = call("clusters", "merge", study.out, "round ones", 2)
@@ -572,6 +590,7 @@ def test_clusters_are_shown_named_and_merged_from_the_command_line(call, study):
     assert err == "daskcell: There is no cluster '9': clusters are numbered 0 to 2, 'round ones'.\n"
 
 
+@pytest.mark.slow
 def test_assign_and_truth_from_the_command_line(call, study, folder, tmp_path):
     rows = ["slide,x,y,type", *(f"d,{x},{y},t{(x + y) // 40 % 2}" for x in (25, 65) for y in (25, 65))]
     (tmp_path / "t.csv").write_text("\n".join(rows))

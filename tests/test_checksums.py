@@ -74,6 +74,7 @@ def unlink(path):
     path.unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "harm", "redone"),
     [

@@ -66,6 +66,7 @@ def test_plain_incremental_fails_in_the_worst_order():
     assert adjusted_rand_score(y, plain.estimator_.predict(x)) < 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("k", [3, 11])
 def test_inertia_is_within_one_percent_of_full_kmeans(engine, k, small_blocks):
@@ -79,6 +80,7 @@ def test_inertia_is_within_one_percent_of_full_kmeans(engine, k, small_blocks):
     assert again == pytest.approx(model.inertia_, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("chunks", [(100, 24), (997, 7), (6000, 24)])
 def test_no_bit_depends_on_the_chunks(engine, chunks, small_blocks, monkeypatch):
@@ -369,6 +371,7 @@ def test_one_cluster_per_slide_in_any_order_gives_the_same_model(slides, engine,
     assert not list(tmp_path.glob(".*")), "scratch is removed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_same_bits_on_a_cluster_of_workers(slides, engine):
     from distributed import Client
@@ -431,6 +434,7 @@ def measured(tmp_path, small_blocks):
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", [False, True])
 @pytest.mark.parametrize("components", [None, 4])
 def test_vectors_and_measurements_together_tell_what_neither_can(measured, unit, components, tmp_path):

@@ -79,6 +79,7 @@ def distances(row, centers):
     ]
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.data(), st.integers(1, 9), st.integers(1, 7), st.integers(1, 12))
 @example(None, 1, 2, 1)

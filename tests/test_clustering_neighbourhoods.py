@@ -56,6 +56,7 @@ def by_hand(image, types, radius=None, k=None, gap=None):
     return pairs, np.sqrt(squares)
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(
     cells(), st.sampled_from([{"radius": 4.5}, {"radius": 12}, {"k": 1}, {"k": 4}, {"gap": 0}, {"gap": 3}])
@@ -116,6 +117,7 @@ def test_types_that_stay_together_are_enriched():
     assert mixed.enrichment.abs().to_numpy().max() < 4
 
 
+@pytest.mark.slow
 def test_the_graph_of_many_cells_is_never_whole():
     """What a portion gives stays small: pairs of that many cells, not of all."""
     points = np.random.default_rng(0).uniform(0, 3000, (200_000, 2))

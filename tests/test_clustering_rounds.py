@@ -34,6 +34,7 @@ def cut(x: np.ndarray, size: int = 300) -> list[ArrayBlock]:
     return [ArrayBlock(x, i, min(i + size, len(x))) for i in range(0, len(x), size)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("c", "k", "spread"), [(2, 9, 1.5), (32, 5, 1.0), (3, 40, 0.3), (4, 1, 1.0)])
 @pytest.mark.parametrize("times", [1, 2, 7, 30])
 def test_the_same_bits_as_with_a_look_at_every_row(c, k, spread, times, tmp_path, monkeypatch):

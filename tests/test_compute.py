@@ -148,6 +148,7 @@ def test_leaving_the_loop_early_drops_what_is_left(workers):
     assert len(window) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_no_more_than_the_limit_is_in_flight(cluster, tmp_path):
     window = cluster.window(1)
@@ -160,6 +161,7 @@ def test_no_more_than_the_limit_is_in_flight(cluster, tmp_path):
     assert max(running for _, running in window) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_threads_of_a_worker_are_held_to_the_setting(cluster):
     window = cluster.window()
@@ -184,6 +186,7 @@ def test_callbacks_follow_finished_tasks(workers):
     assert len(list(window)) == len(ticks) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_a_task_whose_worker_dies_runs_again(tmp_path):
     with start_workers(ComputeSettings(workers=2)) as workers:
@@ -219,6 +222,7 @@ def hand_on(ref, _):
     return os.getpid(), [{pid for (kind, _), pid in found.items() if kind == k} for k in ("cpu", "network")]
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_network_tasks_run_on_labelled_workers_only():
     from distributed import Client, Nanny, Scheduler, SpecCluster
@@ -274,6 +278,7 @@ def test_an_unknown_place_to_work_is_refused(kind):
         pass
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_does_not_answer_is_refused(monkeypatch):
     monkeypatch.setattr("daskcell.compute.given.CONNECT_SECONDS", 1.0)
     with (
@@ -288,6 +293,7 @@ def test_kind_of_a_task_must_be_known():
         Window(Workers()).submit(0, double, 1, kind="gpu")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_a_script_without_a_main_guard_is_told_so(tmp_path):
     script = tmp_path / "script.py"

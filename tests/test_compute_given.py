@@ -94,6 +94,7 @@ def expected(folder, tmp_path_factory):
     return bits(dc.run(folder, out, SETTINGS | {"compute": {"kind": "inline", "block": 256}}))
 
 
+@pytest.mark.slow
 def test_the_lazy_functions_give_the_same_under_a_client(inside, outside, folder):
     image = dc.open_image(folder / "a.tif").data.rechunk((1, 128, 128))
 
@@ -218,6 +219,7 @@ def test_a_client_that_cannot_be_used_is_refused_in_a_sentence(inside, folder, t
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_client_without_workers_is_waited_for_and_refused_in_a_sentence(folder, tmp_path):
     with LocalCluster(processes=False, **QUIET | {"n_workers": 0}) as cluster, Client(cluster) as client:
         settings = SETTINGS | {"compute": {"wait": 0.2}}
@@ -228,6 +230,7 @@ def test_a_client_without_workers_is_waited_for_and_refused_in_a_sentence(folder
             assert workers.count == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("package", "sentence"),
     [
@@ -270,6 +273,7 @@ def run_within_a_task(folder: str, out: str) -> int:
         return len(dc.run(folder, out, SETTINGS, client=client).slides)
 
 
+@pytest.mark.slow
 def test_a_run_may_itself_be_a_task_of_the_workers_it_uses(folder, expected, tmp_path):
     with (
         LocalCluster(processes=False, **QUIET | {"threads_per_worker": 1}) as cluster,

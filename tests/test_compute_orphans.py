@@ -97,6 +97,7 @@ def test_a_run_that_is_continued_waits_for_what_a_killed_one_left_at_work(cluste
         assert list(window) == [("key", 3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("completed", [as_completed, Completed])
 def test_a_task_whose_result_is_not_to_be_had_at_once_is_not_waited_for_for_ever(completed, monkeypatch):
     """As when a scheduler dies while it hands over a result. Dask's own `as_completed` is the control."""

@@ -86,7 +86,8 @@ def test_what_to_open_first_is_named_first_by_a_whole_path(tmp_path):
 
     from daskcell.pipeline.status import open_first
 
-    study = SimpleNamespace(report=tmp_path / "report.html", overlays=tmp_path / "overlays")
+    files = SimpleNamespace(report=tmp_path / "report.html", overlays=tmp_path / "overlays")
+    study = SimpleNamespace(paths=files)
     assert open_first(study) == []
     study.paths.overlays.mkdir()
     study.paths.report.touch()

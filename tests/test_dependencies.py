@@ -10,6 +10,8 @@ from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 PLUGINS = {
     "aiohttp", "openslide-bin", "bioio-czi", "bioio-lif", "bioio-nd2", "s3fs", "napari", "napari-ome-zarr",
@@ -55,6 +57,7 @@ def distributions(module: str) -> set[str]:
     return {canonical(name) for name in distributions_of().get(module, [module])}
 
 
+@pytest.mark.slow
 def test_what_is_imported_is_declared():
     always, optional = declared()
     names = {"openslide": {"openslide-python"}}
@@ -66,6 +69,7 @@ def test_what_is_imported_is_declared():
     assert not missing
 
 
+@pytest.mark.slow
 def test_what_is_declared_is_imported():
     always, optional = declared()
     used = {"openslide-python"} | {name for module in imported() for name in distributions(module)}

@@ -159,6 +159,7 @@ def test_one_job_is_asked_for_and_looks_around(queue, tmp_path):
     assert not list(tmp_path.glob(".daskcell*"))
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_a_job_that_does_not_come_is_a_failure_in_time(queue):
     (queue.folder / "hold").touch()

@@ -84,6 +84,7 @@ def run(name: str, text: str, names: dict[str, Any], file: str) -> None:
     assert not failed, "".join(said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_of_a_docstring_gives_what_it_shows(name, folder, request):
     module, text = EXAMPLES[name]
@@ -126,6 +127,7 @@ def test_a_wrong_example_fails():
         run("sum", ">>> 1 + 1\n3\n", {}, "")
 
 
+@pytest.mark.slow
 def test_every_public_name_that_is_called_is_among_those_looked_at():
     """The scan sees what `daskcell` exports: its examples cannot be forgotten."""
     import daskcell as dc

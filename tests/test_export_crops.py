@@ -78,6 +78,7 @@ def test_shards_hold_every_cell_once_as_the_features_saw_it(study, tmp_path, mon
         np.testing.assert_array_equal([pixels(data) for data in rows["image"]], crops_of(study, name))
 
 
+@pytest.mark.slow
 def test_folders_hold_the_cells_of_each_cluster(study, tmp_path):
     count = dc.export_crops(study.out, tmp_path / "png", format="png", slides=["b"])
     cells = pd.read_csv(tmp_path / "png" / "cells.csv")
@@ -96,6 +97,7 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["parquet", "png"])
 def test_an_export_that_was_cut_off_is_continued(study, tmp_path, monkeypatch, format):
     from daskcell.export import crops
@@ -203,6 +205,7 @@ def test_what_cannot_be_exported_is_refused(study, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_command_says_how_many(study, tmp_path):
     command = [sys.executable, "-m", "daskcell", "export", "crops", str(study.out), "-o", str(tmp_path / "c")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

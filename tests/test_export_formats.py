@@ -53,6 +53,7 @@ def labels_of(study, slide) -> np.ndarray:
     return study.labels(slide).compute(scheduler="sync")
 
 
+@pytest.mark.slow
 def test_geojson_has_the_outline_cluster_and_measurements_of_every_cell(study, tmp_path, monkeypatch):
     shapely = pytest.importorskip("shapely")
     monkeypatch.setattr(cells, "ROWS", 10)
@@ -140,6 +141,7 @@ def test_rois_open_in_roifile_and_hold_the_cells(study, tmp_path):
             assert roi.group == table["cluster"][int(roi.name) - 1] + 1
 
 
+@pytest.mark.slow
 def test_a_cell_with_holes_and_parts_is_a_composite_roi():
     roifile = pytest.importorskip("roifile")
     from daskcell.export.rois import _roi

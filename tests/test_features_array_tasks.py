@@ -19,6 +19,7 @@ def column(blocks: int = 40) -> np.ndarray:
     return labels
 
 
+@pytest.mark.slow
 def test_under_a_client_some_tasks_are_submitted_at_a_time(monkeypatch):
     from distributed import Client
 
@@ -47,6 +48,7 @@ def test_under_a_client_some_tasks_are_submitted_at_a_time(monkeypatch):
     assert most == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooling", ["crop", "mask"])
 def test_no_bit_depends_on_the_threads_that_torch_is_set_to(pooling):
     import torch

@@ -138,6 +138,7 @@ def test_files_that_may_hold_code_are_refused_with_the_way_to_convert_them(tmp_p
     assert str(tmp_path / name) in str(error.value)
 
 
+@pytest.mark.slow
 def test_weights_of_your_own_come_with_the_name_of_their_network(tmp_path):
     """As the refusal of other files says to save them; with as many outputs as they have."""
     import torch
@@ -164,6 +165,7 @@ def test_weights_of_your_own_come_with_the_name_of_their_network(tmp_path):
     assert embed(image, labels, f"resnet18@{file}", layer="pool", batch_size=4).shape == (4, 512)
 
 
+@pytest.mark.slow
 def test_timm_networks_take_weights_from_a_file(tmp_path, monkeypatch):
     import torch
     import torchvision
@@ -190,6 +192,7 @@ def test_timm_networks_take_weights_from_a_file(tmp_path, monkeypatch):
     assert embed(image, labels, "timm:resnet10t", layer="pool", batch_size=4).shape == (4, 512)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_and_for_networks_only(weights_home):
     save_random("resnet18", weights_home)
     image, labels = field(2)
@@ -223,6 +226,7 @@ def test_a_file_that_is_not_there_is_refused():
         encoder_spec("nowhere.pt")
 
 
+@pytest.mark.slow
 @given(st.integers(15, 120), st.integers(15, 120), st.integers(1, 3))
 @settings(max_examples=10, deadline=None)
 def test_no_bit_depends_on_the_chunks(rows, columns, planes):
@@ -288,6 +292,7 @@ def test_replaced_weights_are_loaded_anew(weights_home):
     assert before.fingerprint != after.fingerprint
 
 
+@pytest.mark.slow
 def test_embed_runs_on_other_processes_when_there_is_a_client():
     from distributed import Client
 
@@ -361,6 +366,7 @@ def test_the_embedded_encoder_tells_round_from_long_cells_by_shape_alone():
     assert distance[same & ~np.eye(16, dtype=bool)].max() < distance[~same].min()
 
 
+@pytest.mark.slow
 def test_no_bit_of_the_embedded_encoder_depends_on_the_chunks():
     image, labels = field()
     expected = embed(image, labels, "tiny")

@@ -81,6 +81,7 @@ def described(slide, tmp_path_factory):
     return describe(slide, tmp_path_factory.mktemp("described"))
 
 
+@pytest.mark.slow
 def test_equals_the_python_functions_on_the_whole_image(slide, described):
     path, image, labels, plan = slide
     report, table, features = described
@@ -95,6 +96,7 @@ def test_equals_the_python_functions_on_the_whole_image(slide, described):
     assert table.loc[6, "area"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [256, 2048])
 def test_no_bit_depends_on_the_blocks(slide, described, block, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "FULL_TASK", 10)
@@ -103,6 +105,7 @@ def test_no_bit_depends_on_the_blocks(slide, described, block, tmp_path, monkeyp
     np.testing.assert_array_equal(features, described[2])
 
 
+@pytest.mark.slow
 def test_maps_pooled_over_cells_equal_the_python_function_for_any_blocks(slide, tmp_path):
     expected = embed(apply_block(slide[1], slide[3]), slide[2], "tiny", pooling="mask")
     for block in (256, 2048):
@@ -123,6 +126,7 @@ def test_a_network_without_feature_maps_is_refused_before_any_work(slide, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["torch"]
 
 
+@pytest.mark.slow
 def test_no_bit_depends_on_the_workers(slide, described, tmp_path, monkeypatch):
     from distributed import Client
 
@@ -133,6 +137,7 @@ def test_no_bit_depends_on_the_workers(slide, described, tmp_path, monkeypatch):
     np.testing.assert_array_equal(features, described[2])
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_finished_is_not_done_again(slide, described, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "FULL_TASK", 10)
     calls = []
@@ -160,6 +165,7 @@ def test_what_a_killed_run_finished_is_not_done_again(slide, described, tmp_path
     np.testing.assert_array_equal(features, described[2])
 
 
+@pytest.mark.slow
 def test_steps_are_told_as_tasks_are_done(slide, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "FULL_TASK", 10)
     steps: list[float | None] = []
@@ -178,6 +184,7 @@ def test_no_cell_gives_an_empty_table_with_the_same_columns(slide, described, tm
     assert features.shape == (0, WIDTH)
 
 
+@pytest.mark.slow
 def test_measurements_can_be_left_out(slide, described, tmp_path):
     _, table, features = describe(slide, tmp_path, measurements=[])
     assert not any(name.startswith(("texture", "intensity")) for name in table)
@@ -192,6 +199,7 @@ def test_measurements_can_be_left_out(slide, described, tmp_path):
     np.testing.assert_array_equal(features, described[2])
 
 
+@pytest.mark.slow
 def test_features_say_how_they_were_made(slide, tmp_path):
     describe(slide, tmp_path, margin=0.3, mask=False)
     made = dict(zarr.open_array(tmp_path / "f.zarr", mode="r").attrs)["daskcell"]

@@ -58,6 +58,7 @@ def test_equals_regionprops_of_the_whole_image():
     assert_equals_skimage(labels, np.random.default_rng(1).random((2, *labels.shape)))
 
 
+@pytest.mark.slow
 @given(hnp.arrays(bool, st.tuples(st.integers(2, 14), st.integers(2, 14))))
 @settings(max_examples=200, deadline=None)
 @pytest.mark.filterwarnings("ignore")
@@ -69,6 +70,7 @@ def test_equals_regionprops_for_any_mask(mask):
     assert_equals_skimage(mask.astype(np.uint32), image)
 
 
+@pytest.mark.slow
 @given(st.integers(20, 230), st.integers(20, 230), st.integers(1, 230))
 @settings(max_examples=15, deadline=None)
 def test_no_bit_depends_on_the_chunks(rows, columns, image_rows):

@@ -110,6 +110,7 @@ def pooled():
     return image, labels, embed(image, labels, small_network(), pooling="mask", scale=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [True, False])
 def test_equals_a_loop_over_the_whole_image(mask):
     image, labels = field()
@@ -121,6 +122,7 @@ def test_equals_a_loop_over_the_whole_image(mask):
     assert np.isnan(got[8]).all()
 
 
+@pytest.mark.slow
 @given(rows=st.integers(90, 760), columns=st.integers(90, 900), scale=st.sampled_from([1, 0.6, 1.3]))
 @settings(max_examples=6, deadline=None)
 def test_no_bit_depends_on_the_chunks(rows, columns, scale):

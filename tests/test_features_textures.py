@@ -55,6 +55,7 @@ def test_equals_scikit_image(dtype):
     assert compared > 30
 
 
+@pytest.mark.slow
 @given(st.integers(7, 90), st.integers(7, 110))
 @settings(max_examples=8, deadline=None)
 def test_no_bit_depends_on_the_chunks(rows, columns):

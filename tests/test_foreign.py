@@ -114,6 +114,7 @@ def test_a_new_study_is_refused_where_anything_else_is(finished, tmp_path, name,
     assert len(contents(tmp_path / "out")) == 1
 
 
+@pytest.mark.slow
 def test_whatever_lies_in_a_study_stays_when_all_is_done_again(finished, study):
     files = write(study, *NOTES)
     assert run(finished / "in" / "a.tif", study, SETTINGS).failures == []
@@ -122,6 +123,7 @@ def test_whatever_lies_in_a_study_stays_when_all_is_done_again(finished, study):
     check(files)
 
 
+@pytest.mark.slow
 def test_what_lies_in_a_folder_that_is_replaced_stops_its_slide_only(finished, study, tmp_path):
     tifffile.imwrite(tmp_path / "b.tif", spots(2))
     inputs = [finished / "in" / "a.tif", tmp_path / "b.tif"]
@@ -177,6 +179,7 @@ def test_a_file_in_the_place_of_a_new_slide_is_refused_before_any_work(finished,
     assert contents(study) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["report.html", "overlays/a.tif", "overlays/a.png", "flows/a/mine"])
 def test_a_file_in_the_place_of_an_output_that_was_off_is_kept(finished, tmp_path, name):
     off = SETTINGS | {"output": {"overlays": [], "report": False}}
@@ -221,6 +224,7 @@ def test_scores_of_other_people_stay(finished, study, tmp_path):
     check(files)
 
 
+@pytest.mark.slow
 def test_arrays_keep_to_their_list(tmp_path):
     out = tmp_path / "out"
     one = run([("a", spots(1)), ("b", spots(2))], out, SETTINGS)
@@ -336,6 +340,7 @@ def test_a_training_replaces_no_file_of_other_people(tmp_path, kind, name):
     assert len(contents(tmp_path)) == 1
 
 
+@pytest.mark.slow
 def test_a_training_leaves_what_lies_beside_it(tmp_path):
     from daskcell.training import EncoderRecipe, train_encoder
 
@@ -376,6 +381,7 @@ def test_a_command_replaces_no_file_of_other_people(finished, tmp_path, command)
     assert len(contents(tmp_path)) == 1
 
 
+@pytest.mark.slow
 def test_what_lies_beside_an_output_stays(finished, tmp_path):
     names = [".x.zarr.partial/notes", ".x.zarr.old/notes", ".x.zarr-mine/notes", ".page.html.0123abcd.tmp"]
     files = write(tmp_path, *names, "a_mine.tif")

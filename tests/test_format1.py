@@ -95,6 +95,7 @@ def test_the_next_run_brings_it_up_to_date_and_does_nothing_again(old, fresh, ra
     assert ran == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "redone"),
     [
@@ -122,6 +123,7 @@ def test_a_changed_input_is_found(old, ran):
     assert {stage for slide, stage in ran if slide == "two"} >= {"convert", "segment", "describe"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved", [0, 1, 2])
 def test_a_run_that_is_killed_while_it_does_so_loses_nothing(old, ran, monkeypatch, saved):
     save, count = upgrade._save, []
@@ -141,12 +143,14 @@ def test_a_run_that_is_killed_while_it_does_so_loses_nothing(old, ran, monkeypat
     assert {slide for slide, stage in ran if stage in ("convert", "fit", "segment")} == set()
 
 
+@pytest.mark.slow
 def test_a_version_that_gives_other_results_redoes_what_it_made(old, ran, monkeypatch):
     monkeypatch.setitem(STAGES, "segment", replace(STAGES["segment"], version=99))
     assert dc.run(old / "in", old / "study", SETTINGS).failures == []
     assert {stage for slide, stage in ran if slide == "one"} == {"segment", "describe", "assign", "paint"}
 
 
+@pytest.mark.slow
 def test_what_changed_its_results_since_is_done_again(old, fresh):
     study = dc.run(old / "in", old / "study", SETTINGS)
     assert study.failures == []

@@ -25,6 +25,7 @@ def test_shapes_and_types_of_the_arrays(field):
     assert field.types.shape == (field.labels.max(),)
 
 
+@pytest.mark.slow
 def test_same_seed_same_picture_and_other_seed_another(field):
     again = synthesize_field(SHAPE, seed=3, cells=66)
     other = synthesize_field(SHAPE, seed=4, cells=66)
@@ -70,6 +71,7 @@ def test_cells_are_brighter_than_the_background(field):
     assert np.mean(inside > 1.5 * ground) > 0.98
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("one", "other", "channel"),
     [("granulocyte_cyan", "granulocyte_red", 3), ("epithelial", "epithelial_loose", 0)],

@@ -46,6 +46,7 @@ def test_the_same_command_with_more_inputs_continues(fakes, tmp_path, how):  # n
     assert (study.slides, study.left, study.failures) == (["one", "three"], [], [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["list", "folder", "arrays"])
 def test_slides_whose_input_is_no_longer_given_stay_and_are_marked(fakes, tmp_path, how):  # noqa: F811
     def given(*names):
@@ -124,6 +125,7 @@ def test_a_file_keeps_its_name_when_it_is_given_another_way(fakes, tmp_path):  #
     assert fakes.take() == []
 
 
+@pytest.mark.slow
 def test_a_grown_study_is_what_a_new_one_would_be(tmp_path):
     """The true way, and after it a slide that left has the clusters of the new fit."""
     for seed, name in enumerate("abc"):

@@ -96,6 +96,7 @@ def test_given_axes_are_kept_to_for_any_shape(order: list[str], shape: list[int]
     np.testing.assert_array_equal(as_image(moved, axes="".join(order)).data, x)
 
 
+@pytest.mark.slow
 def test_every_public_function_reads_channels_that_come_last() -> None:
     x = picture()
     last = np.moveaxis(x, 0, -1)
@@ -170,6 +171,7 @@ def refused_kinds() -> dict[str, Any]:
     return kinds
 
 
+@pytest.mark.slow
 def test_arrays_that_mean_more_than_numbers_are_refused_in_a_sentence(tmp_path: Path) -> None:
     for word, array in refused_kinds().items():
         for call in (
@@ -210,6 +212,7 @@ def test_arrays_of_other_libraries_are_read(tmp_path: Path) -> None:
     assert isinstance(as_image(plain).data, da.Array)
 
 
+@pytest.mark.slow
 def test_xarray_says_its_axes_and_channels(tmp_path: Path) -> None:
     xr = pytest.importorskip("xarray")
     x = picture(2)
@@ -241,6 +244,7 @@ class Said(Progress):
         self.said.append(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["array", "npy", "tif", "bare.tif"])
 def test_a_run_reads_channels_that_come_last_and_says_so(tmp_path: Path, kind: str) -> None:
     x = picture()
@@ -270,6 +274,7 @@ def test_a_tiff_whose_axes_nothing_says_is_refused(tmp_path: Path, shape: tuple[
     assert str(shape) in str(found.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", ["YXC", "CYX", "YCX", "XYC", "ZCYX", "CZYX", "TCYX", "YXZC", "YXS"])
 @pytest.mark.parametrize("kind", ["npy", "tif", "deflate.tif", "zarr"])
 def test_the_setting_axes_holds_where_a_file_does_not_say(tmp_path: Path, axes: str, kind: str) -> None:

@@ -337,6 +337,7 @@ def test_files_that_name_each_other_are_one_image(tmp_path: Path) -> None:
     assert image.data[:, 0, 0].compute().tolist() == [1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
 def test_every_field_of_a_plate_is_an_image(tmp_path: Path, version: str) -> None:
     import zarr

@@ -76,6 +76,7 @@ def levels_of(path: Path) -> list[np.ndarray]:
     return [images.read_block(path, Box(0, 0, *shape), k) for k, shape in enumerate(info.levels)]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_files")
 @pytest.mark.parametrize("tile", [{"tile": (16, 16)}, {"rowsperstrip": 8}])
 @pytest.mark.parametrize(
@@ -156,6 +157,7 @@ def test_files_of_the_next_levels_hold_halves_of_whole_ones() -> None:
     assert [level.in_hand for level in small] == [False, True, True]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_files")
 def test_files_are_the_same_bytes_for_any_workers(tmp_path: Path) -> None:
     slide(tmp_path / "a.tif", [(301, 250)], tile=(32, 32))
@@ -292,6 +294,7 @@ def test_the_command_writes_either_version(tmp_path: Path) -> None:
     assert b"ome_zarr" in refused.stderr + refused.stdout
 
 
+@pytest.mark.slow
 def test_either_version_opens_in_naparis_reader(written) -> None:
     reader = pytest.importorskip("napari_ome_zarr")
     path, _, pixels, drawn = written

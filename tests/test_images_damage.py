@@ -113,6 +113,7 @@ def damaged(content: bytes, kind: str, rng: np.random.Generator) -> bytes:
     return bytes(changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOUND)
 def test_missing_data_are_never_filled_up(tmp_path: Path, name: str) -> None:
     """What is missing (cut, never written, a count too small) is refused.

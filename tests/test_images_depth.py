@@ -186,6 +186,7 @@ tiff(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TIFF)
 def test_tiff_keeps_every_bit_or_says_no(tmp_path: Path, name: str) -> None:
     try:

@@ -57,6 +57,7 @@ class Said(Progress):
         self.said.append(text)
 
 
+@pytest.mark.slow
 def test_a_study_among_its_own_inputs_changes_nothing(tmp_path: Path) -> None:
     write(tmp_path / "pics", "a.tif", "deep/b.tif")
     settings = SETTINGS | {"output": {"preprocessed": True}}
@@ -186,6 +187,7 @@ def test_without_progress_what_is_left_out_is_a_warning(tmp_path: Path) -> None:
         assert dc.open_image(tmp_path).name == "a"
 
 
+@pytest.mark.slow
 def test_the_command_channels_names_what_is_left_out(tmp_path: Path) -> None:
     write(tmp_path, "a.tif", "a_masks.tif")
     command = [sys.executable, "-m", "daskcell", "channels", str(tmp_path)]
@@ -217,6 +219,7 @@ def test_links_are_followed_once_and_without_loops(tmp_path: Path) -> None:
     assert found(pictures, pictures / "0.tif")[0] == ["a", "deep_b", "e"]
 
 
+@pytest.mark.slow
 def test_a_dangling_link_is_set_aside_alone(tmp_path: Path) -> None:
     write(tmp_path / "pics", "a.tif", "b.tif")
     os.symlink(tmp_path / "gone.tif", tmp_path / "pics" / "c.tif")
@@ -229,6 +232,7 @@ def test_a_dangling_link_is_set_aside_alone(tmp_path: Path) -> None:
         find_images(tmp_path / "pics" / "c.tif")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "darwin", reason="file names are UTF-8 there")
 def test_a_name_that_is_not_utf8_is_as_good_as_any(tmp_path: Path) -> None:
     write(tmp_path / "pics", "a.tif", "x.tif", "y.tif")

@@ -71,6 +71,7 @@ def test_a_change_of_a_second_file_is_noticed(tmp_path: Path, named: str, suffix
     assert open_image(source).data[2].compute().min() == 9
 
 
+@pytest.mark.slow
 def test_a_study_works_again_on_an_image_whose_second_file_changed(tmp_path: Path) -> None:
     from daskcell.pipeline import run
 
@@ -139,6 +140,7 @@ def test_a_change_of_a_file_on_a_web_server_is_noticed(tmp_path: Path, web: str)
     assert not keys.unchanged(source.all_files, known)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zarr_format", [2, 3])
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_change_of_a_chunk_on_a_web_server_is_noticed(

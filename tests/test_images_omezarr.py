@@ -81,6 +81,7 @@ STORED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TYPES)
 def test_every_type_of_pixels_is_read_and_converted(tmp_path: Path, dtype: str) -> None:
     expected = BASE.astype(dtype).astype(TYPES[dtype])
@@ -130,6 +131,7 @@ def test_chunks_that_are_not_there_are_the_fill_value(tmp_path: Path) -> None:
     np.testing.assert_array_equal(open_image(path).data.compute(), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["0.1", "0.2", "0.3", "0.4", "0.5"])
 def test_every_version_of_the_specification(tmp_path: Path, version: str) -> None:
     """0.1 and 0.2 have five axes and name none; 0.3 names them; 0.4 has types; 0.5 is Zarr 3."""
@@ -155,6 +157,7 @@ def test_every_version_of_the_specification(tmp_path: Path, version: str) -> Non
     assert open_reader(path).levels == ((40, 60), (20, 30))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "axes", ["yx", "cyx", "zyx", "tyx", "czyx", "tzyx", "tczyx", "zcyx", "xyz", "yxc", "ctyx"]
 )
@@ -351,6 +354,7 @@ def field_with_cells(dtype: str = "<u2") -> np.ndarray:
     return pixels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zarr_format", [2, 3])
 def test_images_on_a_web_server(tmp_path: Path, web: str, zarr_format: int) -> None:
     pytest.importorskip("aiohttp")
@@ -411,6 +415,7 @@ def collection(path: Path, kind: str, zarr_format: int = 2) -> list[str]:
 KINDS = ["plate", "well", "numbered series", "listed series", "collection"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zarr_format", [2, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_image_of_a_collection_is_found(tmp_path: Path, web: str, kind: str, zarr_format: int) -> None:
@@ -422,6 +427,7 @@ def test_every_image_of_a_collection_is_found(tmp_path: Path, web: str, kind: st
         assert values == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_well_that_is_not_there_does_not_lose_the_others(tmp_path: Path) -> None:
     import shutil
 

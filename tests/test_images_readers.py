@@ -561,6 +561,7 @@ NOT_READ = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_every_variant_of_the_zoo_is_read_as_tifffile_reads_it(data_dir: Path) -> None:
     folder = data_dir / "tiff-zoo"

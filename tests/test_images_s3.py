@@ -35,6 +35,7 @@ def tiff(path: Path, shape: tuple[int, ...] = (300, 400), **options: object) -> 
     return pixels.reshape(-1, *shape[-2:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", ["tiles", "strips", "raw", "planes"])
 def test_a_tiff_is_read_whole_and_in_parts(server: Server, bucket: str, tmp_path: Path, stored: str) -> None:
     options = {
@@ -74,6 +75,7 @@ def test_a_part_of_a_slide_is_a_few_requests_for_a_small_part_of_the_file(
     reader.close()
 
 
+@pytest.mark.slow
 def test_ranges_come_back_in_the_order_asked(
     server: Server, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,6 +92,7 @@ def test_ranges_come_back_in_the_order_asked(
     assert len(requests) == 2
 
 
+@pytest.mark.slow
 def test_pictures_and_folders_and_patterns(server: Server, bucket: str, tmp_path: Path) -> None:
     for name in ("s_red.tif", "s_green.tif", "t.ome.tif"):
         tiff(tmp_path / name)
@@ -116,6 +119,7 @@ def test_pictures_and_folders_and_patterns(server: Server, bucket: str, tmp_path
         find_images(f"{bucket}/deep/w*.tif")
 
 
+@pytest.mark.slow
 def test_one_object_a_shard_and_metadata_last(server: Server, bucket: str, tmp_path: Path) -> None:
     pixels = tiff(tmp_path / "a.tif", (2, 1100, 1300), tile=(256, 256), metadata={"axes": "CYX"})
     with server.asked() as requests:
@@ -135,6 +139,7 @@ def test_one_object_a_shard_and_metadata_last(server: Server, bucket: str, tmp_p
             assert there == inside.read_bytes()
 
 
+@pytest.mark.slow
 def test_back_from_object_storage(server: Server, bucket: str, tmp_path: Path) -> None:
     pixels = tiff(tmp_path / "a.tif", (600, 700))
     convert(put(bucket, tmp_path / "a.tif"), f"{bucket}/a.zarr")
@@ -145,6 +150,7 @@ def test_back_from_object_storage(server: Server, bucket: str, tmp_path: Path) -
         convert(tmp_path / "a.tif", f"{bucket}/a.zarr")
 
 
+@pytest.mark.slow
 def test_a_conversion_that_was_killed_opens_nowhere_and_is_begun_again(
     server: Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,6 +225,7 @@ def test_errors_are_one_sentence(server: Server, bucket: str, tmp_path: Path, mo
     assert not Path("s3:").exists()
 
 
+@pytest.mark.slow
 def test_without_s3fs_the_sentence_names_the_extra(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['s3fs'] = None\n"

@@ -98,6 +98,7 @@ def expected_of(name: str) -> list[np.ndarray]:
     return [whole[0], whole[2]] if name == "stage.tif" else whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_every_image_of_a_file_is_found_and_read(tmp_path: Path, name: str) -> None:
     make, names = CONTAINERS[name]
@@ -112,6 +113,7 @@ def test_every_image_of_a_file_is_found_and_read(tmp_path: Path, name: str) -> N
         np.testing.assert_array_equal(made.data.compute()[0], pixels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_a_file_of_several_images_is_opened_by_scene(tmp_path: Path, name: str) -> None:
     make, names = CONTAINERS[name]
@@ -297,6 +299,7 @@ def test_positions_in_a_file_each_are_read_once_and_a_missing_one_is_said(tmp_pa
     np.testing.assert_array_equal(open_image(second).data.compute()[0], field(3, 1))
 
 
+@pytest.mark.slow
 def test_a_run_works_on_every_image_of_a_file_and_goes_on(tmp_path: Path) -> None:
     path = ome_tiff(tmp_path / "a.ome.tif")
     study = dc.run(path, tmp_path / "study", {**SETTINGS, "input": {"scenes": ["Pos B"]}})

@@ -17,6 +17,7 @@ from daskcell.images.reader_process import open_safely
 pytestmark = pytest.mark.skipif(not shared_buffers.is_available(), reason="needs memfd_create")
 
 
+@pytest.mark.slow
 def test_a_buffer_is_used_again_when_the_last_view_is_gone() -> None:
     pool = shared_buffers.BufferPool()
     buffer = pool.acquire(600)
@@ -31,6 +32,7 @@ def test_a_buffer_is_used_again_when_the_last_view_is_gone() -> None:
     assert pool.acquire(500) is not buffer
 
 
+@pytest.mark.slow
 def test_larger_buffers_are_made_and_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_buffers, "KEPT_BYTES", 5000)
     pool = shared_buffers.BufferPool()

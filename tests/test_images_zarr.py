@@ -63,6 +63,7 @@ def mean_by_hand(array: np.ndarray) -> np.ndarray:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype", ["uint8", "uint16", "int16", "uint32", "int32", "float32", "float64", "int8"]
 )
@@ -86,6 +87,7 @@ def test_levels_go_on_until_both_sides_are_small() -> None:
     assert level_shapes((4097, 1000)) == [(4097, 1000), (2049, 500), (1025, 250), (513, 125)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1), (3, 64, 64), (2, 65, 31), (1, 150, 201), (4, 1, 130), (1, 300, 1)]
 )
@@ -395,6 +397,7 @@ images.convert_slide(images.find_images(sys.argv[1])[0], sys.argv[2])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="kills a process")
 def test_a_killed_conversion_leaves_nothing_that_looks_whole_and_can_be_repeated(tmp_path: Path) -> None:
     pixels = RNG.integers(0, 255, (1, 2000, 2000), np.uint8)
@@ -450,6 +453,7 @@ def labelled(tmp_path: Path, shape: tuple[int, int] = (150, 201), block: int = 6
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [32, 64, 96, 256])
 def test_labels_are_written_block_by_block_with_nearest_levels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
@@ -581,6 +585,7 @@ def test_channels_split_from_colour_and_float(tmp_path: Path) -> None:
     np.testing.assert_array_equal(tifffile.imread(file), tifffile.imread(tmp_path / "f.tif"))
 
 
+@pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.parametrize(
     "name",

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 PACKAGE = Path(__file__).resolve().parents[1] / "daskcell"
 ROOMS = [
     ["_version", "errors", "allocator", "text"],
@@ -55,6 +57,7 @@ def test_every_room_has_its_place():
     assert set(ORDER) == found - {"__init__", "__main__"}
 
 
+@pytest.mark.slow
 def test_imports_run_one_way():
     against = {
         (str(file.relative_to(PACKAGE)), module)

@@ -129,6 +129,7 @@ def test_names_that_would_leave_the_study_stay_inside(folder):
     assert len({source.name for source in sources}) == len(names)
 
 
+@pytest.mark.slow
 def test_names_too_long_for_a_file_system_are_cut_and_kept_apart(folder):
     """File systems count bytes: 300 letters of three bytes each would stop the whole run."""
     names = [letter * 300 for letter in ("x", "胞", "e\u0301")] + ["胞" * 299]
@@ -138,6 +139,7 @@ def test_names_too_long_for_a_file_system_are_cut_and_kept_apart(folder):
     assert any(name.startswith("é" * 50) for name in study.slides)
 
 
+@pytest.mark.slow
 def test_what_a_table_says_is_part_of_what_a_slide_depends_on(folder):
     table = write(folder, "path,pixel_size,condition\na.tif,0.5,one\nb.tif,0.5,one\n")
     study = run(table, folder / "out", SETTINGS)
@@ -153,11 +155,13 @@ def test_what_a_table_says_is_part_of_what_a_slide_depends_on(folder):
     assert study.cells().groupby("condition").size().to_dict() == {"one": 2, "two": 2}
 
 
+@pytest.mark.slow
 def test_a_generator_of_paths_does_as_a_list_does(folder):
     study = run((folder / f"{name}.tif" for name in "ab"), folder / "out", SETTINGS)
     assert (study.slides, study.failures) == (["a", "b"], [])
 
 
+@pytest.mark.slow
 def test_arrays_from_a_generator_are_kept_and_continued(folder):
     def arrays(seed: int = 1):
         yield "flat", picture()

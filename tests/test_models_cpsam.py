@@ -131,6 +131,7 @@ def test_records_of_the_training_set_may_be_missing(checkpoint, tmp_path):
     assert float(models.load_network(tmp_path / "old", dtype=torch.float32).diam_mean) == 30
 
 
+@pytest.mark.slow
 def test_weights_are_fine_tuned_by_the_command_that_trains_the_embedded_ones(checkpoint, tmp_path):
     import torch
 

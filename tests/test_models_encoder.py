@@ -132,6 +132,7 @@ def test_regions_split_the_cell():
     assert core[9, 9] < 0.3
 
 
+@pytest.mark.slow
 def test_outputs_weigh_about_the_same(cells):
     """Standardising the encoder's outputs must not amount to whitening."""
     import torch
@@ -148,6 +149,7 @@ def test_outputs_weigh_about_the_same(cells):
     assert torch.allclose(net.turn @ net.turn.T, torch.eye(24), atol=1e-4), "lengths and angles are kept"
 
 
+@pytest.mark.slow
 def test_both_blocks_weigh_the_same(tiny, cells):
     import torch
 
@@ -161,6 +163,7 @@ def test_both_blocks_weigh_the_same(tiny, cells):
     assert 0.4 < lengths[0] / lengths[1] < 2.5
 
 
+@pytest.mark.slow
 def test_groups_generated_cells_by_type(tiny, cells):
     import torch
 
@@ -174,6 +177,7 @@ def test_groups_generated_cells_by_type(tiny, cells):
     assert adjusted_rand_score(types, found) > 0.85
 
 
+@pytest.mark.slow
 def test_neighbours_are_mostly_of_one_type(cells):
     from daskcell.models.crop_measurements import MEASUREMENTS
     from daskcell.training.encoder import measure_crops, neighbours
@@ -210,6 +214,7 @@ def test_altered_views_keep_background_and_size(cells):
     assert (view == 0).float().mean() > 0.3
 
 
+@pytest.mark.slow
 def test_training_gives_a_usable_encoder_and_continues(tmp_path, cells):
     import torch
 
@@ -230,6 +235,7 @@ def test_training_gives_a_usable_encoder_and_continues(tmp_path, cells):
         train_encoder(crops, tmp_path / "a", EncoderRecipe(**{**SMALL, "neighbours": 3}))
 
 
+@pytest.mark.slow
 def test_training_repeats_bit_for_bit(tmp_path, cells):
     from daskcell.training.encoder import EncoderRecipe, train_encoder
 
@@ -243,6 +249,7 @@ def test_training_repeats_bit_for_bit(tmp_path, cells):
     assert prints[0] == prints[1]
 
 
+@pytest.mark.slow
 def test_training_pulls_neighbours_together(tmp_path, cells):
     from daskcell.training.encoder import EncoderRecipe, train_encoder
 

@@ -34,6 +34,7 @@ def test_has_the_size_that_was_planned(tiny):
     assert 1.6e6 < sum(p.numel() for p in tiny.parameters()) < 1.75e6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(100, 90), (256, 256), (300, 270)])
 def test_runs_through_cellposes_tiles(tiny, shape):
     from cellpose.core import run_net
@@ -72,6 +73,7 @@ def average_precision(truth, image, network="tiny", diameter=None):
     return score_pair(truth, segment(image, model=network, diameter=diameter))[0.5].ap
 
 
+@pytest.mark.slow
 def test_an_untrained_network_fails_where_the_embedded_one_succeeds():
     from daskcell.models.unet import TinyUNet
 
@@ -86,6 +88,7 @@ def test_a_constant_image_has_no_cells():
     assert not np.asarray(segment(np.zeros((3, 128, 128), np.float32), diameter=None)).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("colors", ["usual", "grey", "inverted", "swapped", "one stain empty"])
 def test_colors_do_not_matter_much(colors):
     field = synthesize_field((256, 256), seed=7, cells=26)

@@ -11,6 +11,7 @@ import pytest
 import tifffile
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 @pytest.mark.parametrize("command", ["channels", "run"])
 def test_names_that_the_output_cannot_show_are_escaped(encoding, command, tmp_path):

@@ -190,6 +190,7 @@ def test_the_same_run_again_does_nothing_and_starts_no_worker(fakes, folder, tmp
     assert (tmp_path / "out" / "study.json").read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "redone"),
     [
@@ -513,6 +514,7 @@ def test_an_error_that_concerns_all_slides_stops_the_run(fakes, folder, tmp_path
 # ---------------------------------------------------------------------- interruptions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [*EARLY, "assign", "paint"])
 def test_a_run_that_dies_in_any_stage_continues_with_that_stage(fakes, folder, tmp_path, stage):
     fakes.raises["three", stage] = KeyboardInterrupt()
@@ -600,8 +602,8 @@ def test_the_status_tells_how_far_a_run_is_while_it_lasts(fakes, folder, tmp_pat
     study = run(folder, tmp_path / "out", INLINE)
     last = seen[-1]["running"]["progress"]
     assert 0 < seen[0]["running"]["progress"]["fraction"] < last["fraction"] < 1
-    assert last["seconds_left"] >= 0
-    assert "% done, about" in table(seen[-1])
+    assert last["seconds_left"] is None or last["seconds_left"] >= 0  # None: too little is measured yet
+    assert "% done" in table(seen[-1])
     assert seen[-1]["slides"][-1]["stages"]["describe"] == "running"
     assert report(study)["running"] is None
     assert not (study.out / ".progress.json").exists()
@@ -686,6 +688,7 @@ def contents(out: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_many_small_slides_share_tasks(fakes, tmp_path, monkeypatch):
     from distributed import Client

@@ -60,6 +60,7 @@ def contents(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
+@pytest.mark.slow
 def test_of_a_new_study_everything_is_to_do_and_nothing_is_written(made, tmp_path, monkeypatch):
     counts = []
     run_tiles = CellposeMethod.run_tiles
@@ -138,6 +139,7 @@ def test_damage_a_new_version_and_a_changed_input_are_named(study, tmp_path, mon
     assert found["one"]["describe"] == "segment is done again"
 
 
+@pytest.mark.slow
 def test_an_input_that_changed_or_cannot_be_opened_is_named(tmp_path):
     (tmp_path / "in").mkdir()
     for seed, name in enumerate(("one", "two")):

@@ -55,6 +55,7 @@ def cells(data_dir: Path) -> np.ndarray:
     return np.concatenate([np.asarray(images.open_image(file).data)[:, :256, :256] for file in files])
 
 
+@pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.parametrize("light", LIGHT, ids=str)
 @pytest.mark.parametrize("scene", [tissue, cells], ids=lambda scene: scene.__name__)
@@ -113,6 +114,7 @@ def slide(data_dir, tmp_path_factory):
     return folder, x
 
 
+@pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.parametrize("light", [{"radius": 25}, None], ids=str)
 def test_any_box_holds_the_pixels_of_the_whole(slide, light):
@@ -134,6 +136,7 @@ def test_any_box_holds_the_pixels_of_the_whole(slide, light):
         np.testing.assert_array_equal(image.read(box, 1), coarse[(slice(None), *box.slices)])
 
 
+@pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.parametrize("method", ["separate", "normalize"])
 def test_the_overlay_of_a_level_shows_what_the_overlay_of_the_whole_shows(slide, method, tmp_path):
@@ -214,6 +217,7 @@ def test_a_plan_in_another_plans_file_is_refused(tmp_path):
 DTYPES = ["u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f4", "f8"]
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(
     chunks=chunkings(),
@@ -239,6 +243,7 @@ def test_filters_of_dask_image_give_the_bits_of_the_steps(chunks, sigma, radius,
         np.testing.assert_array_equal(got.compute(scheduler="sync"), expected[0] if flat else expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 3, 300), (2, 300, 3), (1, 2, 2)])
 def test_images_smaller_than_a_filter_are_filtered_whole(shape):
     x = random_image(np.uint8, shape)

@@ -182,6 +182,7 @@ def by_skimage(x: np.ndarray, method: str, reference: np.ndarray) -> np.ndarray:
     return exposure.match_histograms(x, reference, channel_axis=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_histograms_equal_scikit_image_on_the_whole(method, dtype):
@@ -213,6 +214,7 @@ def test_histograms_equal_scikit_image_on_the_whole(method, dtype):
         np.testing.assert_allclose(got, theirs, atol=3e-7, rtol=1e-6)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(chunks=chunkings(), method=st.sampled_from(METHODS), dtype=st.sampled_from(DTYPES))
 def test_chunks_change_no_bit(chunks, method, dtype):
@@ -223,6 +225,7 @@ def test_chunks_change_no_bit(chunks, method, dtype):
     np.testing.assert_array_equal(whole.compute(scheduler="sync"), cut.compute(scheduler="sync"))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     x=st.sampled_from(DTYPES).flatmap(
@@ -416,6 +419,7 @@ def make_plan(method, dtype):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "dtype"), plans())
 def test_blocks_equal_the_whole_and_the_lazy_functions(method, dtype):
     x, plan, _ = make_plan(method, dtype)
@@ -448,6 +452,7 @@ def test_without_its_halo_a_block_differs():
     assert not np.array_equal(cut, apply_block(x, plan)[:, :, :40])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "dtype"), plans())
 def test_plans_survive_json_and_pickle(method, dtype):
     x, plan, chosen = make_plan(method, dtype)

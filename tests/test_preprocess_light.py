@@ -56,6 +56,7 @@ def by_skimage(x: np.ndarray, radius: int, light: bool = False) -> np.ndarray:
     return transform.resize(turn(small, disc), x.shape, order=1, mode="edge", anti_aliasing=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("radius", [4, 12, 20])
 @pytest.mark.parametrize("light", [False, True])
 def test_the_ground_is_scikit_images_opening_of_the_means(radius, light):
@@ -65,6 +66,7 @@ def test_the_ground_is_scikit_images_opening_of_the_means(radius, light):
     np.testing.assert_allclose(got, x / ground if light else x - ground, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     chunks=chunkings(),
@@ -275,6 +277,7 @@ def test_darker_stays_darker():
         assert (np.diff(after.ravel()[order].astype(int)) >= 0).all()
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(
     chunks=chunkings(),
@@ -361,6 +364,7 @@ def blockwise(x: np.ndarray, plan: Plan, side: int) -> np.ndarray:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
 def test_a_plan_with_all_light_steps_is_the_functions_one_after_another(field, dtype):
     path, flat = field
@@ -378,6 +382,7 @@ def test_a_plan_with_all_light_steps_is_the_functions_one_after_another(field, d
     np.testing.assert_array_equal(prepare(cut, plan).compute(), by_hand)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["normalize", "separate"])
 def test_a_plan_with_stains_is_the_functions_one_after_another(method):
     x = stained()

@@ -37,6 +37,7 @@ def slide(request, tmp_path_factory):
     return folder / "x.zarr", x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["stretch", "equalize", "clahe"])
 @pytest.mark.parametrize("workers", [None, Workers()], ids=["loop", "window"])
 def test_a_slide_gives_the_plan_of_the_whole(slide, method, workers, monkeypatch):
@@ -47,6 +48,7 @@ def test_a_slide_gives_the_plan_of_the_whole(slide, method, workers, monkeypatch
     assert fit_slide(path, settings, workers) == fit_plan(x, settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["stretch", "equalize", "clahe"])
 def test_histograms_kept_with_the_image_save_reading_it(slide, method, monkeypatch):
     path, x = slide
@@ -64,6 +66,7 @@ def test_histograms_kept_with_the_image_save_reading_it(slide, method, monkeypat
     assert len(read) > passes.get(method, 0)
 
 
+@pytest.mark.slow
 def test_the_tif_is_the_preprocessed_image(slide, tmp_path):
     path, x = slide
     settings = PreprocessSettings(gaussian=GaussianSettings(sigma=2.0))
@@ -75,6 +78,7 @@ def test_the_tif_is_the_preprocessed_image(slide, tmp_path):
     assert [f.name for f in (tmp_path / "made").iterdir()] == ["x.tif"]
 
 
+@pytest.mark.slow
 def test_blocks_are_counted_with_their_halo(slide, monkeypatch):
     """What lies below the cells is the same for blocks of 256 pixels and for the whole."""
     path, x = slide
@@ -85,6 +89,7 @@ def test_blocks_are_counted_with_their_halo(slide, monkeypatch):
     assert fit_plan(x, settings) == blocks
 
 
+@pytest.mark.slow
 def test_channels_that_are_not_three_become_pages(slide, tmp_path):
     x = slide[1][:2]
     tifffile.imwrite(tmp_path / "x.tif", x, photometric="minisblack", metadata={"axes": "CYX"}, ome=True)

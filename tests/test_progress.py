@@ -163,6 +163,7 @@ WATERSHED_SHARES = SHARES | {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*WEIGHED_BY, *OTHERS])
 def test_progress_never_goes_back_and_the_time_left_is_right_within_a_factor_of_two(name, monkeypatch):
     """But for what nobody can know: a stage that takes far longer than its share, before it was measured."""
@@ -337,7 +338,9 @@ def test_a_slide_that_is_one_task_tells_of_its_stages_and_status_too(kind, slide
 
     class OneTask(Progress):
         def changed(self):
-            seen.append((self.fraction, self.slides_done, dc.open_study(tmp_path / "out").read_progress()))
+            seen.append(
+                (self.fraction, self.slides_done, dc.open_study(tmp_path / "out").record.read_progress())
+            )
 
     if kind == "inline":
         dc.run(slide, tmp_path / "out", config, progress=OneTask())

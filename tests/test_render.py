@@ -68,6 +68,7 @@ def test_touching_cells_of_one_cluster_are_kept_apart():
     assert (picture[15, 20] != CLUSTER_COLORS[2]).any()
 
 
+@pytest.mark.slow
 @given(st.integers(11, 60), st.integers(11, 60), st.integers(0, 3), st.booleans())
 @settings(max_examples=12, deadline=None)
 def test_no_pixel_depends_on_the_chunks(rows, columns, outline, deep):
@@ -265,6 +266,7 @@ def test_many_clusters_get_a_wider_type(slide):
     assert zarr.open_array(path / "labels" / "clusters" / "0", mode="r").dtype == np.uint16
 
 
+@pytest.mark.slow
 def test_overlay_files_open_elsewhere_and_show_the_overlay(slide, tmp_path):
     path, table, image, labels, clusters = slide
     files = write_overlay(prepared(path), table, table, tmp_path, "s", 3, Workers())

@@ -27,6 +27,7 @@ def ring_area(ring):
     return (x * np.roll(y, -1) - np.roll(x, -1) * y).sum() / 2
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(masks)
 def test_outlines_are_valid_and_hold_the_pixels_and_no_more(labels):
@@ -64,6 +65,7 @@ def test_areas_of_rings_add_up_and_no_ring_visits_a_corner_twice(labels):
                 assert turns.all()  # no point in the middle of a straight line
 
 
+@pytest.mark.slow
 def test_outlines_have_the_coordinates_of_the_whole_image():
     labels = np.zeros((6, 7), np.uint32)
     labels[2:4, 3:6] = 9

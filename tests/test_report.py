@@ -202,12 +202,14 @@ def test_a_cell_is_shown_in_the_middle_with_its_outline(made):
     assert drawn[drawn.shape[0] // 2, drawn.shape[1] // 2].mean() > 80
 
 
+@pytest.mark.slow
 def test_the_same_results_give_the_same_bytes(made, tmp_path):
     inputs = Path(made.record["inputs"][0])
     again = run(inputs, tmp_path / "another" / "name", SETTINGS)
     assert again.paths.report.read_bytes() == made.paths.report.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_page_is_written_again_only_when_it_would_say_something_else(study):
     inputs = study.record["inputs"][0]
     before = study.paths.report.stat().st_mtime_ns
@@ -230,6 +232,7 @@ def test_clusters_that_were_joined_are_shown_as_one(study):
     assert "both" in page_of(study).words("clusters")
 
 
+@pytest.mark.slow
 def test_known_types_are_compared(study, tmp_path):
     cells = study.cells()
     truth = cells[["slide", "label"]].assign(
@@ -249,6 +252,7 @@ def test_known_types_are_compared(study, tmp_path):
     assert "truth" not in page_of(study).text
 
 
+@pytest.mark.slow
 def test_the_choice_of_the_number_of_clusters_is_shown(study):
     settings = SETTINGS | {"cluster": {"k": "auto", "use": ["measurements"]}}
     again = run(study.record["inputs"][0], study.out, settings)
@@ -279,6 +283,7 @@ def test_a_study_without_clusters_has_a_page_too(tmp_path):
     assert "clusters" not in page.text
 
 
+@pytest.mark.slow
 def test_slides_of_one_condition_are_added_up(tmp_path):
     rows = []
     for number, name in enumerate(("one", "two", "three")):

@@ -137,6 +137,7 @@ def test_what_the_study_says_of_itself_can_be_read(study):
     assert plan["shape"] == [160, 160]
 
 
+@pytest.mark.slow
 def test_channels_of_different_sizes_are_set_aside(tmp_path):
     (tmp_path / "in").mkdir()
     for name, side in (("a_red", 160), ("a_green", 160), ("b_red", 160), ("b_green", 150)):
@@ -147,6 +148,7 @@ def test_channels_of_different_sizes_are_set_aside(tmp_path):
     assert len(study.cells("a")) == 9
 
 
+@pytest.mark.slow
 def test_the_block_size_changes_no_cell_and_no_cluster(tmp_path):
     (tmp_path / "in").mkdir()
     field = synthesize_field((600, 620), seed=3)

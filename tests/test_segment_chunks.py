@@ -42,6 +42,7 @@ watersheds = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     cut=cut_pictures(),
@@ -80,6 +81,7 @@ def test_threads_of_the_network_change_at_most_one_cell_in_a_thousand():
         assert same >= 0.999 * true
 
 
+@pytest.mark.slow
 def test_each_tile_goes_through_the_network_once():
     net = BlobNetwork()
     _, report = run(blobs((600, 800), 5), model=net, block=300, batch_size=1)

@@ -50,6 +50,7 @@ def assert_same_cells(labels, expected, identical=0.999, close=1.0):
     assert (ious >= 0.95).sum() >= close * len(ious)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "channels"), [((520, 430), 1), ((257, 700), 3), ((120, 90), 2), ((255, 256), 1), ((16, 400), 1)]
 )
@@ -64,6 +65,7 @@ def test_blocks_give_every_cell_of_the_whole_picture_pixel_by_pixel(serial, shap
         assert report.conflicts == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("diameter", [12, 20.0, 47])
 def test_rescaling_by_a_diameter_gives_the_cells_of_the_whole_picture(serial, diameter):
     image = blobs((430, 610), 3)
@@ -114,6 +116,7 @@ def test_the_network_sees_the_pixels_that_cellpose_shows_it_of_an_image_above_it
     assert not np.allclose(params.bounds[0], np.percentile(image, (1, 99)), rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -133,6 +136,7 @@ def test_thresholds_mean_what_they_mean_to_cellpose(serial, options):
     assert_same_cells(run(image, model=net, block=128, **options)[0], expected)
 
 
+@pytest.mark.slow
 def test_a_cell_larger_than_any_halo_comes_out_whole(serial):
     image = blobs((300, 320), 5, radius=30, density=0.003)
     net = BlobNetwork(sigma=12)
@@ -154,6 +158,7 @@ def test_a_mask_over_many_blocks_is_dropped_by_its_share_of_the_whole_picture(li
     assert report.halo_retries > 0
 
 
+@pytest.mark.slow
 def test_without_ownership_blocks_cut_cells():
     """The control: the same picture, block by block, as others do it. The seam report must see it."""
     image = blobs((512, 512), 6)
@@ -197,7 +202,7 @@ def test_any_function_of_a_block_becomes_a_method_without_seams():
 
 def test_the_readmes_example_of_a_method_runs_as_it_stands():
     text = (Path(__file__).resolve().parents[1] / "README.md").read_text()
-    example = re.search(r"seams for\s+free:\n\n((?:    .*\n)+)", text)[1]
+    example = re.search(r"no\s+seams\s+either:\n\n((?:    .*\n)+)", text)[1]
     names = {"dc": daskcell, "x": blobs((1050, 1100), 7)}
     exec(textwrap.dedent(example), names)
     labels = names["labels"]
@@ -207,6 +212,7 @@ def test_the_readmes_example_of_a_method_runs_as_it_stands():
     assert expected.max() > 100
 
 
+@pytest.mark.slow
 def test_ids_run_in_reading_order_from_one():
     labels, _ = run(blobs((400, 400), 8), model=BlobNetwork(), block=90)
     flat = labels.ravel()

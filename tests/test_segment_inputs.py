@@ -51,6 +51,7 @@ def as_kind(image, kind):
     return (low + np.clip(image, 0, 1).astype(np.float64) * (high - low)).astype(kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["cellpose", "watershed"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_number_gives_the_cells_of_its_values(kind, method):
@@ -61,6 +62,7 @@ def test_every_kind_of_number_gives_the_cells_of_its_values(kind, method):
     np.testing.assert_array_equal(labels, as_floats)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bool", "int8", "uint32", "float16", ">u2"])
 def test_every_kind_of_number_in_a_file_gives_the_same_cells(kind, tmp_path):
     image = as_kind(blobs((200, 230), 2), kind)
@@ -76,6 +78,7 @@ def test_numbers_of_64_bits_in_a_file_are_refused_by_name(kind, tmp_path):
         run_engine(as_kind(blobs((60, 70)), kind), tmp_path, SegmentSettings())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", ["cellpose", "watershed"])
 def test_constant_pictures_have_no_cells(kind, method):
@@ -111,6 +114,7 @@ def test_what_cannot_be_segmented_is_refused_with_the_value(image, options, says
         segment(image, **{"model": BlobNetwork()} | options)
 
 
+@pytest.mark.slow
 def test_a_picture_that_could_overflow_the_labels_is_refused_before_any_work():
     image = da.zeros((80_000, 100_000), chunks=20_000, dtype=np.uint8)
     segment(image, model=BlobNetwork(), block=20_000)

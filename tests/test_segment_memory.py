@@ -80,6 +80,7 @@ def test_networks_count_where_every_worker_loads_them(device, tmp_path):
     assert networks_bytes(other) == 200
 
 
+@pytest.mark.slow
 def test_a_run_is_refused_before_any_work(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((64, 64), np.uint8))
     config = {"compute": {"workers": 1, "memory": "1GiB", "block": 4096}}

@@ -32,6 +32,7 @@ def label_images(draw, count=1):
     return images, chunks
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(label_images(), st.sampled_from([0, 0.5, 1, 1.5, 2, 3.7, 6, 100]))
 def test_grown_labels_are_those_of_the_whole_image(drawn, distance):
@@ -97,6 +98,7 @@ def paired(nuclei, cells, unmatched, several, grow):
     return new_nuclei, new_cells
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     label_images(2),
@@ -133,5 +135,7 @@ def test_what_cannot_be_paired_is_refused():
         dc.pair(good, good, several="all")
     with pytest.raises(InputError, match="Ids of cells must be from 0"):
         dc.pair(good, good * 2**40)
-    with pytest.raises(InputError, match="Ids of nuclei must be from 0"):
+    with pytest.raises(InputError, match="nuclei must not be below 0"):
         dc.pair(-good, good)
+    with pytest.raises(InputError, match="Ids of nuclei must be from 0"):
+        dc.pair(da.from_array(-good), good)

@@ -91,6 +91,7 @@ def segment(image, **options):
     return dc.segment(image, **options).compute(scheduler="synchronous")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"level": 0.6, "sigma": 2.5}])
 def test_blocks_give_the_labels_of_the_method_on_the_whole_image(whole, image, options):
     expected = whole(**options)
@@ -99,6 +100,7 @@ def test_blocks_give_the_labels_of_the_method_on_the_whole_image(whole, image, o
         np.testing.assert_array_equal(segment(image, block=block, halo=halo, **options), expected)
 
 
+@pytest.mark.slow
 def test_a_filter_that_reaches_farther_than_it_says_cuts_cells(whole, image, monkeypatch):
     """The control: `reach` is what makes blocks exact."""
     from daskcell_plugin.bright import Bright
@@ -126,6 +128,7 @@ def run(site, folder, level, *more):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_study_runs_the_method_and_redoes_it_when_its_options_or_version_change(
     site, whole, image, tmp_path
 ):

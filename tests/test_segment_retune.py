@@ -45,6 +45,7 @@ def tiles(monkeypatch):
     return counts
 
 
+@pytest.mark.slow
 def test_thresholds_are_changed_by_command_without_the_network(command, tiles, tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", (np.clip(blobs((300, 320), 11, radius=11), 0, 1) * 200).astype("u1"))
     plain = ["--compute", "inline", "-k", 2, "--quiet", "--set", "compute.block=256", "--diameter", "none"]
@@ -105,6 +106,7 @@ CELLPOSE = {"keep_flows": True, "diameter": None}
 WATERSHED = {"keep_flows": True, "method": "watershed"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("segment", [CELLPOSE, WATERSHED], ids=["cellpose", "watershed"])
 @pytest.mark.parametrize("other", ["mirror image", "another"])
 def test_what_is_kept_of_another_input_is_not_used(data_dir, tmp_path, segment, other):
@@ -121,6 +123,7 @@ def test_what_is_kept_of_another_input_is_not_used(data_dir, tmp_path, segment, 
     np.testing.assert_array_equal(after, _run(tmp_path / "in", tmp_path / "fresh", segment))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -140,6 +143,7 @@ def test_what_is_kept_under_other_settings_is_not_used(data_dir, tmp_path, befor
     np.testing.assert_array_equal(again, _run(tmp_path / "in", tmp_path / "fresh", after))
 
 
+@pytest.mark.slow
 def test_what_is_kept_after_another_preprocessing_is_not_used(data_dir, tmp_path):
     (tmp_path / "in").mkdir()
     tifffile.imwrite(tmp_path / "in" / "a.tif", _real(data_dir))
@@ -151,6 +155,7 @@ def test_what_is_kept_after_another_preprocessing_is_not_used(data_dir, tmp_path
     np.testing.assert_array_equal(again, _cells(dc.run(tmp_path / "in", tmp_path / "fresh", blurred)))
 
 
+@pytest.mark.slow
 def test_flows_of_what_is_gone_are_not_kept_for_ever(data_dir, tmp_path):
     (tmp_path / "in").mkdir()
     for pixels in (_real(data_dir), _real(data_dir)[::-1]):
@@ -159,6 +164,7 @@ def test_flows_of_what_is_gone_are_not_kept_for_ever(data_dir, tmp_path):
     assert len(list((tmp_path / "study" / "flows" / "a").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_a_slide_that_was_set_aside_goes_on_where_it_stopped(data_dir, tmp_path, monkeypatch, tiles):
     from daskcell.segmentation import engine
 

@@ -62,6 +62,7 @@ def test_preprocessing_is_the_same(serial):
     np.testing.assert_array_equal(apply_block(x, plan), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("diameter", [None, 20.0, "auto"])
 def test_cellpose_on_the_whole_is_cellposes_own_eval(serial, diameter):
     picture = blobs()[0][:3]

@@ -78,6 +78,7 @@ WHITE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint8, np.float32, np.int32], ids=lambda d: d.__name__)
 @pytest.mark.parametrize("around", AROUND | WHITE)
 def test_percentiles_are_those_of_the_cells_and_not_of_the_noise(around, dtype):
@@ -112,6 +113,7 @@ def cells_alone(dtype):
     return dc.segment(dc.prepare(field[patch][None]), method="watershed").compute(scheduler="synchronous")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint8], ids=lambda d: d.__name__)
 @pytest.mark.parametrize("around", AROUND)
 def test_the_watershed_finds_the_cells_of_the_patch_alone(around, dtype):
@@ -141,6 +143,7 @@ def assert_alike(found, expected):
         assert (cell & other).sum() / (cell | other).sum() > 0.85
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint8], ids=lambda d: d.__name__)
 @pytest.mark.parametrize("spoil", [AROUND["field"], with_defects], ids=["clean", "defects"])
 def test_nothing_is_found_in_an_empty_field(dtype, spoil):
@@ -167,6 +170,7 @@ def stretch_of(rgb):
     return next(step for step in plan.steps if isinstance(step, Stretch))
 
 
+@pytest.mark.slow
 def test_a_channel_of_noise_is_not_shown_beside_one_with_cells():
     cells, noise = dark_field(1024)[0], dark_field(1024, cells=0, seed=3)[0]
     found = bounds(np.stack([cells, noise]))
@@ -325,6 +329,7 @@ def test_what_the_limits_leave_out_is_told():
     assert Plan.from_json(plan.to_json()) == plan
 
 
+@pytest.mark.slow
 def test_a_run_and_its_report_tell_what_the_limits_leave_out(tmp_path):
     said: list[str] = []
     progress = Progress()
@@ -344,6 +349,7 @@ def test_a_run_and_its_report_tell_what_the_limits_leave_out(tmp_path):
     assert told in status.table(status.report(study))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=15)
 @given(st.data())
 def test_counts_do_not_depend_on_chunks(data):

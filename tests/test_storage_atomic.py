@@ -125,6 +125,7 @@ def test_a_full_disk_is_told_from_other_errors():
     assert atomic.is_full(outer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["convert {file} {out}", "segment {file} -o {out} --method watershed"])
 def test_a_command_on_a_full_disk_ends_with_one_sentence_and_leaves_nothing(text, tmp_path):
     file = tmp_path / "picture.tif"

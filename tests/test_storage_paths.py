@@ -38,6 +38,7 @@ WORDS = [
 EVERYTHING = " -" + "".join([*PRINTABLE[1:], *BEYOND, "%41~$HOME::{v1}[red]"]) + " "
 
 
+@pytest.mark.slow
 def test_a_run_whose_names_hold_every_character(tmp_path):
     """Input, its folder and the study, the whole way; the results are those of a plain name."""
     folder = tmp_path / f"in{EVERYTHING}"
@@ -61,6 +62,7 @@ def test_a_run_whose_names_hold_every_character(tmp_path):
     assert CliRunner().invoke(app, words).exit_code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*PRINTABLE, *BEYOND, *WORDS], ids=ascii)
 def test_a_name_is_a_name(tmp_path, name):
     folder = tmp_path / f"x{name}"
@@ -83,6 +85,7 @@ def run_config():
     return parse_config(SETTINGS)
 
 
+@pytest.mark.slow
 def test_names_that_are_not_utf_8_are_names(tmp_path):
     folder = tmp_path / os.fsdecode(b"in\xff")
     folder.mkdir()

@@ -295,6 +295,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.slow
 def test_a_script_that_uses_the_public_names_passes_a_strict_type_check(tmp_path):
     """The flags are those of ``mypy --strict``; given in the file, what `make lint` keeps is used."""
     script = tmp_path / "script.py"

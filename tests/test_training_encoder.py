@@ -75,6 +75,7 @@ def image_of(study, name):
 
 
 # -- crops ----------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_crops_are_what_the_encoder_is_given(study, tmp_path):
     """Cut from the study's files, block by block, they are those of `embed` on the whole image."""
     made, _ = study
@@ -138,6 +139,7 @@ def test_joined_files_are_one_array():
     assert [len(s) for s in join([*parts, *parts[:1]], 6)] == [6, 14]
 
 
+@pytest.mark.slow
 def test_crops_are_not_held_in_memory(tmp_path):
     """Training on 6000 mapped crops (74 MB) holds little more than on 100."""
     crops = np.lib.format.open_memmap(tmp_path / "crops.npy", "w+", np.uint8, (6000, 3, 64, 64))
@@ -235,6 +237,7 @@ def test_nothing_is_made_on_another_device_than_the_cells():
     assert not any(part.is_meta for part in net.state_dict().values())
 
 
+@pytest.mark.slow
 def test_the_command_trains_and_continues(study, tmp_path):
     made, _ = study
     command = ["train", "encoder", str(made.out), "-o", str(tmp_path / "enc"), "--cells", "80"]

@@ -110,6 +110,7 @@ def test_beyond_the_image_tiles_are_zero_as_cellpose_pads():
         assert np.isfinite(y).all()
 
 
+@pytest.mark.slow
 def test_scales_are_wide_around_thirty_pixels():
     """Cells in tiles are between 0.3 and 3 times 30 pixels across, and about 30 in the middle."""
     from skimage.measure import label, regionprops
@@ -236,6 +237,7 @@ def test_loss_is_least_for_the_truth():
     assert float(segmenter_loss(-right, truth)) > 1
 
 
+@pytest.mark.slow
 def test_training_learns_and_gives_usable_weights(tmp_path):
     import torch
 

@@ -65,6 +65,7 @@ def test_fields_shared_with_val_are_not_trained_on(split, data_dir):
     assert not shared & {Path(row.image).stem for row in split["train"]}
 
 
+@pytest.mark.slow
 def test_no_trained_image_continues_in_one_that_is_kept(split, data_dir):
     """Tiles of one camera field fit together along their borders: seen in the pixels, not in the tables."""
     sides = {"top": np.s_[0], "bottom": np.s_[-1], "left": np.s_[:, 0], "right": np.s_[:, -1]}

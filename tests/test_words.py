@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {
     "told": "read_progress, remote_errors",
@@ -68,6 +70,7 @@ def old_words(source: str) -> set[tuple[str, int]]:
     return found
 
 
+@pytest.mark.slow
 def test_no_name_is_of_the_old_dialect():
     offenders = [
         f"{file.relative_to(ROOT)}:{line}: {name}"
