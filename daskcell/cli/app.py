@@ -19,6 +19,7 @@ ORDER = [
     "report",
     "assign",
     "clusters",
+    "neighbours",
     "export",
     "score",
     "channels",

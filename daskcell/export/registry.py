@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from daskcell.errors import InputError
-from daskcell.export.folder import begin, choose
 
 if TYPE_CHECKING:
     from daskcell.study import Study
@@ -108,6 +107,7 @@ def export_study(
     InputError
         `out` holds something else, or there is no such slide or format.
     """
+    from daskcell.export.folder import begin, choose
     from daskcell.storage.atomic import atomic_path
     from daskcell.study import Study
 
